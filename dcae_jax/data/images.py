@@ -1,0 +1,315 @@
+"""The image pipeline: sources to batches of uint8 images, through grain.
+
+Deterministic under a seed, whatever the number of workers; each process reads
+its own share; the position is a small state that a checkpoint holds. An image
+that cannot be decoded is replaced by another one, and named once.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from dcae_jax.data import sources, transforms
+
+_LOG = logging.getLogger(__name__)
+_ATTEMPTS = 10_000  # replacements in a row, before giving up
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """How files become images; the fields are those of `transforms.decode`."""
+
+  channels: int = 3
+  min_size: int = 0
+  max_megapixels: float = 89.0
+  shorter_side: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cropping:
+  """How images become squares.
+
+  Attributes:
+    kind: one of `transforms.CROPS`.
+    size: side of the square, in pixels.
+    min_area: least part of the image that a random-resized crop covers.
+    flip: mirror at random.
+  """
+
+  kind: str
+  size: int
+  min_area: float = 0.25
+  flip: bool = False
+
+  def __post_init__(self):
+    if self.kind not in transforms.CROPS:
+      raise ValueError(
+        f"unknown crop {self.kind!r}; known are {', '.join(transforms.CROPS)}"
+      )
+
+
+class Skipped:
+  """Names of the images that could not be decoded, over all workers.
+
+  One file per image in a temporary directory: creating it succeeds once,
+  whichever process or thread comes first, and that one warns.
+  """
+
+  def __init__(self):
+    self._directory = tempfile.mkdtemp(prefix="dcae_jax_skipped_")
+    self._cleanup = weakref.finalize(
+      self, shutil.rmtree, self._directory, ignore_errors=True
+    )
+
+  def __getstate__(self):
+    return self._directory
+
+  def __setstate__(self, directory):
+    self._directory = directory
+
+  def add(self, name: str, reason: Exception) -> None:
+    digest = hashlib.sha1(name.encode(errors="replace")).hexdigest()
+    flags = os.O_CREAT | os.O_EXCL
+    try:
+      os.close(os.open(os.path.join(self._directory, digest), flags))
+    except FileExistsError:
+      return
+    summary = " ".join(str(reason).split()) or type(reason).__name__
+    _LOG.warning("skipped image %s: %s", name, summary)
+
+  def __len__(self) -> int:
+    return len(os.listdir(self._directory))
+
+
+class _Load:
+  """Index to cropped image: reads, decodes, crops, flips.
+
+  `cache_megabytes` of decoded images are kept in memory, in each worker.
+  """
+
+  def __init__(
+    self,
+    source: sources.Source,
+    decoding: Decoding,
+    cropping: Cropping,
+    skipped: Skipped,
+    cache_megabytes: float = 0,
+  ):
+    self._source, self._decoding = source, decoding
+    self._cropping, self._skipped = cropping, skipped
+    self._cache, self._room = {}, cache_megabytes * 1e6
+
+  def decode(self, index: int):
+    """(image, label), or None for one that is too small or not decodable."""
+    if index in self._cache:
+      return self._cache[index]
+    try:
+      record = self._source[index]
+      image = transforms.decode(
+        record.encoded, **dataclasses.asdict(self._decoding)
+      )
+    except transforms.TooSmall:
+      return None
+    except Exception as error:  # Pillow raises anything, files may vanish
+      self._skipped.add(self._source.name(index), error)
+      return None
+    size = image.width * image.height * len(image.getbands())
+    if size <= self._room:
+      self._room -= size
+      self._cache[index] = (image, record.label)
+    return image, record.label
+
+  def crop(self, image, rng: np.random.Generator | None) -> np.ndarray:
+    cropping = self._cropping
+    if cropping.kind == "dm_crop":
+      image = transforms.dm_crop(image, cropping.size)
+    elif cropping.kind == "random_crop":
+      image = transforms.random_crop(image, cropping.size, rng)
+    else:
+      image = transforms.random_resized_crop(
+        image, cropping.size, rng, cropping.min_area
+      )
+    pixels = np.asarray(image).reshape(cropping.size, cropping.size, -1)
+    if cropping.flip and rng.random() < 0.5:
+      pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+  def random(self, index: int, rng: np.random.Generator) -> Batch:
+    """Training: a bad image is replaced by a random other one."""
+    for _ in range(_ATTEMPTS):
+      found = self.decode(index)
+      if found is not None:
+        image, label = found
+        return {"images": self.crop(image, rng), "labels": np.int32(label)}
+      index = int(rng.integers(len(self._source)))
+    raise ValueError(
+      f"{_ATTEMPTS} images in a row could not be used, the last "
+      f"{self._source.name(index)}"
+    )
+
+  def fixed(self, index: int) -> Batch:
+    """Evaluation: a bad image, or an index past the end, is masked."""
+    found = self.decode(index) if index < len(self._source) else None
+    if found is None:
+      shape = (
+        self._cropping.size,
+        self._cropping.size,
+        self._decoding.channels,
+      )
+      pixels, label = np.zeros(shape, np.uint8), -1
+    else:
+      pixels, label = self.crop(found[0], None), found[1]
+    return {
+      "images": pixels,
+      "labels": np.int32(label),
+      "mask": np.bool_(found is not None),
+    }
+
+
+def check_not_empty(source: sources.Source, decoding: Decoding) -> None:
+  """Finds one usable image.
+
+  Raises:
+    ValueError: there is none; with the reasons.
+  """
+  reasons = []
+  for index in range(len(source)):
+    try:
+      encoded = source[index].encoded
+      transforms.decode(encoded, **dataclasses.asdict(decoding))
+      return
+    except Exception as error:
+      if len(reasons) < 3:
+        reasons.append(f"{source.name(index)}: {type(error).__name__} {error}")
+  raise ValueError(
+    f"none of the {len(source)} images can be used (min_size "
+    f"{decoding.min_size}); {'; '.join(reasons)}"
+  )
+
+
+class TrainingImages:
+  """An endless, checkpointable iterator over batches of this process.
+
+  Yields `{"images": uint8 [b, size, size, channels], "labels": int32 [b]}`.
+  """
+
+  def __init__(
+    self,
+    weighted_sources: list[tuple[sources.Source, float]],
+    decoding: Decoding,
+    cropping: Cropping,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    threads: int = 4,
+    cache_megabytes: float = 0,
+  ):
+    """Args:
+    weighted_sources: with the weights of their mixture.
+    decoding: of the files.
+    cropping: of the images.
+    batch_size: of this process.
+    seed: of order, crops and flips.
+    process_index: of this process.
+    process_count: processes that share the data.
+    workers: loader processes; 0 loads in threads of this one.
+    threads: loader threads, in each process.
+    cache_megabytes: of decoded images to keep, in each process.
+    """
+    self.skipped = Skipped()
+    members = []
+    for i, (source, _) in enumerate(weighted_sources):
+      load = _Load(source, decoding, cropping, self.skipped, cache_megabytes)
+      members.append(
+        grain.MapDataset.range(len(source))
+        .seed(seed + i)
+        .shuffle()
+        .repeat()
+        .random_map(load.random)
+      )
+    dataset = members[0]
+    if len(members) > 1:
+      weights = [weight for _, weight in weighted_sources]
+      dataset = grain.MapDataset.mix(members, weights)
+    self._batches = dataset[process_index::process_count].batch(
+      batch_size, drop_remainder=True
+    )
+    self._options = grain.ReadOptions(
+      num_threads=threads, prefetch_buffer_size=max(threads, 2)
+    )
+    self._workers = workers
+    self._next_batch = 0
+    self._iterator = None
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    if self._iterator is None:  # processes and threads start with the first use
+      rest = self._batches[self._next_batch :].to_iter_dataset(self._options)
+      if self._workers:
+        options = grain.MultiprocessingOptions(num_workers=self._workers)
+        rest = rest.mp_prefetch(options)
+      self._iterator = iter(rest)
+    batch = next(self._iterator)
+    self._next_batch += 1
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    """The position after the last batch: plain JSON, for any worker count."""
+    return {"next_batch": self._next_batch}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    self.close()
+    self._next_batch = state["next_batch"]
+
+  def close(self) -> None:
+    """Stops loader processes and threads."""
+    if self._iterator is not None:
+      self._iterator.close()
+      self._iterator = None
+
+
+def evaluation_batches(
+  source: sources.Source,
+  decoding: Decoding,
+  size: int,
+  *,
+  batch_size: int,
+  max_images: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  threads: int = 4,
+  skipped: Skipped,
+) -> Iterator[Batch]:
+  """Centre crops (`transforms.dm_crop`) in order, with a mask.
+
+  Every process yields the same number of whole batches; `mask` is False where
+  an image is missing or not usable. `max_images` of 0 means all.
+  """
+  total = min(len(source), max_images or len(source))
+  batches = -(-total // (batch_size * process_count))
+  load = _Load(source, decoding, Cropping("dm_crop", size), skipped)
+  indices = np.arange(batches * batch_size * process_count)
+  indices = np.where(indices < total, indices, len(source))
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+  dataset = (
+    grain.MapDataset.source([int(index) for index in indices])
+    .map(load.fixed)[process_index::process_count]
+    .batch(batch_size)
+    .to_iter_dataset(options)
+  )
+  yield from dataset

@@ -1,0 +1,150 @@
+"""Encoded bytes to a decoded RGB (or grey) image, and the crops.
+
+Everything that Pillow may meet in the wild is decoded as a viewer would show
+it, or refused with an exception; sizes are read from the header first, so that a
+decompression bomb is never unpacked.
+"""
+
+import io
+import math
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")
+_MODES = {1: "L", 3: "RGB"}
+
+CROPS = ("random_crop", "random_resized_crop", "dm_crop")
+
+
+class TooSmall(Exception):
+  """An image below the minimum size: left out on purpose, not an error."""
+
+
+def check_channels(channels: int) -> None:
+  """Raises ValueError unless images can be decoded to that many channels."""
+  if channels not in _MODES:
+    raise ValueError(
+      f"image files can be read with 1 (grey) or 3 (RGB) channels, "
+      f"not {channels}"
+    )
+
+
+def decode(
+  encoded: bytes,
+  *,
+  channels: int = 3,
+  min_size: int = 0,
+  max_megapixels: float = 89.0,
+  shorter_side: int = 0,
+) -> Image.Image:
+  """Decodes an image as a viewer would show it.
+
+  The first frame of an animation; EXIF orientation applied; alpha composited
+  over white; 16 bits scaled to 8; CMYK and palettes converted.
+
+  Args:
+    encoded: a whole file.
+    channels: 1 or 3.
+    min_size: smallest allowed side, in pixels.
+    max_megapixels: largest allowed size.
+    shorter_side: larger images are reduced to it (antialiased); 0: never.
+
+  Raises:
+    TooSmall: a side is below `min_size`.
+    Exception: of any other kind, for anything that cannot be decoded.
+  """
+  Image.MAX_IMAGE_PIXELS = (
+    None  # the limit below is stricter: nothing is loaded
+  )
+  image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+  width, height = image.size
+  if min(width, height) < min_size:
+    raise TooSmall(f"{width}x{height}")
+  if width * height > max_megapixels * 1e6:
+    raise ValueError(
+      f"{width}x{height} pixels are more than {max_megapixels} megapixels"
+    )
+  if shorter_side and image.format == "JPEG":
+    ratio = shorter_side / min(width, height)
+    draft = (math.ceil(width * ratio), math.ceil(height * ratio))
+    image.draft(None, draft)  # decodes at a power of two above that size
+  image.load()
+  image = _to_mode(ImageOps.exif_transpose(image), _MODES[channels])
+  if shorter_side and min(image.size) > shorter_side:
+    image = _resize_shorter_side(image, shorter_side)
+  return image
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+  if image.mode == "F":
+    raise ValueError("floating-point images have no known range")
+  if image.mode.startswith("I"):  # 16 bits, also where Pillow holds 32
+    values = np.asarray(image).astype(np.float64)
+    if values.min() < 0 or values.max() > 65535:
+      raise ValueError("32-bit integer images have no known range")
+    image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+  if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or (
+    "transparency" in image.info
+  ):
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image)
+  return image.convert(mode)
+
+
+def _resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
+  scale = size / min(image.size)
+  shape = tuple(max(size, round(side * scale)) for side in image.size)
+  return image.resize(shape, Image.Resampling.BICUBIC)
+
+
+def dm_crop(image: Image.Image, size: int) -> Image.Image:
+  """Centre crop of the evaluations: box halving, bicubic, central square.
+
+  As in guided diffusion (arXiv 2105.05233), so that numbers compare.
+  """
+  while min(image.size) >= 2 * size:
+    half = tuple(side // 2 for side in image.size)
+    image = image.resize(half, Image.Resampling.BOX)
+  image = _resize_shorter_side(image, size)
+  left, top = ((side - size) // 2 for side in image.size)
+  return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(
+  image: Image.Image, size: int, rng: np.random.Generator
+) -> Image.Image:
+  """A random square of the image's own pixels; smaller images grow first."""
+  if min(image.size) < size:
+    image = _resize_shorter_side(image, size)
+  left, top = (rng.integers(0, side - size + 1) for side in image.size)
+  return image.crop((left, top, left + size, top + size))
+
+
+def random_resized_crop(
+  image: Image.Image,
+  size: int,
+  rng: np.random.Generator,
+  min_area: float,
+) -> Image.Image:
+  """A random part of the image, resized to a square.
+
+  The part covers `min_area` to all of the area, at an aspect ratio of 3:4 to
+  4:3; bicubic with antialiasing.
+  """
+  width, height = image.size
+  for _ in range(10):
+    area = width * height * rng.uniform(min_area, 1.0)
+    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      break
+  else:
+    w = h = min(width, height)
+  left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+  return image.resize(
+    (size, size),
+    Image.Resampling.BICUBIC,
+    box=(left, top, left + w, top + h),
+  )

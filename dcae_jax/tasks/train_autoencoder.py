@@ -1,0 +1,452 @@
+"""Trains an autoencoder through one phase (DC-AE, section 3.2).
+
+Everything that can be wrong with the config, the data, the weights or the disk
+is found before anything is compiled or written.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dcae_jax import phases
+from dcae_jax.data import images, sources
+from dcae_jax.evaluation import figures
+from dcae_jax.models import dcae, lpips, patchgan
+from dcae_jax.tasks import wiring
+from dcae_jax.training import (
+  checkpoint,
+  hardware,
+  loop,
+  metrics_writer,
+  optimizer,
+  sharding,
+)
+from dcae_jax.training import state as state_lib
+from dcae_jax.training import step as step_lib
+
+_LOG = logging.getLogger(__name__)
+_FIRST_PHASE = phases.low_resolution_full_training.__name__
+
+
+def check(config: ConfigDict, predecessor_is_pending: bool = False) -> None:
+  """Raises ValueError for a config that cannot be run; touches no file.
+
+  Args:
+    config: of the run.
+    predecessor_is_pending: `init_from` names a run that is still to come.
+  """
+  phase = phases.create(config.phase, config.trainable)
+  variables = wiring.abstract_variables(
+    wiring.model(config.model), config.model.image_channels
+  )
+  phases.trainable_mask(variables["params"], phase.trainable)
+  wiring.check_resolutions(
+    (config.resolution, *config.evaluation.resolutions),
+    config.model.variant,
+    config.model.image_channels,
+  )
+  if not config.evaluation.resolutions:
+    raise ValueError(
+      "config.evaluation.resolutions is empty; name at least one"
+    )
+  images.Cropping(config.data.crop, config.resolution)
+  _check_numbers(config)
+  _check_lpips(config)
+  if config.phase != _FIRST_PHASE and not config.init_from:
+    raise ValueError(
+      f"phase {config.phase!r} starts from a trained autoencoder; set "
+      "--config.init_from to the work directory of the phase before it"
+    )
+  if config.init_from and not predecessor_is_pending:
+    _check_predecessor(config)
+
+
+def _check_numbers(config: ConfigDict) -> None:
+  least = {
+    "steps": 1, "batch_size": 1, "accumulation": 1, "log_every": 1,
+    "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
+    "lpips.weight": 0, "discriminator.weight": 0, "discriminator.layers": 1,
+    "discriminator.width": 1, "ema.decay": 0, "ema.ramp_steps": 0,
+    "data.workers": 0, "data.threads": 1, "data.prefetch": 1,
+    "data.min_size": 0, "checkpoint.every": 0, "checkpoint.keep": 1,
+    "evaluation.every": 0, "evaluation.batch_size": 1, "evaluation.samples": 1,
+    "evaluation.max_images": 0, "profile.start": 0, "profile.steps": 0,
+  }  # fmt: skip
+  for key, bound in least.items():
+    value = config
+    for part in key.split("."):
+      value = value[part]
+    if not value >= bound:  # also for NaN
+      raise ValueError(f"config.{key}={value} is below {bound}")
+  smallest = patchgan.smallest_side(config.discriminator.layers)
+  if phases.PHASES[config.phase]().adversarial and config.resolution < smallest:
+    raise ValueError(
+      f"config.resolution={config.resolution} is too small for the "
+      f"discriminator with {config.discriminator.layers} layers; use at least "
+      f"{smallest}, or fewer layers"
+    )
+  if config.ema.decay >= 1:
+    raise ValueError(f"config.ema.decay={config.ema.decay} is not below 1")
+
+
+def _check_lpips(config: ConfigDict) -> None:
+  network = config.lpips.network
+  lpips.parameter_shapes(network)
+  if config.lpips.weight and config.resolution < lpips.SMALLEST_SIDE[network]:
+    raise ValueError(
+      f"config.resolution={config.resolution} is too small for LPIPS with "
+      f"{network}; use at least {lpips.SMALLEST_SIDE[network]}"
+    )
+
+
+def _check_predecessor(config: ConfigDict) -> None:
+  before = checkpoint.read_run_config(config.init_from)["model"]
+  for key in ("variant", "image_channels", "residual_autoencoding"):
+    if before[key] != config.model[key]:
+      raise ValueError(
+        f"config.init_from={config.init_from!r} has config.model.{key}="
+        f"{before[key]!r}, and this config {config.model[key]!r}; use a run of "
+        "the same autoencoder"
+      )
+
+
+class _Setup(NamedTuple):
+  """What is known before anything is compiled."""
+
+  autoencoder: dcae.DCAE
+  phase: phases.Phase
+  mask: Any
+  mesh: Mesh
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+  adversarial: step_lib.Adversarial | None
+  discriminator: patchgan.PatchGAN | None
+  abstract: state_lib.TrainState
+  shardings: Any
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> bool:
+  """Runs, or goes on with, one phase; False if SIGTERM ended it early."""
+  sigterm = loop.Sigterm()
+  check(config)
+  wiring.check_work_directory(config, workdir)
+  wiring.prepare_jax(config.compilation_cache)
+  setup = _setup(config)
+  decoding = _decoding(config)
+  training_sources = wiring.weighted_sources(config.data.source)
+  held_out = wiring.single_source(config.evaluation.source)
+  for source, _ in training_sources:
+    images.check_not_empty(source, decoding)
+  evaluation_decoding = images.Decoding(
+    channels=config.model.image_channels,
+    max_megapixels=config.data.max_megapixels,
+  )
+  images.check_not_empty(held_out, evaluation_decoding)
+  perceptual_parameters = _perceptual_parameters(config, setup.mesh)
+  checkpoint.check_space(workdir, setup.abstract, config.checkpoint.keep)
+  _describe(config, setup, len(held_out))
+
+  wiring.write_config(config, workdir)
+  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+  batches = _batches(config, training_sources, decoding)
+  first_step = checkpoints.latest_step() or 0
+  if first_step:
+    state, data_state = checkpoints.restore(
+      first_step, setup.abstract, setup.shardings
+    )
+    batches.set_state(data_state)
+    _LOG.info("going on from step %d in %s", first_step, workdir)
+  else:
+    state = _initial_state(config, setup)
+  writer = metrics_writer.MetricsWriter(
+    workdir, first_step, enabled=jax.process_index() == 0
+  )
+  evaluation = wiring.Evaluation(
+    setup.autoencoder,
+    setup.mesh,
+    held_out,
+    evaluation_decoding,
+    resolutions=config.evaluation.resolutions,
+    batch_size=config.evaluation.batch_size,
+    max_images=config.evaluation.max_images,
+    samples=config.evaluation.samples,
+    threads=config.data.threads,
+  )
+  evaluate = _evaluate(config, evaluation, writer)
+  last_step = max(config.steps, first_step)
+  step = first_step
+  try:
+    if first_step < last_step:
+      state, step = loop.run(
+        _compile(config, setup, perceptual_parameters),
+        state,
+        sharding.Prefetch(batches, setup.mesh, config.data.prefetch),
+        first_step=first_step,
+        last_step=last_step,
+        images_per_step=config.batch_size,
+        flops_per_step=_model_flops(config, setup, perceptual_parameters),
+        peak_flops=hardware.peak_flops(),
+        cadence=loop.Cadence(
+          config.log_every, config.evaluation.every, config.checkpoint.every
+        ),
+        save=checkpoints.save,
+        evaluate=evaluate,
+        writer=writer,
+        sigterm=sigterm,
+        profile=loop.Profile(
+          config.profile.start, config.profile.steps, str(workdir / "profile")
+        ),
+      )
+    checkpoints.wait()
+    if step == last_step:
+      skipped = len(batches.skipped) + len(evaluation.skipped)
+      _finish(workdir, step, skipped, setup)
+  finally:
+    batches.close()
+    writer.close()
+    checkpoints.close()
+  return step == last_step
+
+
+def _setup(config: ConfigDict) -> _Setup:
+  autoencoder = wiring.model(config.model)
+  phase = phases.create(config.phase, config.trainable)
+  mesh = sharding.create_mesh(**config.mesh)
+  for resolution in (config.resolution, *config.evaluation.resolutions):
+    sharding.check_batch(
+      config.batch_size, config.accumulation, resolution, mesh
+    )
+  settings = config.optimizer.to_dict()
+  autoencoder_optimizer, schedule = optimizer.create(**settings)
+  variables = wiring.abstract_variables(
+    autoencoder, config.model.image_channels
+  )
+  mask = phases.trainable_mask(variables["params"], phase.trainable)
+  discriminator = adversarial = None
+  if phase.adversarial:
+    c = config.discriminator
+    if c.adaptive and not step_lib.last_layer(mask):
+      raise ValueError(
+        "config.discriminator.adaptive needs decoder/project_out/conv among "
+        "the trainable parameters; set it to False, or add the pattern"
+      )
+    discriminator = patchgan.PatchGAN(c.width, c.layers)
+    adversarial = step_lib.Adversarial(
+      lambda params, x: discriminator.apply({"params": params}, x),
+      optimizer.create(**settings)[0],
+      c.weight,
+      c.adaptive,
+      c.start_step,
+    )
+  setup = _Setup(
+    autoencoder, phase, mask, mesh, autoencoder_optimizer, schedule,
+    adversarial, discriminator, None, None,
+  )  # fmt: skip
+  abstract = jax.eval_shape(
+    lambda v: _create_state(config, setup, v, None), variables
+  )
+  return setup._replace(
+    abstract=abstract, shardings=sharding.shardings(abstract, mesh)
+  )
+
+
+def _create_state(config, setup, variables, ema) -> state_lib.TrainState:
+  discriminator = None
+  if setup.discriminator is not None:
+    side, channels = config.resolution, config.model.image_channels
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    discriminator = setup.discriminator.init(
+      key, np.zeros((1, side, side, channels), np.float32)
+    )["params"]
+  return state_lib.create(
+    variables,
+    setup.mask,
+    setup.optimizer,
+    ema,
+    discriminator,
+    setup.adversarial.optimizer if setup.adversarial else None,
+  )
+
+
+def _initial_state(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
+  """Step 0: from `init_from`, or from initial values."""
+  abstract = {
+    "params": setup.abstract.params,
+    "batch_stats": setup.abstract.batch_stats,
+  }
+  if config.init_from:
+    placed = sharding.shardings(abstract, setup.mesh)
+    variables, ema = (
+      checkpoint.restore_variables(config.init_from, item, abstract, placed)
+      for item in ("params", "ema")
+    )
+    create = lambda variables, ema: _create_state(config, setup, variables, ema)
+    return jax.jit(create, out_shardings=setup.shardings)(variables, ema)
+
+  def create_from_nothing(key):
+    side = setup.autoencoder.spatial_compression
+    channels = config.model.image_channels
+    variables = setup.autoencoder.init(
+      key, np.zeros((1, side, side, channels), np.float32)
+    )
+    return _create_state(config, setup, variables, None)
+
+  key = jax.random.fold_in(jax.random.key(config.seed), 0)
+  return jax.jit(create_from_nothing, out_shardings=setup.shardings)(key)
+
+
+def _decoding(config: ConfigDict) -> images.Decoding:
+  return images.Decoding(
+    config.model.image_channels,
+    config.data.min_size,
+    config.data.max_megapixels,
+    config.data.shorter_side,
+  )
+
+
+def _batches(
+  config: ConfigDict,
+  training_sources: list[tuple[sources.Source, float]],
+  decoding: images.Decoding,
+) -> images.TrainingImages:
+  c = config.data
+  return images.TrainingImages(
+    training_sources,
+    decoding,
+    images.Cropping(c.crop, config.resolution, c.min_area, c.flip),
+    batch_size=config.batch_size // jax.process_count(),
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    workers=c.workers,
+    threads=c.threads,
+    cache_megabytes=c.cache_megabytes,
+  )
+
+
+def _perceptual_parameters(config: ConfigDict, mesh: Mesh) -> Any:
+  if not config.lpips.weight:
+    return {}
+  if config.model.image_channels not in (1, 3):
+    raise ValueError("LPIPS takes images of 1 or 3 channels")
+  parameters = lpips.load_parameters(config.lpips.network, config.lpips.path)
+  return jax.device_put(parameters, sharding.replicated(mesh))
+
+
+def _step(
+  config: ConfigDict, setup: _Setup, autoencoder: dcae.DCAE
+) -> Callable:
+  network = config.lpips.network
+  perceptual = lambda p, x, y: lpips.distance(p, x, y, network)
+  return step_lib.create(
+    apply=autoencoder.apply,
+    phase=setup.phase,
+    mask=setup.mask,
+    optimizer=setup.optimizer,
+    schedule=setup.schedule,
+    ema=step_lib.Ema(config.ema.decay, config.ema.ramp_steps),
+    perceptual=perceptual if config.lpips.weight else None,
+    perceptual_weight=config.lpips.weight,
+    adversarial=setup.adversarial,
+    accumulation=config.accumulation,
+  )
+
+
+def _abstract_arguments(config: ConfigDict, setup: _Setup) -> tuple[Any, Any]:
+  side, channels = config.resolution, config.model.image_channels
+  pixels = jax.ShapeDtypeStruct(
+    (config.batch_size, side, side, channels),
+    np.uint8,
+    sharding=jax.sharding.NamedSharding(setup.mesh, sharding.IMAGES),
+  )
+  state = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    setup.abstract,
+    setup.shardings,
+  )
+  return state, pixels
+
+
+def _compile(config: ConfigDict, setup: _Setup, perceptual_parameters: Any):
+  _LOG.info("compiling the training step")
+  jitted = jax.jit(
+    _step(config, setup, setup.autoencoder),
+    donate_argnums=0,
+    out_shardings=(setup.shardings, sharding.replicated(setup.mesh)),
+  )
+  arguments = _abstract_arguments(config, setup)
+  compiled = jitted.lower(*arguments, perceptual_parameters).compile()
+  return lambda state, x: compiled(state, x, perceptual_parameters)
+
+
+def _model_flops(
+  config: ConfigDict, setup: _Setup, perceptual_parameters: Any
+) -> float:
+  """Of one step over all devices, without what rematerialisation repeats."""
+  model_config = config.model.copy_and_resolve_references()
+  model_config.rematerialisation = False
+  step = _step(config, setup, wiring.model(model_config))
+  arguments = _abstract_arguments(config, setup)
+  lowered = jax.jit(step).lower(*arguments, perceptual_parameters)
+  return lowered.cost_analysis()["flops"]
+
+
+def _evaluate(
+  config: ConfigDict,
+  evaluation: wiring.Evaluation,
+  writer: metrics_writer.MetricsWriter,
+) -> Callable[[int, state_lib.TrainState], dict[str, float]]:
+  def evaluate(step, state):
+    values = {}
+    for i, resolution in enumerate(evaluation.resolutions):
+      found = evaluation.measure(state.ema, resolution)
+      prefix = f"eval/{resolution}px" if i else "eval"
+      values |= {f"{prefix}/{k}": v for k, v in found.metrics.items()}
+      rows = (found.originals, found.reconstructions)
+      writer.image(step, f"reconstructions_{resolution}px", figures.grid(rows))
+    return values
+
+  return evaluate
+
+
+def _describe(config: ConfigDict, setup: _Setup, held_out: int) -> None:
+  learning, frozen = phases.partition(setup.abstract.params, setup.mask)
+  _LOG.info(
+    "%s of %s at %d px: %s parameters learn, %s are frozen; %d devices, "
+    "%d held-out images",
+    config.phase,
+    config.model.variant,
+    config.resolution,
+    f"{phases.count(learning):,}",
+    f"{phases.count(frozen):,}",
+    setup.mesh.size,
+    held_out,
+  )
+
+
+def _finish(
+  workdir: epath.Path, step: int, skipped: int, setup: _Setup
+) -> None:
+  """Writes `result.json`: the last of each metric."""
+  if jax.process_index():
+    return
+  learning, _ = phases.partition(setup.abstract.params, setup.mask)
+  result = {"images_skipped": skipped}
+  for line in metrics_writer.read_lines(workdir / "metrics.jsonl"):
+    result |= line
+  result |= {
+    "step": step,
+    "parameters": phases.count(setup.abstract.params),
+    "parameters_trained": phases.count(learning),
+  }
+  wiring.write_whole(workdir / "result.json", json.dumps(result, indent=2))
+  _LOG.info("%d images were skipped; result in %s", skipped, workdir)

@@ -1,0 +1,41 @@
+"""Trains all three phases, one after the other, and reports on them."""
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from dcae_jax.tasks import report, train_autoencoder, wiring
+from dcae_jax.training import loop
+
+_PHASES = ("phase1", "phase2", "phase3")
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> bool:
+  """Runs, or goes on with, the phases; False if SIGTERM ended it early.
+
+  Each phase has its own work directory below `workdir`, and starts from the one
+  before. All configs are checked before the first phase starts.
+  """
+  loop.Sigterm()
+  config = chained(config, workdir)
+  wiring.check_work_directory(config, workdir)
+  for name in _PHASES:
+    train_autoencoder.check(config[name], name != _PHASES[0])
+    wiring.check_work_directory(config[name], workdir / name)
+  report.check(config.report, runs_are_pending=True)
+  wiring.write_config(config, workdir)
+  for name in _PHASES:
+    if not train_autoencoder.run(config[name], workdir / name):
+      return False
+  report.run(config.report, workdir / "report")
+  return True
+
+
+def chained(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+  """The config with each phase starting from the one before."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    for before, name in zip(_PHASES, _PHASES[1:], strict=False):
+      config[name].init_from = str(workdir / before)
+    for name in _PHASES:
+      config.report.runs[name] = str(workdir / name)
+  return config

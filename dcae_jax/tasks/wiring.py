@@ -1,0 +1,227 @@
+"""From config to the objects below `tasks/`: model, sources, work directory."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dcae_jax.data import images, sources, transforms
+from dcae_jax.evaluation import image_metrics, reconstruction
+from dcae_jax.models import dcae
+from dcae_jax.training import sharding
+
+_LOG = logging.getLogger(__name__)
+# What may change between two starts in one work directory without changing what
+# is computed, or only how far it goes.
+_MAY_CHANGE = (
+  "steps", "log_every", "compilation_cache", "distributed", "profile",
+  "checkpoint", "evaluation", "report", "data.workers", "data.threads",
+  "data.prefetch", "data.cache_megabytes", "lpips.path",
+)  # fmt: skip
+
+
+def model(config: ConfigDict) -> dcae.DCAE:
+  """The autoencoder of `config.model`."""
+  known = ("float32", "bfloat16", "float16")
+  if config.dtype not in known:
+    raise ValueError(
+      f"unknown config.model.dtype {config.dtype!r}; known are "
+      f"{', '.join(known)}"
+    )
+  return dcae.create(
+    config.variant,
+    image_channels=config.image_channels,
+    residual_autoencoding=config.residual_autoencoding,
+    rematerialisation=config.rematerialisation,
+    dtype=config.dtype,
+  )
+
+
+def abstract_variables(autoencoder: dcae.DCAE, image_channels: int) -> Any:
+  """Shapes of `{"params": ..., "batch_stats": ...}`; nothing is allocated."""
+  side = autoencoder.spatial_compression
+  shape = jax.ShapeDtypeStruct((1, side, side, image_channels), np.float32)
+  found = jax.eval_shape(autoencoder.init, jax.random.key(0), shape)
+  return {
+    "params": found["params"],
+    "batch_stats": found.get("batch_stats", {}),
+  }
+
+
+def weighted_sources(
+  config: ConfigDict,
+) -> list[tuple[sources.Source, float]]:
+  """The members of a source config, with their weights.
+
+  Raises:
+    ValueError: an unknown kind, or a source that does not exist.
+  """
+  if config.kind == "mixture":
+    found = [
+      pair
+      for member in config.members.values()
+      for pair in weighted_sources(member)
+    ]
+    if not found:
+      raise ValueError("a source of kind 'mixture' needs at least one member")
+    return found
+  if not config.weight > 0:
+    raise ValueError(f"source weight {config.weight} is not positive")
+  if config.kind == "folder":
+    return [(sources.folder(config.path), config.weight)]
+  if config.kind == "embedded":
+    return [(sources.embedded(config.split), config.weight)]
+  if config.kind == "tfds":
+    dataset = sources.TensorFlowDataset(config.name, config.split, config.path)
+    return [(dataset, config.weight)]
+  raise ValueError(
+    f"unknown source kind {config.kind!r}; known are folder, tfds, embedded, "
+    "mixture"
+  )
+
+
+def single_source(config: ConfigDict) -> sources.Source:
+  """A source that is not a mixture: evaluations have an order."""
+  if config.kind == "mixture":
+    raise ValueError("images are evaluated from one source, not from a mixture")
+  return weighted_sources(config)[0][0]
+
+
+def check_resolutions(
+  resolutions: tuple[int, ...], variant: str, image_channels: int
+) -> None:
+  """Raises ValueError for sides that cannot be encoded or evaluated."""
+  transforms.check_channels(image_channels)
+  compression = dcae.check_variant(variant).spatial_compression
+  for resolution in resolutions:
+    dcae.check_side(resolution, compression)
+    if resolution < image_metrics.SMALLEST_SIDE:
+      raise ValueError(
+        f"image side {resolution} is below {image_metrics.SMALLEST_SIDE}, the "
+        "smallest that SSIM can be computed for"
+      )
+
+
+class Evaluation:
+  """PSNR and SSIM of a model on a source, at several resolutions."""
+
+  def __init__(
+    self,
+    autoencoder: dcae.DCAE,
+    mesh: Mesh,
+    source: sources.Source,
+    decoding: images.Decoding,
+    *,
+    resolutions: tuple[int, ...],
+    batch_size: int,
+    max_images: int,
+    samples: int,
+    threads: int,
+  ):
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_size = -(-batch_size // ways) * ways
+    self.resolutions = tuple(resolutions)
+    self.skipped = images.Skipped()
+    self._mesh = mesh
+    self._source, self._decoding = source, decoding
+    self._reading = {
+      "batch_size": batch_size // jax.process_count(),
+      "max_images": max_images,
+      "process_index": jax.process_index(),
+      "process_count": jax.process_count(),
+      "threads": threads,
+      "skipped": self.skipped,
+    }
+    self._measure_batch = reconstruction.create(
+      autoencoder.apply, sharding.replicated(mesh), samples
+    )
+
+  def _batches(self, resolution: int) -> Iterator[Any]:
+    by_batch = NamedSharding(self._mesh, PartitionSpec(("data", "fsdp")))
+    for batch in images.evaluation_batches(
+      self._source, self._decoding, resolution, **self._reading
+    ):
+      mask = jax.make_array_from_process_local_data(by_batch, batch["mask"])
+      pixels = sharding.put_images(batch["images"], self._mesh)
+      yield pixels, mask, batch["mask"]
+
+  def measure(self, variables: Any, resolution: int) -> reconstruction.Result:
+    return reconstruction.measure(
+      self._measure_batch, variables, self._batches(resolution)
+    )
+
+
+def prepare_jax(compilation_cache: str) -> None:
+  """Keeps compiled programs between runs; "" does not."""
+  if compilation_cache:
+    directory = os.path.expanduser(compilation_cache)
+    jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
+  """Raises ValueError if the directory belongs to a run of another config."""
+  path = workdir / "config.json"
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f"--workdir={workdir} is not a directory; choose another")
+  if not path.exists():
+    return
+  before, now = _flat(json.loads(path.read_text())), _flat(resolved(config))
+  changes = [
+    f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+    for key in sorted(before.keys() | now.keys())
+    if before.get(key) != now.get(key) and not _may_change(key)
+  ]
+  if changes:
+    raise ValueError(
+      f"--workdir={workdir} holds a run of another config ({'; '.join(changes)}"
+      "); choose another directory, or the same config to go on"
+    )
+
+
+def _may_change(key: str) -> bool:
+  # A phase's own keys stand one level deeper in the config of all three.
+  short = key.split(".", 1)[1] if key.startswith("phase") else key
+  return any(
+    short == allowed or short.startswith(f"{allowed}.")
+    for allowed in _MAY_CHANGE
+  )
+
+
+def write_config(config: ConfigDict, workdir: epath.Path) -> None:
+  """Writes `config.json`, on the first process; whole or not at all."""
+  if jax.process_index() == 0:
+    text = json.dumps(resolved(config), indent=2) + "\n"
+    write_whole(workdir / "config.json", text)
+
+
+def resolved(config: ConfigDict) -> dict[str, Any]:
+  """The config as JSON has it: tuples are lists."""
+  return json.loads(config.to_json_best_effort())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f"{prefix}{key}.")
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a small file so that it is never seen, or left, half-written."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if "://" in str(path):  # objects appear whole
+    path.write_text(text)
+    return
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text(text)
+  os.replace(temporary, path)

@@ -1,0 +1,162 @@
+"""Checkpoints of a run, through orbax: asynchronous, whole or not at all.
+
+The items are separate, so that a later stage restores parameters alone:
+`params` and `ema` (each with `params` and `batch_stats`), `optimizer` (the rest
+of the state) and `data` (the position of the data iterator). Local or `gs://`.
+"""
+
+import json
+import logging
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dcae_jax.training import state as state_lib
+
+Tree = Any
+
+
+def _items(state: state_lib.TrainState) -> dict[str, Tree]:
+  rest = {
+    "step": state.step,
+    "optimizer": state.optimizer,
+    "discriminator": state.discriminator,
+    "discriminator_optimizer": state.discriminator_optimizer,
+  }
+  return {"params": state.variables, "ema": state.ema, "optimizer": rest}
+
+
+def _state(items: dict[str, Tree]) -> state_lib.TrainState:
+  return state_lib.TrainState(
+    **items["params"], ema=items["ema"], **items["optimizer"]
+  )
+
+
+def _abstract(tree: Tree, shardings: Tree) -> Tree:
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    tree,
+    shardings,
+  )
+
+
+class Checkpoints:
+  """The checkpoints of one work directory."""
+
+  def __init__(self, workdir: epath.Path, keep: int):
+    """Removes what a killed process left half-written; keeps the last `keep`."""
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells it all
+    self._manager = ocp.CheckpointManager(
+      workdir / "checkpoints",
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True
+      ),
+      item_names=("params", "ema", "optimizer", "data"),
+    )
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(
+    self, step: int, state: state_lib.TrainState, data_state: dict[str, Any]
+  ) -> None:
+    """Starts a save; returns when the arrays may be overwritten."""
+    items = {
+      name: ocp.args.StandardSave(item) for name, item in _items(state).items()
+    }
+    items["data"] = ocp.args.JsonSave(data_state)
+    self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+  def restore(
+    self, step: int, abstract: state_lib.TrainState, shardings: Tree
+  ) -> tuple[state_lib.TrainState, dict[str, Any]]:
+    """The state, placed by `shardings`, and the position of the data."""
+    targets = _items(_abstract(abstract, shardings))
+    items = {
+      name: ocp.args.StandardRestore(item) for name, item in targets.items()
+    }
+    items["data"] = ocp.args.JsonRestore()
+    found = self._manager.restore(step, args=ocp.args.Composite(**items))
+    return _state({name: found[name] for name in targets}), found["data"]
+
+  def wait(self) -> None:
+    """Returns when the last save is complete; raises what it raised."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def restore_variables(
+  run: str, item: str, abstract: Tree, shardings: Tree
+) -> Tree:
+  """`params` or `ema` of an earlier run's last checkpoint.
+
+  Args:
+    run: its work directory.
+    item: "params" or "ema".
+    abstract: shapes of `{"params": ..., "batch_stats": ...}`.
+    shardings: where each leaf goes.
+  """
+  with ocp.CheckpointManager(
+    epath.Path(run) / "checkpoints",
+    options=ocp.CheckpointManagerOptions(read_only=True),
+    item_names=(item,),
+  ) as manager:
+    step = manager.latest_step()
+    target = ocp.args.StandardRestore(_abstract(abstract, shardings))
+    found = manager.restore(step, args=ocp.args.Composite(**{item: target}))
+  return found[item]
+
+
+def read_run_config(run: str) -> dict[str, Any]:
+  """The config of an earlier run that has a checkpoint.
+
+  Raises:
+    ValueError: there is no such run, or it has no checkpoint yet.
+  """
+  path = epath.Path(run).expanduser()
+  if not (path / "config.json").exists():
+    raise ValueError(
+      f"config.init_from={run!r} is not the work directory of an earlier run: "
+      "it has no config.json; train that phase first, or correct the path"
+    )
+  steps = path / "checkpoints"
+  names = [entry.name for entry in steps.iterdir()] if steps.exists() else []
+  if not any(name.isdigit() for name in names):
+    raise ValueError(
+      f"config.init_from={run!r} has no finished checkpoint; let that run go on"
+    )
+  return json.loads((path / "config.json").read_text())
+
+
+def check_space(workdir: epath.Path, abstract: Tree, keep: int) -> None:
+  """Raises ValueError if a local disk cannot hold this run's checkpoints.
+
+  While one is written, `keep` older ones still exist.
+  """
+  if "://" in str(workdir):
+    return
+  size = sum(
+    int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(abstract)
+  )
+  steps = workdir / "checkpoints"
+  existing = len(list(steps.iterdir())) if steps.exists() else 0
+  needed = max(keep + 1 - existing, 1) * size
+  existing_parent = workdir
+  while not existing_parent.exists():
+    existing_parent = existing_parent.parent
+  free = shutil.disk_usage(existing_parent).free
+  if free < needed:
+    raise ValueError(
+      f"no space left for checkpoints: {workdir} has {free / 1e6:,.1f} MB free "
+      f"and this run needs {needed / 1e6:,.1f} MB ({size / 1e6:,.1f} MB each); "
+      "free some, set config.checkpoint.keep=1, or choose another --workdir"
+    )

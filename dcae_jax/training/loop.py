@@ -1,0 +1,217 @@
+"""The training loop, the same for every model.
+
+It hands batches to a jitted step, fetches the metrics of a step after the next
+one is dispatched, and calls for evaluations and checkpoints. A loss that is not
+finite stops it before anything is saved.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+from jax.experimental import multihost_utils
+
+_LOG = logging.getLogger(__name__)
+State = Any
+
+
+class DeviceBatches(Protocol):
+  """A checkpointable iterator over batches on the devices."""
+
+  def __next__(self) -> jax.Array: ...
+
+  def get_state(self) -> dict[str, Any]: ...
+
+
+class Writer(Protocol):
+  def scalars(self, step: int, values: dict[str, float]) -> None: ...
+
+
+class Sigterm:
+  """Remembers SIGTERM, so that the loop can save and leave."""
+
+  def __init__(self):
+    self._received = False
+    if threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, self._receive)
+
+  def _receive(self, *_) -> None:
+    self._received = True
+
+  def requested(self, step: int) -> bool:
+    """True once any process was told to stop; all agree on the step."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._received
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+  """Trace `steps` steps from `start` on into `directory`; 0 steps: never."""
+
+  start: int
+  steps: int
+  directory: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+  """Numbers of steps between logs, evaluations and checkpoints; 0: never."""
+
+  log: int
+  evaluate: int
+  checkpoint: int
+
+  def due(self, every: int, step: int, last_step: int) -> bool:
+    return step == last_step or bool(every and step % every == 0)
+
+
+def run(
+  step_fn: Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]],
+  state: State,
+  batches: DeviceBatches,
+  *,
+  first_step: int,
+  last_step: int,
+  images_per_step: int,
+  flops_per_step: float,
+  peak_flops: float,
+  cadence: Cadence,
+  save: Callable[[int, State, dict[str, Any]], None],
+  evaluate: Callable[[int, State], dict[str, float]],
+  writer: Writer,
+  sigterm: Sigterm,
+  profile: Profile,
+) -> tuple[State, int]:
+  """Trains from `first_step` to `last_step`; returns the state and last step.
+
+  Args:
+    step_fn: jitted, `(state, batch) -> (state, metrics)`.
+    state: at `first_step`; donated.
+    batches: on the devices.
+    first_step: steps done before.
+    last_step: steps to have done at the end.
+    images_per_step: of the global batch.
+    flops_per_step: of the model, over all devices.
+    peak_flops: per second, of all devices.
+    cadence: of logs, evaluations and checkpoints.
+    save: `(step, state, position of the data)`; may return early.
+    evaluate: `(step, state) -> metrics`.
+    writer: of the metrics.
+    sigterm: asks the loop to save and leave.
+    profile: steps to trace.
+
+  Raises:
+    FloatingPointError: a metric is not finite; names it and the step.
+  """
+  clock = _Clock(
+    first_step, last_step, images_per_step, flops_per_step, peak_flops
+  )
+  pending = None  # (step, metrics) whose values are not fetched yet
+
+  def settle() -> None:
+    nonlocal pending
+    if pending is None:
+      return
+    step, metrics = pending
+    pending = None
+    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    _check_finite(step, metrics)
+    if cadence.due(cadence.log, step, last_step):
+      values = {f"train/{k}": v for k, v in metrics.items()}
+      values |= {f"train/{k}": v for k, v in clock.speeds(step).items()}
+      writer.scalars(step, values)
+      _LOG.info(clock.line(step, metrics, values))
+
+  step = first_step
+  for step in range(first_step + 1, last_step + 1):
+    if profile.steps and step == profile.start + 1:
+      jax.profiler.start_trace(profile.directory)
+    state, metrics = step_fn(state, next(batches))
+    settle()
+    pending = (step, metrics)
+    if profile.steps and step == profile.start + profile.steps:
+      jax.block_until_ready(metrics)
+      jax.profiler.stop_trace()
+    stop = sigterm.requested(step)
+    evaluates = cadence.due(cadence.evaluate, step, last_step)
+    saves = stop or cadence.due(cadence.checkpoint, step, last_step)
+    if evaluates or saves:
+      settle()
+      with clock.paused():
+        if evaluates:
+          values = evaluate(step, state)
+          writer.scalars(step, values)
+          _LOG.info(
+            "evaluated  %s",
+            "  ".join(f"{k} {v:.4g}" for k, v in values.items()),
+          )
+        if saves:
+          save(step, state, batches.get_state())
+    if stop and step < last_step:
+      _LOG.info("SIGTERM: saved step %d of %d", step, last_step)
+      break
+  settle()
+  return state, step
+
+
+def _check_finite(step: int, metrics: dict[str, float]) -> None:
+  for name, value in metrics.items():
+    if not math.isfinite(value):
+      raise FloatingPointError(
+        f"train/{name} is {value} at step {step}; the last good checkpoint is "
+        "kept: lower config.optimizer.learning_rate, or set "
+        "config.optimizer.clip_norm, and run again to go on from it"
+      )
+
+
+class _Clock:
+  """Speeds since the last log, without the time spent elsewhere."""
+
+  def __init__(self, first_step, last_step, images, flops, peak_flops):
+    self._first, self._last = first_step, last_step
+    self._images, self._flops, self._peak = images, flops, peak_flops
+    self._started = self._logged = time.perf_counter()
+    self._logged_step, self._idle = first_step, 0.0
+    self._steps_per_second = 0.0
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    self._idle += time.perf_counter() - start
+
+  def speeds(self, step: int) -> dict[str, float]:
+    now = time.perf_counter()
+    seconds = max(now - self._logged - self._idle, 1e-9)
+    rate = (step - self._logged_step) / seconds
+    self._steps_per_second = rate
+    self._logged, self._logged_step, self._idle = now, step, 0.0
+    return {
+      "steps_per_second": rate,
+      "images_per_second": rate * self._images,
+      "model_flops_utilization": rate * self._flops / self._peak,
+    }
+
+  def line(self, step, metrics, values) -> str:
+    left = (self._last - step) / max(self._steps_per_second, 1e-9)
+    minutes, seconds = divmod(round(left), 60)
+    hours, minutes = divmod(minutes, 60)
+    losses = "  ".join(
+      f"{name.removeprefix('loss/')} {value:.4f}"
+      for name, value in metrics.items()
+      if name.startswith("loss/")
+    )
+    return (
+      f"step {step}/{self._last}  {losses}  "
+      f"{self._steps_per_second:.2f} steps/s  "
+      f"{values['train/images_per_second']:.1f} images/s  "
+      f"left {hours}:{minutes:02d}:{seconds:02d}"
+    )

@@ -1,0 +1,87 @@
+"""Metrics of a run: metrics.jsonl, TensorBoard events, PNG samples.
+
+Only the first process writes. After a resume the lines beyond the restored step
+are dropped, so that the file reads as if the run had never stopped.
+"""
+
+import io
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import tensorboardX
+from etils import epath
+from PIL import Image
+
+
+class MetricsWriter:
+  """Writes below one work directory, local or `gs://`."""
+
+  def __init__(self, workdir: epath.Path, first_step: int, enabled: bool):
+    """Args:
+    workdir: of the run.
+    first_step: the restored step; later lines are dropped.
+    enabled: False writes nothing (all processes but the first).
+    """
+    self._enabled = enabled
+    if not enabled:
+      return
+    self._path = workdir / "metrics.jsonl"
+    self._samples = workdir / "samples"
+    self._samples.mkdir(parents=True, exist_ok=True)
+    self._lines = [
+      line for line in read_lines(self._path) if line["step"] <= first_step
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in self._lines)
+    self._path.write_text(text)
+    self._is_local = "://" not in str(workdir)
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir), purge_step=first_step + 1 if first_step else None
+    )
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Adds one line; remote files are written whole, since they only are so."""
+    if not self._enabled:
+      return
+    line = {"step": step, **{k: float(v) for k, v in values.items()}}
+    if self._is_local:
+      with self._path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    else:
+      self._lines.append(line)
+      self._path.write_text("".join(json.dumps(x) + "\n" for x in self._lines))
+    for name, value in values.items():
+      self._board.add_scalar(name, float(value), step)
+
+  def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+    """Saves uint8 [h, w, c] as `samples/<name>_<step>.png` and an event."""
+    if not self._enabled:
+      return
+    write_png(self._samples / f"{name}_{step:08d}.png", pixels)
+    self._board.add_image(name, pixels, step, dataformats="HWC")
+
+  def close(self) -> None:
+    if self._enabled:
+      self._board.close()
+
+
+def read_lines(path: epath.Path) -> list[dict[str, float]]:
+  """The complete lines of a metrics.jsonl; none if there is no file."""
+  if not path.exists():
+    return []
+  lines = []
+  for text in path.read_text().splitlines():
+    try:
+      lines.append(json.loads(text))
+    except json.JSONDecodeError:  # cut off by a kill: always the last one
+      break
+  return lines
+
+
+def write_png(path: epath.Path, pixels: np.ndarray) -> None:
+  """Writes uint8 [h, w, 1 or 3] to a local or `gs://` path."""
+  if pixels.shape[-1] == 1:
+    pixels = pixels[..., 0]
+  buffer = io.BytesIO()
+  Image.fromarray(pixels).save(buffer, format="PNG")
+  path.write_bytes(buffer.getvalue())

@@ -1,0 +1,134 @@
+"""One mesh, one table of rules: where each array lives.
+
+Axes: `data` splits batches, `fsdp` splits batches and parameters, `spatial`
+splits image rows so that large images fit; XLA exchanges the halos. Everything
+is `jax.jit` over global arrays.
+"""
+
+import collections
+import fnmatch
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Tree = Any
+
+# Path pattern, then the dimension that `fsdp` splits (where it divides it).
+RULES = (
+  ("*/kernel", -1),  # output channels
+  ("*", None),  # norms, biases, counters: whole on every device
+)
+IMAGES = PartitionSpec(("data", "fsdp"), "spatial")
+
+
+def create_mesh(
+  data: int, fsdp: int, spatial: int, devices: list[jax.Device] | None = None
+) -> Mesh:
+  """A mesh over all devices; one axis may be -1, the rest of the devices.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [data, fsdp, spatial]
+  text = f"data={data}, fsdp={fsdp}, spatial={spatial}"
+  known = int(np.prod([size for size in sizes if size != -1]))
+  if sizes.count(-1) > 1 or known < 1 or any(size < -1 for size in sizes):
+    raise ValueError(
+      f"config.mesh has {text}; sizes are positive, and one may be -1"
+    )
+  if -1 in sizes:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if int(np.prod(sizes)) != len(devices):
+    raise ValueError(
+      f"config.mesh with {text} does not fit {len(devices)} devices; choose "
+      "sizes whose product is that number, one of them -1"
+    )
+  return Mesh(np.array(devices).reshape(sizes), ("data", "fsdp", "spatial"))
+
+
+def check_batch(
+  batch_size: int, accumulation: int, resolution: int, mesh: Mesh
+) -> None:
+  """Raises ValueError unless the batch divides over the mesh."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size < 1 or accumulation < 1 or batch_size % (ways * accumulation):
+    raise ValueError(
+      f"config.batch_size={batch_size} is not divisible by "
+      f"{ways * accumulation}: {ways} ways of data parallelism (mesh axes data "
+      f"x fsdp) times config.accumulation={accumulation}; use a multiple"
+    )
+  if resolution % mesh.shape["spatial"]:
+    raise ValueError(
+      f"image side {resolution} is not divisible by config.mesh.spatial="
+      f"{mesh.shape['spatial']}; use a smaller spatial axis"
+    )
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+  """The `NamedSharding` of each leaf of a tree of arrays or shapes."""
+
+  def of_leaf(keys, leaf):
+    path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    axis = next(axis for rule, axis in RULES if fnmatch.fnmatch(path, rule))
+    spec = [None] * len(leaf.shape)
+    if axis is not None and leaf.shape[axis] % mesh.shape["fsdp"] == 0:
+      spec[axis] = "fsdp"
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+  return jax.tree.map_with_path(of_leaf, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def put_images(images: np.ndarray, mesh: Mesh) -> jax.Array:
+  """This process's share of a batch to its devices, as one global array."""
+  sharding = NamedSharding(mesh, IMAGES)
+  return jax.make_array_from_process_local_data(sharding, images)
+
+
+class Batches(Protocol):
+  """A checkpointable iterator over host batches."""
+
+  def __next__(self) -> dict[str, np.ndarray]: ...
+
+  def get_state(self) -> dict[str, Any]: ...
+
+  def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Prefetch:
+  """Batches of images on the devices, `depth` ahead of the step.
+
+  Its state is that of the last batch handed out, not of the last one read.
+  """
+
+  def __init__(self, batches: Batches, mesh: Mesh, depth: int):
+    self._batches, self._mesh = batches, mesh
+    self._depth = max(depth, 1)
+    self._queue = collections.deque()
+    self._state = batches.get_state()
+
+  def __iter__(self) -> Iterator[jax.Array]:
+    return self
+
+  def __next__(self) -> jax.Array:
+    while len(self._queue) < self._depth:
+      images = next(self._batches)["images"]
+      state = self._batches.get_state()
+      self._queue.append((put_images(images, self._mesh), state))
+    images, self._state = self._queue.popleft()
+    return images
+
+  def get_state(self) -> dict[str, Any]:
+    return self._state
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._queue.clear()
+    self._batches.set_state(state)
+    self._state = state
