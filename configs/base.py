@@ -22,7 +22,7 @@ def source(
   """Where images come from."""
   c = ConfigDict()
   # "folder": any tree of images, a class per sub-folder, local or gs://.
-  # "tfds": a prepared TFDS dataset in array_record format, no TensorFlow needed.
+  # "tfds": a prepared TFDS dataset in array_record format; no TensorFlow.
   # "embedded": photographs inside installed packages, nothing to download.
   # "mixture": of `members`, drawn by their weights.
   c.kind = kind

@@ -1,4 +1,4 @@
-"""All three phases of a tiny variant, on a CPU, in minutes; nothing downloads.
+r"""All three phases of a tiny variant, on a CPU, in minutes; nothing downloads.
 
   python -m dcae_jax.main --config=configs/quickstart.py \
     --workdir=runs/quickstart

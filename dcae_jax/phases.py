@@ -1,9 +1,10 @@
 """The three training phases of DC-AE (arXiv 2410.10733, section 3.2, figure 6).
 
-A phase says which parameters learn, whether the GAN loss acts, and whether batch
-statistics move. Parameters are named by their path, `encoder/project_out/conv/
-kernel`; which of them the paper means by "middle layers" and "decoder head" is
-not published beyond these words, so that they are patterns, with defaults.
+A phase says which parameters learn, whether the GAN loss acts, and whether
+batch statistics move. Parameters are named by their path, such as
+`encoder/project_out/conv/kernel`; which of them the paper means by "middle
+layers" and "decoder head" is not published beyond these words, so that they are
+patterns, with defaults.
 """
 
 import dataclasses
@@ -125,14 +126,14 @@ def partition(parameters: Tree, mask: Tree) -> tuple[Tree, Tree]:
   A masked node has no leaves: what is built over the trainable part (gradients,
   optimizer state) does not exist for frozen parameters.
   """
-  return tuple(
-    jax.tree.map(
-      lambda leaf, learns: leaf if learns is side else optax.MaskedNode(),
-      parameters,
-      mask,
-    )
-    for side in (True, False)
+  masked = optax.MaskedNode()
+  trainable = jax.tree.map(
+    lambda leaf, learns: leaf if learns else masked, parameters, mask
   )
+  frozen = jax.tree.map(
+    lambda leaf, learns: masked if learns else leaf, parameters, mask
+  )
+  return trainable, frozen
 
 
 def combine(trainable: Tree, frozen: Tree) -> Tree:

@@ -118,7 +118,7 @@ class _Load:
       image = transforms.decode(
         record.encoded, **dataclasses.asdict(self._decoding)
       )
-    except transforms.TooSmall:
+    except transforms.TooSmallError:
       return None
     except Exception as error:  # Pillow raises anything, files may vanish
       self._skipped.add(self._source.name(index), error)

@@ -120,13 +120,40 @@ def _remote_files(root: str) -> list[str]:
 
 # Photographs inside packages of the Python package index. The two sets share no
 # photograph and no scene. (Left out: drawings, renders, near-blank pictures.)
-_INTERIORS = (
-  "1317558 2416933 2560067 36030587 36179987 36236147 36358763 4389955 4400637 "
-  "4543103 5386834 5604956 5853819 6373478 6707631 6830376 6956495 6963783 "
-  "6963788 7247504 7303773 7303782 7303800 7303842 7303992 7303994 7303995 "
-  "7688357 cup-of-couple-6962851 cup-of-couple-6963787 cup-of-couple-7303987 "
-  "maksgelatin-4352247"
-).split()
+_INTERIORS = [
+  "1317558",
+  "2416933",
+  "2560067",
+  "36030587",
+  "36179987",
+  "36236147",
+  "36358763",
+  "4389955",
+  "4400637",
+  "4543103",
+  "5386834",
+  "5604956",
+  "5853819",
+  "6373478",
+  "6707631",
+  "6830376",
+  "6956495",
+  "6963783",
+  "6963788",
+  "7247504",
+  "7303773",
+  "7303782",
+  "7303800",
+  "7303842",
+  "7303992",
+  "7303994",
+  "7303995",
+  "7688357",
+  "cup-of-couple-6962851",
+  "cup-of-couple-6963787",
+  "cup-of-couple-7303987",
+  "maksgelatin-4352247",
+]
 _EMBEDDED = {
   "train": [
     *(("interior_photos", f"images/pexels-{n}.jpg") for n in _INTERIORS),
@@ -192,8 +219,9 @@ class TensorFlowDataset:
     try:
       builder = tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError as error:
+      place = data_dir or "the default place"
       raise ValueError(
-        f"there is no TFDS dataset {name!r} in {data_dir or 'the default place'}"
+        f"there is no TFDS dataset {name!r} in {place}"
       ) from error
     if "image" not in builder.info.features:
       raise ValueError(

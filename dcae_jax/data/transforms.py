@@ -1,8 +1,8 @@
 """Encoded bytes to a decoded RGB (or grey) image, and the crops.
 
-Everything that Pillow may meet in the wild is decoded as a viewer would show
-it, or refused with an exception; sizes are read from the header first, so that a
-decompression bomb is never unpacked.
+Everything that Pillow may meet is decoded as a viewer would show it, or refused
+with an exception; sizes are read from the header first, so that a decompression
+bomb is never unpacked.
 """
 
 import io
@@ -17,7 +17,7 @@ _MODES = {1: "L", 3: "RGB"}
 CROPS = ("random_crop", "random_resized_crop", "dm_crop")
 
 
-class TooSmall(Exception):
+class TooSmallError(Exception):
   """An image below the minimum size: left out on purpose, not an error."""
 
 
@@ -51,7 +51,7 @@ def decode(
     shorter_side: larger images are reduced to it (antialiased); 0: never.
 
   Raises:
-    TooSmall: a side is below `min_size`.
+    TooSmallError: a side is below `min_size`.
     Exception: of any other kind, for anything that cannot be decoded.
   """
   Image.MAX_IMAGE_PIXELS = (
@@ -60,7 +60,7 @@ def decode(
   image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
   width, height = image.size
   if min(width, height) < min_size:
-    raise TooSmall(f"{width}x{height}")
+    raise TooSmallError(f"{width}x{height}")
   if width * height > max_megapixels * 1e6:
     raise ValueError(
       f"{width}x{height} pixels are more than {max_megapixels} megapixels"

@@ -36,6 +36,8 @@ def _shifts(x: Array, size: int) -> list[Array]:
   """The `size * size` shifted views of `x`, zero-padded, row by row."""
   height, width = x.shape[1:3]
   p = size // 2
+  # Without the barrier, XLA computes what made `x` anew for each shift.
+  x = jax.lax.optimization_barrier(x)
   x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
   return [
     x[:, i : i + height, j : j + width]
@@ -45,7 +47,7 @@ def _shifts(x: Array, size: int) -> list[Array]:
 
 
 def _shifted_sum(x: Array, kernel: Array) -> Array:
-  taps = kernel.reshape(-1, kernel.shape[-1])
+  taps = kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
   return sum(
     shifted * tap
     for shifted, tap in zip(_shifts(x, kernel.shape[0]), taps, strict=True)
@@ -53,6 +55,7 @@ def _shifted_sum(x: Array, kernel: Array) -> Array:
 
 
 def _shifted_sum_vjp(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+  g = jax.lax.optimization_barrier(g)
   products = [
     jnp.sum(shifted * g, axis=(0, 1, 2), dtype=jnp.float32)
     for shifted in _shifts(x, kernel.shape[0])
@@ -62,8 +65,13 @@ def _shifted_sum_vjp(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
 
 
 def _patch_product(x: Array, kernel: Array) -> Array:
-  patches = jnp.concatenate(_shifts(x, kernel.shape[0]), axis=-1)
-  return patches @ kernel.reshape(-1, kernel.shape[-1])
+  patches = x
+  if kernel.shape[0] > 1:
+    patches = jnp.concatenate(_shifts(x, kernel.shape[0]), axis=-1)
+  # Two-dimensional factors: XLA copies them around otherwise.
+  patches = patches.reshape(-1, patches.shape[-1])
+  y = patches @ kernel.reshape(-1, kernel.shape[-1])
+  return y.reshape(*x.shape[:3], -1)
 
 
 def _vjp(f: Callable) -> Callable:

@@ -1,8 +1,8 @@
 """PatchGAN discriminator (arXiv 1611.07004) of the third phase.
 
-It judges overlapping patches, one logit each. Batch norm always uses the batch's
-own statistics, so that it has no state; real and reconstructed images go through
-it as separate batches. It exists for training only.
+It judges overlapping patches, one logit each. Batch norm always uses the
+batch's own statistics, so that it has no state; real and reconstructed images
+go through it as separate batches. It exists for training only.
 """
 
 import flax.linen as nn

@@ -1,5 +1,7 @@
 """Trains all three phases, one after the other, and reports on them."""
 
+import itertools
+
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -34,7 +36,7 @@ def chained(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
   """The config with each phase starting from the one before."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    for before, name in zip(_PHASES, _PHASES[1:], strict=False):
+    for before, name in itertools.pairwise(_PHASES):
       config[name].init_from = str(workdir / before)
     for name in _PHASES:
       config.report.runs[name] = str(workdir / name)

@@ -50,7 +50,7 @@ class Checkpoints:
   """The checkpoints of one work directory."""
 
   def __init__(self, workdir: epath.Path, keep: int):
-    """Removes what a killed process left half-written; keeps the last `keep`."""
+    """Removes what a killed process left half-written; keeps `keep`."""
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells it all
     self._manager = ocp.CheckpointManager(
       workdir / "checkpoints",

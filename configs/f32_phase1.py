@@ -1,0 +1,15 @@
+r"""DC-AE f32c32, phase 1: low-resolution full training.
+
+  python -m dcae_jax.main --config=configs/f32_phase1.py \
+    --workdir=gs://BUCKET/f32/phase1 \
+    --config.data.source.path=gs://BUCKET/images/train \
+    --config.evaluation.source.path=gs://BUCKET/images/val
+
+Meant for 8 chips of 16 GiB or more. Expected numbers: not yet measured.
+"""
+
+from configs import base
+
+
+def get_config():
+  return base.phase1("f32c32")

@@ -1,0 +1,15 @@
+r"""DC-AE f64c128, phase 1: low-resolution full training.
+
+  python -m dcae_jax.main --config=configs/f64_phase1.py \
+    --workdir=gs://BUCKET/f64/phase1 \
+    --config.data.source.path=gs://BUCKET/images/train \
+    --config.evaluation.source.path=gs://BUCKET/images/val
+
+Meant for 16 chips of 16 GiB or more. Expected numbers: not yet measured.
+"""
+
+from configs import base
+
+
+def get_config():
+  return base.phase1("f64c128")

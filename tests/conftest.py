@@ -1,0 +1,86 @@
+"""Fake devices, strict JAX, shape checks, and a small world to train in."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jaxtyping
+
+jaxtyping.install_import_hook("dcae_jax", "beartype.beartype")
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from configs import base
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+def pytest_configure():
+  flags.FLAGS.mark_as_parsed()  # grain's loader processes want it
+
+
+def smooth_image(seed: int, height: int, width: int) -> np.ndarray:
+  """Colour gradients and shapes: learnable, and different for each seed."""
+  rng = np.random.default_rng(seed)
+  coarse = rng.uniform(0, 255, (4, 4, 3)).astype(np.uint8)
+  image = Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+  return np.asarray(image)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> pathlib.Path:
+  """12 images in two classes, sides from 64 to 130 pixels."""
+  root = tmp_path_factory.mktemp("photographs")
+  for i in range(12):
+    directory = root / ("animals" if i % 2 else "places")
+    directory.mkdir(exist_ok=True)
+    pixels = smooth_image(i, 64 + 6 * i, 130 - 6 * i)
+    Image.fromarray(pixels).save(directory / f"{i:02d}.png")
+  return root
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory) -> str:
+  return str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture
+def tiny_config(photographs, compilation_cache):
+  """A function of the phase: a run of four steps of tiny-f8, without LPIPS."""
+
+  def create(phase: int = 1, **changes):
+    c = getattr(base, f"phase{phase}")("tiny-f8")
+    c.model.dtype = "float32"
+    c.model.rematerialisation = False
+    c.resolution, c.batch_size, c.steps = 32, 8, 4
+    c.lpips.weight = 0.0
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.warmup_steps = 2
+    c.ema.decay = 0.9
+    c.ema.ramp_steps = 2
+    c.discriminator.width = 8
+    c.discriminator.layers = 2
+    c.data.source = base.source("folder", str(photographs))
+    c.data.min_size = 0
+    c.data.workers = 0
+    c.data.threads = 2
+    c.evaluation.source = base.source("folder", str(photographs))
+    c.evaluation.resolutions = (32,)
+    c.evaluation.batch_size = 8
+    c.evaluation.samples = 4
+    c.evaluation.every = 0
+    c.checkpoint.every = 0
+    c.log_every = 1
+    c.mesh.data = 8
+    c.compilation_cache = compilation_cache
+    c.update_from_flattened_dict(changes)
+    return c
+
+  return create

@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcae_jax.models import convolution
+
+
+def _arrays(*shapes):
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(rng.normal(size=shape), "float32") for shape in shapes]
+
+
+def _reference(x, kernel, stride=1, groups=1):
+  padding = kernel.shape[0] // 2
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    [(padding, padding)] * 2,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=groups,
+  )
+
+
+def _check_equal(f, reference, x, kernel):
+  y, pull_back = jax.vjp(f, x, kernel)
+  expected, pull_back_reference = jax.vjp(reference, x, kernel)
+  scale = float(jnp.abs(expected).max())
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * scale)
+  (g,) = _arrays(y.shape)
+  for a, b in zip(pull_back(g), pull_back_reference(g), strict=True):
+    scale = float(jnp.abs(b).max())
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 8), (2, 4, 6, 8), (1, 9, 7, 8)])
+def test_depthwise_convolution_equals_lax_conv(shape, size):
+  x, kernel = _arrays(shape, (size, size, 1, 8))
+  _check_equal(
+    convolution.depthwise_convolution,
+    lambda x, kernel: _reference(x, kernel, groups=8),
+    x,
+    kernel,
+  )
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("shape", [(2, 1, 2, 6), (3, 8, 8, 6), (1, 12, 9, 6)])
+def test_convolution_equals_lax_conv(shape, size):
+  x, kernel = _arrays(shape, (size, size, 6, 10))
+  _check_equal(convolution.convolution, _reference, x, kernel)
+
+
+@pytest.mark.parametrize(("stride", "groups"), [(2, 1), (1, 2), (2, 3)])
+def test_strided_and_grouped_convolution_equals_lax_conv(stride, groups):
+  x, kernel = _arrays((2, 8, 6, 6), (3, 3, 6 // groups, 12))
+  _check_equal(
+    lambda x, k: convolution.convolution(x, k, stride, groups),
+    lambda x, k: _reference(x, k, stride, groups),
+    x,
+    kernel,
+  )
+
+
+def _program(f, platform, *arguments):
+  gradient = jax.grad(lambda *a: jnp.sum(f(*a) ** 2), argnums=(0, 1))
+  traced = jax.jit(gradient).trace(*arguments)
+  return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+  ("f", "kernel_shape"),
+  [
+    (convolution.depthwise_convolution, (3, 3, 1, 8)),
+    (convolution.convolution, (3, 3, 8, 16)),
+    (convolution.convolution, (1, 1, 8, 16)),
+  ],
+)
+def test_only_the_cpu_program_differs_from_lax_conv(f, kernel_shape):
+  x, kernel = _arrays((2, 2, 2, 8), kernel_shape)
+  cpu = _program(f, "cpu", x, kernel)
+  assert "stablehlo.convolution" not in cpu
+  groups = 8 if kernel_shape[2] == 1 else 1
+  reference = lambda x, kernel: _reference(x, kernel, groups=groups)
+  for platform in ("tpu", "cuda"):
+    count = _program(f, platform, x, kernel).count("stablehlo.convolution")
+    expected = _program(reference, platform, x, kernel)
+    assert count == expected.count("stablehlo.convolution") > 0
+
+
+def test_large_grids_use_lax_conv_on_cpu_too():
+  x, kernel = _arrays((1, 16, 16, 4), (3, 3, 4, 4))
+  program = _program(convolution.convolution, "cpu", x, kernel)
+  assert "stablehlo.convolution" in program

@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcae_jax import phases
+from dcae_jax.models import dcae
+
+# Trainable parameters of encoder and decoder, running batch statistics.
+PARAMETERS = {
+  "f32c32": (123_172_384, 200_184_076, 12_800),
+  "f64c128": (264_550_528, 412_345_612, 12_800),
+  "f128c512": (415_661_056, 705_021_196, 12_800),
+  "f32c32-sana": (153_027_104, 159_223_171, 0),
+  "f32c32-lite": (153_027_104, 268_154_124, 0),
+  "f32c128-1.5": (228_609_408, 295_000_332, 0),
+  "f64c128-1.5": (306_478_720, 408_262_924, 0),
+}
+
+
+def _shapes(model, height, width, channels=3):
+  images = jax.ShapeDtypeStruct((2, height, width, channels), "float32")
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  encode = lambda v, x: model.apply(v, x, method="encode")
+  z = jax.eval_shape(encode, variables, images)
+  return variables, z, jax.eval_shape(model.apply, variables, images)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  model = dcae.create("tiny-f8")
+  images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3))
+  images = jnp.asarray(images, "float32")
+  return model, jax.jit(model.init)(jax.random.key(0), images), images
+
+
+@pytest.mark.parametrize("variant", PARAMETERS)
+def test_parameter_counts_are_the_published_ones(variant):
+  model = dcae.create(variant)
+  f = model.spatial_compression
+  variables, _, _ = _shapes(model, f, f)
+  found = (
+    phases.count(variables["params"]["encoder"]),
+    phases.count(variables["params"]["decoder"]),
+    phases.count(variables.get("batch_stats", {})),
+  )
+  assert found == PARAMETERS[variant]
+
+
+@pytest.mark.parametrize("variant", dcae.VARIANTS)
+def test_any_multiple_of_the_compression_is_encoded_and_decoded(variant):
+  model = dcae.create(variant)
+  f = model.spatial_compression
+  _, z, images = _shapes(model, 2 * f, 3 * f)
+  assert z.shape == (2, 2, 3, dcae.VARIANTS[variant].latent_channels)
+  assert images.shape == (2, 2 * f, 3 * f, 3)
+  assert z.dtype == images.dtype == jnp.float32
+
+
+def test_variant_names_tell_compression_and_latent_channels():
+  for name, variant in dcae.VARIANTS.items():
+    f = variant.spatial_compression
+    assert name.removeprefix("tiny-").startswith(f"f{f}")
+    if not name.startswith("tiny-"):
+      rest = name.removeprefix(f"f{f}").split("-")[0]
+      assert rest == f"c{variant.latent_channels}"
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_image_channels_are_a_field(channels):
+  model = dcae.create("tiny-f8", image_channels=channels)
+  _, _, images = _shapes(model, 16, 16, channels)
+  assert images.shape == (2, 16, 16, channels)
+
+
+def test_ablation_removes_shortcuts_and_nothing_else(tiny):
+  model, variables, images = tiny
+  ablation = dcae.create("tiny-f8", residual_autoencoding=False)
+  shapes, _, _ = _shapes(ablation, 16, 24)
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
+  # With every learned path at zero only the shortcuts are left.
+  silent = jax.tree.map(jnp.zeros_like, variables)
+  z = model.apply(silent, images, method="encode")
+  assert not jnp.any(z)  # the image enters through a learned projection only
+  z = jnp.ones_like(z)
+  head = variables["params"]["decoder"]["project_out"]
+  silent["params"]["decoder"]["project_out"] = head
+  constant = model.apply(silent, jnp.zeros_like(z), method="decode")
+  assert jnp.any(model.apply(silent, z, method="decode") != constant)
+  np.testing.assert_array_equal(
+    ablation.apply(silent, z, method="decode"), constant
+  )
+
+
+def test_rematerialisation_changes_neither_values_nor_gradients(tiny):
+  model, variables, images = tiny
+
+  def gradient(model):
+    loss = lambda params: jnp.mean(
+      jnp.abs(model.apply({**variables, "params": params}, images) - images)
+    )
+    return jax.jit(jax.grad(loss))(variables["params"])
+
+  other = gradient(dcae.create("tiny-f8", rematerialisation=True))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+    gradient(model),
+    other,
+  )
+
+
+def test_bfloat16_stays_close_and_parameters_stay_float32(tiny):
+  model, variables, images = tiny
+  half = dcae.create("tiny-f8", dtype="bfloat16")
+  shapes, _, _ = _shapes(half, 16, 24)
+  assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+  expected = model.apply(variables, images)
+  difference = jnp.linalg.norm(half.apply(variables, images) - expected)
+  assert 0 < difference / jnp.linalg.norm(expected) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 16, 3), (2, 16, 4, 3)])
+def test_sides_that_do_not_divide_are_refused(tiny, shape):
+  model, variables, _ = tiny
+  with pytest.raises(ValueError, match=r"not divisible by 8.*use 8 or|use 16"):
+    model.apply(variables, jnp.zeros(shape), method="encode")
+
+
+def test_unknown_variants_are_refused_with_the_known_ones():
+  with pytest.raises(ValueError, match=r"'f16c4'.*f64c128"):
+    dcae.create("f16c4")
