@@ -49,9 +49,7 @@ def test_average_after_duplicate_is_the_identity():
 def test_downsample_with_zeroed_path_is_the_averaging_shortcut(kind):
   x = _images(2, 4, 6, 8)
   module = ra.Downsample(16, kind)
-  variables = jax.tree.map(
-    jnp.zeros_like, module.init(jax.random.key(0), x)
-  )
+  variables = jax.tree.map(jnp.zeros_like, module.init(jax.random.key(0), x))
   y = np.asarray(module.apply(variables, x))
   # Doubling channels: pairs of neighbours in a row, one output per row.
   x = np.asarray(x)
@@ -65,9 +63,7 @@ def test_downsample_with_zeroed_path_is_the_averaging_shortcut(kind):
 def test_upsample_with_zeroed_path_is_the_duplicating_shortcut(kind):
   x = _images(2, 3, 2, 8)
   module = ra.Upsample(4, kind)
-  variables = jax.tree.map(
-    jnp.zeros_like, module.init(jax.random.key(0), x)
-  )
+  variables = jax.tree.map(jnp.zeros_like, module.init(jax.random.key(0), x))
   y = np.asarray(module.apply(variables, x))
   x = np.asarray(x)
   for k in range(4):

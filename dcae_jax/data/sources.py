@@ -7,7 +7,7 @@ decoded here. All sources are picklable, since loader workers are processes.
 import importlib.util
 import os
 import pathlib
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -31,6 +31,7 @@ class Record(NamedTuple):
   label: int
 
 
+@runtime_checkable
 class Source(Protocol):
   """A random-access sequence of records; reading one may raise OSError."""
 

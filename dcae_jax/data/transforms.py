@@ -11,7 +11,7 @@ import math
 import numpy as np
 from PIL import Image, ImageOps
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODES = {1: "L", 3: "RGB"}
 
 CROPS = ("random_crop", "random_resized_crop", "dm_crop")

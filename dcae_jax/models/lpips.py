@@ -13,6 +13,8 @@ import os
 import pathlib
 import pickle
 import tempfile
+import zipfile
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -71,7 +73,7 @@ SMALLEST_SIDE = {"vgg16": 16, "alexnet": 31}  # pixels; less leaves no features
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 
-Parameters = dict[str, Float[Array, "..."]]
+Parameters = Mapping[str, Array | np.ndarray]
 
 
 def _max_pool(x: Array, window: int) -> Array:
@@ -250,7 +252,7 @@ def _read_npz(path: pathlib.Path, network: str) -> dict[str, np.ndarray]:
   try:
     with np.load(path, allow_pickle=False) as archive:
       parameters = {name: archive[name] for name in archive.files}
-  except (OSError, ValueError, EOFError, KeyError) as error:
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
     raise ValueError(
       f"LPIPS weights: {path} is not a readable .npz file ({error}); remove it "
       "and run again"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -265,7 +266,7 @@ def _create_state(config, setup, variables, ema) -> state_lib.TrainState:
     side, channels = config.resolution, config.model.image_channels
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     discriminator = setup.discriminator.init(
-      key, np.zeros((1, side, side, channels), np.float32)
+      key, jnp.zeros((1, side, side, channels), jnp.float32)
     )["params"]
   return state_lib.create(
     variables,
@@ -296,7 +297,7 @@ def _initial_state(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
     side = setup.autoencoder.spatial_compression
     channels = config.model.image_channels
     variables = setup.autoencoder.init(
-      key, np.zeros((1, side, side, channels), np.float32)
+      key, jnp.zeros((1, side, side, channels), jnp.float32)
     )
     return _create_state(config, setup, variables, None)
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.experimental import multihost_utils
@@ -22,6 +22,7 @@ _LOG = logging.getLogger(__name__)
 State = Any
 
 
+@runtime_checkable
 class DeviceBatches(Protocol):
   """A checkpointable iterator over batches on the devices."""
 
@@ -30,6 +31,7 @@ class DeviceBatches(Protocol):
   def get_state(self) -> dict[str, Any]: ...
 
 
+@runtime_checkable
 class Writer(Protocol):
   def scalars(self, step: int, values: dict[str, float]) -> None: ...
 

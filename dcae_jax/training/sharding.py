@@ -8,7 +8,7 @@ is `jax.jit` over global arrays.
 import collections
 import fnmatch
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -92,6 +92,7 @@ def put_images(images: np.ndarray, mesh: Mesh) -> jax.Array:
   return jax.make_array_from_process_local_data(sharding, images)
 
 
+@runtime_checkable
 class Batches(Protocol):
   """A checkpointable iterator over host batches."""
 

@@ -25,7 +25,7 @@ class TrainState(flax.struct.PyTreeNode):
     discriminator_optimizer: its optimizer's state, or None.
   """
 
-  step: jax.Array
+  step: Tree
   params: Tree
   batch_stats: Tree
   ema: Tree

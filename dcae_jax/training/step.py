@@ -196,7 +196,7 @@ def create(
     averaged_stats = state.ema["batch_stats"]
     if phase.moves_batch_statistics:
       averaged_stats = jax.tree.map(average, averaged_stats, batch_stats)
-    metrics["gradient_norm"] = optax.global_norm(gradient)
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     state = state.replace(
       step=state.step + 1,
@@ -223,8 +223,8 @@ def create(
   return step
 
 
-def last_layer(gradient: Tree) -> Array:
-  """The gradient of the decoder's last convolution."""
+def last_layer(tree: Tree) -> Any:
+  """The leaf of the decoder's last convolution."""
   for key in LAST_LAYER:
-    gradient = gradient[key]
-  return gradient
+    tree = tree[key]
+  return tree

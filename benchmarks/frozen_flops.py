@@ -1,0 +1,64 @@
+"""FLOPs of a compiled training step in each phase, against phase 1.
+
+  python benchmarks/frozen_flops.py --variant=tiny-f32 --resolution=64
+
+L1 loss alone, no rematerialisation, same batch and resolution; also the bytes
+of the optimizer's state. Nothing is trained or allocated.
+"""
+
+import argparse
+
+import jax
+import numpy as np
+
+from dcae_jax import phases
+from dcae_jax.models import dcae
+from dcae_jax.training import optimizer, step
+from dcae_jax.training import state as state_lib
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--variant", default="tiny-f32", choices=dcae.VARIANTS)
+  parser.add_argument("--resolution", type=int, default=64)
+  parser.add_argument("--batch_size", type=int, default=4)
+  arguments = parser.parse_args()
+  model = dcae.create(arguments.variant)
+  side, first = arguments.resolution, None
+  images = jax.ShapeDtypeStruct((arguments.batch_size, side, side, 3), np.uint8)
+  image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), image)
+  adamw, schedule = optimizer.create(
+    learning_rate=1e-4,
+    warmup_steps=0,
+    beta1=0.9,
+    beta2=0.999,
+    weight_decay=0.1,
+    clip_norm=1.0,
+  )
+  for name, phase in phases.PHASES.items():
+    mask = phases.trainable_mask(variables["params"], phase().trainable)
+    state = jax.eval_shape(
+      lambda v, mask=mask: state_lib.create(v, mask, adamw), variables
+    )
+    train = step.create(
+      apply=model.apply,
+      phase=phase(),
+      mask=mask,
+      optimizer=adamw,
+      schedule=schedule,
+      ema=step.Ema(0.999, 0),
+    )
+    compiled = jax.jit(train).lower(state, images, {}).compile()
+    flops = compiled.cost_analysis()["flops"]
+    first = first or flops
+    moments = 4 * phases.count(state.optimizer) / 1e6
+    print(
+      f"{name:36} {flops / 1e9:12.3f} GFLOP  {flops / first:6.3f} of phase 1"
+      f"  optimizer state {moments:10.3f} MB",
+      flush=True,
+    )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,191 @@
+import io
+import json
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcae_jax.data import images, sources, transforms
+
+
+def _training(pairs, **changes):
+  options = {"batch_size": 4, "seed": 3, "threads": 2}
+  cropping = images.Cropping("random_resized_crop", 16, flip=True)
+  decoding = changes.pop("decoding", images.Decoding())
+  return images.TrainingImages(
+    pairs, decoding, changes.pop("cropping", cropping), **(options | changes)
+  )
+
+
+def _take(iterator, n):
+  batches = [next(iterator) for _ in range(n)]
+  iterator.close()
+  return np.stack([batch["images"] for batch in batches])
+
+
+@pytest.fixture
+def folder(photographs):
+  return sources.folder(str(photographs))
+
+
+@pytest.fixture
+def damaged(photographs, tmp_path):
+  """Two good images among four that cannot be read."""
+  good = sorted(photographs.rglob("*.png"))[:2]
+  for i, path in enumerate(good):
+    (tmp_path / f"good{i}.png").write_bytes(path.read_bytes())
+  buffer = io.BytesIO()
+  Image.new("RGB", (64, 64)).save(buffer, "JPEG")
+  (tmp_path / "truncated.jpg").write_bytes(buffer.getvalue()[:300])
+  (tmp_path / "empty.png").write_bytes(b"")
+  (tmp_path / "text.jpg").write_text("not an image")
+  Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
+  return sources.folder(str(tmp_path))
+
+
+def test_batches_are_uint8_with_labels(folder):
+  iterator = _training([(folder, 1.0)])
+  batch = next(iterator)
+  iterator.close()
+  assert batch["images"].shape == (4, 16, 16, 3)
+  assert batch["images"].dtype == np.uint8
+  assert set(batch["labels"]) <= {0, 1}
+
+
+def test_order_crops_and_flips_follow_the_seed(folder):
+  a, b = (_take(_training([(folder, 1.0)]), 8) for _ in range(2))
+  np.testing.assert_array_equal(a, b)
+  assert not np.array_equal(a, _take(_training([(folder, 1.0)], seed=4), 8))
+
+
+def test_worker_processes_change_nothing(folder):
+  pairs = [(folder, 1.0)]
+  expected = _take(_training(pairs), 5)
+  np.testing.assert_array_equal(_take(_training(pairs, workers=2), 5), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_restored_position_goes_on_exactly(folder, workers):
+  expected = _take(_training([(folder, 1.0)]), 6)
+  first = _training([(folder, 1.0)], workers=workers)
+  np.testing.assert_array_equal(_take(first, 3), expected[:3])
+  state = json.loads(json.dumps(first.get_state()))
+  second = _training([(folder, 1.0)], workers=workers)
+  second.set_state(state)
+  np.testing.assert_array_equal(_take(second, 3), expected[3:])
+
+
+def test_processes_share_the_images(folder):
+  cropping = images.Cropping("dm_crop", 32)
+  options = {"cropping": cropping, "batch_size": 3, "process_count": 2}
+  halves = [
+    _take(_training([(folder, 1.0)], process_index=i, **options), 2)
+    for i in range(2)
+  ]
+  # One epoch of 12 images: together the two processes saw each of them once.
+  seen = {x.tobytes() for half in halves for x in half.reshape(-1, 32, 32, 3)}
+  assert len(seen) == 12
+
+
+def test_epochs_are_shuffled_differently(folder):
+  cropping = images.Cropping("dm_crop", 32)
+  batches = _take(_training([(folder, 1.0)], cropping=cropping), 6)
+  first, second = batches[:3], batches[3:]
+  assert {x.tobytes() for x in first.reshape(12, -1)} == {
+    x.tobytes() for x in second.reshape(12, -1)
+  }
+  assert not np.array_equal(first, second)
+
+
+def test_mixtures_follow_their_weights(tmp_path):
+  pairs = []
+  for name, value, weight in (("black", 0, 3.0), ("white", 255, 1.0)):
+    (tmp_path / name).mkdir()
+    for i in range(2):
+      image = Image.new("RGB", (20, 20), (value,) * 3)
+      image.save(tmp_path / name / f"{i}.png")
+    pairs.append((sources.folder(str(tmp_path / name)), weight))
+  batches = _take(_training(pairs, batch_size=8), 10)
+  assert abs((batches[:, :, 0, 0, 0] == 255).mean() - 0.25) < 0.03
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_replaced_and_named_once(
+  damaged, workers, caplog, capfd
+):
+  iterator = _training([(damaged, 1.0)], workers=workers)
+  with caplog.at_level(logging.WARNING):
+    batches = _take(iterator, 6)
+  assert batches.std(axis=(2, 3, 4)).min() > 0  # no blank stand-ins
+  assert len(iterator.skipped) == 4
+  text = caplog.text + capfd.readouterr().err
+  for name in ("truncated.jpg", "empty.png", "text.jpg", "bomb.png"):
+    assert text.count(f"/{name}: ") == 1
+
+
+def test_small_images_are_left_out_without_a_warning(folder, caplog):
+  decoding = images.Decoding(min_size=80)
+  iterator = _training([(folder, 1.0)], decoding=decoding)
+  _take(iterator, 6)
+  assert not caplog.text and len(iterator.skipped) == 0
+
+
+def test_cached_images_are_the_same(folder):
+  pairs = [(folder, 1.0)]
+  np.testing.assert_array_equal(
+    _take(_training(pairs), 8), _take(_training(pairs, cache_megabytes=1), 8)
+  )
+
+
+def test_sources_without_a_usable_image_are_refused(folder, tmp_path):
+  images.check_not_empty(folder, images.Decoding())
+  with pytest.raises(ValueError, match=r"none of the 12 .*min_size 500"):
+    images.check_not_empty(folder, images.Decoding(min_size=500))
+  (tmp_path / "text.jpg").write_text("not an image")
+  with pytest.raises(ValueError, match=r"none of the 1 .*text\.jpg"):
+    images.check_not_empty(sources.folder(str(tmp_path)), images.Decoding())
+
+
+def test_evaluation_is_in_order_and_masks_what_is_missing(damaged):
+  skipped = images.Skipped()
+  shares = [
+    list(
+      images.evaluation_batches(
+        damaged,
+        images.Decoding(),
+        32,
+        batch_size=2,
+        process_index=i,
+        process_count=2,
+        skipped=skipped,
+      )
+    )
+    for i in range(2)
+  ]
+  assert len(shares[0]) == len(shares[1]) == 2
+  masks = np.stack([[b["mask"] for b in share] for share in shares], -1)
+  # bomb, empty, good0, good1, text, truncated, and two past the end
+  assert masks.reshape(-1).tolist() == [False] * 2 + [True] * 2 + [False] * 4
+  assert len(skipped) == 4
+  image = Image.open(damaged.name(2)).convert("RGB")
+  np.testing.assert_array_equal(
+    shares[0][0]["images"][1], np.asarray(transforms.dm_crop(image, 32))
+  )
+
+
+def test_evaluation_stops_at_max_images(folder):
+  batches = images.evaluation_batches(
+    folder,
+    images.Decoding(),
+    16,
+    batch_size=4,
+    max_images=5,
+    skipped=images.Skipped(),
+  )
+  assert sum(int(batch["mask"].sum()) for batch in batches) == 5
+
+
+def test_unknown_crops_are_refused():
+  with pytest.raises(ValueError, match="dm_crop"):
+    images.Cropping("centre", 16)

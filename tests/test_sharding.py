@@ -1,0 +1,118 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import PartitionSpec
+
+from dcae_jax.tasks import train_autoencoder
+from dcae_jax.training import sharding
+
+
+def _losses(config, workdir):
+  assert train_autoencoder.run(config, epath.Path(workdir))
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  lines = [json.loads(line) for line in lines]
+  return [x["train/loss/total"] for x in lines if "train/loss/total" in x]
+
+
+@pytest.fixture(scope="module")
+def losses_of_one_device(request):
+  return {}
+
+
+@pytest.mark.parametrize("phase", [1, 3])
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 1, 4), (1, 2, 4)])
+def test_one_device_and_eight_agree(
+  tiny_config, tmp_path, monkeypatch, losses_of_one_device, mesh, phase
+):
+  changes = {"steps": 6}
+  if phase == 3:
+    first = tiny_config(1, steps=1)
+    train_autoencoder.run(first, epath.Path(tmp_path / "first"))
+    changes["init_from"] = str(tmp_path / "first")
+  if phase not in losses_of_one_device:
+    with monkeypatch.context() as patch:
+      create = sharding.create_mesh
+      patch.setattr(
+        sharding, "create_mesh", lambda **_: create(1, 1, 1, jax.devices()[:1])
+      )
+      config = tiny_config(phase, **changes)
+      losses_of_one_device[phase] = _losses(config, tmp_path / "one")
+  axes = dict(zip(("data", "fsdp", "spatial"), mesh, strict=True))
+  changes |= {f"mesh.{axis}": size for axis, size in axes.items()}
+  found = _losses(tiny_config(phase, **changes), tmp_path / "eight")
+  expected = losses_of_one_device[phase]
+  assert len(found) == len(expected) == 6
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+  np.testing.assert_allclose(found[5], expected[5], rtol=1e-4)
+
+
+def test_fsdp_splits_output_channels_of_kernels_where_it_divides():
+  mesh = sharding.create_mesh(2, 4, 1)
+  shapes = {
+    "a": {"kernel": jax.ShapeDtypeStruct((3, 3, 5, 8), "float32")},
+    "b": {"kernel": jax.ShapeDtypeStruct((3, 3, 8, 6), "float32")},
+    "c": {"bias": jax.ShapeDtypeStruct((8,), "float32")},
+  }
+  found = sharding.shardings({"params": shapes, "mu": shapes}, mesh)
+  for tree in found.values():
+    assert tree["a"]["kernel"].spec == PartitionSpec(None, None, None, "fsdp")
+    for name, leaf in (("b", "kernel"), ("c", "bias")):
+      assert tree[name][leaf].is_fully_replicated
+
+
+def test_images_are_split_over_batch_and_rows():
+  mesh = sharding.create_mesh(2, 2, 2)
+  images = np.arange(4 * 8 * 4 * 3, dtype=np.uint8).reshape(4, 8, 4, 3)
+  placed = sharding.put_images(images, mesh)
+  shapes = {shard.data.shape for shard in placed.addressable_shards}
+  assert shapes == {(1, 4, 4, 3)}
+  np.testing.assert_array_equal(placed, images)
+
+
+@pytest.mark.parametrize(
+  "sizes", [(3, 1, 1), (-1, -1, 1), (-1, 3, 1), (0, 1, 8)]
+)
+def test_meshes_that_do_not_fit_are_refused(sizes):
+  with pytest.raises(ValueError, match=r"config\.mesh"):
+    sharding.create_mesh(*sizes)
+
+
+def test_batches_and_rows_that_do_not_divide_are_refused():
+  mesh = sharding.create_mesh(2, 1, 4)
+  sharding.check_batch(4, 2, 32, mesh)
+  with pytest.raises(ValueError, match=r"batch_size=6 is not divisible by 4"):
+    sharding.check_batch(6, 2, 32, mesh)
+  with pytest.raises(ValueError, match=r"side 30 .*spatial=4"):
+    sharding.check_batch(4, 1, 30, mesh)
+
+
+class _Counter:
+  """Batches whose pixels count up; its state is the next one."""
+
+  def __init__(self):
+    self.next = 0
+
+  def __next__(self):
+    self.next += 1
+    return {"images": np.full((8, 2, 2, 1), self.next, np.uint8)}
+
+  def get_state(self):
+    return {"next": self.next}
+
+  def set_state(self, state):
+    self.next = state["next"]
+
+
+def test_prefetch_remembers_the_batch_handed_out_not_the_one_read():
+  mesh = sharding.create_mesh(8, 1, 1)
+  batches = sharding.Prefetch(_Counter(), mesh, depth=3)
+  values = [int(next(batches)[0, 0, 0, 0]) for _ in range(4)]
+  assert values == [1, 2, 3, 4]
+  state = batches.get_state()
+  assert state == {"next": 4}
+  other = sharding.Prefetch(_Counter(), mesh, depth=2)
+  other.set_state(state)
+  assert int(next(other)[0, 0, 0, 0]) == 5

@@ -1,0 +1,111 @@
+import importlib.util
+import os
+import pickle
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from dcae_jax.data import sources
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+  """Ten grey squares in two classes."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {
+      "image": tfds.features.Image(encoding_format="png"),
+      "label": tfds.features.ClassLabel(names=["dark", "light"]),
+    }
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i in range(10):
+      path = os.path.join(os.environ["TINY_IMAGES"], f"{i}.png")
+      yield i, {"image": path, "label": "light" if i >= 5 else "dark"}
+
+
+@pytest.fixture(scope="session")
+def tfds_directory(tmp_path_factory):
+  root = tmp_path_factory.mktemp("tfds")
+  for i in range(10):
+    Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(
+      root / f"{i}.png"
+    )
+  os.environ["TINY_IMAGES"] = str(root)
+  Tiny(data_dir=str(root), file_format="array_record").download_and_prepare()
+  return str(root)
+
+
+def test_folder_is_sorted_with_a_class_per_sub_folder(tmp_path):
+  for name in ("b/2.png", "b/deep/1.JPG", "a/3.webp", "a/.hidden.png", "x.txt"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(name.encode())
+  (tmp_path / "b" / "loop").symlink_to(tmp_path)
+  folder = sources.folder(str(tmp_path))
+  found = [
+    (os.path.relpath(r.name, tmp_path), r.encoded.decode(), r.label)
+    for r in (folder[i] for i in range(len(folder)))
+  ]
+  assert found == [
+    ("a/3.webp", "a/3.webp", 0),
+    ("b/2.png", "b/2.png", 1),
+    ("b/deep/1.JPG", "b/deep/1.JPG", 1),
+  ]
+
+
+@pytest.mark.parametrize("path", ["", "/nowhere/at/all", __file__])
+def test_folders_that_do_not_exist_are_refused(path):
+  with pytest.raises(ValueError, match="not a directory"):
+    sources.folder(path)
+
+
+def test_folders_without_images_are_refused(tmp_path):
+  (tmp_path / "readme.txt").write_text("no images")
+  with pytest.raises(ValueError, match="holds no images"):
+    sources.folder(str(tmp_path))
+
+
+def test_embedded_splits_share_no_photograph():
+  names = {}
+  for split in ("train", "validation"):
+    source = sources.embedded(split)
+    names[split] = {source.name(i) for i in range(len(source))}
+    assert len(names[split]) == len(source) >= 8
+    assert all(source[i].encoded for i in range(len(source)))
+  assert not names["train"] & names["validation"]
+  with pytest.raises(ValueError, match="train, validation"):
+    sources.embedded("test")
+
+
+def test_embedded_photographs_say_how_to_get_them(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match="pip install -r requirements-quickst"):
+    sources.embedded("train")
+
+
+def test_tfds_reads_array_records_without_tensorflow(tfds_directory):
+  source = sources.TensorFlowDataset("tiny", "train", tfds_directory)
+  source = pickle.loads(pickle.dumps(source))
+  assert len(source) == 10
+  records = [source[i] for i in range(10)]
+  assert sorted(r.label for r in records) == [0] * 5 + [1] * 5
+  assert all(r.encoded.startswith(b"\x89PNG") for r in records)
+  assert source.name(3) == "tiny:train[3]"
+
+
+def test_tfds_datasets_and_splits_that_do_not_exist_are_refused(
+  tfds_directory,
+):
+  with pytest.raises(ValueError, match=r"no split 'test'.*train"):
+    sources.TensorFlowDataset("tiny", "test", tfds_directory)
+  with pytest.raises(ValueError, match="no TFDS dataset 'unheard_of'"):
+    sources.TensorFlowDataset("unheard_of", "train", tfds_directory)

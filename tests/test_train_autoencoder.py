@@ -1,0 +1,376 @@
+"""A run as a user has it: files, resuming, hand-over, kills, bad input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from dcae_jax.tasks import train_autoencoder
+from dcae_jax.training import checkpoint
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+def _run(config, workdir):
+  return train_autoencoder.run(config, epath.Path(workdir))
+
+
+def _saved(workdir, step=None):
+  """The arrays of a checkpoint, as numpy, by path."""
+  directory = workdir / "checkpoints"
+  steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
+  directory = directory / str(step or max(steps))
+  arrays = {}
+  for item in ("params", "ema", "optimizer"):
+    with ocp.StandardCheckpointer() as checkpointer:
+      tree = checkpointer.restore(directory / item)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      arrays[f"{item}/{name}"] = np.asarray(leaf)
+  return arrays
+
+
+def _assert_same_bits(a, b):
+  assert a.keys() == b.keys()
+  for name, array in a.items():
+    assert array.tobytes() == b[name].tobytes(), name
+
+
+def _lines(workdir):
+  text = (workdir / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def _losses(workdir):
+  key = "train/loss/total"
+  return {x["step"]: x[key] for x in _lines(workdir) if key in x}
+
+
+@pytest.fixture(scope="module")
+def phase_1(tiny_config, tmp_path_factory):
+  """A finished run of phase 1."""
+  workdir = tmp_path_factory.mktemp("runs") / "phase1"
+  assert _run(tiny_config(1), workdir)
+  return workdir
+
+
+def test_work_directory_holds_what_the_contract_says(phase_1):
+  config = json.loads((phase_1 / "config.json").read_text())
+  assert config["model"]["variant"] == "tiny-f8" and config["steps"] == 4
+  assert [p.name for p in (phase_1 / "checkpoints").iterdir()] == ["4"]
+  train = [x for x in _lines(phase_1) if "train/loss/l1" in x]
+  assert [x["step"] for x in train] == [1, 2, 3, 4]
+  assert {
+    "train/loss/total",
+    "train/gradient_norm",
+    "train/learning_rate",
+    "train/images_per_second",
+    "train/model_flops_utilization",
+  } <= train[-1].keys()
+  evaluated = [x for x in _lines(phase_1) if "eval/psnr" in x]
+  assert [x["step"] for x in evaluated] == [4]
+  assert "eval/ssim" in evaluated[0]
+  result = json.loads((phase_1 / "result.json").read_text())
+  assert result["step"] == 4 and result["images_skipped"] == 0
+  assert result["eval/psnr"] == evaluated[0]["eval/psnr"]
+  assert result["parameters"] == result["parameters_trained"] == 1_165_612
+  samples = [p.name for p in (phase_1 / "samples").iterdir()]
+  assert samples == ["reconstructions_32px_00000004.png"]
+  assert list(phase_1.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("phase", [2, 3])
+def test_later_phases_start_from_the_earlier_run_and_leave_the_rest(
+  tiny_config, phase_1, tmp_path, phase
+):
+  config = tiny_config(phase, init_from=str(phase_1))
+  assert _run(config, tmp_path)
+  before, after = _saved(phase_1), _saved(tmp_path)
+  learning = tuple(
+    f"{item}/params/{module}/"
+    for item in ("params", "ema")
+    for module in config.trainable
+  )
+  shared = [k for k in before if k.startswith(("params/", "ema/"))]
+  assert len(shared) > 100
+  for name in shared:
+    same = before[name].tobytes() == after[name].tobytes()
+    assert same != name.startswith(learning), name
+  assert int(after["optimizer/step"]) == 4
+  moments = [
+    k for k in after if "/mu/" in k and not k.startswith("optimizer/d")
+  ]
+  assert moments and all(
+    any(module in k for module in config.trainable) for k in moments
+  )
+
+
+def test_interrupted_and_resumed_ends_with_the_same_bits(
+  tiny_config, phase_1, tmp_path
+):
+  """Two steps, then the rest, against four in one go."""
+  assert _run(tiny_config(1, steps=2), tmp_path)
+  assert _run(tiny_config(1), tmp_path)
+  _assert_same_bits(_saved(phase_1), _saved(tmp_path))
+  assert _losses(phase_1) == _losses(tmp_path)
+
+
+def test_a_finished_run_does_nothing_when_started_again(tiny_config, phase_1):
+  before = _saved(phase_1)
+  result = (phase_1 / "result.json").read_text()
+  assert _run(tiny_config(1), phase_1)
+  _assert_same_bits(before, _saved(phase_1))
+  assert (phase_1 / "result.json").read_text() == result
+
+
+def test_init_from_another_kind_of_model_is_refused(
+  tiny_config, phase_1, tmp_path
+):
+  for key, value in (
+    ("model.variant", "tiny-f32"),
+    ("model.residual_autoencoding", False),
+    ("model.image_channels", 1),
+  ):
+    changes = {key: value, "init_from": str(phase_1)}
+    config = tiny_config(2, **changes)
+    with pytest.raises(ValueError, match=rf"init_from=.*{key}"):
+      _run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_work_directory_of_another_config_is_refused_and_untouched(
+  tiny_config, phase_1
+):
+  before = (phase_1 / "config.json").read_text()
+  config = tiny_config(1, seed=1, **{"optimizer.learning_rate": 0.5})
+  with pytest.raises(
+    ValueError, match=r"optimizer\.learning_rate: 0\.001 there, 0\.5 now; seed"
+  ):
+    _run(config, phase_1)
+  assert (phase_1 / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model.variant": "f16c4"}, "unknown variant 'f16c4'.*f32c32"),
+    ({"model.dtype": "int8"}, "dtype 'int8'"),
+    ({"model.image_channels": 2}, "1 .grey. or 3"),
+    ({"phase": "phase1"}, "low_resolution_full_training"),
+    ({"trainable": ("decoder/head",)}, "'decoder/head' matches no parameter"),
+    ({"resolution": 36}, "side 36 is not divisible by 8.*use 32 or 40"),
+    ({"resolution": 0}, "side 0"),
+    ({"evaluation.resolutions": (32, 20)}, "side 20 is not divisible"),
+    ({"evaluation.resolutions": ()}, "resolutions is empty"),
+    ({"batch_size": 12}, "batch_size=12 is not divisible by 8"),
+    ({"batch_size": 8, "accumulation": 2}, "divisible by 16"),
+    ({"mesh.fsdp": 3}, r"config\.mesh .*8 devices"),
+    ({"steps": 0}, r"config\.steps=0 is below 1"),
+    ({"optimizer.learning_rate": float("nan")}, "learning_rate=nan"),
+    ({"ema.decay": 1.0}, "not below 1"),
+    ({"data.crop": "centre"}, "unknown crop 'centre'"),
+    ({"data.min_size": 4000}, "none of the 12 images can be used"),
+    ({"data.source.path": "/nowhere"}, "'/nowhere' does not exist"),
+    ({"data.source.kind": "webdataset"}, "unknown source kind"),
+    ({"data.source.kind": "mixture"}, "at least one member"),
+    ({"lpips.weight": 0.25, "lpips.path": "/nowhere.npz"}, "no file /nowhere"),
+    ({"lpips.network": "squeeze"}, "unknown LPIPS network"),
+    ({"lpips.weight": 0.25, "lpips.network": "alexnet", "resolution": 24},
+     "too small for LPIPS"),
+    ({"init_from": "/nowhere"}, "'/nowhere' is not the work directory"),
+  ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_anything_is_written(
+  tiny_config, tmp_path, changes, message
+):
+  workdir = tmp_path / "run"
+  with pytest.raises(ValueError, match=message):
+    _run(tiny_config(1, **changes), workdir)
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize("phase", [2, 3])
+def test_later_phases_need_init_from(tiny_config, tmp_path, phase):
+  with pytest.raises(ValueError, match=r"set --config\.init_from"):
+    _run(tiny_config(phase), tmp_path / "run")
+
+
+def test_adaptive_weight_needs_the_last_layer(tiny_config, phase_1, tmp_path):
+  config = tiny_config(
+    3, init_from=str(phase_1), trainable=("decoder/stage_1",)
+  )
+  with pytest.raises(ValueError, match=r"adaptive needs decoder/project_out"):
+    _run(config, tmp_path / "run")
+
+
+def test_too_small_a_disk_is_refused(tiny_config, tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: _Disk())
+  with pytest.raises(ValueError, match=r"no space left .*0\.1 MB free"):
+    _run(tiny_config(1), workdir)
+  assert not workdir.exists()
+
+
+class _Disk:
+  free = 100_000
+
+
+def test_a_half_written_checkpoint_is_never_restored(
+  tiny_config, phase_1, tmp_path
+):
+  assert _run(tiny_config(1, steps=2), tmp_path)
+  half = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp-99"
+  (half / "params").mkdir(parents=True)
+  (half / "params" / "junk").write_text("cut off")
+  assert _run(tiny_config(1), tmp_path)
+  _assert_same_bits(_saved(phase_1), _saved(tmp_path))
+  assert not half.exists()
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
+  tiny_config, tmp_path
+):
+  changes = {
+    "steps": 50,
+    "checkpoint.every": 1,
+    "optimizer.learning_rate": 1e30,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.warmup_steps": 0,
+  }
+  with pytest.raises(FloatingPointError, match=r"train/.* at step \d+;"):
+    _run(tiny_config(1, **changes), tmp_path)
+  for name, array in _saved(tmp_path).items():
+    if name.startswith("params/"):
+      assert np.all(np.isfinite(array)), name
+
+
+def test_phase_2_watches_low_resolution_too(tiny_config, phase_1, tmp_path):
+  changes = {
+    "init_from": str(phase_1),
+    "resolution": 64,
+    "evaluation.resolutions": (64, 32),
+    "steps": 2,
+  }
+  assert _run(tiny_config(2, **changes), tmp_path)
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert {"eval/psnr", "eval/32px/psnr", "eval/32px/ssim"} <= result.keys()
+
+
+def test_skipped_images_are_counted(tiny_config, photographs, tmp_path):
+  folder = tmp_path / "images"
+  folder.mkdir()
+  for i, path in enumerate(sorted(photographs.rglob("*.png"))[:3]):
+    (folder / f"{i}.png").write_bytes(path.read_bytes())
+  (folder / "broken.jpg").write_bytes(b"broken")
+  changes = {"steps": 2, "data.source.path": str(folder)}
+  assert _run(tiny_config(1, **changes), tmp_path / "run")
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  assert result["images_skipped"] == 1
+
+
+class _Process:
+  """`python -m dcae_jax.main` on one device, on the same small world."""
+
+  def __init__(self, photographs, compilation_cache, workdir, *extra):
+    source = "data.source", "evaluation.source"
+    flags = {f"{s}.path": photographs for s in source}
+    flags |= {
+      "model.variant": "tiny-f8",
+      "model.dtype": "float32",
+      "resolution": 32,
+      "batch_size": 8,
+      "steps": 40,
+      "lpips.weight": 0,
+      "optimizer.warmup_steps": 2,
+      "data.workers": 0,
+      "evaluation.resolutions": "(32,)",
+      "evaluation.every": 0,
+      "evaluation.batch_size": 8,
+      "checkpoint.every": 3,
+      "log_every": 1,
+      "compilation_cache": compilation_cache,
+    }
+    self.workdir = workdir
+    arguments = [f"--config.{k}={v}" for k, v in flags.items()]
+    environment = os.environ | {
+      "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")
+    }
+    self.process = subprocess.Popen(
+      [
+        sys.executable,
+        "-m",
+        "dcae_jax.main",
+        "--config=configs/f32_phase1.py",
+        f"--workdir={workdir}",
+        *arguments,
+        *extra,
+      ],
+      cwd=REPOSITORY,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  def wait_for_step(self, step, seconds=240):
+    end = time.monotonic() + seconds
+    path = self.workdir / "metrics.jsonl"
+    while time.monotonic() < end and self.process.poll() is None:
+      if path.exists() and len(path.read_text().splitlines()) >= step:
+        return
+      time.sleep(0.01)
+    raise AssertionError(self.process.communicate()[0])
+
+  def finish(self):
+    output, _ = self.process.communicate(timeout=300)
+    return self.process.returncode, output
+
+
+def test_kill_and_sigterm_lose_nothing(
+  photographs, compilation_cache, tmp_path
+):
+  """One run to its end; another killed twice and terminated once."""
+  start = lambda name: _Process(photographs, compilation_cache, tmp_path / name)
+  code, output = start("whole").finish()
+  assert code == 0, output
+  for step in (5, 16):
+    run = start("killed")
+    run.wait_for_step(step)
+    run.process.send_signal(signal.SIGKILL)
+    assert run.finish()[0] == -signal.SIGKILL
+  run = start("killed")
+  run.wait_for_step(24)
+  run.process.send_signal(signal.SIGTERM)
+  code, output = run.finish()
+  assert code == 0 and "SIGTERM: saved step" in output, output
+  assert not (tmp_path / "killed" / "result.json").exists()
+  code, output = start("killed").finish()
+  assert code == 0 and "going on from step" in output, output
+  _assert_same_bits(_saved(tmp_path / "whole"), _saved(tmp_path / "killed"))
+  assert _losses(tmp_path / "whole") == _losses(tmp_path / "killed")
+
+
+def test_bad_input_is_one_line_on_the_command_line(
+  photographs, compilation_cache, tmp_path
+):
+  for extra, message in [
+    ("--config.resolutoin=32", 'Did you mean "resolution"'),
+    ("--config.resolution=33", "error: image side 33 is not divisible by 8"),
+    ("--config.task=train", "error: unknown config.task 'train'"),
+    ("--config.batch_size=x", "batch_size"),
+  ]:
+    run = _Process(photographs, compilation_cache, tmp_path / "run", extra)
+    code, output = run.finish()
+    assert code == 2 and message in output, output
+    errors = [x for x in output.splitlines() if x.strip()]
+    assert len(errors) == 1, output
+  assert not (tmp_path / "run").exists()

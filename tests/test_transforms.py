@@ -1,0 +1,146 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcae_jax.data import transforms
+
+
+def _encode(image, kind="PNG", **options):
+  buffer = io.BytesIO()
+  image.save(buffer, format=kind, **options)
+  return buffer.getvalue()
+
+
+def _gradient(height=40, width=60):
+  rows, columns = np.mgrid[:height, :width]
+  pixels = np.stack([rows * 4, columns * 4, rows + columns], -1)
+  return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _pixels(encoded, **options):
+  return np.asarray(transforms.decode(encoded, **options))
+
+
+def test_cmyk_palette_and_rgb_look_the_same():
+  image = _gradient()
+  expected = np.asarray(image).astype(int)
+  np.testing.assert_array_equal(_pixels(_encode(image)), expected)
+  cmyk = _pixels(_encode(image.convert("CMYK"), "JPEG", quality=98))
+  assert cmyk.shape == expected.shape
+  assert np.abs(cmyk - expected).mean() < 4
+  palette = _pixels(_encode(image.quantize(256)))
+  assert np.abs(palette - expected).mean() < 8
+
+
+def test_16_bits_become_8():
+  values = np.linspace(0, 65535, 30 * 20).reshape(30, 20)
+  image = Image.fromarray(values.astype(np.uint16))
+  found = _pixels(_encode(image))
+  expected = np.round(values / 257).astype(int)[..., None]
+  assert np.abs(found.astype(int) - expected).max() <= 1
+  assert found.shape == (30, 20, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_composited_over_white(mode):
+  image = _gradient().convert(mode)
+  image.putalpha(Image.new("L", image.size, 0))
+  assert np.all(_pixels(_encode(image)) == 255)
+
+
+def test_transparent_palette_entries_are_white():
+  image = Image.new("P", (8, 8), 0)
+  image.putpalette([0, 0, 0, 255, 0, 0])
+  assert np.all(_pixels(_encode(image, transparency=0)) == 255)
+
+
+def test_first_frame_of_an_animation_counts():
+  frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
+  for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+    options = {"save_all": True, "append_images": frames[1:]}
+    if kind == "WEBP":
+      options["lossless"] = True
+    found = _pixels(_encode(frames[0], kind, **options))
+    assert np.all(found == (255, 0, 0)), kind
+
+
+def test_exif_orientation_is_applied():
+  image = _gradient()
+  exif = Image.Exif()
+  exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees
+  found = _pixels(_encode(image, "PNG", exif=exif))
+  np.testing.assert_array_equal(found, np.rot90(np.asarray(image), -1))
+
+
+def test_grey_channels():
+  assert _pixels(_encode(_gradient()), channels=1).shape == (40, 60)
+  assert _pixels(_encode(_gradient().convert("1"))).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize(
+  "encoded",
+  [
+    b"",
+    b"not an image",
+    _encode(_gradient(200, 300), "JPEG")[:-200],
+    _encode(_gradient(200, 300), "PNG")[:200],
+    _encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
+  ],
+)
+def test_what_cannot_be_decoded_is_refused(encoded):
+  with pytest.raises(Exception, match=r"\w"):
+    transforms.decode(encoded)
+
+
+def test_decompression_bombs_are_refused_from_their_header():
+  bomb = _encode(Image.new("1", (30_000, 30_000)))
+  assert len(bomb) < 200_000
+  with pytest.raises(ValueError, match="30000x30000 pixels are more than 89"):
+    transforms.decode(bomb)
+
+
+def test_small_images_are_told_apart():
+  with pytest.raises(transforms.TooSmallError):
+    transforms.decode(_encode(_gradient(40, 60)), min_size=41)
+  transforms.decode(_encode(_gradient(40, 60)), min_size=40)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_shorter_side_reduces_and_never_enlarges(kind):
+  encoded = _encode(_gradient(400, 600), kind)
+  assert transforms.decode(encoded, shorter_side=100).size == (150, 100)
+  assert transforms.decode(encoded, shorter_side=500).size == (600, 400)
+
+
+def test_dm_crop_halves_then_resizes_then_crops_the_centre():
+  image = _gradient(200, 240)
+  expected = image.resize((120, 100), Image.Resampling.BOX)
+  expected = expected.resize((77, 64), Image.Resampling.BICUBIC)
+  expected = np.asarray(expected)[:, 6 : 6 + 64]
+  np.testing.assert_array_equal(transforms.dm_crop(image, 64), expected)
+  assert transforms.dm_crop(_gradient(10, 12), 64).size == (64, 64)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (65, 200), (20, 30), (1, 90)])
+def test_random_crops_have_the_size_and_differ(shape):
+  image = _gradient(*shape)
+  rng = np.random.default_rng(0)
+  for crop in (
+    lambda: transforms.random_crop(image, 64, rng),
+    lambda: transforms.random_resized_crop(image, 64, rng, 0.2),
+  ):
+    crops = [np.asarray(crop()) for _ in range(5)]
+    assert {c.shape for c in crops} == {(64, 64, 3)}
+  assert any(not np.array_equal(c, crops[0]) for c in crops) or shape[0] == 1
+
+
+def test_random_crop_takes_the_images_own_pixels():
+  image = _gradient(100, 120)
+  found = np.asarray(
+    transforms.random_crop(image, 64, np.random.default_rng(1))
+  )
+  left, top = int(found[0, 0, 1]) // 4, int(found[0, 0, 0]) // 4
+  expected = np.asarray(image)[top : top + 64, left : left + 64]
+  np.testing.assert_array_equal(found, expected)
