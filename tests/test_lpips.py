@@ -32,6 +32,7 @@ def _package_weights(network):
   return origin / "weights" / f"{network}.ckpt"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("network", lpips.NETWORKS)
 def test_distance_equals_the_packages_own(network, cache):
   a, b = _pair()

@@ -250,7 +250,7 @@ def _read_checkpoint(path: pathlib.Path, network: str) -> dict[str, np.ndarray]:
 
 def _read_npz(path: pathlib.Path, network: str) -> dict[str, np.ndarray]:
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
       parameters = {name: archive[name] for name in archive.files}
   except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
     raise ValueError(

@@ -1,0 +1,105 @@
+import importlib
+import pathlib
+
+import jax
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+
+from configs import base
+from dcae_jax import main
+from dcae_jax.tasks import train_autoencoder, train_phases, wiring
+
+DIRECTORY = pathlib.Path(__file__).parent.parent / "configs"
+NAMES = sorted(
+  path.stem
+  for path in DIRECTORY.glob("*.py")
+  if path.stem not in ("__init__", "base")
+)
+DEFAULTS = {
+  "train_autoencoder": base.autoencoder,
+  "train_phases": lambda: base.three_phases("f32c32"),
+  "report": base.report,
+}
+
+
+def _keys(config, prefix=""):
+  keys = set()
+  for name, value in config.items():
+    keys.add(prefix + name)
+    if isinstance(value, ConfigDict):
+      keys |= _keys(value, f"{prefix}{name}.")
+  return keys
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_has_the_keys_of_base_and_builds(name):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  assert config.task in main.TASKS
+  assert _keys(config) == _keys(DEFAULTS[config.task]())
+  phases = [config]
+  if config.task == "train_phases":
+    phases = [config.phase1, config.phase2, config.phase3]
+  for phase in phases:
+    with phase.unlocked():
+      phase.init_from = phase.init_from or "a run"
+    train_autoencoder.check(phase, predecessor_is_pending=True)
+    model = wiring.model(phase.model)
+    wiring.abstract_variables(model, phase.model.image_channels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_short_and_its_docstring_holds_the_command(name):
+  text = (DIRECTORY / f"{name}.py").read_text()
+  assert f"--config=configs/{name}.py" in text
+  assert "measured" in text or name == "quickstart"
+  if name != "quickstart":
+    assert len(text.splitlines()) <= 25
+
+
+@pytest.mark.parametrize("variant", ["f32", "f64", "f128"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_recipe_is_the_papers(variant, number):
+  module = importlib.import_module(f"configs.{variant}_phase{number}")
+  config = module.get_config()
+  c = config.optimizer
+  rates = {1: 6.4e-5, 2: 1.6e-5, 3: 5.4e-5}
+  betas = {1: (0.9, 0.999), 2: (0.9, 0.999), 3: (0.5, 0.9)}
+  assert c.learning_rate == rates[number]
+  assert (c.beta1, c.beta2) == betas[number]
+  if number < 3:
+    assert c.weight_decay == {1: 0.1, 2: 0.001}[number]
+  assert config.lpips.weight == 0.25 and config.lpips.network == "vgg16"
+  assert config.model.variant.startswith(variant + "c")
+  low, high = config.resolution, config.evaluation.resolutions
+  assert (low == 256) == (number != 2) and (256 in high)
+
+
+def test_unknown_keys_fail_with_a_suggestion():
+  config = base.phase1("f32c32").lock()
+  with pytest.raises(AttributeError, match='Did you mean "resolution"'):
+    config.resolutoin = 3
+  with pytest.raises(KeyError, match="Did you mean"):
+    config.update_from_flattened_dict({"data.worker": 3})
+
+
+def test_phases_are_chained(tmp_path):
+  config = train_phases.chained(
+    base.three_phases("tiny-f8"), epath.Path(tmp_path)
+  )
+  assert config.phase1.init_from == ""
+  assert config.phase2.init_from == str(tmp_path / "phase1")
+  assert config.phase3.init_from == str(tmp_path / "phase2")
+  assert list(config.report.runs) == ["phase1", "phase2", "phase3"]
+
+
+def test_big_variants_shard_and_step_abstractly():
+  """The whole f64 training state is described without being allocated."""
+  config = importlib.import_module("configs.f64_phase2").get_config()
+  with config.unlocked():
+    config.mesh.fsdp = 8
+  setup = train_autoencoder._setup(config)
+  learning = jax.tree.leaves(setup.abstract.optimizer)
+  assert sum(x.size for x in learning) < 10_000_000
+  kernel = setup.shardings.params["decoder"]["project_in"]["conv"]["kernel"]
+  assert kernel.spec[-1] == "fsdp"

@@ -1,0 +1,116 @@
+"""All three phases and the report through the command line, with real LPIPS."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+from PIL import Image
+
+from configs import base, quickstart
+from dcae_jax.tasks import report, train_phases
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, compilation_cache):
+  """The quickstart, shortened."""
+  directory = tmp_path_factory.mktemp("runs") / "quickstart"
+  flags = [f"--config.phase{i}.steps=3" for i in (1, 2, 3)]
+  flags += [f"--config.phase{i}.log_every=1" for i in (1, 2, 3)]
+  for part in ("phase1", "phase2", "phase3", "report"):
+    flags.append(f"--config.{part}.compilation_cache={compilation_cache}")
+  flags.append("--config.phase1.batch_size=8")
+  found = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "dcae_jax.main",
+      "--config=configs/quickstart.py",
+      f"--workdir={directory}",
+      *flags,
+    ],
+    cwd=REPOSITORY,
+    env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("=8", "=1")},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert found.returncode == 0, found.stderr
+  assert "report.md" in found.stderr.splitlines()[-1]
+  for noise in ("Warning", "Traceback", "Exception", "leaked"):
+    assert noise not in found.stderr, found.stderr
+  return directory
+
+
+def test_quickstart_writes_a_report(workdir):
+  numbers = json.loads((workdir / "report" / "report.json").read_text())
+  assert list(numbers) == ["phase1", "phase2", "phase3"]
+  for found in numbers.values():
+    assert all(
+      10 < x["psnr"] < 40 and 0 < x["ssim"] < 1 for x in found.values()
+    )
+  high = max(quickstart.get_config().report.resolutions)
+  for name, height in (("reconstructions", 4 * high), ("loss_curves", 100)):
+    with Image.open(workdir / "report" / f"{name}.png") as image:
+      assert image.size[1] > height
+  table = (workdir / "report" / "report.md").read_text()
+  for phase, found in numbers.items():
+    (row,) = (x for x in table.splitlines() if x.startswith(f"| {phase} "))
+    for metrics in found.values():
+      assert f"{metrics['psnr']:.2f} dB" in row
+
+
+def test_report_agrees_with_the_runs_own_evaluation(workdir):
+  numbers = json.loads((workdir / "report" / "report.json").read_text())
+  for phase, found in numbers.items():
+    result = json.loads((workdir / phase / "result.json").read_text())
+    resolutions = quickstart.get_config()[phase].evaluation.resolutions
+    for metric in ("psnr", "ssim"):
+      own = found[str(resolutions[0])][metric]
+      assert abs(own - result[f"eval/{metric}"]) < 1e-3
+
+
+def test_phases_are_trained_with_the_losses_of_the_paper(workdir):
+  keys = {}
+  for phase in ("phase1", "phase2", "phase3"):
+    text = (workdir / phase / "metrics.jsonl").read_text().splitlines()
+    keys[phase] = set().union(*(json.loads(line) for line in text))
+  for found in keys.values():
+    assert {"train/loss/l1", "train/loss/lpips"} <= found
+  gan = {"train/loss/generator", "train/loss/discriminator"}
+  assert gan <= keys["phase3"]
+  assert not gan & (keys["phase1"] | keys["phase2"])
+
+
+def test_all_phases_are_checked_before_the_first_starts(tmp_path):
+  config = base.three_phases("tiny-f8")
+  config.phase3.trainable = ("decoder/head",)
+  with pytest.raises(ValueError, match="'decoder/head' matches no parameter"):
+    train_phases.run(config, epath.Path(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({}, "runs is empty"),
+    ({"runs.a": "/nowhere"}, "'/nowhere' is not the work directory"),
+    ({"runs.a": "/nowhere", "resolutions": ()}, "resolutions is empty"),
+    ({"runs.a": "/nowhere", "samples": 0}, "samples=0"),
+  ],
+)
+def test_reports_without_runs_are_refused(tmp_path, changes, message):
+  config = base.report()
+  for key, value in changes.items():
+    if key.startswith("runs."):
+      config.runs[key.removeprefix("runs.")] = value
+    else:
+      config[key] = value
+  with pytest.raises(ValueError, match=message):
+    report.run(config, epath.Path(tmp_path / "report"))
+  assert not (tmp_path / "report").exists()
