@@ -5,7 +5,7 @@ import itertools
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.tasks import report, train_autoencoder, wiring
+from dcae_jax.tasks import checks, report, train_autoencoder, wiring
 from dcae_jax.training import loop
 
 _PHASES = ("phase1", "phase2", "phase3")
@@ -21,7 +21,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   config = chained(config, workdir)
   wiring.check_work_directory(config, workdir)
   for name in _PHASES:
-    train_autoencoder.check(config[name], name != _PHASES[0])
+    checks.check_autoencoder(config[name], name != _PHASES[0])
     wiring.check_work_directory(config[name], workdir / name)
   report.check(config.report, runs_are_pending=True)
   wiring.write_config(config, workdir)

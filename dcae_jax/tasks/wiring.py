@@ -1,7 +1,6 @@
 """From config to the objects below `tasks/`: model, sources, work directory."""
 
 import json
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,6 @@ from dcae_jax.evaluation import image_metrics, reconstruction
 from dcae_jax.models import dcae
 from dcae_jax.training import sharding
 
-_LOG = logging.getLogger(__name__)
 # What may change between two starts in one work directory without changing what
 # is computed, or only how far it goes.
 _MAY_CHANGE = (

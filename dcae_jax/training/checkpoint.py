@@ -106,7 +106,7 @@ def restore_variables(
   """
   with ocp.CheckpointManager(
     epath.Path(run) / "checkpoints",
-    options=ocp.CheckpointManagerOptions(read_only=True),
+    options=ocp.CheckpointManagerOptions(create=False),
     item_names=(item,),
   ) as manager:
     step = manager.latest_step()

@@ -178,9 +178,9 @@ class _Clock:
   """Speeds since the last log, without the time spent elsewhere."""
 
   def __init__(self, first_step, last_step, images, flops, peak_flops):
-    self._first, self._last = first_step, last_step
+    self._last = last_step
     self._images, self._flops, self._peak = images, flops, peak_flops
-    self._started = self._logged = time.perf_counter()
+    self._logged = time.perf_counter()
     self._logged_step, self._idle = first_step, 0.0
     self._steps_per_second = 0.0
 

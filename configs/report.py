@@ -1,0 +1,15 @@
+r"""Finished runs side by side: a picture, PSNR and SSIM, loss curves.
+
+  python -m dcae_jax.main --config=configs/report.py --workdir=runs/report \
+    --config.runs="{'phase1': 'runs/f64/phase1', 'phase3': 'runs/f64/phase3'}" \
+    --config.source.path=/data/val
+
+Meant for any machine that holds the model once. Numbers are what it is for:
+none are expected, what is measured is written.
+"""
+
+from configs import base
+
+
+def get_config():
+  return base.report()

@@ -1,0 +1,112 @@
+"""What can be wrong with the config of a training run, found before it starts.
+
+No file is touched, no device asked, nothing compiled.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dcae_jax import phases
+from dcae_jax.data import images
+from dcae_jax.models import lpips, patchgan
+from dcae_jax.tasks import wiring
+from dcae_jax.training import checkpoint, step
+
+_FIRST_PHASE = phases.low_resolution_full_training.__name__
+
+
+def check_autoencoder(
+  config: ConfigDict, predecessor_is_pending: bool = False
+) -> None:
+  """Raises ValueError for a config that cannot be run; touches no file.
+
+  Args:
+    config: of the run.
+    predecessor_is_pending: `init_from` names a run that is still to come.
+  """
+  phase = phases.create(config.phase, config.trainable)
+  variables = wiring.abstract_variables(
+    wiring.model(config.model), config.model.image_channels
+  )
+  mask = phases.trainable_mask(variables["params"], phase.trainable)
+  wiring.check_resolutions(
+    (config.resolution, *config.evaluation.resolutions),
+    config.model.variant,
+    config.model.image_channels,
+  )
+  if not config.evaluation.resolutions:
+    raise ValueError(
+      "config.evaluation.resolutions is empty; name at least one"
+    )
+  images.Cropping(config.data.crop, config.resolution)
+  _check_numbers(config)
+  _check_lpips(config)
+  if phase.adversarial:
+    _check_discriminator(config, mask)
+  if config.phase != _FIRST_PHASE and not config.init_from:
+    raise ValueError(
+      f"phase {config.phase!r} starts from a trained autoencoder; set "
+      "--config.init_from to the work directory of the phase before it"
+    )
+  if config.init_from and not predecessor_is_pending:
+    _check_predecessor(config)
+
+
+def _check_numbers(config: ConfigDict) -> None:
+  least = {
+    "steps": 1, "batch_size": 1, "accumulation": 1, "log_every": 1,
+    "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
+    "lpips.weight": 0, "discriminator.weight": 0, "discriminator.layers": 1,
+    "discriminator.width": 1, "ema.decay": 0, "ema.ramp_steps": 0,
+    "data.workers": 0, "data.threads": 1, "data.prefetch": 1,
+    "data.min_size": 0, "checkpoint.every": 0, "checkpoint.keep": 1,
+    "evaluation.every": 0, "evaluation.batch_size": 1, "evaluation.samples": 1,
+    "evaluation.max_images": 0, "profile.start": 0, "profile.steps": 0,
+  }  # fmt: skip
+  for key, bound in least.items():
+    value = config
+    for part in key.split("."):
+      value = value[part]
+    if not value >= bound:  # also for NaN
+      raise ValueError(f"config.{key}={value} is below {bound}")
+  if config.ema.decay >= 1:
+    raise ValueError(f"config.ema.decay={config.ema.decay} is not below 1")
+
+
+def _check_lpips(config: ConfigDict) -> None:
+  network = config.lpips.network
+  lpips.parameter_shapes(network)
+  if config.lpips.weight and config.resolution < lpips.SMALLEST_SIDE[network]:
+    raise ValueError(
+      f"config.resolution={config.resolution} is too small for LPIPS with "
+      f"{network}; use at least {lpips.SMALLEST_SIDE[network]}"
+    )
+
+
+def _check_predecessor(config: ConfigDict) -> None:
+  before = checkpoint.read_run_config(config.init_from)["model"]
+  for key in ("variant", "image_channels", "residual_autoencoding"):
+    if before[key] != config.model[key]:
+      raise ValueError(
+        f"config.init_from={config.init_from!r} has config.model.{key}="
+        f"{before[key]!r}, and this config {config.model[key]!r}; use a run of "
+        "the same autoencoder"
+      )
+
+
+def _check_discriminator(config: ConfigDict, mask: Any) -> None:
+  c = config.discriminator
+  if c.adaptive and not step.last_layer(mask):
+    raise ValueError(
+      "config.discriminator.adaptive needs decoder/project_out/conv among "
+      "the trainable parameters; set it to False, or add the pattern"
+    )
+  smallest = patchgan.smallest_side(c.layers)
+  if config.resolution < smallest:
+    raise ValueError(
+      f"config.resolution={config.resolution} is too small for a "
+      f"discriminator with {c.layers} layers; use at least {smallest}, or "
+      "fewer layers"
+    )
