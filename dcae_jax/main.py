@@ -44,7 +44,7 @@ def _run(config, workdir: str) -> None:
 
     jax.distributed.initialize()
   task = importlib.import_module(f"dcae_jax.tasks.{config.task}")
-  task.run(config, epath.Path(workdir).expanduser())
+  task.run(config, epath.Path(workdir).expanduser().resolve())
 
 
 def _is_ours(error: Exception) -> bool:
@@ -66,8 +66,12 @@ def _parse(argv: list[str]) -> list[str]:
     remaining = flags.FLAGS(argv)
     _ = flags.FLAGS.config.task
     return remaining
-  except (flags.Error, AttributeError, KeyError, OSError, TypeError) as error:
-    sys.exit(_fail(str(error.args[0] if error.args else error)))
+  except (AttributeError, KeyError) as error:
+    while isinstance(error.args[0], Exception):  # flags wrap it
+      error = error.args[0]
+    sys.exit(_fail(f"config key {error.args[0]}; see configs/base.py"))
+  except (flags.Error, OSError, TypeError) as error:
+    sys.exit(_fail(str(error)))
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ class _Process:
         "-m",
         "dcae_jax.main",
         "--config=configs/f32_phase1.py",
-        f"--workdir={workdir}",
+        f"--workdir={os.path.relpath(workdir, REPOSITORY)}",
         *arguments,
         *extra,
       ],

@@ -31,7 +31,7 @@ def workdir(tmp_path_factory, compilation_cache):
       "-m",
       "dcae_jax.main",
       "--config=configs/quickstart.py",
-      f"--workdir={directory}",
+      f"--workdir={os.path.relpath(directory, REPOSITORY)}",
       *flags,
     ],
     cwd=REPOSITORY,

@@ -105,7 +105,7 @@ def restore_variables(
     shardings: where each leaf goes.
   """
   with ocp.CheckpointManager(
-    epath.Path(run) / "checkpoints",
+    epath.Path(run).expanduser().resolve() / "checkpoints",
     options=ocp.CheckpointManagerOptions(create=False),
     item_names=(item,),
   ) as manager:

@@ -8,15 +8,14 @@ and running statistics are all random: fresh initial values would hide errors.
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from dcae_jax.models import dcae
-
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
 
 WIDTHS = (16, 32, 64, 64, 128)  # one equal-width and one doubling resampling
 LATENT_CHANNELS = 32

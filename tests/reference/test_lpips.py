@@ -14,12 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from dcae_jax.models import lpips
-
-torch = pytest.importorskip("torch")
-if importlib.util.find_spec("lpips") is None:
-  pytest.skip("needs the package lpips", allow_module_level=True)
 
 THEIR_NAMES = {"vgg16": "vgg", "alexnet": "alex"}
 
