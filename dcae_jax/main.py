@@ -44,7 +44,7 @@ def _run(config, workdir: str) -> None:
 
     jax.distributed.initialize()
   task = importlib.import_module(f"dcae_jax.tasks.{config.task}")
-  task.run(config, epath.Path(workdir).expanduser().resolve())
+  task.run(config, epath.Path(workdir).expanduser())
 
 
 def _is_ours(error: Exception) -> bool:

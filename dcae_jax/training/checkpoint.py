@@ -46,6 +46,11 @@ def _abstract(tree: Tree, shardings: Tree) -> Tree:
   )
 
 
+def _absolute(path: epath.Path) -> epath.Path:
+  """What orbax wants; remote addresses are absolute as they are."""
+  return path if "://" in str(path) else path.expanduser().resolve()
+
+
 class Checkpoints:
   """The checkpoints of one work directory."""
 
@@ -53,7 +58,7 @@ class Checkpoints:
     """Removes what a killed process left half-written; keeps `keep`."""
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells it all
     self._manager = ocp.CheckpointManager(
-      workdir / "checkpoints",
+      _absolute(workdir) / "checkpoints",
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=True
       ),
@@ -105,7 +110,7 @@ def restore_variables(
     shardings: where each leaf goes.
   """
   with ocp.CheckpointManager(
-    epath.Path(run).expanduser().resolve() / "checkpoints",
+    _absolute(epath.Path(run)) / "checkpoints",
     options=ocp.CheckpointManagerOptions(create=False),
     item_names=(item,),
   ) as manager:
