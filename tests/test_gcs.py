@@ -1,0 +1,117 @@
+"""A work directory and images in a bucket, on a local emulator."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+from gcp_storage_emulator import exceptions, server
+from gcp_storage_emulator.handlers import objects
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bucket():
+  """(environment that leads to the emulator, gs:// address of a bucket)."""
+  download = objects.download
+
+  def download_with_generation(request, response, storage, *args, **kwargs):
+    # Google's own server sends this header, and orbax's format reads it.
+    names = (request.params["bucket_name"], request.params["object_id"])
+    with contextlib.suppress(exceptions.NotFound):
+      found = storage.get_file_obj(*names)
+      response["X-Goog-Generation"] = found["generation"]
+    return download(request, response, storage, *args, **kwargs)
+
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  objects.download = download_with_generation
+  emulator = server.create_server(
+    "127.0.0.1", port, in_memory=True, default_bucket="dcae-test"
+  )
+  emulator.start()
+  address = f"http://127.0.0.1:{port}"
+  environment = os.environ | {
+    "STORAGE_EMULATOR_HOST": address,
+    "TENSORSTORE_GCS_HTTP_URL": address,
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    "NO_GCE_CHECK": "true",
+    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1"),
+  }
+  yield environment, "gs://dcae-test"
+  emulator.stop()
+  objects.download = download
+
+
+def _python(environment, *arguments):
+  found = subprocess.run(
+    [sys.executable, *arguments],
+    cwd=REPOSITORY,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
+  )
+  assert found.returncode == 0, found.stderr
+  return found.stdout
+
+
+@pytest.mark.filterwarnings("ignore")  # the emulator's own sockets
+def test_a_run_lives_in_a_bucket(bucket, photographs, compilation_cache):
+  environment, root = bucket
+  copy = (
+    "import sys, pathlib\n"
+    "from etils import epath\n"
+    "for path in pathlib.Path(sys.argv[1]).rglob('*.png'):\n"
+    "  to = epath.Path(sys.argv[2]) / path.parent.name / path.name\n"
+    "  to.write_bytes(path.read_bytes())\n"
+  )
+  _python(environment, "-c", copy, str(photographs), f"{root}/images")
+  flags = {
+    "model.variant": "tiny-f8",
+    "model.dtype": "float32",
+    "resolution": 32,
+    "batch_size": 4,
+    "lpips.weight": 0,
+    "data.source.path": f"{root}/images",
+    "data.workers": 0,
+    "evaluation.source.path": f"{root}/images",
+    "evaluation.resolutions": "(32,)",
+    "evaluation.batch_size": 4,
+    "log_every": 1,
+    "compilation_cache": compilation_cache,
+  }
+  flags = [f"--config.{key}={value}" for key, value in flags.items()]
+  command = ["-m", "dcae_jax.main", "--config=configs/f32_phase1.py"]
+  workdir = f"--workdir={root}/runs/phase1"
+  _python(environment, *command, workdir, *flags, "--config.steps=2")
+  _python(environment, *command, workdir, *flags, "--config.steps=4")
+  # Phase 2 takes the parameters from there, into another local directory.
+  command = ["-m", "dcae_jax.main", "--config=configs/f32_phase2.py"]
+  workdir = f"--workdir={root}/runs/phase2"
+  start = f"--config.init_from={root}/runs/phase1"
+  more = [start, "--config.steps=1", "--config.data.min_size=0"]
+  _python(environment, *command, workdir, *flags, *more)
+  show = (
+    "import json, sys\n"
+    "from etils import epath\n"
+    "run = epath.Path(sys.argv[1])\n"
+    "print(json.dumps({\n"
+    "  'names': sorted(path.name for path in run.iterdir()),\n"
+    "  'result': json.loads((run / 'result.json').read_text()),\n"
+    "  'metrics': (run / 'metrics.jsonl').read_text(),\n"
+    "}))\n"
+  )
+  found = json.loads(_python(environment, "-c", show, f"{root}/runs/phase1"))
+  expected = {"checkpoints", "config.json", "metrics.jsonl", "samples"}
+  assert expected <= set(found["names"])
+  lines = [json.loads(line) for line in found["metrics"].splitlines()]
+  steps = [x["step"] for x in lines if "train/loss/l1" in x]
+  assert steps == [1, 2, 3, 4] and found["result"]["step"] == 4
