@@ -42,6 +42,9 @@ def autoencoder() -> ConfigDict:
   # The work directory of an earlier run whose parameters, batch statistics and
   # averages this one starts from, with a fresh optimizer and step. "": none.
   c.init_from = ""
+  # [ours] Start the parameters, too, from its averages, which are what was
+  # evaluated. False: parameters from parameters, averages from averages.
+  c.start_from_averages = False
 
   # --- the phase -----------------------------------------------------------
   c.phase = "low_resolution_full_training"
@@ -58,7 +61,9 @@ def autoencoder() -> ConfigDict:
   c.model.image_channels = 3  # 1: grey
   c.model.residual_autoencoding = True  # False: the paper's ablation
   c.model.rematerialisation = True  # recompute each block: less memory
-  c.model.dtype = "bfloat16"  # of convolutions; the rest is float32 always
+  c.model.dtype = (
+    "bfloat16"  # of layers; norms, attention, losses, state: float32
+  )
 
   # --- the losses (means over pixels, images, patches) ---------------------
   # L1 has weight 1. [paper] L1 + LPIPS in all phases, PatchGAN in phase 3.
@@ -99,10 +104,10 @@ def autoencoder() -> ConfigDict:
   c.data.crop = "random_resized_crop"  # [ours]; [community]: central crop
   c.data.min_area = 0.25  # [ours] least part that a random-resized crop covers
   c.data.flip = True  # [ours] mirror at random; [community]: never
-  c.data.min_size = 0  # images with a smaller side are left out
+  c.data.min_size = 0  # images with a smaller side are left out; 0: none
   c.data.max_megapixels = 89.0  # larger images are skipped, and named
   c.data.shorter_side = 0  # reduce images to it before cropping; 0: never
-  c.data.cache_megabytes = 0.0  # of decoded images kept, in each process
+  c.data.cache_megabytes = 0.0  # of decoded images kept, a process and source
   c.data.workers = 8  # loader processes; 0: threads of the main process
   c.data.threads = 4  # loader threads, in each process
   c.data.prefetch = 2  # batches ahead, on the devices
@@ -111,8 +116,8 @@ def autoencoder() -> ConfigDict:
   c.evaluation = ConfigDict()
   c.evaluation.source = source("folder")  # held-out images
   c.evaluation.every = 5_000  # steps; 0: at the end only
-  # Square centre crops (the evaluations' usual DMCrop); the first is the run's
-  # own and gives eval/psnr, another one eval/512px/psnr.
+  # Square centre crops (the evaluations' usual DMCrop); the first one gives
+  # eval/psnr, another one eval/512px/psnr.
   c.evaluation.resolutions = (256,)
   c.evaluation.batch_size = 32  # rounded up to what the mesh divides
   c.evaluation.max_images = 5_000  # 0: all
@@ -122,7 +127,6 @@ def autoencoder() -> ConfigDict:
   # Sizes of the mesh axes; -1: what is left. `data` splits the batch, `fsdp`
   # the batch and the parameters, `spatial` the rows of each image.
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
-  c.distributed = False  # True on pods and clusters: jax.distributed first
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 5_000  # steps; also at the end and on SIGTERM
   c.checkpoint.keep = 2  # latest ones
@@ -188,7 +192,6 @@ def report() -> ConfigDict:
   c.max_images = 0  # 0: all
   c.samples = 8  # images in the picture
   c.threads = 4  # loader threads
-  c.distributed = False
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c
 
@@ -204,6 +207,4 @@ def three_phases(variant: str) -> ConfigDict:
   c.phase2 = phase2(variant)
   c.phase3 = phase3(variant)
   c.report = report()
-  c.distributed = False
-  c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c

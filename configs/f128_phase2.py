@@ -14,7 +14,9 @@ from configs import base
 
 def get_config():
   c = base.phase2("f128c512")
+  c.batch_size = 32  # [ours] one image for each chip
   c.resolution = 1024  # [ours] not published per variant
   c.data.min_size = 1024
   c.evaluation.resolutions = (1024, 256)
+  c.mesh.data, c.mesh.fsdp = 1, -1  # parameters split over all chips
   return c

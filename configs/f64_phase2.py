@@ -13,4 +13,6 @@ from configs import base
 
 
 def get_config():
-  return base.phase2("f64c128")
+  c = base.phase2("f64c128")
+  c.mesh.data, c.mesh.fsdp = 1, -1  # parameters split over all chips
+  return c

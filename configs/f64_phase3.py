@@ -15,4 +15,6 @@ from configs import base
 
 
 def get_config():
-  return base.phase3("f64c128")
+  c = base.phase3("f64c128")
+  c.mesh.data, c.mesh.fsdp = 1, -1  # parameters split over all chips
+  return c

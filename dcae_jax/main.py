@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
       f"unexpected arguments {argv[1:]}; options start with --config."
     )
   try:
-    _run(flags.FLAGS.config, flags.FLAGS.workdir)
+    _run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.distributed)
   except (ValueError, FloatingPointError, OSError) as error:
     if not _is_ours(error):
       raise
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def _run(config, workdir: str) -> None:
+def _run(config, workdir: str, distributed: bool) -> None:
   logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
   logging.getLogger("dcae_jax").setLevel(logging.INFO)
   if config.task not in TASKS:
@@ -39,7 +39,7 @@ def _run(config, workdir: str) -> None:
     )
   from etils import epath  # loader workers import this file, and need no more
 
-  if config.distributed:
+  if distributed:
     import jax
 
     jax.distributed.initialize()
@@ -79,5 +79,6 @@ if __name__ == "__main__":
     "config", None, "The run: a file of configs/."
   )
   flags.DEFINE_string("workdir", None, "Where it is written; local or gs://.")
+  flags.DEFINE_bool("distributed", False, "One of many processes: pods, SLURM.")
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(main, flags_parser=_parse)

@@ -37,9 +37,11 @@ def test_config_has_the_keys_of_base_and_builds(name):
   config = importlib.import_module(f"configs.{name}").get_config()
   assert config.task in main.TASKS
   assert _keys(config) == _keys(DEFAULTS[config.task]())
-  phases = [config]
-  if config.task == "train_phases":
-    phases = [config.phase1, config.phase2, config.phase3]
+  phases = {
+    "train_autoencoder": [config],
+    "train_phases": [config.get(f"phase{i}") for i in (1, 2, 3)],
+    "report": [],
+  }[config.task]
   for phase in phases:
     with phase.unlocked():
       phase.init_from = phase.init_from or "a run"
@@ -97,7 +99,7 @@ def test_big_variants_shard_and_step_abstractly():
   """The whole f64 training state is described without being allocated."""
   config = importlib.import_module("configs.f64_phase2").get_config()
   with config.unlocked():
-    config.mesh.fsdp = 8
+    config.mesh.data, config.mesh.fsdp = 1, 8
   setup = train_autoencoder._setup(config)
   learning = jax.tree.leaves(setup.abstract.optimizer)
   assert sum(x.size for x in learning) < 10_000_000

@@ -9,6 +9,7 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).parent.parent
 # Of our own: prefixes. Of others: packages, beyond numpy and the standard ones.
 RULES = {
+  "dcae_jax/__init__.py": (set(), set()),
   "configs": ({"configs.base"}, {"ml_collections"}),
   "dcae_jax/main.py": (set(), {"absl", "etils", "jax", "ml_collections"}),
   "dcae_jax/tasks": (

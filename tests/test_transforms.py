@@ -101,6 +101,11 @@ def test_decompression_bombs_are_refused_from_their_header():
     transforms.decode(bomb)
 
 
+def test_strips_that_would_explode_when_enlarged_are_refused():
+  with pytest.raises(ValueError, match="5000x1 pixels are too narrow"):
+    transforms.decode(_encode(_gradient(1, 5000)))
+
+
 def test_small_images_are_told_apart():
   with pytest.raises(transforms.TooSmallError):
     transforms.decode(_encode(_gradient(40, 60)), min_size=41)

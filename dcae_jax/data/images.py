@@ -108,19 +108,24 @@ class _Load:
     self._source, self._decoding = source, decoding
     self._cropping, self._skipped = cropping, skipped
     self._cache, self._room = {}, cache_megabytes * 1e6
+    self._unusable = set()
 
   def decode(self, index: int):
     """(image, label), or None for one that is too small or not decodable."""
     if index in self._cache:
       return self._cache[index]
+    if index in self._unusable:
+      return None
     try:
       record = self._source[index]
       image = transforms.decode(
         record.encoded, **dataclasses.asdict(self._decoding)
       )
     except transforms.TooSmallError:
+      self._unusable.add(index)
       return None
     except Exception as error:  # Pillow raises anything, files may vanish
+      self._unusable.add(index)
       self._skipped.add(self._source.name(index), error)
       return None
     size = image.width * image.height * len(image.getbands())

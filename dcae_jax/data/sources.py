@@ -7,6 +7,7 @@ decoded here. All sources are picklable, since loader workers are processes.
 import importlib.util
 import os
 import pathlib
+import time
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import tensorflow_datasets as tfds
@@ -57,10 +58,22 @@ class Files:
   def __getitem__(self, index: int) -> Record:
     path = self._paths[index]
     if "://" in path:
-      encoded = epath.Path(path).read_bytes()
+      encoded = _read_remote(path)
     else:
       encoded = pathlib.Path(path).read_bytes()
     return Record(path, encoded, self._labels[index])
+
+
+def _read_remote(path: str, attempts: int = 5) -> bytes:
+  """Tries again, ever later: a passing fault must not change the data."""
+  for attempt in range(attempts - 1):
+    try:
+      return epath.Path(path).read_bytes()
+    except FileNotFoundError:
+      raise
+    except OSError:
+      time.sleep(2**attempt)
+  return epath.Path(path).read_bytes()
 
 
 def folder(path: str) -> Files:

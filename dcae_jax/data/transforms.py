@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_MAX_ASPECT = 50  # crops enlarge to the shorter side: a strip would explode
 _MODES = {1: "L", 3: "RGB"}
 
 CROPS = ("random_crop", "random_resized_crop", "dm_crop")
@@ -64,6 +65,10 @@ def decode(
   if width * height > max_megapixels * 1e6:
     raise ValueError(
       f"{width}x{height} pixels are more than {max_megapixels} megapixels"
+    )
+  if max(width, height) > _MAX_ASPECT * min(width, height):
+    raise ValueError(
+      f"{width}x{height} pixels are too narrow: more than {_MAX_ASPECT}:1"
     )
   if shorter_side and image.format == "JPEG":
     ratio = shorter_side / min(width, height)

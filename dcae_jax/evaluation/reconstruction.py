@@ -4,6 +4,7 @@ Sees a predict function and batches only. Metrics are computed per image on
 8-bit values, as in the paper's tables, and then averaged over images.
 """
 
+import collections
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -45,8 +46,8 @@ def create(
       "count": jnp.ones(images.shape[0]),
     }
     sums = {k: jnp.sum(jnp.where(mask, v, 0.0)) for k, v in values.items()}
-    pictures = (images[:samples], found[:samples])
-    return sums, jax.tree.map(lambda x: x.astype(jnp.uint8), pictures)
+    pictures = [x[:samples].astype(jnp.uint8) for x in (images, found)]
+    return sums, (*pictures, mask[:samples])
 
   return jax.jit(measure_batch, out_shardings=sharding)
 
@@ -54,21 +55,21 @@ def create(
 def measure(
   measure_batch: Callable[[Any, jax.Array, jax.Array], Any],
   variables: Any,
-  batches: Iterable[tuple[jax.Array, jax.Array, np.ndarray]],
+  batches: Iterable[tuple[jax.Array, jax.Array]],
 ) -> Result:
-  """Averages over batches of (images, mask, host mask).
+  """Averages over batches of (images, mask).
 
   Raises:
     ValueError: no image could be used.
   """
-  totals, pictures = {}, None
-  for images, mask, host_mask in batches:
+  totals, pictures = collections.Counter(), None
+  for images, mask in batches:
     sums, found = jax.device_get(measure_batch(variables, images, mask))
-    totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
+    totals.update({name: float(value) for name, value in sums.items()})
     if pictures is None:
-      good = host_mask[: len(found[0])]
-      pictures = [x[: len(good)][good] for x in found]
-  count = totals.pop("count", 0)
+      *pictures, good = found
+      pictures = [x[good] for x in pictures]
+  count = totals.pop("count")
   if not count:
     raise ValueError("no image of the evaluation source could be used")
   metrics = {name: total / count for name, total in totals.items()}

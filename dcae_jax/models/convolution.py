@@ -144,6 +144,11 @@ def _bias_init(fan_in: int) -> Callable:
   return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
+def _add_bias(y: Array, bias: Array) -> Array:
+  """In float32: its gradient sums over all positions of the batch."""
+  return (y.astype(jnp.float32) + bias[None, None, None]).astype(y.dtype)
+
+
 class Conv(nn.Module):
   """Convolution with symmetric zero padding of `size // 2`.
 
@@ -173,7 +178,7 @@ class Conv(nn.Module):
     if self.use_bias:
       init = _bias_init(math.prod(shape[:3]))
       bias = self.param("bias", init, (self.channels,), jnp.float32)
-      y = y + bias.astype(self.dtype)[None, None, None]
+      y = _add_bias(y, bias)
     return y
 
 
@@ -199,5 +204,5 @@ class DepthwiseConv(nn.Module):
     if self.use_bias:
       init = _bias_init(self.size * self.size)
       bias = self.param("bias", init, (channels,), jnp.float32)
-      y = y + bias.astype(self.dtype)[None, None, None]
+      y = _add_bias(y, bias)
     return y

@@ -161,19 +161,20 @@ class ImageProjection(nn.Module):
     channels: of the image.
     upsample: by 2, with a channel-to-space rearrangement.
     activation: "relu" or "silu".
-    dtype: of the convolution.
+
+  It computes in float32: rounding here would show in the image.
   """
 
   channels: int
   upsample: bool
   activation: str
-  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-    x = _ACTIVATIONS[self.activation](normalization.RMSNorm(name="norm")(x))
+    x = normalization.RMSNorm(name="norm")(x.astype("float32"))
+    x = _ACTIVATIONS[self.activation](x)
     channels = self.channels * (4 if self.upsample else 1)
-    x = convolution.Conv(channels, dtype=self.dtype, name="conv")(x)
+    x = convolution.Conv(channels, name="conv")(x)
     return residual_autoencoding.channel_to_space(x) if self.upsample else x
 
 
@@ -281,7 +282,6 @@ class Decoder(nn.Module):
       self.image_channels,
       self.stages[0].depth == 0,
       self.head_activation,
-      self.dtype,
       name="project_out",
     )(x)
 

@@ -55,6 +55,7 @@ class PatchGAN(nn.Module):
         strides=stride,
         padding=1,
         use_bias=use_bias,
+        precision="highest",
         kernel_init=nn.initializers.normal(0.02),
         name=name,
       )

@@ -55,13 +55,15 @@ def check_autoencoder(
 
 def _check_numbers(config: ConfigDict) -> None:
   least = {
-    "steps": 1, "batch_size": 1, "accumulation": 1, "log_every": 1,
+    "seed": 0, "steps": 1, "batch_size": 1, "accumulation": 1, "log_every": 1,
     "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
     "lpips.weight": 0, "discriminator.weight": 0, "discriminator.layers": 1,
     "discriminator.width": 1, "ema.decay": 0, "ema.ramp_steps": 0,
     "data.workers": 0, "data.threads": 1, "data.prefetch": 1,
-    "data.min_size": 0, "checkpoint.every": 0, "checkpoint.keep": 1,
+    "optimizer.beta1": 0, "optimizer.beta2": 0, "data.min_size": 0,
+    "data.shorter_side": 0, "data.cache_megabytes": 0, "data.min_area": 0.001,
+    "data.max_megapixels": 0.001, "checkpoint.every": 0, "checkpoint.keep": 1,
     "evaluation.every": 0, "evaluation.batch_size": 1, "evaluation.samples": 1,
     "evaluation.max_images": 0, "profile.start": 0, "profile.steps": 0,
   }  # fmt: skip
@@ -71,8 +73,23 @@ def _check_numbers(config: ConfigDict) -> None:
       value = value[part]
     if not value >= bound:  # also for NaN
       raise ValueError(f"config.{key}={value} is below {bound}")
-  if config.ema.decay >= 1:
-    raise ValueError(f"config.ema.decay={config.ema.decay} is not below 1")
+  below_1 = {
+    "ema.decay": config.ema.decay,
+    "optimizer.beta1": config.optimizer.beta1,
+    "optimizer.beta2": config.optimizer.beta2,
+  }
+  for key, value in below_1.items():
+    if value >= 1:
+      raise ValueError(f"config.{key}={value} is not below 1")
+  if config.data.min_area > 1:
+    raise ValueError(f"config.data.min_area={config.data.min_area} is above 1")
+  for key in ("min_size", "shorter_side"):
+    if 0 < config.data[key] < config.resolution:
+      raise ValueError(
+        f"config.data.{key}={config.data[key]} is below config.resolution="
+        f"{config.resolution}, so that images would be enlarged; set it to "
+        f"{config.resolution}, or to 0 to allow that"
+      )
 
 
 def _check_lpips(config: ConfigDict) -> None:
@@ -87,12 +104,20 @@ def _check_lpips(config: ConfigDict) -> None:
 
 def _check_predecessor(config: ConfigDict) -> None:
   before = checkpoint.read_run_config(config.init_from)["model"]
+  check_same_model(
+    before, config.model, f"config.init_from={config.init_from!r}"
+  )
+
+
+def check_same_model(
+  before: ConfigDict | dict[str, Any], now: ConfigDict, name: str
+) -> None:
+  """Raises ValueError unless parameters of one fit the other."""
   for key in ("variant", "image_channels", "residual_autoencoding"):
-    if before[key] != config.model[key]:
+    if before[key] != now[key]:
       raise ValueError(
-        f"config.init_from={config.init_from!r} has config.model.{key}="
-        f"{before[key]!r}, and this config {config.model[key]!r}; use a run of "
-        "the same autoencoder"
+        f"{name} has config.model.{key}={before[key]!r}, and this config "
+        f"{now[key]!r}; use a run of the same autoencoder"
       )
 
 

@@ -106,8 +106,10 @@ def _write(config: ConfigDict, workdir: epath.Path, results: Results) -> None:
     name: {str(size): result.metrics for size, result in found.items()}
     for name, found in results.items()
   }
-  wiring.write_whole(workdir / "report.json", json.dumps(numbers, indent=2))
-  wiring.write_whole(workdir / "report.md", _markdown(results, shown))
+  metrics_writer.write_whole(
+    workdir / "report.json", json.dumps(numbers, indent=2)
+  )
+  metrics_writer.write_whole(workdir / "report.md", _markdown(results, shown))
 
 
 def _markdown(results: Results, shown: int) -> str:

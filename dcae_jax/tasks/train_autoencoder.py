@@ -36,6 +36,41 @@ from dcae_jax.training import step as step_lib
 _LOG = logging.getLogger(__name__)
 
 
+class Inputs(NamedTuple):
+  """What a run reads, opened: sources, decodings, weights of LPIPS."""
+
+  training: list[tuple[sources.Source, float]]
+  held_out: sources.Source
+  training_decoding: images.Decoding
+  held_out_decoding: images.Decoding
+  perceptual_parameters: Any
+
+
+def open_inputs(config: ConfigDict) -> Inputs:
+  """Opens what the run reads.
+
+  Raises:
+    ValueError: a source without a usable image, or missing LPIPS weights.
+  """
+  channels, limit = config.model.image_channels, config.data.max_megapixels
+  parameters = {}
+  if config.lpips.weight:
+    parameters = lpips.load_parameters(config.lpips.network, config.lpips.path)
+  inputs = Inputs(
+    wiring.weighted_sources(config.data.source),
+    wiring.single_source(config.evaluation.source),
+    images.Decoding(
+      channels, config.data.min_size, limit, config.data.shorter_side
+    ),
+    images.Decoding(channels, max_megapixels=limit),
+    parameters,
+  )
+  for source, _ in inputs.training:
+    images.check_not_empty(source, inputs.training_decoding)
+  images.check_not_empty(inputs.held_out, inputs.held_out_decoding)
+  return inputs
+
+
 class _Setup(NamedTuple):
   """What is known before anything is compiled."""
 
@@ -51,30 +86,25 @@ class _Setup(NamedTuple):
   shardings: Any
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> bool:
+def run(
+  config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm | None = None
+) -> bool:
   """Runs, or goes on with, one phase; False if SIGTERM ended it early."""
-  sigterm = loop.Sigterm()
+  sigterm = sigterm or loop.Sigterm()
   checks.check_autoencoder(config)
   wiring.check_work_directory(config, workdir)
   wiring.prepare_jax(config.compilation_cache)
   setup = _setup(config)
-  decoding = _decoding(config)
-  training_sources = wiring.weighted_sources(config.data.source)
-  held_out = wiring.single_source(config.evaluation.source)
-  for source, _ in training_sources:
-    images.check_not_empty(source, decoding)
-  evaluation_decoding = images.Decoding(
-    channels=config.model.image_channels,
-    max_megapixels=config.data.max_megapixels,
+  inputs = open_inputs(config)
+  perceptual_parameters = jax.device_put(
+    inputs.perceptual_parameters, sharding.replicated(setup.mesh)
   )
-  images.check_not_empty(held_out, evaluation_decoding)
-  perceptual_parameters = _perceptual_parameters(config, setup.mesh)
   checkpoint.check_space(workdir, setup.abstract, config.checkpoint.keep)
-  _describe(config, setup, len(held_out))
+  _describe(config, setup, len(inputs.held_out))
 
   wiring.write_config(config, workdir)
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  batches = _batches(config, training_sources, decoding)
+  batches = _batches(config, inputs)
   first_step = checkpoints.latest_step() or 0
   if first_step:
     state, data_state = checkpoints.restore(
@@ -87,18 +117,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   writer = metrics_writer.MetricsWriter(
     workdir, first_step, enabled=jax.process_index() == 0
   )
-  evaluation = wiring.Evaluation(
-    setup.autoencoder,
-    setup.mesh,
-    held_out,
-    evaluation_decoding,
-    resolutions=config.evaluation.resolutions,
-    batch_size=config.evaluation.batch_size,
-    max_images=config.evaluation.max_images,
-    samples=config.evaluation.samples,
-    threads=config.data.threads,
-  )
-  evaluate = _evaluate(config, evaluation, writer)
+  evaluation = _evaluation(config, setup, inputs)
   last_step = max(config.steps, first_step)
   step = first_step
   try:
@@ -116,7 +135,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
           config.log_every, config.evaluation.every, config.checkpoint.every
         ),
         save=checkpoints.save,
-        evaluate=evaluate,
+        evaluate=_evaluate(config, evaluation, writer),
         writer=writer,
         sigterm=sigterm,
         profile=loop.Profile(
@@ -125,7 +144,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       )
     checkpoints.wait()
     if step == last_step:
-      skipped = len(batches.skipped) + len(evaluation.skipped)
+      skipped = wiring.total(len(batches.skipped) + len(evaluation.skipped))
       _finish(workdir, step, skipped, setup)
   finally:
     batches.close()
@@ -197,12 +216,16 @@ def _initial_state(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
   }
   if config.init_from:
     placed = sharding.shardings(abstract, setup.mesh)
+    first = "ema" if config.start_from_averages else "params"
     variables, ema = (
       checkpoint.restore_variables(config.init_from, item, abstract, placed)
-      for item in ("params", "ema")
+      for item in (first, "ema")
     )
     create = lambda variables, ema: _create_state(config, setup, variables, ema)
-    return jax.jit(create, out_shardings=setup.shardings)(variables, ema)
+    jitted = jax.jit(
+      create, out_shardings=setup.shardings, donate_argnums=(0, 1)
+    )
+    return jitted(variables, ema)
 
   def create_from_nothing(key):
     side = setup.autoencoder.spatial_compression
@@ -210,30 +233,17 @@ def _initial_state(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
     variables = setup.autoencoder.init(
       key, jnp.zeros((1, side, side, channels), jnp.float32)
     )
-    return _create_state(config, setup, variables, None)
+    return _create_state(config, setup, {"batch_stats": {}} | variables, None)
 
   key = jax.random.fold_in(jax.random.key(config.seed), 0)
   return jax.jit(create_from_nothing, out_shardings=setup.shardings)(key)
 
 
-def _decoding(config: ConfigDict) -> images.Decoding:
-  return images.Decoding(
-    config.model.image_channels,
-    config.data.min_size,
-    config.data.max_megapixels,
-    config.data.shorter_side,
-  )
-
-
-def _batches(
-  config: ConfigDict,
-  training_sources: list[tuple[sources.Source, float]],
-  decoding: images.Decoding,
-) -> images.TrainingImages:
+def _batches(config: ConfigDict, inputs: Inputs) -> images.TrainingImages:
   c = config.data
   return images.TrainingImages(
-    training_sources,
-    decoding,
+    inputs.training,
+    inputs.training_decoding,
     images.Cropping(c.crop, config.resolution, c.min_area, c.flip),
     batch_size=config.batch_size // jax.process_count(),
     seed=config.seed,
@@ -243,15 +253,6 @@ def _batches(
     threads=c.threads,
     cache_megabytes=c.cache_megabytes,
   )
-
-
-def _perceptual_parameters(config: ConfigDict, mesh: Mesh) -> Any:
-  if not config.lpips.weight:
-    return {}
-  if config.model.image_channels not in (1, 3):
-    raise ValueError("LPIPS takes images of 1 or 3 channels")
-  parameters = lpips.load_parameters(config.lpips.network, config.lpips.path)
-  return jax.device_put(parameters, sharding.replicated(mesh))
 
 
 def _step(
@@ -303,13 +304,39 @@ def _compile(config: ConfigDict, setup: _Setup, perceptual_parameters: Any):
 def _model_flops(
   config: ConfigDict, setup: _Setup, perceptual_parameters: Any
 ) -> float:
-  """Of one step over all devices, without what rematerialisation repeats."""
-  model_config = config.model.copy_and_resolve_references()
-  model_config.rematerialisation = False
-  step = _step(config, setup, wiring.model(model_config))
-  arguments = _abstract_arguments(config, setup)
-  lowered = jax.jit(step).lower(*arguments, perceptual_parameters)
-  return lowered.cost_analysis()["flops"]
+  """Of one step over all devices, without what rematerialisation repeats.
+
+  0 where they cannot be counted.
+  """
+  config = config.copy_and_resolve_references()
+  config.model.rematerialisation = False
+  config.accumulation = 1  # the parts of a loop are counted once
+  step = _step(config, setup, wiring.model(config.model))
+  arguments = (*_abstract_arguments(config, setup), perceptual_parameters)
+  arguments = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments
+  )
+  try:  # the CPU's compiler counts for all: others cannot before compiling
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+      return jax.jit(step).lower(*arguments).cost_analysis()["flops"]
+  except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+    return 0.0
+
+
+def _evaluation(
+  config: ConfigDict, setup: _Setup, inputs: Inputs
+) -> wiring.Evaluation:
+  return wiring.Evaluation(
+    setup.autoencoder,
+    setup.mesh,
+    inputs.held_out,
+    inputs.held_out_decoding,
+    resolutions=config.evaluation.resolutions,
+    batch_size=config.evaluation.batch_size,
+    max_images=config.evaluation.max_images,
+    samples=config.evaluation.samples,
+    threads=config.data.threads,
+  )
 
 
 def _evaluate(
@@ -360,5 +387,7 @@ def _finish(
     "parameters": phases.count(setup.abstract.params),
     "parameters_trained": phases.count(learning),
   }
-  wiring.write_whole(workdir / "result.json", json.dumps(result, indent=2))
+  metrics_writer.write_whole(
+    workdir / "result.json", json.dumps(result, indent=2)
+  )
   _LOG.info("%d images were skipped; result in %s", skipped, workdir)

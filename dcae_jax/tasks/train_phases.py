@@ -17,16 +17,24 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   Each phase has its own work directory below `workdir`, and starts from the one
   before. All configs are checked before the first phase starts.
   """
-  loop.Sigterm()
+  sigterm = loop.Sigterm()
   config = chained(config, workdir)
   wiring.check_work_directory(config, workdir)
+  model = config.phase1.model
   for name in _PHASES:
     checks.check_autoencoder(config[name], name != _PHASES[0])
+    checks.check_same_model(model, config[name].model, "phase1")
     wiring.check_work_directory(config[name], workdir / name)
   report.check(config.report, runs_are_pending=True)
+  wiring.check_resolutions(
+    config.report.resolutions, model.variant, model.image_channels
+  )
+  for name in _PHASES:
+    train_autoencoder.open_inputs(config[name])
   wiring.write_config(config, workdir)
   for name in _PHASES:
-    if not train_autoencoder.run(config[name], workdir / name):
+    finished = train_autoencoder.run(config[name], workdir / name, sigterm)
+    if not finished or sigterm.received:
       return False
   report.run(config.report, workdir / "report")
   return True

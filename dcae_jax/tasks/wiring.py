@@ -8,18 +8,19 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dcae_jax.data import images, sources, transforms
 from dcae_jax.evaluation import image_metrics, reconstruction
 from dcae_jax.models import dcae
-from dcae_jax.training import sharding
+from dcae_jax.training import metrics_writer, sharding
 
 # What may change between two starts in one work directory without changing what
 # is computed, or only how far it goes.
 _MAY_CHANGE = (
-  "steps", "log_every", "compilation_cache", "distributed", "profile",
+  "steps", "log_every", "compilation_cache", "profile",
   "checkpoint", "evaluation", "report", "data.workers", "data.threads",
   "data.prefetch", "data.cache_megabytes", "lpips.path",
 )  # fmt: skip
@@ -27,7 +28,7 @@ _MAY_CHANGE = (
 
 def model(config: ConfigDict) -> dcae.DCAE:
   """The autoencoder of `config.model`."""
-  known = ("float32", "bfloat16", "float16")
+  known = ("float32", "bfloat16")  # float16 would need its losses scaled
   if config.dtype not in known:
     raise ValueError(
       f"unknown config.model.dtype {config.dtype!r}; known are "
@@ -47,10 +48,7 @@ def abstract_variables(autoencoder: dcae.DCAE, image_channels: int) -> Any:
   side = autoencoder.spatial_compression
   shape = jax.ShapeDtypeStruct((1, side, side, image_channels), np.float32)
   found = jax.eval_shape(autoencoder.init, jax.random.key(0), shape)
-  return {
-    "params": found["params"],
-    "batch_stats": found.get("batch_stats", {}),
-  }
+  return {"batch_stats": {}} | found
 
 
 def weighted_sources(
@@ -62,14 +60,13 @@ def weighted_sources(
     ValueError: an unknown kind, or a source that does not exist.
   """
   if config.kind == "mixture":
-    found = [
-      pair
-      for member in config.members.values()
-      for pair in weighted_sources(member)
-    ]
-    if not found:
-      raise ValueError("a source of kind 'mixture' needs at least one member")
-    return found
+    members = list(config.members.values())
+    if not members or any(member.kind == "mixture" for member in members):
+      raise ValueError(
+        "a source of kind 'mixture' needs at least one member, and none that "
+        "is a mixture itself"
+      )
+    return [pair for member in members for pair in weighted_sources(member)]
   if not config.weight > 0:
     raise ValueError(f"source weight {config.weight} is not positive")
   if config.kind == "folder":
@@ -148,12 +145,20 @@ class Evaluation:
     ):
       mask = jax.make_array_from_process_local_data(by_batch, batch["mask"])
       pixels = sharding.put_images(batch["images"], self._mesh)
-      yield pixels, mask, batch["mask"]
+      yield pixels, mask
 
   def measure(self, variables: Any, resolution: int) -> reconstruction.Result:
     return reconstruction.measure(
       self._measure_batch, variables, self._batches(resolution)
     )
+
+
+def total(number: int) -> int:
+  """The sum of a number over all processes."""
+  if jax.process_count() == 1:
+    return number
+  found = multihost_utils.process_allgather(np.array(number))
+  return int(found.sum())
 
 
 def prepare_jax(compilation_cache: str) -> None:
@@ -171,6 +176,8 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
   if not path.exists():
     return
   before, now = _flat(json.loads(path.read_text())), _flat(resolved(config))
+  if before["task"] == now["task"] == "report":
+    return  # made anew as a whole
   changes = [
     f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
     for key in sorted(before.keys() | now.keys())
@@ -185,7 +192,8 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
 
 def _may_change(key: str) -> bool:
   # A phase's own keys stand one level deeper in the config of all three.
-  short = key.split(".", 1)[1] if key.startswith("phase") else key
+  part, _, rest = key.partition(".")
+  short = rest if part in ("phase1", "phase2", "phase3") else key
   return any(
     short == allowed or short.startswith(f"{allowed}.")
     for allowed in _MAY_CHANGE
@@ -196,7 +204,7 @@ def write_config(config: ConfigDict, workdir: epath.Path) -> None:
   """Writes `config.json`, on the first process; whole or not at all."""
   if jax.process_index() == 0:
     text = json.dumps(resolved(config), indent=2) + "\n"
-    write_whole(workdir / "config.json", text)
+    metrics_writer.write_whole(workdir / "config.json", text)
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
@@ -212,14 +220,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     else:
       flat[f"{prefix}{key}"] = value
   return flat
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-  """Writes a small file so that it is never seen, or left, half-written."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if "://" in str(path):  # objects appear whole
-    path.write_text(text)
-    return
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text)
-  os.replace(temporary, path)

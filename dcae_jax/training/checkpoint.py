@@ -115,6 +115,10 @@ def restore_variables(
     item_names=(item,),
   ) as manager:
     step = manager.latest_step()
+    if step is None:
+      raise ValueError(
+        f"{run!r} has no finished checkpoint; let that run go on"
+      )
     target = ocp.args.StandardRestore(_abstract(abstract, shardings))
     found = manager.restore(step, args=ocp.args.Composite(**{item: target}))
   return found[item]
@@ -129,15 +133,13 @@ def read_run_config(run: str) -> dict[str, Any]:
   path = epath.Path(run).expanduser()
   if not (path / "config.json").exists():
     raise ValueError(
-      f"config.init_from={run!r} is not the work directory of an earlier run: "
-      "it has no config.json; train that phase first, or correct the path"
+      f"{run!r} is not the work directory of an earlier run: it has no "
+      "config.json; train that phase first, or correct the path"
     )
   steps = path / "checkpoints"
   names = [entry.name for entry in steps.iterdir()] if steps.exists() else []
   if not any(name.isdigit() for name in names):
-    raise ValueError(
-      f"config.init_from={run!r} has no finished checkpoint; let that run go on"
-    )
+    raise ValueError(f"{run!r} has no finished checkpoint; let that run go on")
   return json.loads((path / "config.json").read_text())
 
 

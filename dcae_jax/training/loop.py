@@ -40,23 +40,27 @@ class Sigterm:
   """Remembers SIGTERM, so that the loop can save and leave."""
 
   def __init__(self):
-    self._received = False
-    if threading.current_thread() is threading.main_thread():
+    self.received = False
+    is_main = threading.current_thread() is threading.main_thread()
+    if jax.process_count() == 1 and is_main:  # else jax's own notifier listens
       signal.signal(signal.SIGTERM, self._receive)
 
   def _receive(self, *_) -> None:
-    self._received = True
+    self.received = True
 
   def requested(self, step: int) -> bool:
     """True once any process was told to stop; all agree on the step."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._received
+    return self.received
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-  """Trace `steps` steps from `start` on into `directory`; 0 steps: never."""
+  """Trace `steps` steps, after `start` steps of this start, into `directory`.
+
+  0 steps: never.
+  """
 
   start: int
   steps: int
@@ -101,7 +105,7 @@ def run(
     first_step: steps done before.
     last_step: steps to have done at the end.
     images_per_step: of the global batch.
-    flops_per_step: of the model, over all devices.
+    flops_per_step: of the model, over all devices; 0: not known.
     peak_flops: per second, of all devices.
     cadence: of logs, evaluations and checkpoints.
     save: `(step, state, position of the data)`; may return early.
@@ -133,13 +137,15 @@ def run(
       _LOG.info(clock.line(step, metrics, values))
 
   step = first_step
+  trace_from = first_step + profile.start
+  trace_to = min(trace_from + profile.steps, last_step)
   for step in range(first_step + 1, last_step + 1):
-    if profile.steps and step == profile.start + 1:
+    if step == trace_from + 1 and trace_from < trace_to:
       jax.profiler.start_trace(profile.directory)
     state, metrics = step_fn(state, next(batches))
     settle()
     pending = (step, metrics)
-    if profile.steps and step == profile.start + profile.steps:
+    if step == trace_to and trace_from < trace_to:
       jax.block_until_ready(metrics)
       jax.profiler.stop_trace()
     stop = sigterm.requested(step)
@@ -196,11 +202,13 @@ class _Clock:
     rate = (step - self._logged_step) / seconds
     self._steps_per_second = rate
     self._logged, self._logged_step, self._idle = now, step, 0.0
-    return {
+    speeds = {
       "steps_per_second": rate,
       "images_per_second": rate * self._images,
-      "model_flops_utilization": rate * self._flops / self._peak,
     }
+    if self._flops:
+      speeds["model_flops_utilization"] = rate * self._flops / self._peak
+    return speeds
 
   def line(self, step, metrics, values) -> str:
     left = (self._last - step) / max(self._steps_per_second, 1e-9)

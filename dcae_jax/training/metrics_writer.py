@@ -6,6 +6,7 @@ are dropped, so that the file reads as if the run had never stopped.
 
 import io
 import json
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -33,7 +34,7 @@ class MetricsWriter:
       line for line in read_lines(self._path) if line["step"] <= first_step
     ]
     text = "".join(json.dumps(line) + "\n" for line in self._lines)
-    self._path.write_text(text)
+    write_whole(self._path, text)
     self._is_local = "://" not in str(workdir)
     self._board = tensorboardX.SummaryWriter(
       str(workdir), purge_step=first_step + 1 if first_step else None
@@ -76,6 +77,17 @@ def read_lines(path: epath.Path) -> list[dict[str, float]]:
     except json.JSONDecodeError:  # cut off by a kill: always the last one
       break
   return lines
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a small file so that it is never seen, or left, half-written."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if "://" in str(path):  # objects appear whole
+    path.write_text(text)
+    return
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text(text)
+  os.replace(temporary, path)
 
 
 def write_png(path: epath.Path, pixels: np.ndarray) -> None:

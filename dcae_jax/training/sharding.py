@@ -61,6 +61,12 @@ def check_batch(
       f"{ways * accumulation}: {ways} ways of data parallelism (mesh axes data "
       f"x fsdp) times config.accumulation={accumulation}; use a multiple"
     )
+  if ways % jax.process_count():
+    raise ValueError(
+      f"config.mesh splits batches {ways} ways over {jax.process_count()} "
+      "processes; use a smaller spatial axis, so that each process reads whole "
+      "images"
+    )
   if resolution % mesh.shape["spatial"]:
     raise ValueError(
       f"image side {resolution} is not divisible by config.mesh.spatial="
@@ -104,14 +110,14 @@ class Batches(Protocol):
 
 
 class Prefetch:
-  """Batches of images on the devices, `depth` ahead of the step.
+  """Batches of images on the devices, `depth` of them ahead of the step.
 
   Its state is that of the last batch handed out, not of the last one read.
   """
 
   def __init__(self, batches: Batches, mesh: Mesh, depth: int):
     self._batches, self._mesh = batches, mesh
-    self._depth = max(depth, 1)
+    self._depth = depth
     self._queue = collections.deque()
     self._state = batches.get_state()
 
@@ -119,7 +125,7 @@ class Prefetch:
     return self
 
   def __next__(self) -> jax.Array:
-    while len(self._queue) < self._depth:
+    while len(self._queue) <= self._depth:
       images = next(self._batches)["images"]
       state = self._batches.get_state()
       self._queue.append((put_images(images, self._mesh), state))

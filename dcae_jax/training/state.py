@@ -58,7 +58,7 @@ def create(
     discriminator_optimizer: its optimizer, in phase 3.
   """
   params = variables["params"]
-  batch_stats = variables.get("batch_stats", {})
+  batch_stats = variables["batch_stats"]
   trainable, _ = phases.partition(params, mask)
   if ema is None:
     ema = {"params": params, "batch_stats": batch_stats}

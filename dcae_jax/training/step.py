@@ -98,7 +98,9 @@ def create(
     if not phase.moves_batch_statistics:
       return apply(variables, images), batch_stats
     reconstructions, moved = apply(variables, images, mutable=["batch_stats"])
-    return reconstructions, moved.get("batch_stats", batch_stats)
+    return reconstructions, ({"batch_stats": batch_stats} | moved)[
+      "batch_stats"
+    ]
 
   def reconstruction_loss(reconstructions, images, perceptual_parameters):
     metrics = {"loss/l1": losses.l1(reconstructions, images)}
