@@ -90,6 +90,21 @@ def test_only_the_cpu_program_differs_from_lax_conv(f, kernel_shape):
     assert count == expected.count("stablehlo.convolution") > 0
 
 
+@pytest.mark.parametrize(
+  "module",
+  [
+    convolution.Conv(4, dtype="bfloat16"),
+    convolution.DepthwiseConv(dtype="bfloat16"),
+  ],
+)
+def test_bias_gradients_sum_in_float32_under_bfloat16(module):
+  x = jnp.zeros((8, 128, 128, 4), jnp.bfloat16)
+  variables = module.init(jax.random.key(0), x)
+  total = lambda v: jnp.sum(module.apply(v, x).astype("float32"))
+  gradient = jax.jit(jax.grad(total))(variables)["params"]["bias"]
+  np.testing.assert_array_equal(gradient, np.full(4, 8.0 * 128 * 128))
+
+
 def test_large_grids_use_lax_conv_on_cpu_too():
   x, kernel = _arrays((1, 16, 16, 4), (3, 3, 4, 4))
   program = _program(convolution.convolution, "cpu", x, kernel)

@@ -124,6 +124,24 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(
   assert _losses(phase_1) == _losses(tmp_path)
 
 
+def test_a_work_directory_of_another_phase_is_refused(tiny_config, phase_1):
+  config = tiny_config(2, init_from=str(phase_1))
+  with pytest.raises(ValueError, match=r"holds a run of another .*phase: 'low"):
+    _run(config, phase_1)
+
+
+def test_a_phase_can_start_from_the_averages(tiny_config, phase_1, tmp_path):
+  changes = {"init_from": str(phase_1), "start_from_averages": True}
+  assert _run(tiny_config(3, steps=1, **changes), tmp_path)
+  before, after = _saved(phase_1), _saved(tmp_path)
+  name = "params/encoder/project_in/conv/kernel"
+  assert np.any(before[f"params/{name}"] != before[f"ema/{name}"])
+  for item in ("params", "ema"):
+    np.testing.assert_array_equal(
+      after[f"{item}/{name}"], before[f"ema/{name}"]
+    )
+
+
 def test_a_finished_run_does_nothing_when_started_again(tiny_config, phase_1):
   before = _saved(phase_1)
   result = (phase_1 / "result.json").read_text()
@@ -178,6 +196,12 @@ def test_a_work_directory_of_another_config_is_refused_and_untouched(
     ({"optimizer.learning_rate": float("nan")}, "learning_rate=nan"),
     ({"ema.decay": 1.0}, "not below 1"),
     ({"data.crop": "centre"}, "unknown crop 'centre'"),
+    ({"seed": -1}, "seed=-1 is below 0"),
+    ({"optimizer.beta1": 1.0}, "beta1=1.0 is not below 1"),
+    ({"model.dtype": "float16"}, "float16"),
+    ({"data.min_area": 2.0}, "min_area=2.0 is above 1"),
+    ({"data.shorter_side": 16}, "shorter_side=16 is below .*resolution=32"),
+    ({"data.min_size": 16}, "min_size=16 is below .*resolution=32"),
     ({"data.min_size": 4000}, "none of the 12 images can be used"),
     ({"data.source.path": "/nowhere"}, "'/nowhere' does not exist"),
     ({"data.source.kind": "webdataset"}, "unknown source kind"),

@@ -87,12 +87,38 @@ def test_phases_are_trained_with_the_losses_of_the_paper(workdir):
   assert not gan & (keys["phase1"] | keys["phase2"])
 
 
-def test_all_phases_are_checked_before_the_first_starts(tmp_path):
-  config = base.three_phases("tiny-f8")
-  config.phase3.trainable = ("decoder/head",)
-  with pytest.raises(ValueError, match="'decoder/head' matches no parameter"):
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("phase3.trainable", ("decoder/head",), "'decoder/head' matches no"),
+    ("phase3.model.variant", "tiny-f32", "phase1 has .*'tiny-f8'.*'tiny-f32'"),
+    ("phase2.lpips.path", "/nowhere.npz", "no file /nowhere"),
+    ("phase3.data.source.kind", "folder", "image folder '' does not exist"),
+    ("report.resolutions", (64, 65), "side 65 is not divisible"),
+  ],
+)
+def test_all_phases_are_checked_before_the_first_starts(
+  tmp_path, key, value, message
+):
+  config = quickstart.get_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=message):
     train_phases.run(config, epath.Path(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_between_phases_starts_no_other(tmp_path, monkeypatch):
+  started = []
+
+  def phase(config, workdir, sigterm):
+    started.append(workdir.name)
+    sigterm.received = True  # during the last evaluation, say
+    return True
+
+  monkeypatch.setattr(train_phases.train_autoencoder, "run", phase)
+  config = quickstart.get_config()
+  assert not train_phases.run(config, epath.Path(tmp_path / "run"))
+  assert started == ["phase1"]
 
 
 @pytest.mark.parametrize(
