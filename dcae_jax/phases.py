@@ -76,6 +76,10 @@ def create(name: str, trainable: tuple[str, ...]) -> Phase:
   """The phase of that name; ValueError with the known names otherwise."""
   if name not in PHASES:
     raise ValueError(f"unknown phase {name!r}; known are {', '.join(PHASES)}")
+  if not all(isinstance(pattern, str) for pattern in trainable or (None,)):
+    raise ValueError(
+      f"trainable patterns {trainable!r} are not strings, at least one of them"
+    )
   return PHASES[name](tuple(trainable))
 
 

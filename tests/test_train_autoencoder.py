@@ -186,7 +186,7 @@ def test_a_work_directory_of_another_config_is_refused_and_untouched(
     ({"phase": "phase1"}, "low_resolution_full_training"),
     ({"trainable": ("decoder/head",)}, "'decoder/head' matches no parameter"),
     ({"resolution": 36}, "side 36 is not divisible by 8.*use 32 or 40"),
-    ({"resolution": 0}, "side 0"),
+    ({"resolution": 0}, "resolution=0 is below 1"),
     ({"evaluation.resolutions": (32, 20)}, "side 20 is not divisible"),
     ({"evaluation.resolutions": ()}, "resolutions is empty"),
     ({"batch_size": 12}, "batch_size=12 is not divisible by 8"),
@@ -258,6 +258,17 @@ def test_a_half_written_checkpoint_is_never_restored(
   assert _run(tiny_config(1), tmp_path)
   _assert_same_bits(_saved(phase_1), _saved(tmp_path))
   assert not half.exists()
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(tiny_config, tmp_path):
+  assert _run(tiny_config(1, steps=1), tmp_path)
+  for path in (tmp_path / "checkpoints" / "1" / "params").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"damaged")
+  with pytest.raises(
+    ValueError, match=r"reading .*checkpoints/1 failed: .*rem"
+  ):
+    _run(tiny_config(1, steps=2), tmp_path)
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(

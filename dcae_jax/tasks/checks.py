@@ -13,6 +13,8 @@ from dcae_jax.models import lpips, patchgan
 from dcae_jax.tasks import wiring
 from dcae_jax.training import checkpoint, step
 
+_LARGEST = 2**31 - 1  # counts are int32
+_BELOW_1 = 1 - 1e-12
 _FIRST_PHASE = phases.low_resolution_full_training.__name__
 
 
@@ -25,22 +27,22 @@ def check_autoencoder(
     config: of the run.
     predecessor_is_pending: `init_from` names a run that is still to come.
   """
+  _check_numbers(config)
   phase = phases.create(config.phase, config.trainable)
-  variables = wiring.abstract_variables(
-    wiring.model(config.model), config.model.image_channels
-  )
-  mask = phases.trainable_mask(variables["params"], phase.trainable)
   wiring.check_resolutions(
     (config.resolution, *config.evaluation.resolutions),
     config.model.variant,
     config.model.image_channels,
   )
+  variables = wiring.abstract_variables(
+    wiring.model(config.model), config.model.image_channels
+  )
+  mask = phases.trainable_mask(variables["params"], phase.trainable)
   if not config.evaluation.resolutions:
     raise ValueError(
       "config.evaluation.resolutions is empty; name at least one"
     )
   images.Cropping(config.data.crop, config.resolution)
-  _check_numbers(config)
   _check_lpips(config)
   if phase.adversarial:
     _check_discriminator(config, mask)
@@ -53,36 +55,59 @@ def check_autoencoder(
     _check_predecessor(config)
 
 
+# Smallest and largest value of each number; None: any finite one above.
+_BOUNDS = {
+  "seed": (0, None),
+  "resolution": (1, None),
+  "batch_size": (1, None),
+  "accumulation": (1, None),
+  "steps": (1, None),
+  "log_every": (1, None),
+  "model.image_channels": (1, None),
+  "optimizer.learning_rate": (0, None),
+  "optimizer.beta1": (0, _BELOW_1),
+  "optimizer.beta2": (0, _BELOW_1),
+  "optimizer.weight_decay": (0, None),
+  "optimizer.warmup_steps": (0, None),
+  "optimizer.clip_norm": (0, None),
+  "ema.decay": (0, _BELOW_1),
+  "ema.ramp_steps": (0, None),
+  "lpips.weight": (0, None),
+  "discriminator.weight": (0, None),
+  "discriminator.start_step": (0, None),
+  "discriminator.width": (1, None),
+  "discriminator.layers": (1, 8),
+  "data.min_area": (0.001, 1),
+  "data.min_size": (0, None),
+  "data.max_megapixels": (0.001, None),
+  "data.shorter_side": (0, None),
+  "data.cache_megabytes": (0, None),
+  "data.workers": (0, 1000),
+  "data.threads": (1, 1000),
+  "data.prefetch": (1, 100),
+  "evaluation.every": (0, None),
+  "evaluation.batch_size": (1, None),
+  "evaluation.max_images": (0, None),
+  "evaluation.samples": (1, None),
+  "checkpoint.every": (0, None),
+  "checkpoint.keep": (1, None),
+  "profile.start": (0, None),
+  "profile.steps": (0, None),
+}
+
+
 def _check_numbers(config: ConfigDict) -> None:
-  least = {
-    "seed": 0, "steps": 1, "batch_size": 1, "accumulation": 1, "log_every": 1,
-    "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0,
-    "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
-    "lpips.weight": 0, "discriminator.weight": 0, "discriminator.layers": 1,
-    "discriminator.width": 1, "ema.decay": 0, "ema.ramp_steps": 0,
-    "data.workers": 0, "data.threads": 1, "data.prefetch": 1,
-    "optimizer.beta1": 0, "optimizer.beta2": 0, "data.min_size": 0,
-    "data.shorter_side": 0, "data.cache_megabytes": 0, "data.min_area": 0.001,
-    "data.max_megapixels": 0.001, "checkpoint.every": 0, "checkpoint.keep": 1,
-    "evaluation.every": 0, "evaluation.batch_size": 1, "evaluation.samples": 1,
-    "evaluation.max_images": 0, "profile.start": 0, "profile.steps": 0,
-  }  # fmt: skip
-  for key, bound in least.items():
+  for key, (least, most) in _BOUNDS.items():
     value = config
     for part in key.split("."):
       value = value[part]
-    if not value >= bound:  # also for NaN
-      raise ValueError(f"config.{key}={value} is below {bound}")
-  below_1 = {
-    "ema.decay": config.ema.decay,
-    "optimizer.beta1": config.optimizer.beta1,
-    "optimizer.beta2": config.optimizer.beta2,
-  }
-  for key, value in below_1.items():
-    if value >= 1:
+    if not value >= least:  # also for NaN
+      raise ValueError(f"config.{key}={value} is below {least}")
+    if most == _BELOW_1 and value >= 1:
       raise ValueError(f"config.{key}={value} is not below 1")
-  if config.data.min_area > 1:
-    raise ValueError(f"config.data.min_area={config.data.min_area} is above 1")
+    if value > (_LARGEST if most is None else most):
+      limit = _LARGEST if most is None else most
+      raise ValueError(f"config.{key}={value} is above {limit:g}")
   for key in ("min_size", "shorter_side"):
     if 0 < config.data[key] < config.resolution:
       raise ValueError(

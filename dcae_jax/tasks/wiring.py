@@ -96,6 +96,8 @@ def check_resolutions(
   transforms.check_channels(image_channels)
   compression = dcae.check_variant(variant).spatial_compression
   for resolution in resolutions:
+    if not isinstance(resolution, int):
+      raise ValueError(f"image side {resolution!r} is not a whole number")
     dcae.check_side(resolution, compression)
     if resolution < image_metrics.SMALLEST_SIDE:
       raise ValueError(

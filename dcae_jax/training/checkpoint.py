@@ -5,9 +5,11 @@ The items are separate, so that a later stage restores parameters alone:
 of the state) and `data` (the position of the data iterator). Local or `gs://`.
 """
 
+import contextlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -51,6 +53,19 @@ def _absolute(path: epath.Path) -> epath.Path:
   return path if "://" in str(path) else path.expanduser().resolve()
 
 
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+  """One line for what orbax raises: a full disk, a damaged file."""
+  try:
+    yield
+  except Exception as error:
+    first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
+    raise ValueError(
+      f"{what} failed: {first_line[:300]}; other checkpoints are as they were: "
+      "make room on a full disk, remove a damaged checkpoint, and run again"
+    ) from error
+
+
 class Checkpoints:
   """The checkpoints of one work directory."""
 
@@ -76,7 +91,8 @@ class Checkpoints:
       name: ocp.args.StandardSave(item) for name, item in _items(state).items()
     }
     items["data"] = ocp.args.JsonSave(data_state)
-    self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+    with _explained(f"writing a checkpoint of step {step}"):
+      self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
   def restore(
     self, step: int, abstract: state_lib.TrainState, shardings: Tree
@@ -87,12 +103,14 @@ class Checkpoints:
       name: ocp.args.StandardRestore(item) for name, item in targets.items()
     }
     items["data"] = ocp.args.JsonRestore()
-    found = self._manager.restore(step, args=ocp.args.Composite(**items))
+    with _explained(f"reading {self._manager.directory / str(step)}"):
+      found = self._manager.restore(step, args=ocp.args.Composite(**items))
     return _state({name: found[name] for name in targets}), found["data"]
 
   def wait(self) -> None:
     """Returns when the last save is complete; raises what it raised."""
-    self._manager.wait_until_finished()
+    with _explained("writing a checkpoint"):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     self._manager.close()
@@ -120,7 +138,8 @@ def restore_variables(
         f"{run!r} has no finished checkpoint; let that run go on"
       )
     target = ocp.args.StandardRestore(_abstract(abstract, shardings))
-    found = manager.restore(step, args=ocp.args.Composite(**{item: target}))
+    with _explained(f"reading {manager.directory / str(step)}"):
+      found = manager.restore(step, args=ocp.args.Composite(**{item: target}))
   return found[item]
 
 
