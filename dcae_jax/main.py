@@ -3,6 +3,7 @@
 Flags, the work directory, and the task that the config names; nothing else.
 """
 
+import errno
 import importlib
 import logging
 import pathlib
@@ -26,7 +27,10 @@ def main(argv: list[str]) -> int:
   except (ValueError, FloatingPointError, OSError) as error:
     if not _is_ours(error):
       raise
-    return _fail(str(error))
+    advice = ""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+      advice = "; make room and run again: it goes on from the last checkpoint"
+    return _fail(f"{error}{advice}")
   return 0
 
 
