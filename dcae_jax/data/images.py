@@ -5,11 +5,14 @@ its own share; the position is a small state that a checkpoint holds. An image
 that cannot be decoded is replaced by another one, and named once.
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import logging
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -202,6 +205,16 @@ def check_not_empty(source: sources.Source, decoding: Decoding) -> None:
   )
 
 
+def _follow_the_main_process(worker_index: int, worker_count: int) -> None:
+  """A loader process outlives a signal to the group, but not its parent."""
+  del worker_index, worker_count
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+  if sys.platform == "linux":
+    die_with_parent = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)
+
+
 class TrainingImages:
   """An endless, checkpointable iterator over batches of this process.
 
@@ -267,7 +280,9 @@ class TrainingImages:
       rest = self._batches[self._next_batch :].to_iter_dataset(self._options)
       if self._workers:
         options = grain.MultiprocessingOptions(num_workers=self._workers)
-        rest = rest.mp_prefetch(options)
+        rest = rest.mp_prefetch(
+          options, worker_init_fn=_follow_the_main_process
+        )
       self._iterator = iter(rest)
     batch = next(self._iterator)
     self._next_batch += 1
