@@ -102,10 +102,14 @@ def run(
   checkpoint.check_space(workdir, setup.abstract, config.checkpoint.keep)
   _describe(config, setup, len(inputs.held_out))
 
-  wiring.write_config(config, workdir)
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
   batches = _batches(config, inputs)
   first_step = checkpoints.latest_step() or 0
+  if not first_step and (workdir / "result.json").exists():
+    raise ValueError(
+      f"--workdir={workdir} holds a finished run without checkpoints; bring "
+      "them back, or choose another directory"
+    )
   if first_step:
     state, data_state = checkpoints.restore(
       first_step, setup.abstract, setup.shardings
@@ -114,6 +118,7 @@ def run(
     _LOG.info("going on from step %d in %s", first_step, workdir)
   else:
     state = _initial_state(config, setup)
+  wiring.write_config(config, workdir)
   writer = metrics_writer.MetricsWriter(
     workdir, first_step, enabled=jax.process_index() == 0
   )

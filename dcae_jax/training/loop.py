@@ -129,7 +129,7 @@ def run(
     step, metrics = pending
     pending = None
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    _check_finite(step, metrics)
+    _check_finite(step, {f"train/{k}": v for k, v in metrics.items()})
     if cadence.due(cadence.log, step, last_step):
       values = {f"train/{k}": v for k, v in metrics.items()}
       values |= {f"train/{k}": v for k, v in clock.speeds(step).items()}
@@ -156,6 +156,7 @@ def run(
       with clock.paused():
         if evaluates:
           values = evaluate(step, state)
+          _check_finite(step, values)
           writer.scalars(step, values)
           _LOG.info(
             "evaluated  %s",
@@ -174,9 +175,9 @@ def _check_finite(step: int, metrics: dict[str, float]) -> None:
   for name, value in metrics.items():
     if not math.isfinite(value):
       raise FloatingPointError(
-        f"train/{name} is {value} at step {step}; the last good checkpoint is "
-        "kept: lower config.optimizer.learning_rate, or set "
-        "config.optimizer.clip_norm, and run again to go on from it"
+        f"{name} is {value} at step {step}; the last good checkpoint is kept: "
+        "start another --workdir from it, with --config.init_from and a lower "
+        "config.optimizer.learning_rate or a config.optimizer.clip_norm"
       )
 
 

@@ -71,11 +71,13 @@ def read_lines(path: epath.Path) -> list[dict[str, float]]:
   if not path.exists():
     return []
   lines = []
-  for text in path.read_text().splitlines():
+  for text in path.read_bytes().decode(errors="replace").splitlines():
     try:
-      lines.append(json.loads(text))
-    except json.JSONDecodeError:  # cut off by a kill: always the last one
-      break
+      line = json.loads(text)
+    except json.JSONDecodeError:  # cut off by a kill
+      continue
+    if isinstance(line, dict) and "step" in line:
+      lines.append(line)
   return lines
 
 

@@ -199,6 +199,8 @@ def create(
     if phase.moves_batch_statistics:
       averaged_stats = jax.tree.map(average, averaged_stats, batch_stats)
     metrics["gradient_norm"] = optax.tree.norm(gradient)
+    # Of what a checkpoint would hold: the losses are from before the update.
+    metrics["parameter_norm"] = optax.tree.norm(trainable)
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     state = state.replace(
       step=state.step + 1,
@@ -216,9 +218,10 @@ def create(
         state.discriminator_optimizer,
         state.discriminator,
       )
+      discriminator = optax.apply_updates(state.discriminator, updates)
+      metrics["discriminator_norm"] = optax.tree.norm(discriminator)
       state = state.replace(
-        discriminator=optax.apply_updates(state.discriminator, updates),
-        discriminator_optimizer=optimizer_state,
+        discriminator=discriminator, discriminator_optimizer=optimizer_state
       )
     return state, metrics
 
