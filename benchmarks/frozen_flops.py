@@ -1,6 +1,6 @@
 """FLOPs of a compiled training step in each phase, against phase 1.
 
-  python benchmarks/frozen_flops.py --variant=tiny-f32 --resolution=64
+  python -m benchmarks.frozen_flops --variant=tiny-f32 --resolution=64
 
 L1 loss alone, no rematerialisation, same batch and resolution; also the bytes
 of the optimizer's state. Nothing is trained or allocated.

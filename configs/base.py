@@ -61,9 +61,8 @@ def autoencoder() -> ConfigDict:
   c.model.image_channels = 3  # 1: grey
   c.model.residual_autoencoding = True  # False: the paper's ablation
   c.model.rematerialisation = True  # recompute each block: less memory
-  c.model.dtype = (
-    "bfloat16"  # of layers; norms, attention, losses, state: float32
-  )
+  # Of the layers; norms, attention, losses and the state are float32.
+  c.model.dtype = "bfloat16"
 
   # --- the losses (means over pixels, images, patches) ---------------------
   # L1 has weight 1. [paper] L1 + LPIPS in all phases, PatchGAN in phase 3.

@@ -235,17 +235,19 @@ class TrainingImages:
     threads: int = 4,
     cache_megabytes: float = 0,
   ):
-    """Args:
-    weighted_sources: with the weights of their mixture.
-    decoding: of the files.
-    cropping: of the images.
-    batch_size: of this process.
-    seed: of order, crops and flips.
-    process_index: of this process.
-    process_count: processes that share the data.
-    workers: loader processes; 0 loads in threads of this one.
-    threads: loader threads, in each process.
-    cache_megabytes: of decoded images to keep, in each process.
+    """Describes the pipeline; nothing starts before the first batch.
+
+    Args:
+      weighted_sources: with the weights of their mixture.
+      decoding: of the files.
+      cropping: of the images.
+      batch_size: of this process.
+      seed: of order, crops and flips.
+      process_index: of this process.
+      process_count: processes that share the data.
+      workers: loader processes; 0 loads in threads of this one.
+      threads: loader threads, in each process.
+      cache_megabytes: of decoded images to keep, a process and source.
     """
     self.skipped = Skipped()
     members = []

@@ -105,11 +105,6 @@ def run(
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
   batches = _batches(config, inputs)
   first_step = checkpoints.latest_step() or 0
-  if not first_step and (workdir / "result.json").exists():
-    raise ValueError(
-      f"--workdir={workdir} holds a finished run without checkpoints; bring "
-      "them back, or choose another directory"
-    )
   if first_step:
     state, data_state = checkpoints.restore(
       first_step, setup.abstract, setup.shardings

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dcae_jax.data import images, sources, transforms
 from dcae_jax.evaluation import image_metrics, reconstruction
 from dcae_jax.models import dcae
-from dcae_jax.training import metrics_writer, sharding
+from dcae_jax.training import checkpoint, metrics_writer, sharding
 
 # What may change between two starts in one work directory without changing what
 # is computed, or only how far it goes.
@@ -177,9 +177,16 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
     raise ValueError(f"--workdir={workdir} is not a directory; choose another")
   if not path.exists():
     return
-  before, now = _flat(json.loads(path.read_text())), _flat(resolved(config))
+  before, now = _flat(checkpoint.read_config(path)), _flat(resolved(config))
   if before["task"] == now["task"] == "report":
     return  # made anew as a whole
+  if (workdir / "result.json").exists() and not (
+    workdir / "checkpoints"
+  ).exists():
+    raise ValueError(
+      f"--workdir={workdir} holds a finished run without checkpoints; bring "
+      "them back, or choose another directory"
+    )
   changes = [
     f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
     for key in sorted(before.keys() | now.keys())

@@ -159,7 +159,18 @@ def read_run_config(run: str) -> dict[str, Any]:
   names = [entry.name for entry in steps.iterdir()] if steps.exists() else []
   if not any(name.isdigit() for name in names):
     raise ValueError(f"{run!r} has no finished checkpoint; let that run go on")
-  return json.loads((path / "config.json").read_text())
+  return read_config(path / "config.json")
+
+
+def read_config(path: epath.Path) -> dict[str, Any]:
+  """The contents of a `config.json`; ValueError if it is damaged."""
+  try:
+    config = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged ({error}); bring it back") from error
+  if not isinstance(config, dict) or "task" not in config:
+    raise ValueError(f"{path} is not the config of a run; bring it back")
+  return config
 
 
 def check_space(workdir: epath.Path, abstract: Tree, keep: int) -> None:

@@ -19,10 +19,12 @@ class MetricsWriter:
   """Writes below one work directory, local or `gs://`."""
 
   def __init__(self, workdir: epath.Path, first_step: int, enabled: bool):
-    """Args:
-    workdir: of the run.
-    first_step: the restored step; later lines are dropped.
-    enabled: False writes nothing (all processes but the first).
+    """Goes on with the directory's files, or starts them.
+
+    Args:
+      workdir: of the run.
+      first_step: the restored step; later lines are dropped.
+      enabled: False writes nothing (all processes but the first).
     """
     self._enabled = enabled
     if not enabled:

@@ -98,9 +98,8 @@ def create(
     if not phase.moves_batch_statistics:
       return apply(variables, images), batch_stats
     reconstructions, moved = apply(variables, images, mutable=["batch_stats"])
-    return reconstructions, ({"batch_stats": batch_stats} | moved)[
-      "batch_stats"
-    ]
+    # A model without batch norm moves nothing.
+    return reconstructions, moved["batch_stats"] if moved else batch_stats
 
   def reconstruction_loss(reconstructions, images, perceptual_parameters):
     metrics = {"loss/l1": losses.l1(reconstructions, images)}
