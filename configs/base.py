@@ -39,8 +39,9 @@ def autoencoder() -> ConfigDict:
   c = ConfigDict()
   c.task = "train_autoencoder"
   c.seed = 0  # of initial values, data order, crops and flips
-  # The work directory of an earlier run whose parameters, batch statistics and
-  # averages this one starts from, with a fresh optimizer and step. "": none.
+  # What this run starts from, with a fresh optimizer and step: the work
+  # directory of an earlier run (parameters, batch statistics, averages), a
+  # folder or file of released weights, or a hub id. "": none.
   c.init_from = ""
   # [ours] Start the parameters, too, from its averages, which are what was
   # evaluated. False: parameters from parameters, averages from averages.
@@ -57,7 +58,11 @@ def autoencoder() -> ConfigDict:
 
   # --- the model -----------------------------------------------------------
   c.model = ConfigDict()
-  c.model.variant = "f32c32"  # a key of dcae_jax.models.dcae.VARIANTS
+  # A key of dcae_jax.models.dcae.VARIANTS; "": the model of `init_from`.
+  c.model.variant = "f32c32"
+  # Filled in by the run where `init_from` is none of these ("custom"): its
+  # config, with the keys of diffusers' AutoencoderDC.
+  c.model.architecture = ConfigDict()
   c.model.image_channels = 3  # 1: grey
   c.model.residual_autoencoding = True  # False: the paper's ablation
   c.model.rematerialisation = True  # recompute each block: less memory

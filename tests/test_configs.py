@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from dcae_jax import main
+from dcae_jax.models import dcae
 from dcae_jax.tasks import checks, train_autoencoder, train_phases, wiring
 
 DIRECTORY = pathlib.Path(__file__).parent.parent / "configs"
@@ -45,9 +46,10 @@ def test_config_has_the_keys_of_base_and_builds(name):
   for phase in phases:
     with phase.unlocked():
       phase.init_from = phase.init_from or "a run"
+      phase.model.variant = phase.model.variant or "f32c32"
     checks.check_autoencoder(phase, predecessor_is_pending=True)
     model = wiring.model(phase.model)
-    wiring.abstract_variables(model, phase.model.image_channels)
+    dcae.abstract_variables(model, phase.model.image_channels)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -75,8 +75,8 @@ def test_scales_add_heads_after_the_base_ones():
   x = jnp.ones((1, 4, 4, 64))
   variables = efficientvit.LinearAttention((5,)).init(jax.random.key(0), x)
   shapes = jax.tree.map(jnp.shape, variables["params"])
-  assert shapes["aggregate_5"]["kernel"] == (5, 5, 1, 192)
-  assert shapes["aggregate_5_mix"]["kernel"] == (1, 1, 32, 192)
+  assert shapes["aggregate_0"]["kernel"] == (5, 5, 1, 192)
+  assert shapes["aggregate_0_mix"]["kernel"] == (1, 1, 32, 192)
   assert shapes["project"]["kernel"] == (1, 1, 128, 64)
 
 

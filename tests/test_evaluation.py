@@ -19,10 +19,11 @@ def _batches(n=10, size=4, good=7):
 
 
 def _measure(good, samples=3):
-  darker = lambda variables, images: images * variables
+  encode = lambda variables, images: images * variables
+  decode = lambda variables, z: z
   mesh = sharding.create_mesh(8, 1, 1)
   measure_batch = reconstruction.create(
-    darker, sharding.replicated(mesh), samples
+    encode, decode, sharding.replicated(mesh), samples
   )
   return reconstruction.measure(
     measure_batch, jnp.float32(0.9), _batches(good=good)
@@ -37,6 +38,8 @@ def test_metrics_are_means_over_the_usable_images():
   for name in ("psnr", "ssim"):
     values = getattr(image_metrics, name)(darker, images)
     np.testing.assert_allclose(found.metrics[name], values.mean(), rtol=1e-4)
+  rms = jnp.sqrt(jnp.mean(jnp.square(0.9 * (images / 127.5 - 1))))
+  np.testing.assert_allclose(found.metrics["latent_rms"], rms, rtol=1e-5)
   np.testing.assert_array_equal(found.originals, images[:3])
   np.testing.assert_array_equal(found.reconstructions, darker[:3])
 

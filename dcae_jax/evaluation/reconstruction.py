@@ -1,4 +1,4 @@
-"""Reconstruction quality over a set of images: PSNR and SSIM.
+"""Reconstruction quality over a set of images: PSNR and SSIM; RMS of latents.
 
 Sees a predict function and batches only. Metrics are computed per image on
 8-bit values, as in the paper's tables, and then averaged over images.
@@ -24,23 +24,26 @@ class Result(NamedTuple):
 
 
 def create(
-  apply: Callable[[Any, jax.Array], jax.Array],
+  encode: Callable[[Any, jax.Array], jax.Array],
+  decode: Callable[[Any, jax.Array], jax.Array],
   sharding: jax.sharding.Sharding,
   samples: int,
 ) -> Callable[[Any, jax.Array, jax.Array], Any]:
   """The jitted measurement of one batch, for `measure`.
 
   Args:
-    apply: `(variables, images in [-1, 1]) -> reconstructions`.
+    encode: `(variables, images in [-1, 1]) -> latents`.
+    decode: `(variables, latents) -> reconstructions`.
     sharding: of the results: whole on every device.
     samples: rows of each batch to return as pictures.
   """
 
   def measure_batch(variables, images, mask):
     images = images.astype(jnp.float32)
-    found = apply(variables, images / 127.5 - 1.0)
-    found = image_metrics.quantise(found)
+    z = encode(variables, images / 127.5 - 1.0)
+    found = image_metrics.quantise(decode(variables, z))
     values = {
+      "latent_mean_square": jnp.mean(jnp.square(z), axis=(1, 2, 3)),
       "psnr": image_metrics.psnr(found, images),
       "ssim": image_metrics.ssim(found, images),
       "count": jnp.ones(images.shape[0]),
@@ -73,4 +76,5 @@ def measure(
   if not count:
     raise ValueError("no image of the evaluation source could be used")
   metrics = {name: total / count for name, total in totals.items()}
+  metrics["latent_rms"] = metrics.pop("latent_mean_square") ** 0.5
   return Result(metrics, *pictures)

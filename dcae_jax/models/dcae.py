@@ -6,6 +6,7 @@ stages hold ResBlocks, deep ones EfficientViT blocks (section 3.3).
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,7 +21,13 @@ from dcae_jax.models import (
   residual_autoencoding,
 )
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu}
+ACTIVATIONS = {
+  "silu": jax.nn.silu,
+  "relu": jax.nn.relu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "mish": jax.nn.mish,
+  "identity": lambda x: x,
+}
 
 
 class Stage(NamedTuple):
@@ -32,8 +39,9 @@ class Stage(NamedTuple):
       from the image then resamples by 2 itself.
     block: "res" or "efficientvit".
     norm: a key of `normalization.NORMS`.
-    activation: of a ResBlock, "silu" or "relu".
+    activation: of a ResBlock, a key of `ACTIVATIONS`.
     scales: aggregation kernel sizes of EfficientViT's attention.
+    head_dim: channels of a head of EfficientViT's attention.
   """
 
   width: int
@@ -42,6 +50,7 @@ class Stage(NamedTuple):
   norm: str = "rms_norm"
   activation: str = "silu"
   scales: tuple[int, ...] = ()
+  head_dim: int = efficientvit.HEAD_DIM
 
 
 class ResBlock(nn.Module):
@@ -58,7 +67,7 @@ class ResBlock(nn.Module):
     conv2 = convolution.Conv(
       channels, use_bias=False, dtype=self.dtype, name="conv2"
     )
-    y = conv2(_ACTIVATIONS[self.activation](conv1(x)))
+    y = conv2(ACTIVATIONS[self.activation](conv1(x)))
     return x + normalization.NORMS[self.norm](name="norm")(y)
 
 
@@ -75,7 +84,7 @@ def _blocks(
     ]
   return [
     wrap(efficientvit.EfficientViTBlock)(
-      stage.scales, stage.norm, dtype, name=name
+      stage.scales, stage.norm, stage.head_dim, dtype, name=name
     )
     for name in names
   ]
@@ -159,27 +168,30 @@ class ImageProjection(nn.Module):
 
   Attributes:
     channels: of the image.
-    upsample: by 2, with a channel-to-space rearrangement.
-    activation: "relu" or "silu".
+    upsample: by 2 as `residual_autoencoding.Upsample` does, its kind, or None.
+    activation: a key of `ACTIVATIONS`.
 
   It computes in float32: rounding here would show in the image.
   """
 
   channels: int
-  upsample: bool
+  upsample: str | None
   activation: str
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
     x = normalization.RMSNorm(name="norm")(x.astype("float32"))
-    x = _ACTIVATIONS[self.activation](x)
-    channels = self.channels * (4 if self.upsample else 1)
+    x = ACTIVATIONS[self.activation](x)
+    to_space = self.upsample == "channel_to_space"
+    if self.upsample == "nearest":
+      x = residual_autoencoding.nearest(x)
+    channels = self.channels * (4 if to_space else 1)
     x = convolution.Conv(channels, name="conv")(x)
-    return residual_autoencoding.channel_to_space(x) if self.upsample else x
+    return residual_autoencoding.channel_to_space(x) if to_space else x
 
 
 class Encoder(nn.Module):
-  """Images to latents, `2 ** (len(stages) - 1)` times smaller on each side.
+  """Images to latents, `spatial_compression(stages)` times smaller.
 
   Attributes:
     stages: shallow to deep.
@@ -211,6 +223,7 @@ class Encoder(nn.Module):
     else:
       project_in = residual_autoencoding.Downsample(
         deeper[0].width,
+        self.downsample,
         residual_autoencoding=False,
         dtype=self.dtype,
         name="project_in",
@@ -237,14 +250,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents to images, `2 ** (len(stages) - 1)` times larger on each side.
+  """Latents to images, `spatial_compression(stages)` times larger.
 
   Attributes:
     stages: shallow to deep; they run from deep to shallow.
     image_channels: of the output.
     upsample: kind of `residual_autoencoding.Upsample`.
     latent_shortcut: duplicating shortcut around the projection from latents.
-    head_activation: before the last convolution, "relu" or "silu".
+    head_activation: before the last convolution, a key of `ACTIVATIONS`.
     residual_autoencoding: False removes every shortcut.
     rematerialisation: recompute each block's activations in the backward pass.
     dtype: of the computation; attention and norms are float32.
@@ -280,7 +293,7 @@ class Decoder(nn.Module):
         )(x)
     return ImageProjection(
       self.image_channels,
-      self.stages[0].depth == 0,
+      None if self.stages[0].depth else self.upsample,
       self.head_activation,
       name="project_out",
     )(x)
@@ -298,7 +311,7 @@ class DCAE(nn.Module):
 
   @property
   def spatial_compression(self) -> int:
-    return 2 ** (len(self.encoder.stages) - 1)
+    return spatial_compression(self.encoder.stages)
 
   def encode(
     self, images: Float[Array, "b h w c"]
@@ -317,6 +330,25 @@ class DCAE(nn.Module):
     return self.decode(self.encode(images))
 
 
+def spatial_compression(stages: tuple[Stage, ...]) -> int:
+  """How many times smaller than the image's the sides of the latents are.
+
+  Each stage but the deepest halves them, if it has blocks; without blocks in
+  the shallowest one, the projection from the image does.
+  """
+  return 2 ** sum(
+    i == 0 or stage.depth > 0 for i, stage in enumerate(stages[:-1])
+  )
+
+
+def abstract_variables(model: DCAE, image_channels: int) -> Any:
+  """Shapes of `{"params": ..., "batch_stats": ...}`; nothing is allocated."""
+  side = model.spatial_compression
+  image = jax.ShapeDtypeStruct((1, side, side, image_channels), "float32")
+  found = jax.eval_shape(model.init, jax.random.key(0), image)
+  return {"batch_stats": {}} | found
+
+
 def check_side(side: int, spatial_compression: int) -> None:
   """Raises ValueError unless `side` pixels make whole latent positions."""
   if side < 1 or side % spatial_compression:
@@ -330,19 +362,20 @@ def check_side(side: int, spatial_compression: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """A published architecture; the fields are those of Encoder and Decoder."""
+  """An architecture; the fields are those of Encoder and Decoder."""
 
   latent_channels: int
   encoder: tuple[Stage, ...]
   decoder: tuple[Stage, ...]
   downsample: str = "space_to_channel"
   upsample: str = "channel_to_space"
-  latent_shortcut: bool = True
+  encoder_shortcut: bool = True
+  decoder_shortcut: bool = True
   head_activation: str = "relu"
 
   @property
   def spatial_compression(self) -> int:
-    return 2 ** (len(self.encoder) - 1)
+    return spatial_compression(self.encoder)
 
 
 def _stages(
@@ -416,14 +449,16 @@ VARIANTS: dict[str, Variant] = {
     128,
     encoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
     decoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
-    latent_shortcut=False,
+    encoder_shortcut=False,
+    decoder_shortcut=False,
     head_activation="silu",
   ),
   "f64c128-1.5": Variant(
     128,
     encoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
     decoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
-    latent_shortcut=False,
+    encoder_shortcut=False,
+    decoder_shortcut=False,
     head_activation="silu",
   ),
   "tiny-f8": _tiny(16, (16, 32, 64, 128)),
@@ -441,40 +476,67 @@ def check_variant(name: str) -> Variant:
   return VARIANTS[name]
 
 
+def check_architecture(variant: Variant) -> None:
+  """Raises ValueError for stages that do not fit together."""
+  compressions = [spatial_compression(variant.encoder)]
+  compressions.append(spatial_compression(variant.decoder))
+  if len(set(compressions)) > 1:
+    raise ValueError(
+      f"the encoder divides image sides by {compressions[0]}, and the decoder "
+      f"multiplies them by {compressions[1]}; give both as many stages"
+    )
+  for stage in (*variant.encoder, *variant.decoder):
+    if stage.width % 4 and "_to_" in variant.downsample + variant.upsample:
+      raise ValueError(
+        f"stage width {stage.width} is not divisible by 4, as a rearrangement "
+        "of 2x2 pixels to channels needs it"
+      )
+    if stage.block == "efficientvit" and stage.width < stage.head_dim:
+      raise ValueError(
+        f"stage width {stage.width} is below {stage.head_dim}, the channels of "
+        "one attention head"
+      )
+    if any(size % 2 == 0 for size in stage.scales):
+      raise ValueError(f"attention scales {stage.scales} are not all odd")
+
+
 def create(
-  variant: str,
+  variant: str | Variant,
   *,
   image_channels: int = 3,
   residual_autoencoding: bool = True,
   rematerialisation: bool = False,
   dtype: DTypeLike = "float32",
 ) -> DCAE:
-  """The module of a named variant.
+  """The module of a variant.
 
   Args:
-    variant: a key of `VARIANTS`.
+    variant: a key of `VARIANTS`, or an architecture of one's own.
     image_channels: 3, 1 for grey images, or any other number.
     residual_autoencoding: False removes every shortcut, the paper's ablation.
     rematerialisation: trade time for memory, block by block.
     dtype: of the computation; attention and norms stay float32.
 
   Raises:
-    ValueError: unknown variant.
+    ValueError: unknown variant, or stages that do not fit together.
   """
-  v = check_variant(variant)
+  v = check_variant(variant) if isinstance(variant, str) else variant
+  check_architecture(v)
   shared = {
-    "latent_shortcut": v.latent_shortcut,
     "residual_autoencoding": residual_autoencoding,
     "rematerialisation": rematerialisation,
     "dtype": dtype,
   }
   return DCAE(
-    encoder=Encoder(v.encoder, v.latent_channels, v.downsample, **shared),
+    encoder=Encoder(
+      v.encoder, v.latent_channels, v.downsample, v.encoder_shortcut, **shared
+    ),
     decoder=Decoder(
       v.decoder,
       image_channels,
       v.upsample,
-      head_activation=v.head_activation,
+      v.decoder_shortcut,
+      v.head_activation,
       **shared,
     ),
   )

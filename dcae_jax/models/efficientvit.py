@@ -47,45 +47,48 @@ def relu_linear_attention(
 
 
 class LinearAttention(nn.Module):
-  """Multi-scale ReLU linear attention, heads of 32 channels.
+  """Multi-scale ReLU linear attention.
 
-  Each head owns 96 consecutive channels of the projection: query, key, value.
+  Each head owns `3 * head_dim` consecutive channels of the projection: query,
+  key, value. There are as many heads as fit into the channels of the input.
 
   Attributes:
     scales: kernel sizes of the depthwise convolutions that aggregate the
       projection over neighbours; each adds as many heads again.
     norm: of the output, a key of `normalization.NORMS`.
+    head_dim: channels of a head.
     dtype: of the projections.
   """
 
   scales: tuple[int, ...] = ()
   norm: str = "rms_norm"
+  head_dim: int = HEAD_DIM
   dtype: DTypeLike = "float32"
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     channels = x.shape[-1]
+    heads = channels // self.head_dim
+    inner = 3 * heads * self.head_dim
 
     def project(name, channels, groups=1):
       return convolution.Conv(
         channels, 1, groups=groups, use_bias=False, dtype=self.dtype, name=name
       )
 
-    qkv = project("qkv", 3 * channels)(x)
+    qkv = project("qkv", inner)(x)
     scales = [qkv]
-    for size in self.scales:
+    for i, size in enumerate(self.scales):
       depthwise = convolution.DepthwiseConv(
-        size, use_bias=False, dtype=self.dtype, name=f"aggregate_{size}"
+        size, use_bias=False, dtype=self.dtype, name=f"aggregate_{i}"
       )
-      mix = project(
-        f"aggregate_{size}_mix", 3 * channels, 3 * channels // HEAD_DIM
-      )
+      mix = project(f"aggregate_{i}_mix", inner, 3 * heads)
       scales.append(mix(depthwise(qkv)))
     q, k, v = rearrange(
       jnp.concatenate(scales, axis=-1),
       "b h w (n three d) -> three b h w n d",
       three=3,
-      d=HEAD_DIM,
+      d=self.head_dim,
     )
     y = relu_linear_attention(q, k, v).astype(self.dtype)
     y = rearrange(y, "b h w n d -> b h w (n d)")
@@ -98,12 +101,10 @@ class GLUMBConv(nn.Module):
 
   Attributes:
     expansion: hidden channels after the gate, over input channels.
-    norm: of the output, a key of `normalization.NORMS`.
     dtype: of the convolutions.
   """
 
   expansion: int = 4
-  norm: str = "rms_norm"
   dtype: DTypeLike = "float32"
 
   @nn.compact
@@ -118,7 +119,7 @@ class GLUMBConv(nn.Module):
     y = depthwise(jax.nn.silu(inverted(x)))
     value, gate = jnp.split(y, 2, axis=-1)
     y = point(value * jax.nn.silu(gate))
-    return normalization.NORMS[self.norm](name="norm")(y)
+    return normalization.RMSNorm(name="norm")(y)
 
 
 class EfficientViTBlock(nn.Module):
@@ -126,19 +127,21 @@ class EfficientViTBlock(nn.Module):
 
   Attributes:
     scales: of the attention.
-    norm: a key of `normalization.NORMS`.
+    norm: of the attention, a key of `normalization.NORMS`.
+    head_dim: of the attention.
     dtype: of the computation; attention and norms are float32.
   """
 
   scales: tuple[int, ...] = ()
   norm: str = "rms_norm"
+  head_dim: int = HEAD_DIM
   dtype: DTypeLike = "float32"
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     attention = LinearAttention(
-      self.scales, self.norm, self.dtype, name="context"
+      self.scales, self.norm, self.head_dim, self.dtype, name="context"
     )
-    local = GLUMBConv(norm=self.norm, dtype=self.dtype, name="local")
+    local = GLUMBConv(dtype=self.dtype, name="local")
     x = x + attention(x)
     return x + local(x)

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 from dcae_jax import phases
 from dcae_jax.data import images
-from dcae_jax.models import lpips, patchgan
+from dcae_jax.models import dcae, lpips, patchgan
 from dcae_jax.tasks import wiring
-from dcae_jax.training import checkpoint, step
+from dcae_jax.training import step
 
 _LARGEST = 2**31 - 1  # counts are int32
 _BELOW_1 = 1 - 1e-12
@@ -31,10 +31,9 @@ def check_autoencoder(
   phase = phases.create(config.phase, config.trainable)
   wiring.check_resolutions(
     (config.resolution, *config.evaluation.resolutions),
-    config.model.variant,
-    config.model.image_channels,
+    config.model,
   )
-  variables = wiring.abstract_variables(
+  variables = dcae.abstract_variables(
     wiring.model(config.model), config.model.image_channels
   )
   mask = phases.trainable_mask(variables["params"], phase.trainable)
@@ -128,21 +127,23 @@ def _check_lpips(config: ConfigDict) -> None:
 
 
 def _check_predecessor(config: ConfigDict) -> None:
-  before = checkpoint.read_run_config(config.init_from)["model"]
+  before = wiring.model_of(config.init_from)
   check_same_model(
     before, config.model, f"config.init_from={config.init_from!r}"
   )
 
 
 def check_same_model(
-  before: ConfigDict | dict[str, Any], now: ConfigDict, name: str
+  before: dict[str, Any], now: ConfigDict, name: str
 ) -> None:
   """Raises ValueError unless parameters of one fit the other."""
-  for key in ("variant", "image_channels", "residual_autoencoding"):
+  now = wiring.resolved(now)
+  for key in wiring.MODEL_KEYS:
     if before[key] != now[key]:
       raise ValueError(
         f"{name} has config.model.{key}={before[key]!r}, and this config "
-        f"{now[key]!r}; use a run of the same autoencoder"
+        f"{now[key]!r}; use weights of the same autoencoder, or take its model "
+        "with config.model.variant=''"
       )
 
 

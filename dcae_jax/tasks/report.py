@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax.data import images
 from dcae_jax.evaluation import figures, reconstruction
+from dcae_jax.models import dcae
 from dcae_jax.tasks import wiring
 from dcae_jax.training import checkpoint, metrics_writer, sharding
 
@@ -36,10 +37,8 @@ def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
   if runs_are_pending:
     return
   for run in config.runs.values():
-    model = checkpoint.read_run_config(run)["model"]
-    wiring.check_resolutions(
-      config.resolutions, model["variant"], model["image_channels"]
-    )
+    model = ConfigDict(checkpoint.read_run_config(run)["model"])
+    wiring.check_resolutions(config.resolutions, model)
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
@@ -68,8 +67,8 @@ def _evaluate(
   model_config = ConfigDict(checkpoint.read_run_config(run)["model"])
   autoencoder = wiring.model(model_config)
   mesh = sharding.create_mesh(-1, 1, 1)
-  abstract = wiring.abstract_variables(autoencoder, model_config.image_channels)
-  variables = checkpoint.restore_variables(
+  abstract = dcae.abstract_variables(autoencoder, model_config.image_channels)
+  _, variables = checkpoint.restore_variables(
     run, "ema", abstract, sharding.shardings(abstract, mesh)
   )
   evaluation = wiring.Evaluation(

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dcae_jax import phases
+from dcae_jax import phases, released, weights
 from dcae_jax.data import images, sources
 from dcae_jax.evaluation import figures
 from dcae_jax.models import dcae, lpips, patchgan
@@ -91,6 +91,7 @@ def run(
 ) -> bool:
   """Runs, or goes on with, one phase; False if SIGTERM ended it early."""
   sigterm = sigterm or loop.Sigterm()
+  config = wiring.with_model(config)
   checks.check_autoencoder(config)
   wiring.check_work_directory(config, workdir)
   wiring.prepare_jax(config.compilation_cache)
@@ -163,9 +164,7 @@ def _setup(config: ConfigDict) -> _Setup:
     )
   settings = config.optimizer.to_dict()
   autoencoder_optimizer, schedule = optimizer.create(**settings)
-  variables = wiring.abstract_variables(
-    autoencoder, config.model.image_channels
-  )
+  variables = dcae.abstract_variables(autoencoder, config.model.image_channels)
   mask = phases.trainable_mask(variables["params"], phase.trainable)
   discriminator = adversarial = None
   if phase.adversarial:
@@ -216,11 +215,16 @@ def _initial_state(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
   }
   if config.init_from:
     placed = sharding.shardings(abstract, setup.mesh)
-    first = "ema" if config.start_from_averages else "params"
-    variables, ema = (
-      checkpoint.restore_variables(config.init_from, item, abstract, placed)
-      for item in (first, "ema")
-    )
+    if checkpoint.is_run(config.init_from):
+      first = "ema" if config.start_from_averages else "params"
+      (_, variables), (_, ema) = (
+        checkpoint.restore_variables(config.init_from, item, abstract, placed)
+        for item in (first, "ema")
+      )
+    else:
+      found = released.find(config.init_from)
+      variables, _ = weights.read(found.entries, found.files, placed)
+      ema = None  # starts as a copy
     create = lambda variables, ema: _create_state(config, setup, variables, ema)
     jitted = jax.jit(
       create, out_shardings=setup.shardings, donate_argnums=(0, 1)
@@ -384,6 +388,7 @@ def _finish(
     result |= line
   result |= {
     "step": step,
+    "scaling_factor": 1 / result["eval/latent_rms"],
     "parameters": phases.count(setup.abstract.params),
     "parameters_trained": phases.count(learning),
   }

@@ -20,15 +20,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   sigterm = loop.Sigterm()
   config = chained(config, workdir)
   wiring.check_work_directory(config, workdir)
-  model = config.phase1.model
+  model = wiring.resolved(config.phase1.model)
   for name in _PHASES:
     checks.check_autoencoder(config[name], name != _PHASES[0])
     checks.check_same_model(model, config[name].model, "phase1")
     wiring.check_work_directory(config[name], workdir / name)
   report.check(config.report, runs_are_pending=True)
-  wiring.check_resolutions(
-    config.report.resolutions, model.variant, model.image_channels
-  )
+  wiring.check_resolutions(config.report.resolutions, config.phase1.model)
   for name in _PHASES:
     train_autoencoder.open_inputs(config[name])
   wiring.write_config(config, workdir)

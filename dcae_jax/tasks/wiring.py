@@ -1,5 +1,6 @@
 """From config to the objects below `tasks/`: model, sources, work directory."""
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -12,11 +13,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from dcae_jax import architecture, released
 from dcae_jax.data import images, sources, transforms
 from dcae_jax.evaluation import image_metrics, reconstruction
 from dcae_jax.models import dcae
 from dcae_jax.training import checkpoint, metrics_writer, sharding
 
+# What makes parameters of one model fit another.
+MODEL_KEYS = (
+  "variant", "architecture", "image_channels", "residual_autoencoding"
+)  # fmt: skip
 # What may change between two starts in one work directory without changing what
 # is computed, or only how far it goes.
 _MAY_CHANGE = (
@@ -35,7 +41,7 @@ def model(config: ConfigDict) -> dcae.DCAE:
       f"{', '.join(known)}"
     )
   return dcae.create(
-    config.variant,
+    architecture.of_model(config.variant, config.architecture.to_dict()),
     image_channels=config.image_channels,
     residual_autoencoding=config.residual_autoencoding,
     rematerialisation=config.rematerialisation,
@@ -43,12 +49,38 @@ def model(config: ConfigDict) -> dcae.DCAE:
   )
 
 
-def abstract_variables(autoencoder: dcae.DCAE, image_channels: int) -> Any:
-  """Shapes of `{"params": ..., "batch_stats": ...}`; nothing is allocated."""
-  side = autoencoder.spatial_compression
-  shape = jax.ShapeDtypeStruct((1, side, side, image_channels), np.float32)
-  found = jax.eval_shape(autoencoder.init, jax.random.key(0), shape)
-  return {"batch_stats": {}} | found
+def model_of(source: str) -> dict[str, Any]:
+  """The model's part of the config of a run or of released weights.
+
+  Raises:
+    ValueError: `source` is neither, or what it holds is damaged.
+  """
+  if checkpoint.is_run(source):
+    model = checkpoint.read_run_config(source)["model"]
+    return {key: model[key] for key in MODEL_KEYS}
+  found = released.find(source)
+  name, settings = architecture.name_of(found.variant), {}
+  if name == "custom":
+    settings = architecture.to_config(found.variant, found.image_channels, 1.0)
+  return dict(
+    zip(MODEL_KEYS, (name, settings, found.image_channels, True), strict=True)
+  )
+
+
+def with_model(config: ConfigDict) -> ConfigDict:
+  """The config, with the model of `init_from` where it names none."""
+  if config.model.variant:
+    return config
+  if not config.init_from:
+    raise ValueError(
+      "config.model.variant is empty; name one of "
+      f"{', '.join(dcae.VARIANTS)}, or set config.init_from, whose model is "
+      "taken then"
+    )
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model.update(model_of(config.init_from))
+  return config
 
 
 def weighted_sources(
@@ -89,12 +121,10 @@ def single_source(config: ConfigDict) -> sources.Source:
   return weighted_sources(config)[0][0]
 
 
-def check_resolutions(
-  resolutions: tuple[int, ...], variant: str, image_channels: int
-) -> None:
+def check_resolutions(resolutions: tuple[int, ...], config: ConfigDict) -> None:
   """Raises ValueError for sides that cannot be encoded or evaluated."""
-  transforms.check_channels(image_channels)
-  compression = dcae.check_variant(variant).spatial_compression
+  transforms.check_channels(config.image_channels)
+  compression = model(config).spatial_compression
   for resolution in resolutions:
     if not isinstance(resolution, int):
       raise ValueError(f"image side {resolution!r} is not a whole number")
@@ -137,7 +167,10 @@ class Evaluation:
       "skipped": self.skipped,
     }
     self._measure_batch = reconstruction.create(
-      autoencoder.apply, sharding.replicated(mesh), samples
+      functools.partial(autoencoder.apply, method="encode"),
+      functools.partial(autoencoder.apply, method="decode"),
+      sharding.replicated(mesh),
+      samples,
     )
 
   def _batches(self, resolution: int) -> Iterator[Any]:

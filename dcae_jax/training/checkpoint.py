@@ -118,8 +118,8 @@ class Checkpoints:
 
 def restore_variables(
   run: str, item: str, abstract: Tree, shardings: Tree
-) -> Tree:
-  """`params` or `ema` of an earlier run's last checkpoint.
+) -> tuple[int, Tree]:
+  """Step, and `params` or `ema`, of an earlier run's last checkpoint.
 
   Args:
     run: its work directory.
@@ -140,7 +140,13 @@ def restore_variables(
     target = ocp.args.StandardRestore(_abstract(abstract, shardings))
     with _explained(f"reading {manager.directory / str(step)}"):
       found = manager.restore(step, args=ocp.args.Composite(**{item: target}))
-  return found[item]
+  return step, found[item]
+
+
+def is_run(path: str) -> bool:
+  """Whether it is the work directory of a run, finished or not."""
+  config = epath.Path(path).expanduser() / "config.json"
+  return config.exists() and b'"task"' in config.read_bytes()
 
 
 def read_run_config(run: str) -> dict[str, Any]:
@@ -155,11 +161,17 @@ def read_run_config(run: str) -> dict[str, Any]:
       f"{run!r} is not the work directory of an earlier run: it has no "
       "config.json; train that phase first, or correct the path"
     )
+  config = read_config(path / "config.json")
+  if config["task"] == "train_phases":
+    raise ValueError(
+      f"{run!r} holds the runs of three phases; name one of them, such as "
+      f"{str(path / 'phase3')!r}"
+    )
   steps = path / "checkpoints"
   names = [entry.name for entry in steps.iterdir()] if steps.exists() else []
   if not any(name.isdigit() for name in names):
     raise ValueError(f"{run!r} has no finished checkpoint; let that run go on")
-  return read_config(path / "config.json")
+  return config
 
 
 def read_config(path: epath.Path) -> dict[str, Any]:

@@ -1,0 +1,529 @@
+"""`Autoencoder`: load, encode, decode and save, for those who only use one.
+
+  import dcae_jax
+  ae = dcae_jax.load("mit-han-lab/dc-ae-f64c128-in-1.0-diffusers")
+  z = ae.encode(images)
+  y = ae.decode(z)
+
+On one device; training and evaluation over many devices are tasks of their own.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.typing import ArrayLike, DTypeLike
+
+from dcae_jax import architecture, released, tiling, weights
+from dcae_jax.data import images as images_lib
+from dcae_jax.data import sources
+from dcae_jax.models import dcae
+from dcae_jax.training import checkpoint, metrics_writer
+
+_LARGEST_BATCH = 16  # images at a time; a larger batch goes in parts
+_TOLERANCE = 1e-3  # of [-1, 1]
+
+
+def load(
+  path: str | os.PathLike,
+  *,
+  scaling_factor: float | None = None,
+  dtype: DTypeLike = "float32",
+) -> "Autoencoder":
+  """Loads an autoencoder.
+
+  Args:
+    path: the work directory of a training run (its averages are loaded), a
+      folder of released weights in the diffusers or the original layout, a
+      safetensors file, or a hub id, which is downloaded once and cached
+      (`HF_HUB_OFFLINE=1` uses the cache alone).
+    scaling_factor: where it cannot be known: from weights without a config.
+    dtype: of the computation; parameters stay float32.
+
+  Raises:
+    ValueError: there is nothing of that kind, it is damaged or a pickle, its
+      tensors do not fit, or its scaling factor must be given.
+  """
+  path = os.fspath(path)
+  if checkpoint.is_run(path):
+    return _load_run(path, scaling_factor, dtype)
+  found = released.find(path)
+  if scaling_factor is None:
+    scaling_factor = found.scaling_factor
+  if scaling_factor is None and not found.name:
+    candidates = released.published_factors(found.variant)
+    if candidates:
+      known = ", ".join(f"{name}: {x}" for name, x in candidates.items())
+      raise ValueError(
+        f"{path!r} fits several released models, which differ in their "
+        f"scaling factor; give it, scaling_factor=... ({known})"
+      )
+  variables, counts = weights.read(found.entries, found.files)
+  return Autoencoder(
+    found.variant,
+    variables,
+    image_channels=found.image_channels,
+    scaling_factor=scaling_factor,
+    dtype=dtype,
+    batch_counts=counts,
+    origin=found.name or pathlib.PurePath(path).name,
+  )
+
+
+def _load_run(
+  run: str, scaling_factor: float | None, dtype: DTypeLike
+) -> "Autoencoder":
+  config = checkpoint.read_run_config(run)["model"]
+  variant = architecture.of_model(config["variant"], config["architecture"])
+  channels = config["image_channels"]
+  residual = config["residual_autoencoding"]
+  model = dcae.create(
+    variant, image_channels=channels, residual_autoencoding=residual
+  )
+  abstract = dcae.abstract_variables(model, channels)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  placed = jax.tree.map(lambda _: device, abstract)
+  step, variables = checkpoint.restore_variables(run, "ema", abstract, placed)
+  lines = metrics_writer.read_lines(epath.Path(run) / "metrics.jsonl")
+  evaluated = {
+    key.removeprefix("eval/"): value
+    for line in lines
+    if line["step"] == step
+    for key, value in line.items()
+    if key.startswith("eval/")
+  }
+  if scaling_factor is None and evaluated.get("latent_rms"):
+    scaling_factor = 1 / evaluated["latent_rms"]
+  metrics = [
+    f"{k} {evaluated[k]:.4g}" for k in ("psnr", "ssim") if k in evaluated
+  ]
+  return Autoencoder(
+    variant,
+    variables,
+    image_channels=channels,
+    scaling_factor=scaling_factor,
+    dtype=dtype,
+    residual_autoencoding=residual,
+    origin=f"averaged weights of step {step} of a training run"
+    + (f" (held-out images: {', '.join(metrics)})" if metrics else ""),
+  )
+
+
+class Autoencoder:
+  """A deep compression autoencoder with its weights.
+
+  Images are `[b, h, w, c]`, uint8 or float in [-1, 1], numpy or JAX arrays;
+  latents are `[b, h / f, w / f, latent_channels]` and not scaled. Results are
+  float32 JAX arrays.
+
+  Attributes:
+    variant: a key of `dcae_jax.models.dcae.VARIANTS`, or "custom".
+    architecture: its widths, depths and blocks.
+    variables: `{"params": ..., "batch_stats": ...}`, for `model.apply`.
+    model: the linen module.
+    scaling_factor: multiplies latents before diffusion, divides them after;
+      None where it is not known.
+    image_channels: 3, or 1 for grey images.
+  """
+
+  def __init__(
+    self,
+    variant: dcae.Variant,
+    variables: Any,
+    *,
+    image_channels: int = 3,
+    scaling_factor: float | None = None,
+    dtype: DTypeLike = "float32",
+    residual_autoencoding: bool = True,
+    batch_counts: dict[str, int] | None = None,
+    origin: str = "",
+  ):
+    """Wraps variables; `load` makes them from files.
+
+    Args:
+      variant: the architecture.
+      variables: `{"params": ..., "batch_stats": ...}`.
+      image_channels: of the images.
+      scaling_factor: if it is known.
+      dtype: of the computation.
+      residual_autoencoding: False for a network without shortcuts.
+      batch_counts: what a file had of them, to be saved again.
+      origin: where the weights come from, for the model card.
+    """
+    if scaling_factor is not None and not 0 < scaling_factor < math.inf:
+      raise ValueError(f"scaling_factor={scaling_factor} is not positive")
+    self.architecture = variant
+    self.variant = architecture.name_of(variant)
+    self.variables = variables
+    self.scaling_factor = scaling_factor
+    self.image_channels = image_channels
+    self.model = dcae.create(
+      variant,
+      image_channels=image_channels,
+      residual_autoencoding=residual_autoencoding,
+      dtype=dtype,
+    )
+    self._residual_autoencoding = residual_autoencoding
+    self._batch_counts = batch_counts or {}
+    self._origin = origin
+    self._measured = ""
+    precision = "highest" if np.dtype(dtype) == np.float32 else None
+
+    def compiled(method: str) -> Callable[[Any, jax.Array], jax.Array]:
+      def apply(variables, x):
+        with jax.default_matmul_precision(precision):
+          return self.model.apply(variables, x, method=method)
+
+      return jax.jit(apply)
+
+    self._encode, self._decode = compiled("encode"), compiled("decode")
+
+  @property
+  def spatial_compression(self) -> int:
+    """How many times smaller than an image's the sides of its latents are."""
+    return self.model.spatial_compression
+
+  @property
+  def latent_channels(self) -> int:
+    return self.architecture.latent_channels
+
+  def encode(
+    self,
+    images: ArrayLike,
+    *,
+    pad: str | None = None,
+    tile: int | None = None,
+    stride: int | None = None,
+    channels: int | None = None,
+  ) -> jax.Array:
+    """Images to latents.
+
+    Args:
+      images: [b, h, w, c].
+      pad: how to fill up sides that the compression does not divide, below and
+        on the right: "reflect" or "edge". None: such sides are refused.
+      tile: side in pixels of square tiles that larger images are encoded in,
+        overlapping and blended. Attention is global, so that this changes the
+        result; it is for images that do not fit into memory.
+      stride: pixels from tile to tile; None: three quarters of a tile.
+      channels: leave out all but the first ones (DC-AE 1.5).
+
+    Returns:
+      [b, h / f, w / f, channels]; with tiles, on the CPU.
+
+    Raises:
+      ValueError: images, or options, that do not fit.
+    """
+    factor = self.spatial_compression
+    x = self._checked_images(images)
+    x = _padded(x, factor, pad)
+    self._check_channels(channels)
+    tiles = tiling.Tiles.create(tile, stride, factor)
+    z = tiles.apply(
+      lambda part: self._in_batches(self._encode, _to_float(part)),
+      x,
+      source_unit=factor,
+      result_unit=1,
+    )
+    return z if channels is None else z[..., :channels]
+
+  def decode(
+    self,
+    z: ArrayLike,
+    *,
+    size: tuple[int, int] | None = None,
+    tile: int | None = None,
+    stride: int | None = None,
+    channels: int | None = None,
+  ) -> jax.Array:
+    """Latents to images.
+
+    Args:
+      z: [b, h / f, w / f, latent_channels], not scaled.
+      size: height and width of the images before they were padded; what was
+        padded is cut off.
+      tile: side in pixels of the tiles to decode in, as for `encode`.
+      stride: pixels from tile to tile; None: three quarters of a tile.
+      channels: use the first ones alone (DC-AE 1.5); `z` may have only them.
+
+    Returns:
+      [b, h, w, c], not clipped to [-1, 1]; with tiles, on the CPU.
+
+    Raises:
+      ValueError: latents, or options, that do not fit.
+    """
+    factor = self.spatial_compression
+    self._check_channels(channels)
+    z = self._checked_latents(z, channels)
+    if size is not None:
+      _check_size(size, z.shape, factor)
+    tiles = tiling.Tiles.create(tile, stride, factor)
+    y = tiles.apply(
+      lambda part: self._in_batches(self._decode, part),
+      z,
+      source_unit=1,
+      result_unit=factor,
+    )
+    return y if size is None else y[:, : size[0], : size[1]]
+
+  def reconstruct(
+    self,
+    images: ArrayLike,
+    *,
+    pad: str | None = None,
+    tile: int | None = None,
+    stride: int | None = None,
+    channels: int | None = None,
+  ) -> jax.Array:
+    """Encodes and decodes; what was padded is cut off. See `encode`."""
+    z = self.encode(
+      images, pad=pad, tile=tile, stride=stride, channels=channels
+    )
+    size = np.shape(images)[1:3]
+    return self.decode(
+      z, size=size, tile=tile, stride=stride, channels=channels
+    )
+
+  def measure_scaling_factor(
+    self,
+    source: str | os.PathLike | Iterable[ArrayLike],
+    *,
+    resolution: int = 256,
+    max_images: int = 0,
+  ) -> float:
+    """Sets and returns 1 / RMS of the latents over images, one batch at a time.
+
+    Args:
+      source: a folder of images, whose centre crops are taken; or batches of
+        images as `encode` takes them.
+      resolution: side of the crops, in pixels.
+      max_images: of the folder; 0: all.
+
+    Raises:
+      ValueError: no usable image, or latents that are all zero.
+    """
+    name = "given images"
+    if isinstance(source, str | os.PathLike):
+      name = f"centre crops of {resolution} px"
+      source = self._crops(os.fspath(source), resolution, max_images)
+    total, count, images = 0.0, 0, 0
+    for batch in source:
+      z = np.asarray(self.encode(batch))
+      total += float(np.sum(np.square(z, dtype=np.float64)))
+      count, images = count + z.size, images + len(z)
+    if not count or not total:
+      raise ValueError("there are no images, or their latents are all zero")
+    self.scaling_factor = math.sqrt(count / total)
+    self._measured = f", measured on {name} ({images} images)"
+    return self.scaling_factor
+
+  def save(self, folder: str | os.PathLike, layout: str = "diffusers") -> None:
+    """Writes weights, `config.json` and a model card.
+
+    Args:
+      folder: a new one, or one that was saved to before.
+      layout: "diffusers" (`AutoencoderDC.from_pretrained(folder)`) or
+        "original".
+
+    Raises:
+      ValueError: the scaling factor is not known, the architecture has no
+        config there, or the folder holds something else.
+    """
+    if self.scaling_factor is None:
+      raise ValueError(
+        "the scaling factor of this autoencoder is not known; measure it first "
+        "with ae.measure_scaling_factor(folder_of_images), or set "
+        "ae.scaling_factor"
+      )
+    if not self._residual_autoencoding:
+      raise ValueError(
+        "a network without residual shortcuts cannot be saved: no other "
+        "library has it"
+      )
+    config = architecture.to_config(
+      self.architecture, self.image_channels, self.scaling_factor
+    )
+    if layout == "original":  # where it is known by a name alone
+      config = {"model_name": released.name_for(self.variant)} | config
+    weights.save(
+      folder,
+      layout,
+      self.variables,
+      self._batch_counts,
+      variant=self.architecture,
+      image_channels=self.image_channels,
+      config=config,
+      model_card=self._model_card(layout),
+    )
+
+  def _model_card(self, layout: str) -> str:
+    f = self.spatial_compression
+    load_it = {
+      "diffusers": "from diffusers import AutoencoderDC\n\n"
+      'ae = AutoencoderDC.from_pretrained("FOLDER")',
+      "original": 'import dcae_jax\n\nae = dcae_jax.load("FOLDER")',
+    }[layout]
+    return (
+      "---\nlibrary_name: diffusers\ntags:\n- autoencoder\n- dc-ae\n---\n\n"
+      f"# Deep compression autoencoder, {self.variant}\n\n"
+      f"Compresses each side {f} times: an image of {8 * f} x {8 * f} pixels "
+      f"has 8 x 8 latents of {self.latent_channels} channels. Images are in "
+      "[-1, 1].\n\n"
+      f"- Weights: {self._origin or 'not stated'}.\n"
+      f"- Scaling factor (1 / RMS of the latents){self._measured}: "
+      f"{self.scaling_factor:.4f}. Multiply latents by it before diffusion, "
+      "and divide them by it before decoding.\n"
+      "- Architecture: DC-AE, arXiv 2410.10733. Written by dcae_jax, layout "
+      f"`{layout}`.\n\n"
+      f"```python\n{load_it}\n```\n"
+    )
+
+  def _crops(
+    self, folder: str, resolution: int, max_images: int
+  ) -> Iterable[np.ndarray]:
+    dcae.check_side(resolution, self.spatial_compression)
+    source = sources.folder(folder)
+    decoding = images_lib.Decoding(self.image_channels)
+    images_lib.check_not_empty(source, decoding)
+    for batch in images_lib.evaluation_batches(
+      source,
+      decoding,
+      resolution,
+      batch_size=min(8, len(source)),
+      max_images=max_images,
+      skipped=images_lib.Skipped(),
+    ):
+      if batch["mask"].any():
+        yield batch["images"][batch["mask"]]
+
+  def _in_batches(self, f: Callable, x: np.ndarray) -> jax.Array:
+    """A batch is filled up to a power of two: few shapes to compile."""
+    results = []
+    for start in range(0, len(x), _LARGEST_BATCH):
+      part = x[start : start + _LARGEST_BATCH]
+      size = 1 << (len(part) - 1).bit_length()
+      filled = np.pad(part, [(0, size - len(part))] + [(0, 0)] * 3)
+      results.append(f(self.variables, filled)[: len(part)])
+    return results[0] if len(results) == 1 else jnp.concatenate(results)
+
+  def _checked_images(self, images: ArrayLike) -> np.ndarray:
+    x = np.asarray(images)
+    _check_rank(x, "images", "[b, h, w, c]", "images")
+    if x.shape[-1] != self.image_channels:
+      advice = ""
+      if x.shape[1] == self.image_channels:
+        advice = "; channels stand last here: images.transpose(0, 2, 3, 1)"
+      elif x.shape[-1] == 4:
+        advice = "; composite the alpha channel over a colour first"
+      raise ValueError(
+        f"images have {x.shape[-1]} channels, and this autoencoder "
+        f"{self.image_channels}{advice}"
+      )
+    if x.dtype == np.uint8:
+      return x
+    x = _checked_floats(x, "images", "uint8, or float in [-1, 1]")
+    low, high = float(x.min()), float(x.max())
+    if low < -1 - _TOLERANCE or high > 1 + _TOLERANCE:
+      raise ValueError(
+        f"images have values from {low:.4g} to {high:.4g}, outside [-1, 1]; "
+        "pass values of 0 to 255 as uint8, or scale them: images / 127.5 - 1"
+      )
+    return x
+
+  def _checked_latents(
+    self, latents: ArrayLike, channels: int | None
+  ) -> np.ndarray:
+    z = np.asarray(latents)
+    _check_rank(z, "latents", "[b, h, w, c]", "z")
+    z = _checked_floats(z, "latents", "float")
+    if channels is not None:
+      if z.shape[-1] not in (channels, self.latent_channels):
+        raise ValueError(
+          f"latents have {z.shape[-1]} channels, neither {channels} nor "
+          f"{self.latent_channels}"
+        )
+      # Zeros are what a projection sliced to the first channels would see.
+      missing = self.latent_channels - channels
+      z = np.pad(z[..., :channels], [(0, 0)] * 3 + [(0, missing)])
+    if z.shape[-1] != self.latent_channels:
+      advice = ""
+      if z.shape[1] == self.latent_channels:
+        advice = "; channels stand last here: z.transpose(0, 2, 3, 1)"
+      raise ValueError(
+        f"latents have {z.shape[-1]} channels, and this autoencoder "
+        f"{self.latent_channels}{advice}"
+      )
+    return z
+
+  def _check_channels(self, channels: int | None) -> None:
+    if channels is None:
+      return
+    if not 1 <= channels <= self.latent_channels:
+      raise ValueError(
+        f"channels={channels} is not from 1 to {self.latent_channels}"
+      )
+    if self.architecture.encoder_shortcut or self.architecture.decoder_shortcut:
+      raise ValueError(
+        "channels= is for DC-AE 1.5, whose latents are ordered; this "
+        f"{self.variant} needs all {self.latent_channels}"
+      )
+
+
+def _check_rank(x: np.ndarray, name: str, axes: str, variable: str) -> None:
+  if x.ndim != 4:
+    advice = f"; for a single one, {variable}[None]" if x.ndim == 3 else ""
+    raise ValueError(
+      f"{name} have {x.ndim} axes {list(x.shape)}, not 4, {axes}{advice}"
+    )
+  if not x.size:
+    raise ValueError(f"{name} are empty: {list(x.shape)}")
+
+
+def _checked_floats(x: np.ndarray, name: str, allowed: str) -> np.ndarray:
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"{name} are {x.dtype}; {allowed} is allowed")
+  x = x.astype(np.float32, copy=False)
+  if not np.isfinite(x).all():
+    raise ValueError(f"{name} have values that are not finite")
+  return x
+
+
+def _to_float(x: np.ndarray) -> np.ndarray:
+  if x.dtype == np.uint8:
+    return x.astype(np.float32) / np.float32(127.5) - np.float32(1)
+  return x
+
+
+def _padded(x: np.ndarray, factor: int, pad: str | None) -> np.ndarray:
+  known = ("reflect", "edge")
+  if pad is not None and pad not in known:
+    raise ValueError(f"unknown pad={pad!r}; known are {', '.join(known)}")
+  missing = [-side % factor for side in x.shape[1:3]]
+  if not any(missing):
+    return x
+  if pad is None:
+    for side in x.shape[1:3]:
+      try:
+        dcae.check_side(side, factor)
+      except ValueError as error:
+        raise ValueError(f'{error}, or pad with pad="reflect"') from None
+  return np.pad(x, [(0, 0), *((0, m) for m in missing), (0, 0)], mode=pad)
+
+
+def _check_size(
+  size: tuple[int, int], shape: tuple[int, ...], factor: int
+) -> None:
+  largest = tuple(side * factor for side in shape[1:3])
+  if len(size) != 2 or not all(
+    0 < s <= most for s, most in zip(size, largest, strict=True)
+  ):
+    raise ValueError(
+      f"size={size} is not a height and a width up to {largest}, the size of "
+      "the decoded images"
+    )

@@ -1,0 +1,207 @@
+"""Released autoencoders: which there are, and which one a file holds.
+
+By its config where there is one, else by the shapes of its tensors. Models that
+differ in training alone have the same shapes: their scaling factors are told
+apart by name.
+"""
+
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+from dcae_jax import architecture, safetensors_files, weights
+from dcae_jax.models import dcae
+
+# Names of released models: the variant, and the published scaling factor.
+RELEASED: dict[str, tuple[str, float | None]] = {
+  "dc-ae-f32c32-in-1.0": ("f32c32", 0.3189),
+  "dc-ae-f32c32-in-1.0-256px": ("f32c32", None),
+  "dc-ae-f32c32-mix-1.0": ("f32c32", 0.4552),
+  "dc-ae-f64c128-in-1.0": ("f64c128", 0.2889),
+  "dc-ae-f64c128-mix-1.0": ("f64c128", 0.4538),
+  "dc-ae-f128c512-in-1.0": ("f128c512", 0.4883),
+  "dc-ae-f128c512-mix-1.0": ("f128c512", 0.3620),
+  "dc-ae-f32c32-sana-1.0": ("f32c32-sana", 0.41407),
+  "dc-ae-f32c32-sana-1.1": ("f32c32-sana", 0.41407),
+  "dc-ae-lite-f32c32": ("f32c32-lite", 0.41407),
+  "dc-ae-lite-f32c32-sana-1.1": ("f32c32-lite", 0.41407),
+  "dc-ae-f32c128-1.5": ("f32c128-1.5", None),
+  "dc-ae-1.5-f32c128": ("f32c128-1.5", None),
+  "dc-ae-f64c128-1.5": ("f64c128-1.5", 0.5935),
+  "dc-ae-1.5-f64c128": ("f64c128-1.5", 0.5935),
+}
+
+
+class Released(NamedTuple):
+  """An autoencoder in safetensors files, whose tensors were all found.
+
+  Attributes:
+    source: what it was found by.
+    name: the key of `RELEASED` that a config or a path names, or "".
+    variant: its architecture.
+    image_channels: 3, unless a config or the file says otherwise.
+    scaling_factor: None where it is not known.
+    entries: where each of our arrays stands in the files.
+    files: of each tensor.
+  """
+
+  source: str
+  name: str
+  variant: dcae.Variant
+  image_channels: int
+  scaling_factor: float | None
+  entries: list[weights.Entry]
+  files: dict[str, pathlib.Path]
+
+
+def find(source: str) -> Released:
+  """Finds a released autoencoder and checks the names and shapes of it all.
+
+  Reads no weights yet.
+
+  Args:
+    source: a folder with `config.json` and safetensors files (with an index
+      where there are several), a safetensors file, or a hub id, which is
+      downloaded and cached by huggingface_hub.
+
+  Raises:
+    ValueError: there is no such thing, it is damaged or a pickle, or tensors
+      are missing, unexpected or of another shape (all of them are listed).
+  """
+  files, config = safetensors_files.find(source)
+  tensors, paths = {}, {}
+  for file in files:
+    for name, shape in safetensors_files.header(file).items():
+      tensors[name], paths[name] = shape, file
+  layout = "original"
+  if any(".down_blocks." in name or ".conv_in." in name for name in tensors):
+    layout = "diffusers"
+  if config.get("_class_name", "AutoencoderDC") != "AutoencoderDC":
+    raise ValueError(
+      f"{source!r} is an {config['_class_name']}, not an AutoencoderDC"
+    )
+  if config.keys() & architecture.DEFAULTS.keys():
+    try:
+      variant, image_channels = architecture.from_config(config)
+    except ValueError as error:
+      raise ValueError(f"config.json of {source!r}: {error}") from error
+    config = {"scaling_factor": 1.0} | config  # as AutoencoderDC takes it
+  else:
+    image_channels = _image_channels(tensors)
+    variant = _recognise(source, tensors, image_channels, layout)
+  entries = weights.table(variant, image_channels, layout)
+  _check_tensors(source, entries, tensors)
+  name = _released_name(source, config, variant)
+  factor = config.get("scaling_factor", _published_factor(name, variant))
+  if factor is not None and not (
+    isinstance(factor, int | float) and 0 < factor < math.inf
+  ):
+    raise ValueError(
+      f"config.json of {source!r}: scaling_factor={factor!r} is not a positive "
+      "number"
+    )
+  return Released(source, name, variant, image_channels, factor, entries, paths)
+
+
+def _expected(
+  variant: dcae.Variant, image_channels: int, layout: str
+) -> dict[str, tuple[int, ...]]:
+  shapes = {}
+  for entry in weights.table(variant, image_channels, layout):
+    shapes |= entry.tensor_shapes
+  return shapes
+
+
+def _image_channels(tensors: dict[str, tuple[int, ...]]) -> int:
+  for name, shape in tensors.items():
+    first = name.startswith(("encoder.project_in.", "encoder.conv_in."))
+    if first and len(shape) == 4:
+      return shape[1]
+  return 3
+
+
+def _recognise(
+  source: str,
+  tensors: dict[str, tuple[int, ...]],
+  image_channels: int,
+  layout: str,
+) -> dcae.Variant:
+  """The variant that shares the most tensors with a file without a config."""
+
+  def shared(variant: dcae.Variant) -> float:
+    expected = _expected(variant, image_channels, layout).items()
+    return len(expected & tensors.items()) / len(expected | tensors.items())
+
+  best = max(dcae.VARIANTS.values(), key=shared)
+  if shared(best) < 0.5:
+    raise ValueError(
+      f"{source!r} is not recognised as a DC-AE: put its config.json beside "
+      f"the safetensors file (known without one: {', '.join(dcae.VARIANTS)})"
+    )
+  return best
+
+
+def _check_tensors(
+  source: str, entries: list[weights.Entry], tensors: dict[str, tuple[int, ...]]
+) -> None:
+  """Raises ValueError with all that is missing, too much or of wrong shape."""
+  expected, optional = {}, set()
+  for entry in entries:
+    expected |= entry.tensor_shapes
+    if entry.is_count:
+      optional |= set(entry.names)
+  problems = [
+    f"missing {name} {list(expected[name])}"
+    for name in sorted(expected.keys() - tensors.keys() - optional)
+  ]
+  problems += [
+    f"unexpected {name} {list(tensors[name])}"
+    for name in sorted(tensors.keys() - expected.keys())
+  ]
+  problems += [
+    f"{name} has the shape {list(tensors[name])}, not {list(expected[name])}"
+    for name in sorted(tensors.keys() & expected.keys())
+    if tensors[name] != expected[name]
+  ]
+  if problems:
+    raise ValueError(
+      f"{source!r} does not fit its architecture, {len(problems)} tensors: "
+      f"{'; '.join(problems)}"
+    )
+
+
+def _released_name(
+  source: str, config: dict[str, Any], variant: dcae.Variant
+) -> str:
+  """What the config says, or part of a path, a hub id or a cache's folder."""
+  known = architecture.name_of(variant)
+  for part in (config.get("model_name"), *reversed(pathlib.Path(source).parts)):
+    if isinstance(part, str):
+      name = part.split("--")[-1].removesuffix(".safetensors")
+      name = name.removesuffix("-diffusers")
+      if name in RELEASED and RELEASED[name][0] == known:
+        return name
+  return ""
+
+
+def published_factors(variant: dcae.Variant) -> dict[str, float]:
+  """Of all released models of a variant, by their names."""
+  known = architecture.name_of(variant)
+  return {
+    name: factor
+    for name, (variant_name, factor) in RELEASED.items()
+    if factor is not None and variant_name == known
+  }
+
+
+def name_for(variant: str) -> str:
+  """A released model of that variant: the original code knows it by name."""
+  return next((n for n, (known, _) in RELEASED.items() if known == variant), "")
+
+
+def _published_factor(name: str, variant: dcae.Variant) -> float | None:
+  """None where the published ones differ, or there is none."""
+  if name:
+    return RELEASED[name][1]
+  factors = set(published_factors(variant).values())
+  return factors.pop() if len(factors) == 1 else None

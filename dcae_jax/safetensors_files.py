@@ -1,0 +1,158 @@
+"""Finding and reading safetensors: local folders and files, the hub's cache.
+
+Pickled checkpoints run code when they are read, so that they are refused, with
+the command that converts them.
+"""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import safetensors
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+_RECIPE = (
+  'convert it once, where torch is installed: python -c "import torch; from '
+  "safetensors.torch import save_file as s; d = torch.load('{name}', "
+  "map_location='cpu', weights_only=True); s({{k: v.contiguous() for k, v in "
+  "d.get('state_dict', d).items()}}, 'model.safetensors')\""
+)
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
+
+
+def find(source: str) -> tuple[list[pathlib.Path], dict[str, Any]]:
+  """The safetensors files of a model, and its `config.json`.
+
+  Args:
+    source: a folder, a safetensors file, or a hub id. A file's config is what
+      stands beside it.
+
+  Returns:
+    Files, one or all shards; the config, {} if there is none.
+
+  Raises:
+    ValueError: there is no such thing, or no safetensors in it.
+  """
+  path = pathlib.Path(source).expanduser()
+  if "://" in source:
+    raise ValueError(
+      f"{source!r}: released weights are read from a local folder or the hub; "
+      "copy them there first"
+    )
+  if path.is_file():
+    _refuse_pickle(path)
+    files, folder = [path], path.parent
+  else:
+    folder = path if path.is_dir() else _download(source)
+    files = _files(folder, source)
+  config = folder / "config.json"
+  if not config.is_file():
+    return files, {}
+  try:
+    found = json.loads(config.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{config} is damaged ({error})") from error
+  if not isinstance(found, dict):
+    raise ValueError(f"{config} is not the config of a model")
+  return files, found
+
+
+def _refuse_pickle(path: pathlib.Path) -> None:
+  if path.suffix in _PICKLES:
+    raise ValueError(
+      f"{path} is a pickle, which may run code of others; "
+      f"{_RECIPE.format(name=path)}"
+    )
+  if path.suffix != ".safetensors":
+    raise ValueError(f"{path} is not a safetensors file")
+
+
+def _download(source: str) -> pathlib.Path:
+  if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    raise ValueError(
+      f"{source!r} is not the work directory of a run, nor a folder or file of "
+      "weights, nor a hub id such as mit-han-lab/dc-ae-f64c128-in-1.0-diffusers"
+    )
+  try:
+    folder = huggingface_hub.snapshot_download(
+      source,
+      allow_patterns=["*.safetensors", "*.json"],
+      ignore_patterns=["*/*"],
+    )
+  except (OSError, ValueError) as error:  # the hub's errors are such
+    reason = str(error).strip().split("\n")[0]
+    raise ValueError(
+      f"{source!r} is not a local folder or file, and the hub did not give it: "
+      f"{reason or type(error).__name__}"
+    ) from error
+  return pathlib.Path(folder)
+
+
+def _files(folder: pathlib.Path, source: str) -> list[pathlib.Path]:
+  indices = sorted(folder.glob("*.safetensors.index.json"))
+  if len(indices) == 1:
+    try:
+      shards = json.loads(indices[0].read_bytes())["weight_map"].values()
+      files = [folder / name for name in sorted(set(shards))]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+      raise ValueError(f"{indices[0]} is damaged ({error!r})") from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+      raise ValueError(f"{source!r} lacks the shards {', '.join(missing)}")
+    return files
+  files = sorted(folder.glob("*.safetensors"))
+  if len(files) == 1:
+    return files
+  if files:
+    names = ", ".join(file.name for file in files)
+    raise ValueError(f"{source!r} holds several models: {names}; name one file")
+  for file in sorted(folder.iterdir()):
+    if file.suffix in _PICKLES:
+      _refuse_pickle(file)
+  advice = ""
+  if (folder / "vae").is_dir():
+    advice = f"; the autoencoder of a pipeline is in {folder / 'vae'}"
+  raise ValueError(
+    f"{source!r} is not a model: it has no safetensors file{advice}"
+  )
+
+
+def _open(file: pathlib.Path, framework: str = "numpy"):
+  # Not through a memory map, whose pages would count as this process's memory.
+  try:
+    return safetensors.safe_open(file, framework=framework, backend="pread")
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(
+      f"{file} is not a whole safetensors file ({error}); download or copy it "
+      "again"
+    ) from error
+
+
+def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """Names and shapes of the tensors in a file.
+
+  Raises:
+    ValueError: a truncated or damaged file, or numbers of an unusual kind.
+  """
+  with _open(file) as opened:
+    names = opened.keys()
+    slices = {name: opened.get_slice(name) for name in names}
+    for name, part in slices.items():
+      if part.get_dtype() not in _DTYPES:
+        raise ValueError(
+          f"{name} in {file} holds {part.get_dtype()}; only "
+          f"{', '.join(_DTYPES)} can be read"
+        )
+    return {name: tuple(s.get_shape()) for name, s in slices.items()}
+
+
+def read(file: pathlib.Path, name: str) -> np.ndarray:
+  """One tensor, whole, as it is stored."""
+  try:
+    with _open(file) as opened:
+      return opened.get_tensor(name)
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(f"{name} in {file} cannot be read ({error})") from error

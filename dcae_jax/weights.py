@@ -1,0 +1,389 @@
+"""Released weights in and out: the original and the diffusers layout.
+
+One table, `table`, names each of our parameters in both layouts, with the order
+of its axes; loading and saving read it in opposite directions.
+"""
+
+import functools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from einops import rearrange
+
+from dcae_jax import safetensors_files
+from dcae_jax.models import dcae
+
+Tree = Any
+
+# Layouts, and the file that their libraries look for.
+LAYOUTS = {
+  "original": "model.safetensors",
+  "diffusers": "diffusion_pytorch_model.safetensors",
+}
+
+
+class Module(NamedTuple):
+  """A module's path in our parameters and its name in the two layouts.
+
+  Attributes:
+    ours: such as "encoder/stage_3/block_0/context/qkv".
+    original: the same with dots.
+    diffusers: also; several names where it is divided along its outputs.
+    matrix: in the diffusers layout its 1x1 kernel has two axes.
+  """
+
+  ours: str
+  original: str
+  diffusers: str | tuple[str, ...]
+  matrix: bool = False
+
+
+_BLOCKS = {
+  "res": (
+    Module("conv1", "main.conv1.conv", "conv1"),
+    Module("conv2", "main.conv2.conv", "conv2"),
+    Module("norm", "main.conv2.norm", "norm"),
+  ),
+  "efficientvit": (
+    Module(
+      "context/qkv",
+      "context_module.main.qkv.conv",
+      ("attn.to_q", "attn.to_k", "attn.to_v"),
+      matrix=True,
+    ),
+    Module(
+      "context/project",
+      "context_module.main.proj.conv",
+      "attn.to_out",
+      matrix=True,
+    ),
+    Module("context/norm", "context_module.main.proj.norm", "attn.norm_out"),
+    Module(
+      "local/inverted",
+      "local_module.main.inverted_conv.conv",
+      "conv_out.conv_inverted",
+    ),
+    Module(
+      "local/depthwise",
+      "local_module.main.depth_conv.conv",
+      "conv_out.conv_depth",
+    ),
+    Module(
+      "local/point", "local_module.main.point_conv.conv", "conv_out.conv_point"
+    ),
+    Module("local/norm", "local_module.main.point_conv.norm", "conv_out.norm"),
+  ),
+}
+# One such pair for each scale of the attention.
+_SCALE = (
+  Module(
+    "context/aggregate_{}",
+    "context_module.main.aggreg.{}.0",
+    "attn.to_qkv_multiscale.{}.proj_in",
+  ),
+  Module(
+    "context/aggregate_{}_mix",
+    "context_module.main.aggreg.{}.1",
+    "attn.to_qkv_multiscale.{}.proj_out",
+  ),
+)
+# Our leaf: the collection it stands in, its name in both layouts, and the order
+# of the axes there and here.
+_LEAVES = {
+  "kernel": ("params", "weight", "o i h w", "h w i o"),
+  "scale": ("params", "weight", "c", "c"),
+  "bias": ("params", "bias", "c", "c"),
+  "mean": ("batch_stats", "running_mean", "c", "c"),
+  "var": ("batch_stats", "running_var", "c", "c"),
+  "count": ("batch_counts", "num_batches_tracked", "", ""),
+}
+_MATRIX = ("o i", "1 1 i o")
+
+
+def _modules(variant: dcae.Variant) -> Iterator[Module]:
+  """All modules; a convolution that also rearranges is one level deeper."""
+  first_encoder, first_decoder = variant.encoder[0], variant.decoder[0]
+  unshuffles = variant.downsample == "space_to_channel"
+  deeper = "" if first_encoder.depth else "/conv"
+  yield Module(
+    f"encoder/project_in{deeper}",
+    f"encoder.project_in.conv{'.conv' if deeper and unshuffles else ''}",
+    f"encoder.conv_in{'.conv' if deeper else ''}",
+  )
+  for i, stage in enumerate(variant.encoder):
+    names = (
+      f"encoder/stage_{i}",
+      f"encoder.stages.{i}.op_list",
+      (f"encoder.down_blocks.{i}"),
+    )
+    yield from _stage(stage, names, first_block=0)
+    if stage.depth and i + 1 < len(variant.encoder):
+      ours, original, diffusers = names
+      yield Module(
+        f"{ours}/downsample/conv",
+        f"{original}.{stage.depth}.main.conv{'.conv' if unshuffles else ''}",
+        f"{diffusers}.{stage.depth}.conv",
+      )
+  inside = ".main" if variant.encoder_shortcut else ""
+  yield Module(
+    "encoder/project_out/conv",
+    f"encoder.project_out{inside}.op_list.0.conv",
+    "encoder.conv_out",
+  )
+  inside = ".main" if variant.decoder_shortcut else ""
+  yield Module(
+    "decoder/project_in/conv",
+    f"decoder.project_in{inside}.conv",
+    "decoder.conv_in",
+  )
+  for i, stage in enumerate(variant.decoder):
+    ours, original, diffusers = names = (
+      f"decoder/stage_{i}",
+      f"decoder.stages.{i}.op_list",
+      f"decoder.up_blocks.{i}",
+    )
+    upsamples = stage.depth > 0 and i + 1 < len(variant.decoder)
+    if upsamples:
+      yield Module(
+        f"{ours}/upsample/conv",
+        f"{original}.0.main.conv.conv",
+        f"{diffusers}.0.conv",
+      )
+    yield from _stage(stage, names, first_block=int(upsamples))
+  deeper = "" if first_decoder.depth else ".conv"
+  yield Module(
+    "decoder/project_out/norm", "decoder.project_out.op_list.0",
+    "decoder.norm_out",
+  )  # fmt: skip
+  yield Module(
+    "decoder/project_out/conv",
+    f"decoder.project_out.op_list.2.conv{deeper}",
+    f"decoder.conv_out{deeper}",
+  )
+
+
+def _stage(
+  stage: dcae.Stage, names: tuple[str, str, str], first_block: int
+) -> Iterator[Module]:
+  ours, original, diffusers = names
+  inside = list(_BLOCKS[stage.block])
+  for i in range(len(stage.scales)):
+    inside += [
+      Module(*(name.format(i) for name in module[:3])) for module in _SCALE
+    ]
+  for i in range(stage.depth):
+    prefix = f"{diffusers}.{first_block + i}."
+    for module in inside:
+      parts = module.diffusers
+      yield Module(
+        f"{ours}/block_{i}/{module.ours}",
+        f"{original}.{first_block + i}.{module.original}",
+        prefix + parts
+        if isinstance(parts, str)
+        else tuple(prefix + part for part in parts),
+        module.matrix,
+      )
+
+
+class Entry(NamedTuple):
+  """One of our arrays, and where it stands in a file.
+
+  Attributes:
+    path: in our variables, such as "params/encoder/project_in/conv/kernel".
+    shape: of ours.
+    names: of the tensors which, one after the other, make it.
+    theirs: axes of the tensors, in einops' notation.
+    ours: axes of our array.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  names: tuple[str, ...]
+  theirs: str
+  ours: str
+
+  def to_ours(self, tensors: list[np.ndarray]) -> np.ndarray:
+    joined = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+    return rearrange(joined, f"{self.theirs} -> {self.ours}")
+
+  def to_theirs(self, ours: np.ndarray) -> list[np.ndarray]:
+    joined = rearrange(ours, f"{self.ours} -> {self.theirs}")
+    return np.split(joined, len(self.names)) if joined.ndim else [joined]
+
+  @property
+  def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+    """Of the tensors, by their names; nothing is allocated."""
+    parts = self.to_theirs(np.broadcast_to(np.float32(0), self.shape))
+    return {n: p.shape for n, p in zip(self.names, parts, strict=True)}
+
+  @property
+  def is_count(self) -> bool:
+    return self.path.startswith("batch_counts")
+
+
+def table(
+  variant: dcae.Variant, image_channels: int, layout: str
+) -> list[Entry]:
+  """Where each of our arrays stands in a file of that layout.
+
+  Besides the parameters and batch statistics it has the numbers of batches that
+  the statistics have seen, `batch_counts/.../count`, which we do not use.
+  """
+  modules = {module.ours: module for module in _modules(variant)}
+  entries = []
+  for path, shape in _our_shapes(variant, image_channels).items():
+    _, _, rest = path.partition("/")
+    module, _, leaf = rest.rpartition("/")
+    names = getattr(modules[module], layout)
+    _, theirs, *axes = _LEAVES[leaf]
+    if leaf == "kernel" and layout == "diffusers" and modules[module].matrix:
+      axes = _MATRIX
+    names = (names,) if isinstance(names, str) else names
+    names = tuple(f"{name}.{theirs}" for name in names)
+    entries.append(Entry(path, shape, names, *axes))
+  return entries
+
+
+@functools.lru_cache(maxsize=32)
+def _our_shapes(
+  variant: dcae.Variant, image_channels: int
+) -> dict[str, tuple[int, ...]]:
+  model = dcae.create(variant, image_channels=image_channels)
+  abstract = dcae.abstract_variables(model, image_channels)
+  shapes = {path: leaf.shape for path, leaf in _flat(abstract).items()}
+  counts = {
+    "batch_counts" + path.removeprefix("batch_stats").removesuffix("mean")
+    + "count": ()
+    for path in shapes
+    if path.startswith("batch_stats") and path.endswith("/mean")
+  }  # fmt: skip
+  return shapes | counts
+
+
+def read(
+  entries: list[Entry],
+  files: dict[str, pathlib.Path],
+  shardings: Tree | None = None,
+) -> tuple[Tree, dict[str, int]]:
+  """The variables, and the numbers of batches behind the batch statistics.
+
+  Goes array by array, the largest first, so that little more memory is needed
+  than what the variables take in the end.
+
+  Args:
+    entries: of `table`.
+    files: of each tensor.
+    shardings: of `{"params": ..., "batch_stats": ...}`; None: one device.
+
+  Returns:
+    `{"params": ..., "batch_stats": ...}` in float32, and counts by path.
+  """
+  placed = {} if shardings is None else _flat(shardings)
+  tree, counts = {"params": {}, "batch_stats": {}}, {}
+  for entry in sorted(entries, key=lambda e: -math.prod(e.shape)):
+    if entry.is_count:
+      if entry.names[0] in files:  # else nobody counted
+        (name,) = entry.names
+        counts[entry.path] = int(safetensors_files.read(files[name], name))
+      continue
+    tensors = [safetensors_files.read(files[n], n) for n in entry.names]
+    ours = entry.to_ours(tensors).astype(np.float32, order="C", copy=False)
+    del tensors
+    *modules, leaf = entry.path.split("/")
+    node = tree
+    for module in modules:
+      node = node.setdefault(module, {})
+    node[leaf] = jax.device_put(ours, placed.get(entry.path))
+    node[leaf].block_until_ready()
+  return tree, counts
+
+
+def save(
+  folder: str | os.PathLike,
+  layout: str,
+  variables: Tree,
+  counts: dict[str, int],
+  *,
+  variant: dcae.Variant,
+  image_channels: int,
+  config: dict[str, Any],
+  model_card: str,
+) -> None:
+  """Writes a folder that diffusers, or the original code, loads as it is.
+
+  Args:
+    folder: new or empty, or one that holds the same kind of folder.
+    layout: a key of `LAYOUTS`.
+    variables: `{"params": ..., "batch_stats": ...}`.
+    counts: of batches behind the batch statistics, as `read` returns them.
+    variant: of the variables.
+    image_channels: of the images.
+    config: the contents of config.json.
+    model_card: the text of README.md.
+
+  Raises:
+    ValueError: unknown layout, or a folder that holds something else.
+  """
+  if layout not in LAYOUTS:
+    raise ValueError(
+      f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}"
+    )
+  folder = pathlib.Path(folder).expanduser()
+  _check_folder(folder, LAYOUTS[layout])
+  ours = _flat(variables)
+  tensors = {}
+  for entry in table(variant, image_channels, layout):
+    if entry.is_count:
+      value = np.array(counts.get(entry.path, 0), np.int64)
+    else:
+      value = np.asarray(jax.device_get(ours[entry.path]), np.float32)
+    parts = zip(entry.names, entry.to_theirs(value), strict=True)
+    tensors |= {name: np.asarray(part, order="C") for name, part in parts}
+  folder.mkdir(parents=True, exist_ok=True)
+  # Whole or not at all: what was there stays until all the new is written.
+  names = (LAYOUTS[layout], "config.json", "README.md")
+  parts = [folder / f".{name}.part" for name in names]
+  try:
+    safetensors.numpy.save_file(tensors, parts[0], metadata={"format": "pt"})
+    parts[1].write_text(json.dumps(config, indent=2) + "\n")
+    parts[2].write_text(model_card)
+    for name, part in zip(names, parts, strict=True):
+      os.replace(part, folder / name)
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"writing {folder} failed: {error}") from error
+  finally:
+    for part in parts:
+      part.unlink(missing_ok=True)
+
+
+def _flat(tree: Tree) -> dict[str, Any]:
+  """Leaves by their path."""
+  return {
+    jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+    for keys, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+
+def _check_folder(folder: pathlib.Path, file: str) -> None:
+  """Raises ValueError where writing would destroy or confuse something."""
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"{folder} is not a directory")
+  if (folder / "checkpoints").exists():
+    raise ValueError(
+      f"{folder} is the work directory of a run; choose another folder"
+    )
+  others = [path.name for path in folder.glob("*.safetensors*")]
+  others = [name for name in others if name != file]
+  if others:
+    raise ValueError(
+      f"{folder} already holds {', '.join(sorted(others))}; choose another "
+      "folder"
+    )
