@@ -364,11 +364,12 @@ class Autoencoder:
 
   def _model_card(self, layout: str) -> str:
     f = self.spatial_compression
-    load_it = {
-      "diffusers": "from diffusers import AutoencoderDC\n\n"
-      'ae = AutoencoderDC.from_pretrained("FOLDER")',
-      "original": 'import dcae_jax\n\nae = dcae_jax.load("FOLDER")',
-    }[layout]
+    load_it = 'import dcae_jax\n\nae = dcae_jax.load("FOLDER")'
+    if layout == "diffusers":
+      load_it = (
+        "from diffusers import AutoencoderDC\n\n"
+        'ae = AutoencoderDC.from_pretrained("FOLDER")'
+      )
     return (
       "---\nlibrary_name: diffusers\ntags:\n- autoencoder\n- dc-ae\n---\n\n"
       f"# Deep compression autoencoder, {self.variant}\n\n"
