@@ -200,6 +200,27 @@ def report() -> ConfigDict:
   return c
 
 
+def reconstruct() -> ConfigDict:
+  """One's own pictures, beside their reconstructions."""
+  c = ConfigDict()
+  c.task = "reconstruct"
+  # A run, a folder or file of released weights, or a hub id.
+  c.init_from = ""
+  c.input = ""  # an image, a folder of images, or a quoted pattern
+  c.dtype = "float32"  # of the layers
+  # How sides are filled up that the compression does not divide, before the
+  # result is cut to size again: "reflect" or "edge".
+  c.pad = "reflect"
+  # Larger images go in overlapping tiles of this side, blended; 0: as a whole.
+  # Whole images show the model as it is, but each size is compiled anew.
+  c.tile = 0
+  c.stride = 0  # from tile to tile; 0: three quarters of a tile
+  c.shorter_side = 0  # reduce images to it first; 0: never
+  c.max_megapixels = 89.0  # larger images are skipped, and named
+  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c
+
+
 def three_phases(variant: str) -> ConfigDict:
   """All phases one after the other, below one work directory, and a report.
 

@@ -290,6 +290,13 @@ class Autoencoder:
       z, size=size, tile=tile, stride=stride, channels=channels
     )
 
+  def check_options(
+    self, *, pad: str | None, tile: int | None, stride: int | None
+  ) -> None:
+    """Raises ValueError for what `encode` would refuse with any images."""
+    _check_pad(pad)
+    tiling.Tiles.create(tile, stride, self.spatial_compression)
+
   def measure_scaling_factor(
     self,
     source: str | os.PathLike | Iterable[ArrayLike],
@@ -501,10 +508,14 @@ def _to_float(x: np.ndarray) -> np.ndarray:
   return x
 
 
-def _padded(x: np.ndarray, factor: int, pad: str | None) -> np.ndarray:
+def _check_pad(pad: str | None) -> None:
   known = ("reflect", "edge")
   if pad is not None and pad not in known:
     raise ValueError(f"unknown pad={pad!r}; known are {', '.join(known)}")
+
+
+def _padded(x: np.ndarray, factor: int, pad: str | None) -> np.ndarray:
+  _check_pad(pad)
   missing = [-side % factor for side in x.shape[1:3]]
   if not any(missing):
     return x

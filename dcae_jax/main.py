@@ -13,7 +13,7 @@ import traceback
 from absl import app, flags
 from ml_collections import config_flags
 
-TASKS = ("train_autoencoder", "train_phases", "report")
+TASKS = ("train_autoencoder", "train_phases", "report", "reconstruct")
 
 
 def main(argv: list[str]) -> int:

@@ -21,6 +21,7 @@ DEFAULTS = {
   "train_autoencoder": base.autoencoder,
   "train_phases": lambda: base.three_phases("f32c32"),
   "report": base.report,
+  "reconstruct": base.reconstruct,
 }
 
 
@@ -42,6 +43,7 @@ def test_config_has_the_keys_of_base_and_builds(name):
     "train_autoencoder": [config],
     "train_phases": [config.get(f"phase{i}") for i in (1, 2, 3)],
     "report": [],
+    "reconstruct": [],
   }[config.task]
   for phase in phases:
     with phase.unlocked():

@@ -14,6 +14,10 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
+import dcae_jax
+from benchmarks import parity
+from dcae_jax import architecture, weights
+from dcae_jax.models import dcae
 from dcae_jax.tasks import train_autoencoder
 from dcae_jax.training import checkpoint
 
@@ -148,6 +152,63 @@ def test_a_finished_run_does_nothing_when_started_again(tiny_config, phase_1):
   assert _run(tiny_config(1), phase_1)
   _assert_same_bits(before, _saved(phase_1))
   assert (phase_1 / "result.json").read_text() == result
+
+
+def test_a_trained_run_is_loaded_saved_and_trained_further(
+  tiny_config, phase_1, tmp_path
+):
+  """Run to folder to fine-tuning run, in both layouts, keeping the weights."""
+  ae = dcae_jax.load(phase_1)
+  assert ae.variant == "tiny-f8"
+  result = json.loads((phase_1 / "result.json").read_text())
+  np.testing.assert_allclose(ae.scaling_factor, result["scaling_factor"])
+  assert 1 / ae.scaling_factor == pytest.approx(result["eval/latent_rms"])
+  for layout in weights.LAYOUTS:
+    folder = tmp_path / layout
+    ae.save(folder, layout=layout)
+    assert "step 4 of a training run" in (folder / "README.md").read_text()
+    config = tiny_config(3, init_from=str(folder), **{"model.variant": ""})
+    train_autoencoder.run(config, epath.Path(tmp_path / f"{layout}_run"))
+    after = dcae_jax.load(tmp_path / f"{layout}_run")
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      after.variables["params"]["encoder"],
+      ae.variables["params"]["encoder"],
+    )
+    head = after.variables["params"]["decoder"]["project_out"]["conv"]["bias"]
+    before = ae.variables["params"]["decoder"]["project_out"]["conv"]["bias"]
+    assert np.any(np.asarray(head) != before)
+
+
+def test_fine_tuning_takes_any_architecture_from_its_weights(
+  tiny_config, tmp_path
+):
+  settings = parity.reduced(parity.CONFIGS["f32c32-sana"])
+  variant, channels = architecture.from_config(settings)
+  model = dcae.create(variant)
+  side = model.spatial_compression
+  variables = jax.jit(model.init)(
+    jax.random.key(0), np.zeros((1, side, side, channels), "float32")
+  )
+  own = dcae_jax.Autoencoder(variant, variables, scaling_factor=1.0)
+  own.save(tmp_path / "own")
+  changes = {"model.variant": "", "steps": 1}
+  config = tiny_config(2, init_from=str(tmp_path / "own"), **changes)
+  train_autoencoder.run(config, epath.Path(tmp_path / "run"))
+  found = dcae_jax.load(tmp_path / "run")
+  assert found.variant == "custom" and found.architecture == variant
+  # The next phase takes it from that run; a named variant does not fit.
+  changes["init_from"] = str(tmp_path / "run")
+  config = tiny_config(3, **changes)
+  train_autoencoder.run(config, epath.Path(tmp_path / "next"))
+  assert dcae_jax.load(tmp_path / "next").architecture == variant
+  config = tiny_config(3, init_from=str(tmp_path / "own"))
+  with pytest.raises(ValueError, match=r"variant='custom'.*model\.variant=''"):
+    train_autoencoder.run(config, epath.Path(tmp_path / "other"))
+  config = tiny_config(1, **{"model.variant": ""})
+  with pytest.raises(ValueError, match=r"config\.model\.variant is empty"):
+    train_autoencoder.run(config, epath.Path(tmp_path / "other"))
+  assert not (tmp_path / "other").exists()
 
 
 def test_init_from_another_kind_of_model_is_refused(

@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dcae_jax.data import transforms
 
@@ -32,6 +32,30 @@ def test_cmyk_palette_and_rgb_look_the_same():
   assert np.abs(cmyk - expected).mean() < 4
   palette = _pixels(_encode(image.quantize(256)))
   assert np.abs(palette - expected).mean() < 8
+
+
+def _profile_with_red_and_green_swapped():
+  profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+  for name in (b"sRGB", "sRGB".encode("utf-16-be")):  # it is no longer that
+    profile = profile.replace(name, name[:-1] + b"X")
+  profile = profile.replace(b"rXYZ", b"tmp ").replace(b"gXYZ", b"rXYZ")
+  return profile.replace(b"tmp ", b"gXYZ")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_are_converted_from_the_profile_to_srgb(mode):
+  image = _gradient().convert(mode)
+  swapped = _profile_with_red_and_green_swapped()
+  found = _pixels(_encode(image, icc_profile=swapped)).astype(int)
+  expected = _pixels(_encode(image)).astype(int)[..., [1, 0, 2]]
+  assert np.abs(found - expected).max() <= 2
+
+
+@pytest.mark.parametrize("profile", [b"no profile", b""])
+def test_damaged_profiles_are_left_aside(profile):
+  image = _gradient()
+  found = _pixels(_encode(image, icc_profile=profile))
+  np.testing.assert_array_equal(found, np.asarray(image))
 
 
 def test_16_bits_become_8():

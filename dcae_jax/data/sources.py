@@ -4,6 +4,7 @@ A source is a random-access sequence of encoded images with labels; nothing is
 decoded here. All sources are picklable, since loader workers are processes.
 """
 
+import glob
 import importlib.util
 import os
 import pathlib
@@ -107,6 +108,30 @@ def folder(path: str) -> Files:
   classes = [part[0] if len(part) > 1 else "" for part in parts]
   index = {name: i for i, name in enumerate(sorted(set(classes)))}
   return Files(files, [index[name] for name in classes])
+
+
+def pictures(path: str) -> Files:
+  """One image file, all of a folder, or those that a shell pattern matches.
+
+  Raises:
+    ValueError: there is none.
+  """
+  root = epath.Path(path).expanduser()
+  if path and root.is_dir():
+    return folder(path)
+  if path and root.is_file():
+    return Files([os.fspath(root)], [0])
+  files = sorted(
+    file
+    for file in glob.glob(os.path.expanduser(path), recursive=True)
+    if file.lower().endswith(SUFFIXES)
+  )
+  if not files:
+    raise ValueError(
+      f"{path!r} is no image file, folder of images, or pattern of image files "
+      f"({', '.join(SUFFIXES)})"
+    )
+  return Files(files, [0] * len(files))
 
 
 def _local_files(root: str) -> list[str]:

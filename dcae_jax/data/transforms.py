@@ -9,7 +9,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MAX_ASPECT = 50  # crops enlarge to the shorter side: a strip would explode
@@ -41,8 +41,9 @@ def decode(
 ) -> Image.Image:
   """Decodes an image as a viewer would show it.
 
-  The first frame of an animation; EXIF orientation applied; alpha composited
-  over white; 16 bits scaled to 8; CMYK and palettes converted.
+  The first frame of an animation; EXIF orientation applied; colours converted
+  from the file's profile to sRGB; alpha composited over white; 16 bits scaled
+  to 8; CMYK and palettes converted.
 
   Args:
     encoded: a whole file.
@@ -75,10 +76,30 @@ def decode(
     draft = (math.ceil(width * ratio), math.ceil(height * ratio))
     image.draft(None, draft)  # decodes at a power of two above that size
   image.load()
-  image = _to_mode(ImageOps.exif_transpose(image), _MODES[channels])
+  image = _to_srgb(ImageOps.exif_transpose(image))
+  image = _to_mode(image, _MODES[channels])
   if shorter_side and min(image.size) > shorter_side:
     image = _resize_shorter_side(image, shorter_side)
   return image
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+  """A profile that is damaged, or for another mode, is left aside."""
+  embedded = image.info.get("icc_profile")
+  if not embedded or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+    return image
+  try:
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+    if "sRGB" in ImageCms.getProfileDescription(profile):
+      return image
+    return ImageCms.profileToProfile(
+      image,
+      profile,
+      ImageCms.createProfile("sRGB"),
+      outputMode="RGBA" if image.mode == "RGBA" else "RGB",
+    )
+  except (ImageCms.PyCMSError, OSError):
+    return image
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -33,11 +33,36 @@ def grid(
       middle = top + height // 2
       draw.text((_GAP, middle), labels[i], fill="black", font=font, anchor="lm")
     for j, pixels in enumerate(row):
-      image = Image.fromarray(
-        pixels if pixels.shape[-1] == 3 else pixels[..., 0]
-      )
-      canvas.paste(image, (margin + _GAP + j * (width + _GAP), top))
+      left = margin + _GAP + j * (width + _GAP)
+      canvas.paste(_picture(pixels), (left, top))
   return np.asarray(canvas)
+
+
+def side_by_side(
+  images: Sequence[np.ndarray], captions: Sequence[str]
+) -> np.ndarray:
+  """Images uint8 [h, w, c] of one size in a row, a caption below each.
+
+  Returns uint8 [height, width, 3].
+  """
+  height, width, _ = images[0].shape
+  font = ImageFont.load_default(size=max(12, min(height, width) // 24))
+  needed = max(int(font.getlength(caption)) for caption in captions)
+  column = max(width, needed) + _GAP
+  line = 2 * int(font.size)
+  shape = (_GAP + len(images) * column, _GAP + height + line)
+  canvas = Image.new("RGB", shape, "white")
+  draw = ImageDraw.Draw(canvas)
+  for i, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
+    left = _GAP + i * column
+    canvas.paste(_picture(pixels), (left, _GAP))
+    middle = _GAP + height + line // 2
+    draw.text((left, middle), caption, fill="black", font=font, anchor="lm")
+  return np.asarray(canvas)
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+  return Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
 
 
 def loss_curves(

@@ -34,12 +34,7 @@ _MAY_CHANGE = (
 
 def model(config: ConfigDict) -> dcae.DCAE:
   """The autoencoder of `config.model`."""
-  known = ("float32", "bfloat16")  # float16 would need its losses scaled
-  if config.dtype not in known:
-    raise ValueError(
-      f"unknown config.model.dtype {config.dtype!r}; known are "
-      f"{', '.join(known)}"
-    )
+  check_dtype(config.dtype)
   return dcae.create(
     architecture.of_model(config.variant, config.architecture.to_dict()),
     image_channels=config.image_channels,
@@ -47,6 +42,13 @@ def model(config: ConfigDict) -> dcae.DCAE:
     rematerialisation=config.rematerialisation,
     dtype=config.dtype,
   )
+
+
+def check_dtype(dtype: str) -> None:
+  """Raises ValueError for numbers that layers cannot compute with."""
+  known = ("float32", "bfloat16")  # float16 would need its losses scaled
+  if dtype not in known:
+    raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(known)}")
 
 
 def model_of(source: str) -> dict[str, Any]:
@@ -211,7 +213,7 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
   if not path.exists():
     return
   before, now = _flat(checkpoint.read_config(path)), _flat(resolved(config))
-  if before["task"] == now["task"] == "report":
+  if before["task"] == now["task"] and now["task"] in ("report", "reconstruct"):
     return  # made anew as a whole
   if (workdir / "result.json").exists() and not (
     workdir / "checkpoints"

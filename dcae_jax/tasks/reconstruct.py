@@ -1,0 +1,114 @@
+"""One's own pictures, beside their reconstructions, with PSNR."""
+
+import json
+import logging
+import pathlib
+import time
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from dcae_jax import autoencoder
+from dcae_jax.data import sources, transforms
+from dcae_jax.evaluation import figures, image_metrics
+from dcae_jax.tasks import wiring
+from dcae_jax.training import metrics_writer
+
+_LOG = logging.getLogger(__name__)
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> bool:
+  """Writes a PNG for each picture, summary.md and result.json."""
+  pictures = sources.pictures(config.input)
+  if not config.init_from:
+    raise ValueError(
+      "config.init_from is empty; name a run, a folder or file of released "
+      "weights, or a hub id"
+    )
+  wiring.check_dtype(config.dtype)
+  wiring.check_work_directory(config, workdir)
+  wiring.prepare_jax(config.compilation_cache)
+  # Latents are decoded as they are: the scaling factor does not matter.
+  ae = autoencoder.load(
+    config.init_from, scaling_factor=1.0, dtype=config.dtype
+  )
+  options = {
+    "pad": config.pad,
+    "tile": config.tile or None,
+    "stride": config.stride or None,
+  }
+  ae.check_options(**options)
+  wiring.write_config(config, workdir)
+  rows, skipped, start = [], [], time.monotonic()
+  names = _file_names([pictures.name(i) for i in range(len(pictures))])
+  for i, name in enumerate(names):
+    try:
+      image = transforms.decode(
+        pictures[i].encoded,
+        channels=ae.image_channels,
+        max_megapixels=config.max_megapixels,
+        shorter_side=config.shorter_side,
+      )
+    except Exception as error:  # whatever a damaged file makes of Pillow
+      skipped.append(f"{pictures.name(i)}: {error}")
+      _LOG.warning("skipped %s", skipped[-1])
+      continue
+    original = np.asarray(image).reshape(image.height, image.width, -1)
+    found = image_metrics.quantise(ae.reconstruct(original[None], **options))
+    pixels = jnp.asarray(original[None], jnp.float32)
+    psnr = float(image_metrics.psnr(found, pixels)[0])
+    height, width, _ = original.shape
+    picture = figures.side_by_side(
+      [original, np.asarray(found[0], np.uint8)],
+      [f"{width} x {height}", f"{ae.variant}: {psnr:.2f} dB"],
+    )
+    metrics_writer.write_png(workdir / name, picture)
+    rows.append(
+      {"image": pictures.name(i), "file": name, "width": width,
+       "height": height, "psnr": psnr}
+    )  # fmt: skip
+    seconds = (time.monotonic() - start) / (i + 1) * (len(names) - i - 1)
+    _LOG.info(
+      "%d/%d %s: %d x %d, %.2f dB; about %.0f s left",
+      i + 1, len(names), pictures.name(i), width, height, psnr, seconds,
+    )  # fmt: skip
+  if not rows:
+    raise ValueError(f"no picture can be used; {'; '.join(skipped[:3])}")
+  _write(workdir, config.init_from, ae.variant, rows, skipped)
+  return True
+
+
+def _file_names(paths: list[str]) -> list[str]:
+  """PNG names, numbered where pictures of several folders share one."""
+  stems = [pathlib.PurePath(path).stem for path in paths]
+  return [
+    f"{stem}.png" if stems.count(stem) == 1 else f"{stem}_{i}.png"
+    for i, stem in enumerate(stems)
+  ]
+
+
+def _write(workdir, init_from, variant, rows, skipped) -> None:
+  mean = float(np.mean([row["psnr"] for row in rows]))
+  lines = [
+    f"| {row['image']} | {row['width']} x {row['height']} "
+    f"| {row['psnr']:.2f} dB | [{row['file']}](<{row['file']}>) |"
+    for row in rows
+  ]
+  table = "\n".join(
+    ["| picture | size | PSNR | side by side |", "| --- | --- | --- | --- |"]
+    + lines
+    + [f"| mean of {len(rows)} | | {mean:.2f} dB | |"]
+  )
+  missing = "".join(f"\n- skipped {reason}" for reason in skipped)
+  metrics_writer.write_whole(
+    workdir / "summary.md",
+    f"# Reconstructions by {variant}\n\nWeights: {init_from}\n\n{table}\n"
+    f"{missing}\n",
+  )
+  result = {"psnr": mean, "pictures": rows, "skipped": skipped}
+  metrics_writer.write_whole(
+    workdir / "result.json", json.dumps(result, indent=2)
+  )
+  _LOG.info("\n%s\n\nsummary: %s", table, workdir / "summary.md")
