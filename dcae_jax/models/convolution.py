@@ -135,6 +135,24 @@ def _values(
   return jnp.stack([y.reshape(-1, y.shape[-1]) for y in values])
 
 
+def _map_rows(f: Callable, x: Array, *matrices: np.ndarray) -> Array:
+  """`f` of the rows of the matrices, one after the other, stacked.
+
+  A loop keeps program and memory small. It starts from a value of `x`, to be
+  overwritten: the zeros of `jax.lax.map` depend on nothing, so that XLA would
+  make those of all layers at the start of the program, and keep them.
+  """
+  matrices = [jnp.asarray(matrix, x.dtype) for matrix in matrices]
+  row = lambda i: f(*(matrix[i] for matrix in matrices))
+  shape = jax.eval_shape(row, 0).shape
+  return jax.lax.fori_loop(
+    0,
+    6,
+    lambda i, y: jax.lax.dynamic_update_index_in_dim(y, row(i), i, 0),
+    jnp.broadcast_to(x[0, 0, 0, 0], (6, *shape)),
+  )
+
+
 def _winograd(x: Array, kernel: Array) -> Array:
   """3x3 convolution by Winograd's F(4x4, 3x3) (arXiv 1509.09308).
 
@@ -144,18 +162,18 @@ def _winograd(x: Array, kernel: Array) -> Array:
   of_input, of_kernel, of_output = _winograd_matrices()
   tile_rows = _tile_rows(x, 6)
 
-  def transformed_row(factors):
-    taps = jnp.tensordot(factors[1], kernel, 1)
+  def transformed_row(input_factors, kernel_factors):
+    taps = jnp.tensordot(kernel_factors, kernel, 1)
     taps = _combinations(of_kernel, jax.lax.optimization_barrier(taps))
     products = jnp.einsum(
-      "ntc,ncd->ntd", _values(factors[0], tile_rows, of_input), jnp.stack(taps)
+      "ntc,ncd->ntd",
+      _values(input_factors, tile_rows, of_input),
+      jnp.stack(taps),
     )
     products = jax.lax.optimization_barrier(products)
     return jnp.stack(_combinations(of_output, products), axis=1)
 
-  # A loop, because it keeps program and memory small.
-  factors = [jnp.asarray(matrix, x.dtype) for matrix in (of_input, of_kernel)]
-  y = jax.lax.map(transformed_row, factors)
+  y = _map_rows(transformed_row, x, of_input, of_kernel)
   batch, height, width, _ = x.shape
   rows, columns = -(-height // _TILE), -(-width // _TILE)
   y = y.reshape(6, batch, rows, columns * _TILE, -1)
@@ -167,17 +185,16 @@ def _winograd_vjp(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
   of_input, of_kernel, of_output = _winograd_matrices()
   x_rows, g_rows = _tile_rows(x, 6), _tile_rows(g, 4)
 
-  def transformed_row(factors):
+  def transformed_row(input_factors, output_factors):
     products = jnp.einsum(
       "ntc,ntd->ncd",
-      _values(factors[0], x_rows, of_input),
-      _values(factors[1], g_rows, of_output.T),
+      _values(input_factors, x_rows, of_input),
+      _values(output_factors, g_rows, of_output.T),
     )
     products = jax.lax.optimization_barrier(products)
     return jnp.stack(_combinations(of_kernel.T, products))
 
-  factors = [jnp.asarray(matrix, x.dtype) for matrix in (of_input, of_output.T)]
-  kernel_gradient = jax.lax.map(transformed_row, factors)
+  kernel_gradient = _map_rows(transformed_row, x, of_input, of_output.T)
   kernel_gradient = jnp.stack(_combinations(of_kernel.T, kernel_gradient))
   flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
   return _winograd(g, flipped), kernel_gradient
