@@ -1,7 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dcae_jax.models import convolution
 
@@ -53,6 +57,59 @@ def test_convolution_equals_lax_conv(shape, size):
   _check_equal(convolution.convolution, _reference, x, kernel)
 
 
+@pytest.mark.parametrize(
+  ("shape", "channels"),
+  [
+    ((1, 24, 24, 64), 64),
+    ((2, 21, 18, 64), 96),  # incomplete tiles, batch
+    ((3, 9, 14, 128), 64),
+    ((1, 23, 31, 200), 72),
+  ],
+)
+def test_winograd_equals_lax_conv(shape, channels):
+  x, kernel = _arrays(shape, (3, 3, shape[-1], channels))
+  assert "stablehlo.convolution" not in _program(
+    convolution.convolution, "cpu", x, kernel
+  )
+  _check_equal(convolution.convolution, _reference, x, kernel)
+  y = convolution.convolution(x, kernel)
+  expected = _reference(x, kernel)
+  error = jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)
+  assert float(error) < 3e-6
+
+
+def test_winograd_has_second_derivatives():
+  x, kernel = _arrays((1, 24, 24, 64), (3, 3, 64, 64))
+
+  def penalty(f, kernel):
+    gradient = jax.grad(lambda x: jnp.mean(f(x, kernel) ** 2))(x)
+    return jnp.mean(gradient**2)
+
+  actual, expected = (
+    jax.grad(functools.partial(penalty, f))(kernel)
+    for f in (convolution.convolution, _reference)
+  )
+  scale = float(jnp.abs(expected).max())
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("spec", [P("data"), P("data", "spatial")])
+def test_sharded_winograd_equals_lax_conv(spec):
+  mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "spatial"))
+  x, kernel = _arrays((4, 24, 28, 64), (3, 3, 64, 64))
+  sharded = jax.device_put(x, NamedSharding(mesh, spec))
+  _check_equal(jax.jit(convolution.convolution), _reference, sharded, kernel)
+
+
+def test_other_computations_do_not_use_winograd():
+  x, kernel = _arrays((1, 24, 24, 64), (3, 3, 64, 64))
+  for dtype in ("bfloat16", "float16"):
+    program = _program(
+      convolution.convolution, "cpu", x.astype(dtype), kernel.astype(dtype)
+    )
+    assert "stablehlo.convolution" in program
+
+
 @pytest.mark.parametrize(("stride", "groups"), [(2, 1), (1, 2), (2, 3)])
 def test_strided_and_grouped_convolution_equals_lax_conv(stride, groups):
   x, kernel = _arrays((2, 8, 6, 6), (3, 3, 6 // groups, 12))
@@ -76,10 +133,12 @@ def _program(f, platform, *arguments):
     (convolution.depthwise_convolution, (3, 3, 1, 8)),
     (convolution.convolution, (3, 3, 8, 16)),
     (convolution.convolution, (1, 1, 8, 16)),
+    (convolution.convolution, (3, 3, 64, 64)),
   ],
 )
 def test_only_the_cpu_program_differs_from_lax_conv(f, kernel_shape):
-  x, kernel = _arrays((2, 2, 2, 8), kernel_shape)
+  side, channels = (24, 64) if kernel_shape[2] == 64 else (2, 8)
+  x, kernel = _arrays((2, side, side, channels), kernel_shape)
   cpu = _program(f, "cpu", x, kernel)
   assert "stablehlo.convolution" not in cpu
   groups = 8 if kernel_shape[2] == 1 else 1
