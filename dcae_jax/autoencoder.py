@@ -371,14 +371,16 @@ class Autoencoder:
 
   def _model_card(self, layout: str) -> str:
     f = self.spatial_compression
+    library = "dcae_jax"
     load_it = 'import dcae_jax\n\nae = dcae_jax.load("FOLDER")'
     if layout == "diffusers":
+      library = "diffusers"
       load_it = (
         "from diffusers import AutoencoderDC\n\n"
         'ae = AutoencoderDC.from_pretrained("FOLDER")'
       )
     return (
-      "---\nlibrary_name: diffusers\ntags:\n- autoencoder\n- dc-ae\n---\n\n"
+      f"---\nlibrary_name: {library}\ntags:\n- autoencoder\n- dc-ae\n---\n\n"
       f"# Deep compression autoencoder, {self.variant}\n\n"
       f"Compresses each side {f} times: an image of {8 * f} x {8 * f} pixels "
       f"has 8 x 8 latents of {self.latent_channels} channels. Images are in "

@@ -374,6 +374,10 @@ def _flat(tree: Tree) -> dict[str, Any]:
 
 def _check_folder(folder: pathlib.Path, file: str) -> None:
   """Raises ValueError where writing would destroy or confuse something."""
+  if ":/" in str(folder):
+    raise ValueError(
+      f"{folder} is not a local folder; save to one, and copy it there"
+    )
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"{folder} is not a directory")
   if (folder / "checkpoints").exists():

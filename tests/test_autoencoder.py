@@ -221,6 +221,8 @@ def test_saved_folder_has_a_card_and_loads_again(load_reduced, tmp_path):
     autoencoder.save(tmp_path / "original", layout="diffusers")
   with pytest.raises(ValueError, match="unknown layout 'torch'"):
     autoencoder.save(tmp_path / "new", layout="torch")
+  with pytest.raises(ValueError, match="not a local folder"):
+    autoencoder.save("gs://bucket/new")
   assert not (tmp_path / "new").exists()
 
 

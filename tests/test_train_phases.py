@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+import dcae_jax
 from configs import base, quickstart
 from dcae_jax.tasks import report, train_phases
 
@@ -45,6 +46,12 @@ def workdir(tmp_path_factory, compilation_cache):
   for noise in ("Warning", "Traceback", "Exception", "leaked"):
     assert noise not in found.stderr, found.stderr
   return directory
+
+
+def test_a_phase_of_it_must_be_named(workdir):
+  with pytest.raises(ValueError, match=r"three phases.*phase3"):
+    dcae_jax.load(workdir)
+  assert dcae_jax.load(workdir / "phase3").variant == "tiny-f8"
 
 
 def test_quickstart_writes_a_report(workdir):
