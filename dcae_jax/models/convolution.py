@@ -194,7 +194,7 @@ def _winograd_vjp(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
     products = jax.lax.optimization_barrier(products)
     return jnp.stack(_combinations(of_kernel.T, products))
 
-  kernel_gradient = _map_rows(transformed_row, x, of_input, of_output.T)
+  kernel_gradient = _map_rows(transformed_row, g, of_input, of_output.T)
   kernel_gradient = jnp.stack(_combinations(of_kernel.T, kernel_gradient))
   flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
   return _winograd(g, flipped), kernel_gradient

@@ -485,12 +485,13 @@ def check_architecture(variant: Variant) -> None:
       f"the encoder divides image sides by {compressions[0]}, and the decoder "
       f"multiplies them by {compressions[1]}; give both as many stages"
     )
-  for stage in (*variant.encoder, *variant.decoder):
-    if stage.width % 4 and "_to_" in variant.downsample + variant.upsample:
+  for stage in variant.encoder[1:]:
+    if stage.width % 4 and variant.downsample == "space_to_channel":
       raise ValueError(
-        f"stage width {stage.width} is not divisible by 4, as a rearrangement "
-        "of 2x2 pixels to channels needs it"
+        f"encoder stage width {stage.width} is not divisible by 4, as the "
+        "rearrangement of 2x2 pixels to channels before it needs it"
       )
+  for stage in (*variant.encoder, *variant.decoder):
     if stage.block == "efficientvit" and stage.width < stage.head_dim:
       raise ValueError(
         f"stage width {stage.width} is below {stage.head_dim}, the channels of "

@@ -110,7 +110,7 @@ UNUSUAL = {
     "encoder_block_types": ["ResBlock", "EfficientViTBlock", "ResBlock"],
     "decoder_block_types": ["EfficientViTBlock", "ResBlock", "ResBlock"],
     "encoder_block_out_channels": [24, 48, 48],
-    "decoder_block_out_channels": [24, 48, 96],
+    "decoder_block_out_channels": [18, 36, 72],
     "encoder_layers_per_block": [1, 2, 1],
     "decoder_layers_per_block": [1, 3, 0],
     "encoder_qkv_multiscales": [[], [3, 7], []],
