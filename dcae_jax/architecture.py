@@ -9,7 +9,7 @@ _BLOCK_TYPES = {"res": "ResBlock", "efficientvit": "EfficientViTBlock"}
 _DOWNSAMPLES = {"space_to_channel": "pixel_unshuffle", "strided": "Conv"}
 _UPSAMPLES = {"channel_to_space": "pixel_shuffle", "nearest": "interpolate"}
 _NORMS = {name: name for name in normalization.NORMS}
-_ACTIVATIONS = {name: name for name in dcae.ACTIVATIONS}
+_ACTIVATIONS = {name: name for name in dcae.ACTIVATIONS if name != "identity"}
 _SIX_WIDTHS = [128, 256, 512, 512, 1024, 1024]
 _SIX_SCALES = [[], [], [], [5], [5], [5]]
 # What AutoencoderDC takes for keys that a config.json does not have.
@@ -53,8 +53,8 @@ def from_config(config: dict[str, Any]) -> tuple[dcae.Variant, int]:
     upsample=_known(
       c["upsample_block_type"], _UPSAMPLES, "upsample_block_type"
     ),
-    encoder_shortcut=bool(c["encoder_out_shortcut"]),
-    decoder_shortcut=bool(c["decoder_in_shortcut"]),
+    encoder_shortcut=_flag(c, "encoder_out_shortcut"),
+    decoder_shortcut=_flag(c, "decoder_in_shortcut"),
     head_activation=_activation(
       c["decoder_conv_act_fn"], "decoder_conv_act_fn"
     ),
@@ -92,7 +92,7 @@ def to_config(
       "layers_per_block": [stage.depth for stage in found],
       "qkv_multiscales": [list(stage.scales) for stage in found],
       "norm_types": [stage.norm for stage in found],
-      "act_fns": [stage.activation for stage in found],
+      "act_fns": [_ACTIVATIONS.get(stage.activation) for stage in found],
     }
     c |= {f"{part}_{name}": column for name, column in columns.items()}
   c["upsample_block_type"] = _UPSAMPLES[variant.upsample]
@@ -176,7 +176,9 @@ def _stages(c: dict[str, Any], part: str) -> tuple[dcae.Stage, ...]:
         _whole(depth, f"{part}_layers_per_block[{i}]", 0),
         _known(block, _BLOCK_TYPES, f"{part}_block_types[{i}]"),
         _known(norm, _NORMS, f"{part}_norm_types[{i}]"),
-        _activation(activation, f"{part}_act_fns[{i}]"),
+        "identity"
+        if activation is None
+        else _activation(activation, f"{part}_act_fns[{i}]"),
         _scales(scales, f"{part}_qkv_multiscales[{i}]"),
         _count(c, "attention_head_dim"),
       )
@@ -201,15 +203,20 @@ def _scales(values: Any, name: str) -> tuple[int, ...]:
 
 
 def _known(value: Any, names: dict[str, str], name: str) -> str:
-  """Our name of a setting; `names` goes from ours to theirs."""
+  """Our name of a setting, in any case; `names` goes from ours to theirs."""
   for ours, theirs in names.items():
-    if value == theirs:
+    if isinstance(value, str) and value.lower() == theirs.lower():
       return ours
   raise ValueError(f"{name}={value!r} is not among {', '.join(names.values())}")
 
 
 def _activation(value: Any, name: str) -> str:
-  if value is None:
-    return "identity"
-  value = value.lower() if isinstance(value, str) else value
-  return _known("silu" if value == "swish" else value, _ACTIVATIONS, name)
+  if isinstance(value, str) and value.lower() == "swish":
+    value = "silu"
+  return _known(value, _ACTIVATIONS, name)
+
+
+def _flag(c: dict[str, Any], key: str) -> bool:
+  if not isinstance(c[key], bool):
+    raise ValueError(f"{key}={c[key]!r} is neither true nor false")
+  return c[key]

@@ -10,7 +10,6 @@ On one device; training and evaluation over many devices are tasks of their own.
 
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,7 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from dcae_jax import architecture, released, tiling, weights
 from dcae_jax.data import images as images_lib
-from dcae_jax.data import sources
+from dcae_jax.data import sources, transforms
 from dcae_jax.models import dcae
 from dcae_jax.training import checkpoint, metrics_writer
 
@@ -50,12 +49,14 @@ def load(
     ValueError: there is nothing of that kind, it is damaged or a pickle, its
       tensors do not fit, or its scaling factor must be given.
   """
-  path = os.fspath(path)
+  path = os.path.expanduser(os.fspath(path))
+  dcae.check_dtype(dtype)
   if checkpoint.is_run(path):
     return _load_run(path, scaling_factor, dtype)
   found = released.find(path)
+  scaling_origin = "given"
   if scaling_factor is None:
-    scaling_factor = found.scaling_factor
+    scaling_factor, scaling_origin = found.scaling_factor, f"of {found.label}"
   if scaling_factor is None and not found.name:
     candidates = released.published_factors(found.variant)
     if candidates:
@@ -72,7 +73,9 @@ def load(
     scaling_factor=scaling_factor,
     dtype=dtype,
     batch_counts=counts,
-    origin=found.name or pathlib.PurePath(path).name,
+    origin=found.label,
+    released_name=found.name,
+    scaling_origin=scaling_origin,
   )
 
 
@@ -98,8 +101,10 @@ def _load_run(
     for key, value in line.items()
     if key.startswith("eval/")
   }
+  scaling_origin = "given"
   if scaling_factor is None and evaluated.get("latent_rms"):
     scaling_factor = 1 / evaluated["latent_rms"]
+    scaling_origin = "1 / RMS of the latents of the run's held-out images"
   metrics = [
     f"{k} {evaluated[k]:.4g}" for k in ("psnr", "ssim") if k in evaluated
   ]
@@ -110,6 +115,7 @@ def _load_run(
     scaling_factor=scaling_factor,
     dtype=dtype,
     residual_autoencoding=residual,
+    scaling_origin=scaling_origin,
     origin=f"averaged weights of step {step} of a training run"
     + (f" (held-out images: {', '.join(metrics)})" if metrics else ""),
   )
@@ -127,8 +133,6 @@ class Autoencoder:
     architecture: its widths, depths and blocks.
     variables: `{"params": ..., "batch_stats": ...}`, for `model.apply`.
     model: the linen module.
-    scaling_factor: multiplies latents before diffusion, divides them after;
-      None where it is not known.
     image_channels: 3, or 1 for grey images.
   """
 
@@ -142,7 +146,9 @@ class Autoencoder:
     dtype: DTypeLike = "float32",
     residual_autoencoding: bool = True,
     batch_counts: dict[str, int] | None = None,
-    origin: str = "",
+    origin: str = "not stated",
+    released_name: str = "",
+    scaling_origin: str = "given",
   ):
     """Wraps variables; `load` makes them from files.
 
@@ -155,9 +161,10 @@ class Autoencoder:
       residual_autoencoding: False for a network without shortcuts.
       batch_counts: what a file had of them, to be saved again.
       origin: where the weights come from, for the model card.
+      released_name: of the released model they are, if they are one.
+      scaling_origin: where the scaling factor comes from, for the model card.
     """
-    if scaling_factor is not None and not 0 < scaling_factor < math.inf:
-      raise ValueError(f"scaling_factor={scaling_factor} is not positive")
+    dcae.check_dtype(dtype)
     self.architecture = variant
     self.variant = architecture.name_of(variant)
     self.variables = variables
@@ -172,8 +179,9 @@ class Autoencoder:
     self._residual_autoencoding = residual_autoencoding
     self._batch_counts = batch_counts or {}
     self._origin = origin
-    self._measured = ""
-    precision = "highest" if np.dtype(dtype) == np.float32 else None
+    self._released_name = released_name
+    self._scaling_origin = scaling_origin
+    precision = "highest" if jnp.dtype(dtype) == jnp.float32 else None
 
     def compiled(method: str) -> Callable[[Any, jax.Array], jax.Array]:
       def apply(variables, x):
@@ -183,6 +191,22 @@ class Autoencoder:
       return jax.jit(apply)
 
     self._encode, self._decode = compiled("encode"), compiled("decode")
+
+  @property
+  def scaling_factor(self) -> float | None:
+    """Multiplies latents before diffusion, divides them after; may be set.
+
+    None where it is not known. Setting raises ValueError unless it is positive.
+    """
+    return self._scaling_factor
+
+  @scaling_factor.setter
+  def scaling_factor(self, value: float | np.number | None) -> None:
+    is_number = isinstance(value, int | float | np.number)
+    if value is not None and not (is_number and 0 < value < math.inf):
+      raise ValueError(f"scaling_factor={value!r} is not a positive number")
+    self._scaling_factor = None if value is None else float(value)
+    self._scaling_origin = "given"
 
   @property
   def spatial_compression(self) -> int:
@@ -215,7 +239,7 @@ class Autoencoder:
       channels: leave out all but the first ones (DC-AE 1.5).
 
     Returns:
-      [b, h / f, w / f, channels]; with tiles, on the CPU.
+      [b, h / f, w / f, channels].
 
     Raises:
       ValueError: images, or options, that do not fit.
@@ -253,7 +277,7 @@ class Autoencoder:
       channels: use the first ones alone (DC-AE 1.5); `z` may have only them.
 
     Returns:
-      [b, h, w, c], not clipped to [-1, 1]; with tiles, on the CPU.
+      [b, h, w, c], not clipped to [-1, 1].
 
     Raises:
       ValueError: latents, or options, that do not fit.
@@ -315,9 +339,9 @@ class Autoencoder:
     Raises:
       ValueError: no usable image, or latents that are all zero.
     """
-    name = "given images"
+    name = "images"
     if isinstance(source, str | os.PathLike):
-      name = f"centre crops of {resolution} px"
+      name = f"images, centre crops of {resolution} px"
       source = self._crops(os.fspath(source), resolution, max_images)
     total, count, images = 0.0, 0, 0
     for batch in source:
@@ -327,7 +351,7 @@ class Autoencoder:
     if not count or not total:
       raise ValueError("there are no images, or their latents are all zero")
     self.scaling_factor = math.sqrt(count / total)
-    self._measured = f", measured on {name} ({images} images)"
+    self._scaling_origin = f"1 / RMS of the latents of {images} {name}"
     return self.scaling_factor
 
   def save(self, folder: str | os.PathLike, layout: str = "diffusers") -> None:
@@ -356,8 +380,9 @@ class Autoencoder:
     config = architecture.to_config(
       self.architecture, self.image_channels, self.scaling_factor
     )
-    if layout == "original":  # where it is known by a name alone
-      config = {"model_name": released.name_for(self.variant)} | config
+    name = self._released_name or released.name_for(self.variant)
+    if layout == "original" and name:  # there, a name is the architecture
+      config = {"model_name": name} | config
     weights.save(
       folder,
       layout,
@@ -385,10 +410,10 @@ class Autoencoder:
       f"Compresses each side {f} times: an image of {8 * f} x {8 * f} pixels "
       f"has 8 x 8 latents of {self.latent_channels} channels. Images are in "
       "[-1, 1].\n\n"
-      f"- Weights: {self._origin or 'not stated'}.\n"
-      f"- Scaling factor (1 / RMS of the latents){self._measured}: "
-      f"{self.scaling_factor:.4f}. Multiply latents by it before diffusion, "
-      "and divide them by it before decoding.\n"
+      f"- Weights: {self._origin}.\n"
+      f"- Scaling factor: {self.scaling_factor:.6g} ({self._scaling_origin}). "
+      "Multiply latents by it before diffusion, and divide them by it before "
+      "decoding.\n"
       "- Architecture: DC-AE, arXiv 2410.10733. Written by dcae_jax, layout "
       f"`{layout}`.\n\n"
       f"```python\n{load_it}\n```\n"
@@ -398,6 +423,7 @@ class Autoencoder:
     self, folder: str, resolution: int, max_images: int
   ) -> Iterable[np.ndarray]:
     dcae.check_side(resolution, self.spatial_compression)
+    transforms.check_channels(self.image_channels)
     source = sources.folder(folder)
     decoding = images_lib.Decoding(self.image_channels)
     images_lib.check_not_empty(source, decoding)
@@ -440,9 +466,14 @@ class Autoencoder:
     x = _checked_floats(x, "images", "uint8, or float in [-1, 1]")
     low, high = float(x.min()), float(x.max())
     if low < -1 - _TOLERANCE or high > 1 + _TOLERANCE:
+      advice = (
+        "pass values of 0 to 255 as uint8, or scale them: images / 127.5 - 1"
+      )
+      if max(-low, high) < 2:
+        advice = "clip them: np.clip(images, -1, 1)"
       raise ValueError(
         f"images have values from {low:.4g} to {high:.4g}, outside [-1, 1]; "
-        "pass values of 0 to 255 as uint8, or scale them: images / 127.5 - 1"
+        f"{advice}"
       )
     return x
 
@@ -534,9 +565,11 @@ def _check_size(
   size: tuple[int, int], shape: tuple[int, ...], factor: int
 ) -> None:
   largest = tuple(side * factor for side in shape[1:3])
-  if len(size) != 2 or not all(
-    0 < s <= most for s, most in zip(size, largest, strict=True)
-  ):
+  fits = np.shape(size) == (2,) and all(
+    isinstance(side, int | np.integer) and 0 < side <= most
+    for side, most in zip(size, largest, strict=True)
+  )
+  if not fits:
     raise ValueError(
       f"size={size} is not a height and a width up to {largest}, the size of "
       "the decoded images"

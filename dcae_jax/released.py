@@ -23,13 +23,17 @@ RELEASED: dict[str, tuple[str, float | None]] = {
   "dc-ae-f128c512-mix-1.0": ("f128c512", 0.3620),
   "dc-ae-f32c32-sana-1.0": ("f32c32-sana", 0.41407),
   "dc-ae-f32c32-sana-1.1": ("f32c32-sana", 0.41407),
-  "dc-ae-lite-f32c32": ("f32c32-lite", 0.41407),
   "dc-ae-lite-f32c32-sana-1.1": ("f32c32-lite", 0.41407),
+  "dc-ae-lite-f32c32": ("f32c32-lite", 0.41407),
   "dc-ae-f32c128-1.5": ("f32c128-1.5", None),
   "dc-ae-1.5-f32c128": ("f32c128-1.5", None),
   "dc-ae-f64c128-1.5": ("f64c128-1.5", 0.5935),
   "dc-ae-1.5-f64c128": ("f64c128-1.5", 0.5935),
 }
+
+
+# Keys that a config may have beside a mere name.
+_SAY_NOTHING = {"scaling_factor", "in_channels"}
 
 
 class Released(NamedTuple):
@@ -52,6 +56,11 @@ class Released(NamedTuple):
   scaling_factor: float | None
   entries: list[weights.Entry]
   files: dict[str, pathlib.Path]
+
+  @property
+  def label(self) -> str:
+    """The released name, or the end of the path."""
+    return self.name or pathlib.Path(self.source).name
 
 
 def find(source: str) -> Released:
@@ -80,7 +89,10 @@ def find(source: str) -> Released:
     raise ValueError(
       f"{source!r} is an {config['_class_name']}, not an AutoencoderDC"
     )
-  if config.keys() & architecture.DEFAULTS.keys():
+  is_described = config.get("_class_name") == "AutoencoderDC" or (
+    config.keys() & architecture.DEFAULTS.keys() - _SAY_NOTHING
+  )
+  if is_described:
     try:
       variant, image_channels = architecture.from_config(config)
     except ValueError as error:
@@ -91,7 +103,9 @@ def find(source: str) -> Released:
     variant = _recognise(source, tensors, image_channels, layout)
   entries = weights.table(variant, image_channels, layout)
   _check_tensors(source, entries, tensors)
-  name = _released_name(source, config, variant)
+  # Beside a description, `model_name` names an architecture, not the weights.
+  model_name = None if is_described else config.get("model_name")
+  name = _released_name(source, model_name, variant)
   factor = config.get("scaling_factor", _published_factor(name, variant))
   if factor is not None and not (
     isinstance(factor, int | float) and 0 < factor < math.inf
@@ -170,12 +184,12 @@ def _check_tensors(
     )
 
 
-def _released_name(
-  source: str, config: dict[str, Any], variant: dcae.Variant
-) -> str:
-  """What the config says, or part of a path, a hub id or a cache's folder."""
+def _released_name(source: str, model_name: Any, variant: dcae.Variant) -> str:
+  """What a config says, the end of a path or hub id, or a cache's folder."""
   known = architecture.name_of(variant)
-  for part in (config.get("model_name"), *reversed(pathlib.Path(source).parts)):
+  *folders, before_last, last = ("", "", *pathlib.Path(source).parts)
+  cached = [part for part in folders if part.startswith("models--")]
+  for part in (model_name, last, before_last, *cached):
     if isinstance(part, str):
       name = part.split("--")[-1].removesuffix(".safetensors")
       name = name.removesuffix("-diffusers")
@@ -195,7 +209,7 @@ def published_factors(variant: dcae.Variant) -> dict[str, float]:
 
 
 def name_for(variant: str) -> str:
-  """A released model of that variant: the original code knows it by name."""
+  """A released model of that variant, or ""; the original code needs one."""
   return next((n for n, (known, _) in RELEASED.items() if known == variant), "")
 
 

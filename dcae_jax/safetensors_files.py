@@ -82,7 +82,7 @@ def _download(source: str) -> pathlib.Path:
       allow_patterns=["*.safetensors", "*.json"],
       ignore_patterns=["*/*"],
     )
-  except (OSError, ValueError) as error:  # the hub's errors are such
+  except Exception as error:  # of the hub, of the network, of the disk
     reason = str(error).strip().split("\n")[0]
     raise ValueError(
       f"{source!r} is not a local folder or file, and the hub did not give it: "
@@ -120,10 +120,10 @@ def _files(folder: pathlib.Path, source: str) -> list[pathlib.Path]:
   )
 
 
-def _open(file: pathlib.Path, framework: str = "numpy"):
+def _open(file: pathlib.Path):
   # Not through a memory map, whose pages would count as this process's memory.
   try:
-    return safetensors.safe_open(file, framework=framework, backend="pread")
+    return safetensors.safe_open(file, framework="numpy", backend="pread")
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(
       f"{file} is not a whole safetensors file ({error}); download or copy it "

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -31,9 +32,13 @@ class Tiles(NamedTuple):
         raise ValueError(f"stride={stride} needs tile=")
       return cls(0, 0)
     for name, value in (("tile", tile), ("stride", stride)):
-      if value is not None and (value < 1 or value % spatial_compression):
+      if value is not None and (
+        not isinstance(value, int | np.integer)
+        or value < 1
+        or value % spatial_compression
+      ):
         raise ValueError(
-          f"{name}={value} is not a multiple of {spatial_compression}, the "
+          f"{name}={value!r} is not a multiple of {spatial_compression}, the "
           "spatial compression of this autoencoder"
         )
     size = tile // spatial_compression
@@ -76,7 +81,7 @@ class Tiles(NamedTuple):
       total[:, *where] += np.asarray(part) * window
       norm[*where] += window
     total /= norm
-    return jax.device_put(total, jax.local_devices(backend="cpu")[0])
+    return jnp.asarray(total)
 
   def _starts(self, length: int) -> list[int]:
     """The last tile ends where the image does: all have the same size."""

@@ -348,7 +348,7 @@ def save(
     parts = zip(entry.names, entry.to_theirs(value), strict=True)
     tensors |= {name: np.asarray(part, order="C") for name, part in parts}
   folder.mkdir(parents=True, exist_ok=True)
-  # Whole or not at all: what was there stays until all the new is written.
+  # Each file whole or not at all, and none before all could be written.
   names = (LAYOUTS[layout], "config.json", "README.md")
   parts = [folder / f".{name}.part" for name in names]
   try:
@@ -390,4 +390,12 @@ def _check_folder(folder: pathlib.Path, file: str) -> None:
     raise ValueError(
       f"{folder} already holds {', '.join(sorted(others))}; choose another "
       "folder"
+    )
+  ours = [
+    name for name in ("config.json", "README.md") if (folder / name).exists()
+  ]
+  if ours and not (folder / file).exists():
+    raise ValueError(
+      f"{folder} holds the {' and '.join(ours)} of something else; choose "
+      "another folder"
     )

@@ -99,8 +99,9 @@ def test_padding_fills_sides_and_is_cut_off(ae):
   assert ae.encode(_images(1, 3, 5), pad="reflect").shape == (1, 1, 1, 8)
   with pytest.raises(ValueError, match="unknown pad='zero'"):
     ae.encode(images, pad="zero")
-  with pytest.raises(ValueError, match=r"size=\(99, 1\)"):
-    ae.decode(z, size=(99, 1))
+  for size in ((99, 1), (0, 8)):
+    with pytest.raises(ValueError, match="is not a height and a width"):
+      ae.decode(z, size=size)
 
 
 def test_tiles_reconstruct_images_larger_than_one(ae):
@@ -115,8 +116,12 @@ def test_tiles_reconstruct_images_larger_than_one(ae):
     z[:, :1, :2], ae.encode(images[:, :64, :64])[:, :1], rtol=1e-4, atol=1e-5
   )
   assert z.shape == (2, 3, 5, 8)
-  with pytest.raises(ValueError, match="multiple of 32"):
-    ae.encode(images, tile=50)
+  for tile in (50, -32):
+    with pytest.raises(ValueError, match="multiple of 32"):
+      ae.encode(images, tile=tile)
+  odd = images[:, :90, :150]
+  padded = ae.reconstruct(odd, pad="reflect", tile=64, stride=32)
+  assert padded.shape == odd.shape
 
 
 @pytest.mark.parametrize(
@@ -129,6 +134,7 @@ def test_tiles_reconstruct_images_larger_than_one(ae):
     (np.zeros((0, 32, 32, 3), "float32"), "empty"),
     (np.zeros((1, 0, 32, 3), "uint8"), "empty"),
     (_images(1, 32, 32).astype("float32"), "as uint8, or scale them"),
+    (np.full((1, 32, 32, 3), 1.1, "float32"), "clip them"),
     (np.full((1, 32, 32, 3), np.nan, "float32"), "not finite"),
     (np.full((1, 32, 32, 3), np.inf, "float32"), "not finite"),
     (np.zeros((1, 32, 32, 3), "int64"), "int64; uint8, or float in"),
@@ -206,7 +212,7 @@ def test_saved_folder_has_a_card_and_loads_again(load_reduced, tmp_path):
   for layout in weights.LAYOUTS:
     autoencoder.save(tmp_path / layout, layout=layout)
     card = (tmp_path / layout / "README.md").read_text()
-    assert "0.5000" in card and "64 times" in card
+    assert "Scaling factor: 0.5 (of " in card and "64 times" in card
     again = dcae_jax.load(tmp_path / layout)
     assert again.scaling_factor == 0.5
     images = _images(1, 64, 64)
@@ -217,6 +223,10 @@ def test_saved_folder_has_a_card_and_loads_again(load_reduced, tmp_path):
       [weights.LAYOUTS[layout], "README.md", "config.json"]
     )
   autoencoder.save(tmp_path / "original", layout="original")  # once more
+  (tmp_path / "project").mkdir()
+  (tmp_path / "project" / "README.md").write_text("of something else")
+  with pytest.raises(ValueError, match=r"README\.md of something else"):
+    autoencoder.save(tmp_path / "project")
   with pytest.raises(ValueError, match=r"already holds model\.safetensors"):
     autoencoder.save(tmp_path / "original", layout="diffusers")
   with pytest.raises(ValueError, match="unknown layout 'torch'"):
@@ -230,8 +240,13 @@ def test_unknown_scaling_factor_must_be_measured_before_saving(ae, tmp_path):
   unknown = dcae_jax.Autoencoder(ae.architecture, ae.variables)
   with pytest.raises(ValueError, match="measure it first"):
     unknown.save(tmp_path / "x")
-  with pytest.raises(ValueError, match="not positive"):
-    dcae_jax.Autoencoder(ae.architecture, ae.variables, scaling_factor=0.0)
+  for bad in (0.0, -1, float("nan")):
+    with pytest.raises(ValueError, match="not a positive number"):
+      unknown.scaling_factor = bad
+  unknown.scaling_factor = np.float32(0.25)
+  unknown.save(tmp_path / "set")
+  card = (tmp_path / "set" / "README.md").read_text()
+  assert "Scaling factor: 0.25 (given)" in card
   without = dcae_jax.Autoencoder(
     ae.architecture,
     ae.variables,
@@ -241,6 +256,12 @@ def test_unknown_scaling_factor_must_be_measured_before_saving(ae, tmp_path):
   with pytest.raises(ValueError, match="without residual shortcuts"):
     without.save(tmp_path / "x")
   assert not (tmp_path / "x").exists()
+
+
+def test_other_numbers_are_not_computed_with(ae):
+  for dtype in ("float16", "int8", "abc"):
+    with pytest.raises(ValueError, match=f"unknown dtype '{dtype}'"):
+      dcae_jax.Autoencoder(ae.architecture, ae.variables, dtype=dtype)
 
 
 def test_bfloat16_computes_close_to_float32(ae):

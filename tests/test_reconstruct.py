@@ -124,6 +124,8 @@ def _config(weights_folder, pictures, **changes):
     ({"tile": 12}, "tile=12 is not a multiple of 8"),
     ({"tile": 8, "stride": 16}, "gaps"),
     ({"dtype": "float16"}, "unknown dtype 'float16'"),
+    ({"shorter_side": -5}, "shorter_side=-5 is below 0"),
+    ({"max_megapixels": 0.0}, "max_megapixels=0"),
   ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -133,6 +135,22 @@ def test_bad_input_is_refused_before_anything_is_written(
   with pytest.raises(ValueError, match=message):
     reconstruct.run(config, epath.Path(tmp_path / "out"))
   assert not (tmp_path / "out").exists()
+
+
+def test_originals_are_never_written_over(weights_folder, tmp_path):
+  (tmp_path / "pictures").mkdir()
+  picture = tmp_path / "pictures" / "a.png"
+  Image.fromarray(smooth_image(0, 16, 16)).save(picture)
+  before = picture.read_bytes()
+  config = _config(weights_folder, tmp_path)
+  with pytest.raises(ValueError, match="would be written over"):
+    reconstruct.run(config, epath.Path(tmp_path))
+  assert picture.read_bytes() == before
+
+
+def test_each_picture_has_a_file_of_its_own():
+  names = reconstruct._file_names(["a_2.png", "x/a.jpg", "y/a.png", "z/A.png"])
+  assert len({name.casefold() for name in names}) == 4
 
 
 def test_patterns_and_single_files_are_found(

@@ -217,19 +217,18 @@ def test_each_released_variant_is_recognised_by_its_shapes(name, layout):
 
 def test_scaling_factor_comes_from_config_name_or_variant():
   in_and_mix = dcae.VARIANTS["f32c32"]
-  name = lambda path, config, variant: released._released_name(
-    path, config, variant
-  )
+  name = released._released_name
   for path in (
     "mit-han-lab/dc-ae-f32c32-mix-1.0-diffusers",
     "/x/models--mit-han-lab--dc-ae-f32c32-mix-1.0/snapshots/0/y.safetensors",
     "dc-ae-f32c32-mix-1.0.safetensors",
   ):
-    found = name(path, {}, in_and_mix)
+    found = name(path, None, in_and_mix)
     assert released._published_factor(found, in_and_mix) == 0.4552
-  found = name("x", {"model_name": "dc-ae-f32c32-in-1.0"}, in_and_mix)
+  found = name("x", "dc-ae-f32c32-in-1.0", in_and_mix)
   assert released._published_factor(found, in_and_mix) == 0.3189
-  assert name("dc-ae-f64c128-in-1.0", {}, in_and_mix) == ""
+  assert name("dc-ae-f64c128-in-1.0", None, in_and_mix) == ""
+  assert name("dc-ae-f32c32-mix-1.0/mine/model.x", None, in_and_mix) == ""
   assert released._published_factor("", in_and_mix) is None
   assert released._published_factor("", dcae.VARIANTS["f32c32-sana"]) == 0.41407
 
@@ -260,6 +259,9 @@ def test_ambiguous_scaling_factor_must_be_given(monkeypatch, write_model):
     ({"latent_channels": 7}, "cannot go from 128 to 7"),
     ({"encoder_block_out_channels": 3}, "=3 is not a list"),
     ({"scaling_factor": -1}, "scaling_factor=-1 is not a positive number"),
+    ({"decoder_in_shortcut": "false"}, "neither true nor false"),
+    ({"decoder_conv_act_fn": None}, "=None is not among silu, relu"),
+    ({"decoder_act_fns": "identity"}, "'identity' is not among"),
     ({"attention_head_dim": 256}, "below 256, the channels of one attention"),
   ],
 )
@@ -280,8 +282,24 @@ def test_settings_that_diffusers_lacks_are_not_saved():
     architecture.to_config(variant, 3, 1.0)
 
 
+def test_absent_activations_are_saved_as_such(write_model, tmp_path):
+  settings = {"decoder_act_fns": [None, "relu", None, *["Swish"] * 3]}
+  dcae_jax.load(write_model(CONFIG | settings)).save(tmp_path / "again")
+  config = json.loads((tmp_path / "again" / "config.json").read_text())
+  assert config["decoder_act_fns"][1:4] == ["relu", None, "silu"]
+  assert dcae_jax.load(tmp_path / "again").architecture.decoder[2].activation
+
+
+def test_a_scaling_factor_beside_a_name_describes_no_architecture(write_model):
+  folder = write_model(TINY, "original")
+  config = {"model_name": "mine", "scaling_factor": 0.3, "in_channels": 3}
+  (folder / "config.json").write_text(json.dumps(config))
+  ae = dcae_jax.load(folder)
+  assert ae.variant == "tiny-f8" and ae.scaling_factor == 0.3
+
+
 def test_what_is_no_model_is_refused(write_model, tmp_path, monkeypatch):
-  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
   with pytest.raises(ValueError, match="nor a hub id"):
     dcae_jax.load(tmp_path / "nothing")
   with pytest.raises(ValueError, match="hub did not give it"):
@@ -312,13 +330,12 @@ def test_what_is_no_model_is_refused(write_model, tmp_path, monkeypatch):
 
 def test_hub_models_come_from_the_cache(write_model, tmp_path, monkeypatch):
   folder = write_model()
-  calls = []
-
-  def snapshot_download(name, **_):
-    calls.append(name)
-    return str(folder)
-
-  monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+  model = tmp_path / "models--somebody--dc-ae-f32c32-mix-1.0-diffusers"
+  commit = "0123456789abcdef0123456789abcdef01234567"
+  shutil.copytree(folder, model / "snapshots" / commit)
+  (model / "refs").mkdir()
+  (model / "refs" / "main").write_text(commit)
+  monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+  monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
   ae = dcae_jax.load("somebody/dc-ae-f32c32-mix-1.0-diffusers")
-  assert calls == ["somebody/dc-ae-f32c32-mix-1.0-diffusers"]
   assert ae.scaling_factor == 0.5  # the config knows better than the name

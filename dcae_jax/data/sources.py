@@ -89,9 +89,9 @@ def folder(path: str) -> Files:
   root = epath.Path(path).expanduser()
   if not path or not root.is_dir():
     raise ValueError(
-      f"image folder {path!r} does not exist or is not a directory; set "
-      "config.data.source.path (or config.evaluation.source.path) to a tree of "
-      "images"
+      f"image folder {path!r} does not exist or is not a directory; name a "
+      "tree of images (for a run, config.data.source.path and "
+      "config.evaluation.source.path)"
     )
   walk = _remote_files if "://" in path else _local_files
   files = sorted(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -465,6 +466,17 @@ VARIANTS: dict[str, Variant] = {
   "tiny-f32": _tiny(32, (16, 32, 64, 64, 128, 128)),
   "tiny-f64": _tiny(64, (16, 32, 64, 64, 128, 128, 256)),
 }
+
+
+def check_dtype(dtype: DTypeLike) -> None:
+  """Raises ValueError for numbers that layers do not compute with."""
+  known = ("float32", "bfloat16")  # float16 would overflow in attention
+  try:
+    name = jnp.dtype(dtype).name
+  except TypeError:
+    name = str(dtype)
+  if name not in known:
+    raise ValueError(f"unknown dtype {name!r}; known are {', '.join(known)}")
 
 
 def check_variant(name: str) -> Variant:

@@ -1,6 +1,7 @@
 """What can be wrong with the config of a training run, found before it starts.
 
-No file is touched, no device asked, nothing compiled.
+Nothing is written or compiled, no device asked. Of what the run starts from,
+the description is read.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ _FIRST_PHASE = phases.low_resolution_full_training.__name__
 def check_autoencoder(
   config: ConfigDict, predecessor_is_pending: bool = False
 ) -> None:
-  """Raises ValueError for a config that cannot be run; touches no file.
+  """Raises ValueError for a config that cannot be run; writes nothing.
 
   Args:
     config: of the run.

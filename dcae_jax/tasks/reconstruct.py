@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import pathlib
 import time
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +22,16 @@ _LOG = logging.getLogger(__name__)
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
-  """Writes a PNG for each picture, summary.md and result.json."""
+  """Writes `pictures/*.png`, summary.md and result.json."""
   pictures = sources.pictures(config.input)
   if not config.init_from:
     raise ValueError(
       "config.init_from is empty; name a run, a folder or file of released "
       "weights, or a hub id"
     )
-  wiring.check_dtype(config.dtype)
+  for key, least in (("shorter_side", 0), ("max_megapixels", 0.001)):
+    if not config[key] >= least:
+      raise ValueError(f"config.{key}={config[key]} is below {least}")
   wiring.check_work_directory(config, workdir)
   wiring.prepare_jax(config.compilation_cache)
   # Latents are decoded as they are: the scaling factor does not matter.
@@ -40,9 +44,17 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     "stride": config.stride or None,
   }
   ae.check_options(**options)
+  transforms.check_channels(ae.image_channels)
+  originals = [pictures.name(i) for i in range(len(pictures))]
+  names = _file_names(originals)
+  for original, name in zip(originals, names, strict=True):
+    if os.path.realpath(original) == os.path.realpath(workdir / name):
+      raise ValueError(
+        f"{original} would be written over; choose another --workdir"
+      )
   wiring.write_config(config, workdir)
+  (workdir / "pictures").mkdir(parents=True, exist_ok=True)
   rows, skipped, start = [], [], time.monotonic()
-  names = _file_names([pictures.name(i) for i in range(len(pictures))])
   for i, name in enumerate(names):
     try:
       image = transforms.decode(
@@ -82,14 +94,24 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
 
 def _file_names(paths: list[str]) -> list[str]:
   """PNG names, numbered where pictures of several folders share one."""
-  stems = [pathlib.PurePath(path).stem for path in paths]
-  return [
-    f"{stem}.png" if stems.count(stem) == 1 else f"{stem}_{i}.png"
-    for i, stem in enumerate(stems)
-  ]
+  names = {}  # by what a file system without upper case makes of them
+  for path in paths:
+    stem, number = pathlib.PurePath(path).stem, 1
+    name = f"pictures/{stem}.png"
+    while name.casefold() in names:
+      number += 1
+      name = f"pictures/{stem}_{number}.png"
+    names[name.casefold()] = name
+  return list(names.values())
 
 
-def _write(workdir, init_from, variant, rows, skipped) -> None:
+def _write(
+  workdir: epath.Path,
+  init_from: str,
+  variant: str,
+  rows: list[dict[str, Any]],
+  skipped: list[str],
+) -> None:
   mean = float(np.mean([row["psnr"] for row in rows]))
   lines = [
     f"| {row['image']} | {row['width']} x {row['height']} "

@@ -96,7 +96,9 @@ def _write(config: ConfigDict, workdir: epath.Path, results: Results) -> None:
   picture = figures.grid(rows, ["original", *results])
   metrics_writer.write_png(workdir / "reconstructions.png", picture)
   lines = {
-    name: metrics_writer.read_lines(epath.Path(run) / "metrics.jsonl")
+    name: metrics_writer.read_lines(
+      epath.Path(run).expanduser() / "metrics.jsonl"
+    )
     for name, run in config.runs.items()
   }
   curves = figures.loss_curves(lines, _CURVES)

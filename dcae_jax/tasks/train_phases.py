@@ -19,8 +19,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """
   sigterm = loop.Sigterm()
   config = chained(config, workdir)
-  wiring.check_work_directory(config, workdir)
+  found = wiring.with_model(config.phase1).model
+  with config.unlocked():
+    for name in _PHASES:
+      if not config[name].model.variant:
+        config[name].model.update({k: found[k] for k in wiring.MODEL_KEYS})
   model = wiring.resolved(config.phase1.model)
+  wiring.check_work_directory(config, workdir)
   for name in _PHASES:
     checks.check_autoencoder(config[name], name != _PHASES[0])
     checks.check_same_model(model, config[name].model, "phase1")

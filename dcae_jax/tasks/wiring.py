@@ -34,7 +34,7 @@ _MAY_CHANGE = (
 
 def model(config: ConfigDict) -> dcae.DCAE:
   """The autoencoder of `config.model`."""
-  check_dtype(config.dtype)
+  dcae.check_dtype(config.dtype)
   return dcae.create(
     architecture.of_model(config.variant, config.architecture.to_dict()),
     image_channels=config.image_channels,
@@ -42,13 +42,6 @@ def model(config: ConfigDict) -> dcae.DCAE:
     rematerialisation=config.rematerialisation,
     dtype=config.dtype,
   )
-
-
-def check_dtype(dtype: str) -> None:
-  """Raises ValueError for numbers that layers cannot compute with."""
-  known = ("float32", "bfloat16")  # float16 would need its losses scaled
-  if dtype not in known:
-    raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(known)}")
 
 
 def model_of(source: str) -> dict[str, Any]:

@@ -167,6 +167,13 @@ def read_run_config(run: str) -> dict[str, Any]:
       f"{run!r} holds the runs of three phases; name one of them, such as "
       f"{str(path / 'phase3')!r}"
     )
+  if config["task"] != "train_autoencoder":
+    raise ValueError(
+      f"{run!r} is the work directory of {config['task']!r}; name that of a "
+      "training run"
+    )
+  if "architecture" not in config["model"]:
+    raise ValueError(f"{run!r} is a run of an earlier version; train it again")
   steps = path / "checkpoints"
   names = [entry.name for entry in steps.iterdir()] if steps.exists() else []
   if not any(name.isdigit() for name in names):
