@@ -173,7 +173,7 @@ def _stages(c: dict[str, Any], part: str) -> tuple[dcae.Stage, ...]:
     stages.append(
       dcae.Stage(
         _whole(width, f"{part}_block_out_channels[{i}]", 1),
-        _whole(depth, f"{part}_layers_per_block[{i}]", 0),
+        _whole(depth, f"{part}_layers_per_block[{i}]", 0, 100),
         _known(block, _BLOCK_TYPES, f"{part}_block_types[{i}]"),
         _known(norm, _NORMS, f"{part}_norm_types[{i}]"),
         "identity"
@@ -186,9 +186,12 @@ def _stages(c: dict[str, Any], part: str) -> tuple[dcae.Stage, ...]:
   return tuple(map(_plain_stage, stages))
 
 
-def _whole(value: Any, name: str, least: int) -> int:
-  if not isinstance(value, int) or isinstance(value, bool) or value < least:
-    raise ValueError(f"{name}={value!r} is not a whole number from {least}")
+def _whole(value: Any, name: str, least: int, most: int = 2**20) -> int:
+  is_whole = isinstance(value, int) and not isinstance(value, bool)
+  if not is_whole or not least <= value <= most:
+    raise ValueError(
+      f"{name}={value!r} is not a whole number from {least} to {most}"
+    )
   return value
 
 
@@ -199,7 +202,7 @@ def _count(c: dict[str, Any], key: str) -> int:
 def _scales(values: Any, name: str) -> tuple[int, ...]:
   if not isinstance(values, list | tuple):
     raise ValueError(f"{name}={values!r} is not a list of kernel sizes")
-  return tuple(_whole(value, name, 1) for value in values)
+  return tuple(_whole(value, name, 1, 31) for value in values)
 
 
 def _known(value: Any, names: dict[str, str], name: str) -> str:

@@ -201,11 +201,13 @@ class Autoencoder:
     return self._scaling_factor
 
   @scaling_factor.setter
-  def scaling_factor(self, value: float | np.number | None) -> None:
-    is_number = isinstance(value, int | float | np.number)
-    if value is not None and not (is_number and 0 < value < math.inf):
-      raise ValueError(f"scaling_factor={value!r} is not a positive number")
-    self._scaling_factor = None if value is None else float(value)
+  def scaling_factor(self, value: float | ArrayLike | None) -> None:
+    if value is not None:
+      is_number = np.ndim(value) == 0 and not isinstance(value, str | bool)
+      if not (is_number and 0 < value < 1e30):
+        raise ValueError(f"scaling_factor={value!r} is not a positive number")
+      value = float(value)
+    self._scaling_factor = value
     self._scaling_origin = "given"
 
   @property
@@ -422,6 +424,12 @@ class Autoencoder:
   def _crops(
     self, folder: str, resolution: int, max_images: int
   ) -> Iterable[np.ndarray]:
+    for value in (resolution, max_images):
+      if not isinstance(value, int) or not 0 <= value < 2**16:
+        raise ValueError(
+          f"resolution={resolution!r} and max_images={max_images!r} are not "
+          "both whole numbers below 65536"
+        )
     dcae.check_side(resolution, self.spatial_compression)
     transforms.check_channels(self.image_channels)
     source = sources.folder(folder)
@@ -449,7 +457,7 @@ class Autoencoder:
     return results[0] if len(results) == 1 else jnp.concatenate(results)
 
   def _checked_images(self, images: ArrayLike) -> np.ndarray:
-    x = np.asarray(images)
+    x = _array(images)
     _check_rank(x, "images", "[b, h, w, c]", "images")
     if x.shape[-1] != self.image_channels:
       advice = ""
@@ -480,7 +488,7 @@ class Autoencoder:
   def _checked_latents(
     self, latents: ArrayLike, channels: int | None
   ) -> np.ndarray:
-    z = np.asarray(latents)
+    z = _array(latents)
     _check_rank(z, "latents", "[b, h, w, c]", "z")
     z = _checked_floats(z, "latents", "float")
     if channels is not None:
@@ -505,15 +513,25 @@ class Autoencoder:
   def _check_channels(self, channels: int | None) -> None:
     if channels is None:
       return
-    if not 1 <= channels <= self.latent_channels:
+    whole = isinstance(channels, int | np.integer)
+    if not whole or not 1 <= channels <= self.latent_channels:
       raise ValueError(
-        f"channels={channels} is not from 1 to {self.latent_channels}"
+        f"channels={channels!r} is not from 1 to {self.latent_channels}"
       )
     if self.architecture.encoder_shortcut or self.architecture.decoder_shortcut:
       raise ValueError(
         "channels= is for DC-AE 1.5, whose latents are ordered; this "
         f"{self.variant} needs all {self.latent_channels}"
       )
+
+
+def _array(x: ArrayLike) -> np.ndarray:
+  if isinstance(x, jax.core.Tracer):
+    raise ValueError(
+      "an Autoencoder cannot be used inside jit, vmap or grad; use "
+      'ae.model.apply(ae.variables, x, method="encode") there'
+    )
+  return np.asarray(x)
 
 
 def _check_rank(x: np.ndarray, name: str, axes: str, variable: str) -> None:

@@ -5,7 +5,6 @@ differ in training alone have the same shapes: their scaling factors are told
 apart by name.
 """
 
-import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -81,20 +80,22 @@ def find(source: str) -> Released:
   tensors, paths = {}, {}
   for file in files:
     for name, shape in safetensors_files.header(file).items():
+      if name in paths:
+        raise ValueError(f"{name} stands in both {paths[name]} and {file}")
       tensors[name], paths[name] = shape, file
   layout = "original"
   if any(".down_blocks." in name or ".conv_in." in name for name in tensors):
     layout = "diffusers"
-  if config.get("_class_name", "AutoencoderDC") != "AutoencoderDC":
-    raise ValueError(
-      f"{source!r} is an {config['_class_name']}, not an AutoencoderDC"
-    )
-  is_described = config.get("_class_name") == "AutoencoderDC" or (
+  class_name = config.get("_class_name")
+  if class_name not in (None, "AutoencoderDC"):
+    raise ValueError(f"{source!r} is an {class_name}, not an AutoencoderDC")
+  is_described = class_name is not None or (
     config.keys() & architecture.DEFAULTS.keys() - _SAY_NOTHING
   )
   if is_described:
     try:
       variant, image_channels = architecture.from_config(config)
+      weights.table(variant, image_channels, layout)
     except ValueError as error:
       raise ValueError(f"config.json of {source!r}: {error}") from error
     config = {"scaling_factor": 1.0} | config  # as AutoencoderDC takes it
@@ -108,7 +109,9 @@ def find(source: str) -> Released:
   name = _released_name(source, model_name, variant)
   factor = config.get("scaling_factor", _published_factor(name, variant))
   if factor is not None and not (
-    isinstance(factor, int | float) and 0 < factor < math.inf
+    isinstance(factor, int | float)
+    and not isinstance(factor, bool)
+    and 0 < factor < 1e30
   ):
     raise ValueError(
       f"config.json of {source!r}: scaling_factor={factor!r} is not a positive "

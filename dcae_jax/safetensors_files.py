@@ -5,6 +5,7 @@ the command that converts them.
 """
 
 import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -13,7 +14,7 @@ import huggingface_hub
 import numpy as np
 import safetensors
 
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 _RECIPE = (
   'convert it once, where torch is installed: python -c "import torch; from '
   "safetensors.torch import save_file as s; d = torch.load('{name}', "
@@ -36,11 +37,11 @@ def find(source: str) -> tuple[list[pathlib.Path], dict[str, Any]]:
   Raises:
     ValueError: there is no such thing, or no safetensors in it.
   """
-  path = pathlib.Path(source).expanduser()
-  if "://" in source:
+  path = pathlib.Path(os.path.expanduser(source))
+  if not source or ":/" in source:
     raise ValueError(
-      f"{source!r}: released weights are read from a local folder or the hub; "
-      "copy them there first"
+      f"{source!r} is no local path and no hub id, and a run is only read from "
+      "gs:// besides; copy released weights to a local folder first"
     )
   if path.is_file():
     _refuse_pickle(path)
@@ -53,7 +54,7 @@ def find(source: str) -> tuple[list[pathlib.Path], dict[str, Any]]:
     return files, {}
   try:
     found = json.loads(config.read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{config} is damaged ({error})") from error
   if not isinstance(found, dict):
     raise ValueError(f"{config} is not the config of a model")
@@ -61,12 +62,12 @@ def find(source: str) -> tuple[list[pathlib.Path], dict[str, Any]]:
 
 
 def _refuse_pickle(path: pathlib.Path) -> None:
-  if path.suffix in _PICKLES:
+  if path.suffix.lower() in _PICKLES:
     raise ValueError(
       f"{path} is a pickle, which may run code of others; "
       f"{_RECIPE.format(name=path)}"
     )
-  if path.suffix != ".safetensors":
+  if path.suffix.lower() != ".safetensors":
     raise ValueError(f"{path} is not a safetensors file")
 
 
@@ -96,9 +97,19 @@ def _files(folder: pathlib.Path, source: str) -> list[pathlib.Path]:
   if len(indices) == 1:
     try:
       shards = json.loads(indices[0].read_bytes())["weight_map"].values()
-      files = [folder / name for name in sorted(set(shards))]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-      raise ValueError(f"{indices[0]} is damaged ({error!r})") from error
+      names = sorted(set(shards))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+      raise ValueError(
+        f'{indices[0]} has no "weight_map" from tensors to files; download it '
+        "again"
+      ) from None
+    for name in names:  # an index from elsewhere must not point out of here
+      if not re.fullmatch(r"[^/\\]+\.safetensors", str(name)):
+        raise ValueError(
+          f"{indices[0]} names {name!r}, which is not a safetensors file of "
+          "that folder"
+        )
+    files = [folder / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
       raise ValueError(f"{source!r} lacks the shards {', '.join(missing)}")
@@ -110,7 +121,7 @@ def _files(folder: pathlib.Path, source: str) -> list[pathlib.Path]:
     names = ", ".join(file.name for file in files)
     raise ValueError(f"{source!r} holds several models: {names}; name one file")
   for file in sorted(folder.iterdir()):
-    if file.suffix in _PICKLES:
+    if file.suffix.lower() in _PICKLES:
       _refuse_pickle(file)
   advice = ""
   if (folder / "vae").is_dir():

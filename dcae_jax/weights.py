@@ -285,6 +285,9 @@ def read(
 
   Returns:
     `{"params": ..., "batch_stats": ...}` in float32, and counts by path.
+
+  Raises:
+    ValueError: values that are not finite.
   """
   placed = {} if shardings is None else _flat(shardings)
   tree, counts = {"params": {}, "batch_stats": {}}, {}
@@ -292,11 +295,21 @@ def read(
     if entry.is_count:
       if entry.names[0] in files:  # else nobody counted
         (name,) = entry.names
-        counts[entry.path] = int(safetensors_files.read(files[name], name))
+        count = safetensors_files.read(files[name], name)
+        if count.dtype.kind != "i":
+          raise ValueError(f"{name} in {files[name]} is {count}, not a count")
+        counts[entry.path] = int(count)
       continue
     tensors = [safetensors_files.read(files[n], n) for n in entry.names]
-    ours = entry.to_ours(tensors).astype(np.float32, order="C", copy=False)
+    with np.errstate(over="ignore"):  # it is infinite then
+      ours = entry.to_ours(tensors).astype(np.float32, order="C", copy=False)
     del tensors
+    is_variance = entry.path.endswith("/var")
+    if not np.isfinite(ours).all() or (is_variance and ours.min() < 0):
+      raise ValueError(
+        f"{', '.join(entry.names)} in {files[entry.names[0]]} has values that "
+        "are not finite, or negative variances; download or convert it again"
+      )
     *modules, leaf = entry.path.split("/")
     node = tree
     for module in modules:
@@ -336,7 +349,9 @@ def save(
     raise ValueError(
       f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}"
     )
-  folder = pathlib.Path(folder).expanduser()
+  if not os.fspath(folder):
+    raise ValueError("the folder to save to is empty; name one")
+  folder = pathlib.Path(os.path.expanduser(folder))
   _check_folder(folder, LAYOUTS[layout])
   ours = _flat(variables)
   tensors = {}
@@ -391,11 +406,11 @@ def _check_folder(folder: pathlib.Path, file: str) -> None:
       f"{folder} already holds {', '.join(sorted(others))}; choose another "
       "folder"
     )
-  ours = [
+  foreign = [
     name for name in ("config.json", "README.md") if (folder / name).exists()
   ]
-  if ours and not (folder / file).exists():
+  if foreign and not (folder / file).exists():
     raise ValueError(
-      f"{folder} holds the {' and '.join(ours)} of something else; choose "
+      f"{folder} holds the {' and '.join(foreign)} of something else; choose "
       "another folder"
     )

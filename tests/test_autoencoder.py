@@ -162,6 +162,11 @@ def test_bad_latents_are_refused(ae, z, message):
     ae.decode(z)
 
 
+def test_tracers_are_sent_to_the_module(ae):
+  with pytest.raises(ValueError, match=r"use ae\.model\.apply"):
+    jax.jit(ae.encode)(jnp.zeros((1, 32, 32, 3)))
+
+
 def test_first_channels_decode_alone(load_reduced, ae):
   ordered = load_reduced("f32c128-1.5")
   images = _images(1, 64, 64)
@@ -243,7 +248,7 @@ def test_unknown_scaling_factor_must_be_measured_before_saving(ae, tmp_path):
   for bad in (0.0, -1, float("nan")):
     with pytest.raises(ValueError, match="not a positive number"):
       unknown.scaling_factor = bad
-  unknown.scaling_factor = np.float32(0.25)
+  unknown.scaling_factor = 1 / jnp.float32(4)
   unknown.save(tmp_path / "set")
   card = (tmp_path / "set" / "README.md").read_text()
   assert "Scaling factor: 0.25 (given)" in card

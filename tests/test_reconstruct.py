@@ -145,7 +145,17 @@ def test_originals_are_never_written_over(weights_folder, tmp_path):
   config = _config(weights_folder, tmp_path)
   with pytest.raises(ValueError, match="would be written over"):
     reconstruct.run(config, epath.Path(tmp_path))
+  assert not (tmp_path / "config.json").exists()
   assert picture.read_bytes() == before
+
+
+def test_files_of_others_are_never_written_over(
+  weights_folder, pictures, tmp_path
+):
+  (tmp_path / "summary.md").write_text("mine")
+  with pytest.raises(ValueError, match=r"holds summary\.md of something else"):
+    reconstruct.run(_config(weights_folder, pictures), epath.Path(tmp_path))
+  assert (tmp_path / "summary.md").read_text() == "mine"
 
 
 def test_each_picture_has_a_file_of_its_own():
@@ -179,7 +189,7 @@ def test_tiles_are_used(weights_folder, pictures, tmp_path, monkeypatch):
 
 def test_only_damaged_pictures_are_an_error(weights_folder, pictures, tmp_path):
   config = _config(weights_folder, pictures / "c.jpg")
-  with pytest.raises(ValueError, match="no picture can be used"):
+  with pytest.raises(ValueError, match="none of the 1 images can be used"):
     reconstruct.run(config, epath.Path(tmp_path / "out"))
 
 

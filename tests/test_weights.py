@@ -195,6 +195,46 @@ def test_half_precision_files_load_as_float32(write_model):
 TINY = architecture.to_config(dcae.VARIANTS["tiny-f8"], 3, 1.0)
 
 
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("encoder.conv_out.bias", np.nan),
+    ("decoder.conv_in.weight", np.inf),
+    ("decoder.up_blocks.1.1.norm.running_var", -1.0),
+  ],
+)
+def test_values_that_cannot_be_weights_are_refused(write_model, name, value):
+  tensors = random_tensors(CONFIG, "diffusers")
+  tensors[name].flat[0] = value
+  with pytest.raises(ValueError, match=f"{name} in .*not finite, or negative"):
+    dcae_jax.load(write_model(tensors=tensors))
+
+
+def test_indices_point_to_files_of_their_folder(write_model):
+  folder = write_model()
+  index = folder / f"{FILE}.index.json"
+  for shard in ("../x.safetensors", "/etc/passwd", "x.bin", 3):
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(ValueError, match="not a safetensors file of that"):
+      dcae_jax.load(folder)
+  index.write_text("{}")
+  with pytest.raises(ValueError, match='has no "weight_map"'):
+    dcae_jax.load(folder)
+  shutil.copy(folder / FILE, folder / "b.safetensors")
+  shards = {"a": FILE, "b": "b.safetensors"}
+  index.write_text(json.dumps({"weight_map": shards}))
+  with pytest.raises(ValueError, match="stands in both"):
+    dcae_jax.load(folder)
+
+
+@pytest.mark.parametrize(
+  "path", ["", "https://x/y", "s3://b/x", "file:///x", "~nobody-here/x"]
+)
+def test_addresses_that_cannot_be_read_are_refused(path):
+  with pytest.raises(ValueError, match="hub id"):
+    dcae_jax.load(path)
+
+
 @pytest.mark.parametrize("layout", weights.LAYOUTS)
 def test_variant_is_recognised_without_a_config(write_model, layout):
   folder = write_model(TINY, layout)
@@ -256,7 +296,9 @@ def test_ambiguous_scaling_factor_must_be_given(monkeypatch, write_model):
     ({"decoder_norm_types": "layer_norm"}, "not among rms_norm, batch_norm"),
     ({"decoder_act_fns": ["relu"]}, "one value for each of the 6 stages"),
     ({"latent_channels": 0}, "latent_channels=0 is not a whole number from 1"),
-    ({"latent_channels": 7}, "cannot go from 128 to 7"),
+    ({"latent_channels": 7}, r"config\.json of .*cannot go from 128 to 7"),
+    ({"encoder_layers_per_block": [10**9] * 6}, "from 0 to 100"),
+    ({"scaling_factor": True}, "scaling_factor=True is not a positive number"),
     ({"encoder_block_out_channels": 3}, "=3 is not a list"),
     ({"scaling_factor": -1}, "scaling_factor=-1 is not a positive number"),
     ({"decoder_in_shortcut": "false"}, "neither true nor false"),

@@ -9,7 +9,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MAX_ASPECT = 50  # crops enlarge to the shorter side: a strip would explode
@@ -59,7 +59,10 @@ def decode(
   Image.MAX_IMAGE_PIXELS = (
     None  # the limit below is stricter: nothing is loaded
   )
-  image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+  try:
+    image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+  except UnidentifiedImageError:
+    raise ValueError(f"no image ({', '.join(_FORMATS)})") from None
   width, height = image.size
   if min(width, height) < min_size:
     raise TooSmallError(f"{width}x{height}")

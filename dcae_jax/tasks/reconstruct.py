@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import autoencoder
-from dcae_jax.data import sources, transforms
+from dcae_jax.data import images, sources, transforms
 from dcae_jax.evaluation import figures, image_metrics
 from dcae_jax.tasks import wiring
 from dcae_jax.training import metrics_writer
@@ -52,6 +52,17 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       raise ValueError(
         f"{original} would be written over; choose another --workdir"
       )
+  if not (workdir / "config.json").exists():
+    for name in ("pictures", "summary.md", "result.json"):
+      if (workdir / name).exists():
+        raise ValueError(
+          f"--workdir={workdir} holds {name} of something else; choose another "
+          "directory"
+        )
+  images.check_not_empty(
+    pictures,
+    images.Decoding(ae.image_channels, max_megapixels=config.max_megapixels),
+  )
   wiring.write_config(config, workdir)
   (workdir / "pictures").mkdir(parents=True, exist_ok=True)
   rows, skipped, start = [], [], time.monotonic()
@@ -86,8 +97,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       "%d/%d %s: %d x %d, %.2f dB; about %.0f s left",
       i + 1, len(names), pictures.name(i), width, height, psnr, seconds,
     )  # fmt: skip
-  if not rows:
-    raise ValueError(f"no picture can be used; {'; '.join(skipped[:3])}")
   _write(workdir, config.init_from, ae.variant, rows, skipped)
   return True
 
@@ -105,6 +114,11 @@ def _file_names(paths: list[str]) -> list[str]:
   return list(names.values())
 
 
+def _cell(text: str) -> str:
+  """For a table in Markdown."""
+  return " ".join(text.split()).replace("|", "\\|")
+
+
 def _write(
   workdir: epath.Path,
   init_from: str,
@@ -114,8 +128,8 @@ def _write(
 ) -> None:
   mean = float(np.mean([row["psnr"] for row in rows]))
   lines = [
-    f"| {row['image']} | {row['width']} x {row['height']} "
-    f"| {row['psnr']:.2f} dB | [{row['file']}](<{row['file']}>) |"
+    f"| {_cell(row['image'])} | {row['width']} x {row['height']} "
+    f"| {row['psnr']:.2f} dB | {_cell(row['file'])} |"
     for row in rows
   ]
   table = "\n".join(

@@ -8,6 +8,7 @@ of the state) and `data` (the position of the data iterator). Local or `gs://`.
 import contextlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -145,8 +146,10 @@ def restore_variables(
 
 def is_run(path: str) -> bool:
   """Whether it is the work directory of a run, finished or not."""
-  config = epath.Path(path).expanduser() / "config.json"
-  return config.exists() and b'"task"' in config.read_bytes()
+  if not path or (":/" in path and not path.startswith("gs://")):
+    return False
+  config = epath.Path(os.path.expanduser(path)) / "config.json"
+  return config.is_file() and b'"task"' in config.read_bytes()
 
 
 def read_run_config(run: str) -> dict[str, Any]:
@@ -188,7 +191,9 @@ def read_config(path: epath.Path) -> dict[str, Any]:
   except ValueError as error:
     raise ValueError(f"{path} is damaged ({error}); bring it back") from error
   if not isinstance(config, dict) or "task" not in config:
-    raise ValueError(f"{path} is not the config of a run; bring it back")
+    raise ValueError(
+      f"{path} is not the config of a run; choose another directory"
+    )
   return config
 
 
