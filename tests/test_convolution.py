@@ -60,10 +60,10 @@ def test_convolution_equals_lax_conv(shape, size):
 @pytest.mark.parametrize(
   ("shape", "channels"),
   [
-    ((1, 24, 24, 64), 64),
-    ((2, 21, 18, 64), 96),  # incomplete tiles, batch
-    ((3, 9, 14, 128), 64),
-    ((1, 23, 31, 200), 72),
+    ((1, 24, 24, 128), 128),
+    ((2, 21, 18, 128), 160),  # incomplete tiles, batch
+    ((3, 9, 14, 200), 128),
+    ((1, 23, 31, 128), 136),
   ],
 )
 def test_winograd_equals_lax_conv(shape, channels):
@@ -79,7 +79,7 @@ def test_winograd_equals_lax_conv(shape, channels):
 
 
 def test_winograd_has_second_derivatives():
-  x, kernel = _arrays((1, 24, 24, 64), (3, 3, 64, 64))
+  x, kernel = _arrays((1, 24, 24, 128), (3, 3, 128, 128))
 
   def penalty(f, kernel):
     gradient = jax.grad(lambda x: jnp.mean(f(x, kernel) ** 2))(x)
@@ -96,13 +96,13 @@ def test_winograd_has_second_derivatives():
 @pytest.mark.parametrize("spec", [P("data"), P("data", "spatial")])
 def test_sharded_winograd_equals_lax_conv(spec):
   mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "spatial"))
-  x, kernel = _arrays((4, 24, 28, 64), (3, 3, 64, 64))
+  x, kernel = _arrays((4, 24, 28, 128), (3, 3, 128, 128))
   sharded = jax.device_put(x, NamedSharding(mesh, spec))
   _check_equal(jax.jit(convolution.convolution), _reference, sharded, kernel)
 
 
 def test_other_computations_do_not_use_winograd():
-  x, kernel = _arrays((1, 24, 24, 64), (3, 3, 64, 64))
+  x, kernel = _arrays((1, 24, 24, 128), (3, 3, 128, 128))
   for dtype in ("bfloat16", "float16"):
     program = _program(
       convolution.convolution, "cpu", x.astype(dtype), kernel.astype(dtype)
@@ -133,11 +133,11 @@ def _program(f, platform, *arguments):
     (convolution.depthwise_convolution, (3, 3, 1, 8)),
     (convolution.convolution, (3, 3, 8, 16)),
     (convolution.convolution, (1, 1, 8, 16)),
-    (convolution.convolution, (3, 3, 64, 64)),
+    (convolution.convolution, (3, 3, 128, 128)),
   ],
 )
 def test_only_the_cpu_program_differs_from_lax_conv(f, kernel_shape):
-  side, channels = (24, 64) if kernel_shape[2] == 64 else (2, 8)
+  side, channels = (24, 128) if kernel_shape[2] == 128 else (2, 8)
   x, kernel = _arrays((2, side, side, channels), kernel_shape)
   cpu = _program(f, "cpu", x, kernel)
   assert "stablehlo.convolution" not in cpu

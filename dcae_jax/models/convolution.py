@@ -24,7 +24,7 @@ _LARGEST_PATCH_GRID = 64  # positions; beyond, lax.conv is faster on a CPU too
 _TILE = 4  # outputs of a Winograd tile, on each side
 # With fewer, lax.conv was measured as fast, or faster.
 _FEWEST_WINOGRAD_TILES = 32
-_FEWEST_WINOGRAD_CHANNELS = 64
+_FEWEST_WINOGRAD_CHANNELS = 128
 
 
 def _lax_conv(x: Array, kernel: Array, stride: int, groups: int) -> Array:
