@@ -29,8 +29,6 @@ RELEASED: dict[str, tuple[str, float | None]] = {
   "dc-ae-f64c128-1.5": ("f64c128-1.5", 0.5935),
   "dc-ae-1.5-f64c128": ("f64c128-1.5", 0.5935),
 }
-
-
 # Keys that a config may have beside a mere name.
 _SAY_NOTHING = {"scaling_factor", "in_channels"}
 
@@ -95,20 +93,22 @@ def find(source: str) -> Released:
   if is_described:
     try:
       variant, image_channels = architecture.from_config(config)
-      weights.table(variant, image_channels, layout)
+      entries = weights.table(variant, image_channels, layout)
     except ValueError as error:
       raise ValueError(f"config.json of {source!r}: {error}") from error
     config = {"scaling_factor": 1.0} | config  # as AutoencoderDC takes it
   else:
     image_channels = _image_channels(tensors)
     variant = _recognise(source, tensors, image_channels, layout)
-  entries = weights.table(variant, image_channels, layout)
+    entries = weights.table(variant, image_channels, layout)
   _check_tensors(source, entries, tensors)
   # Beside a description, `model_name` names an architecture, not the weights.
   model_name = None if is_described else config.get("model_name")
   name = _released_name(source, model_name, variant)
-  factor = config.get("scaling_factor", _published_factor(name, variant))
-  if factor is not None and not (
+  factor = config.get("scaling_factor")
+  if factor is None:
+    factor = _published_factor(name, variant)
+  elif not (
     isinstance(factor, int | float)
     and not isinstance(factor, bool)
     and 0 < factor < 1e30

@@ -95,34 +95,32 @@ _SCALE = (
     "attn.to_qkv_multiscale.{}.proj_out",
   ),
 )
-# Our leaf: the collection it stands in, its name in both layouts, and the order
-# of the axes there and here.
+# Our leaf: its name in both layouts, and the order of the axes there and here.
 _LEAVES = {
-  "kernel": ("params", "weight", "o i h w", "h w i o"),
-  "scale": ("params", "weight", "c", "c"),
-  "bias": ("params", "bias", "c", "c"),
-  "mean": ("batch_stats", "running_mean", "c", "c"),
-  "var": ("batch_stats", "running_var", "c", "c"),
-  "count": ("batch_counts", "num_batches_tracked", "", ""),
+  "kernel": ("weight", "o i h w", "h w i o"),
+  "scale": ("weight", "c", "c"),
+  "bias": ("bias", "c", "c"),
+  "mean": ("running_mean", "c", "c"),
+  "var": ("running_var", "c", "c"),
+  "count": ("num_batches_tracked", "", ""),
 }
 _MATRIX = ("o i", "1 1 i o")
 
 
 def _modules(variant: dcae.Variant) -> Iterator[Module]:
   """All modules; a convolution that also rearranges is one level deeper."""
-  first_encoder, first_decoder = variant.encoder[0], variant.decoder[0]
   unshuffles = variant.downsample == "space_to_channel"
-  deeper = "" if first_encoder.depth else "/conv"
+  resamples = not variant.encoder[0].depth
   yield Module(
-    f"encoder/project_in{deeper}",
-    f"encoder.project_in.conv{'.conv' if deeper and unshuffles else ''}",
-    f"encoder.conv_in{'.conv' if deeper else ''}",
+    f"encoder/project_in{'/conv' if resamples else ''}",
+    f"encoder.project_in.conv{'.conv' if resamples and unshuffles else ''}",
+    f"encoder.conv_in{'.conv' if resamples else ''}",
   )
   for i, stage in enumerate(variant.encoder):
     names = (
       f"encoder/stage_{i}",
       f"encoder.stages.{i}.op_list",
-      (f"encoder.down_blocks.{i}"),
+      f"encoder.down_blocks.{i}",
     )
     yield from _stage(stage, names, first_block=0)
     if stage.depth and i + 1 < len(variant.encoder):
@@ -158,7 +156,7 @@ def _modules(variant: dcae.Variant) -> Iterator[Module]:
         f"{diffusers}.0.conv",
       )
     yield from _stage(stage, names, first_block=int(upsamples))
-  deeper = "" if first_decoder.depth else ".conv"
+  deeper = "" if variant.decoder[0].depth else ".conv"
   yield Module(
     "decoder/project_out/norm", "decoder.project_out.op_list.0",
     "decoder.norm_out",
@@ -243,7 +241,7 @@ def table(
     _, _, rest = path.partition("/")
     module, _, leaf = rest.rpartition("/")
     names = getattr(modules[module], layout)
-    _, theirs, *axes = _LEAVES[leaf]
+    theirs, *axes = _LEAVES[leaf]
     if leaf == "kernel" and layout == "diffusers" and modules[module].matrix:
       axes = _MATRIX
     names = (names,) if isinstance(names, str) else names

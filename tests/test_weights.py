@@ -286,6 +286,8 @@ def test_ambiguous_scaling_factor_must_be_given(monkeypatch, write_model):
   assert dcae_jax.load(folder, scaling_factor=0.3).scaling_factor == 0.3
   named = folder.rename(folder.parent / "dc-ae-b-diffusers")
   assert dcae_jax.load(named).scaling_factor == 0.5
+  (named / "config.json").write_text('{"scaling_factor": null}')
+  assert dcae_jax.load(named).scaling_factor == 0.5
 
 
 @pytest.mark.parametrize(
