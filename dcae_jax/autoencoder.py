@@ -19,14 +19,13 @@ import numpy as np
 from etils import epath
 from jax.typing import ArrayLike, DTypeLike
 
-from dcae_jax import architecture, released, tiling, weights
+from dcae_jax import architecture, arrays, released, tiling, weights
 from dcae_jax.data import images as images_lib
 from dcae_jax.data import sources, transforms
 from dcae_jax.models import dcae
 from dcae_jax.training import checkpoint, metrics_writer
 
 _LARGEST_BATCH = 16  # images at a time; a larger batch goes in parts
-_TOLERANCE = 1e-3  # of [-1, 1]
 
 
 def load(
@@ -247,12 +246,12 @@ class Autoencoder:
       ValueError: images, or options, that do not fit.
     """
     factor = self.spatial_compression
-    x = self._checked_images(images)
-    x = _padded(x, factor, pad)
+    x = arrays.checked_images(images, self.image_channels)
+    x = arrays.padded(x, factor, pad)
     self._check_channels(channels)
     tiles = tiling.Tiles.create(tile, stride, factor)
     z = tiles.apply(
-      lambda part: self._in_batches(self._encode, _to_float(part)),
+      lambda part: self._in_batches(self._encode, arrays.to_float(part)),
       x,
       source_unit=factor,
       result_unit=1,
@@ -286,9 +285,9 @@ class Autoencoder:
     """
     factor = self.spatial_compression
     self._check_channels(channels)
-    z = self._checked_latents(z, channels)
+    z = arrays.checked_latents(z, self.latent_channels, channels)
     if size is not None:
-      _check_size(size, z.shape, factor)
+      arrays.check_size(size, z.shape, factor)
     tiles = tiling.Tiles.create(tile, stride, factor)
     y = tiles.apply(
       lambda part: self._in_batches(self._decode, part),
@@ -320,7 +319,7 @@ class Autoencoder:
     self, *, pad: str | None, tile: int | None, stride: int | None
   ) -> None:
     """Raises ValueError for what `encode` would refuse with any images."""
-    _check_pad(pad)
+    arrays.check_pad(pad)
     tiling.Tiles.create(tile, stride, self.spatial_compression)
 
   def measure_scaling_factor(
@@ -456,60 +455,6 @@ class Autoencoder:
       results.append(f(self.variables, filled)[: len(part)])
     return results[0] if len(results) == 1 else jnp.concatenate(results)
 
-  def _checked_images(self, images: ArrayLike) -> np.ndarray:
-    x = _array(images)
-    _check_rank(x, "images", "[b, h, w, c]", "images")
-    if x.shape[-1] != self.image_channels:
-      advice = ""
-      if x.shape[1] == self.image_channels:
-        advice = "; channels stand last here: images.transpose(0, 2, 3, 1)"
-      elif x.shape[-1] == 4:
-        advice = "; composite the alpha channel over a colour first"
-      raise ValueError(
-        f"images have {x.shape[-1]} channels, and this autoencoder "
-        f"{self.image_channels}{advice}"
-      )
-    if x.dtype == np.uint8:
-      return x
-    x = _checked_floats(x, "images", "uint8, or float in [-1, 1]")
-    low, high = float(x.min()), float(x.max())
-    if low < -1 - _TOLERANCE or high > 1 + _TOLERANCE:
-      advice = (
-        "pass values of 0 to 255 as uint8, or scale them: images / 127.5 - 1"
-      )
-      if max(-low, high) < 2:
-        advice = "clip them: np.clip(images, -1, 1)"
-      raise ValueError(
-        f"images have values from {low:.4g} to {high:.4g}, outside [-1, 1]; "
-        f"{advice}"
-      )
-    return x
-
-  def _checked_latents(
-    self, latents: ArrayLike, channels: int | None
-  ) -> np.ndarray:
-    z = _array(latents)
-    _check_rank(z, "latents", "[b, h, w, c]", "z")
-    z = _checked_floats(z, "latents", "float")
-    if channels is not None:
-      if z.shape[-1] not in (channels, self.latent_channels):
-        raise ValueError(
-          f"latents have {z.shape[-1]} channels, neither {channels} nor "
-          f"{self.latent_channels}"
-        )
-      # Zeros are what a projection sliced to the first channels would see.
-      missing = self.latent_channels - channels
-      z = np.pad(z[..., :channels], [(0, 0)] * 3 + [(0, missing)])
-    if z.shape[-1] != self.latent_channels:
-      advice = ""
-      if z.shape[1] == self.latent_channels:
-        advice = "; channels stand last here: z.transpose(0, 2, 3, 1)"
-      raise ValueError(
-        f"latents have {z.shape[-1]} channels, and this autoencoder "
-        f"{self.latent_channels}{advice}"
-      )
-    return z
-
   def _check_channels(self, channels: int | None) -> None:
     if channels is None:
       return
@@ -523,72 +468,3 @@ class Autoencoder:
         "channels= is for DC-AE 1.5, whose latents are ordered; this "
         f"{self.variant} needs all {self.latent_channels}"
       )
-
-
-def _array(x: ArrayLike) -> np.ndarray:
-  if isinstance(x, jax.core.Tracer):
-    raise ValueError(
-      "an Autoencoder cannot be used inside jit, vmap or grad; use "
-      'ae.model.apply(ae.variables, x, method="encode") there'
-    )
-  return np.asarray(x)
-
-
-def _check_rank(x: np.ndarray, name: str, axes: str, variable: str) -> None:
-  if x.ndim != 4:
-    advice = f"; for a single one, {variable}[None]" if x.ndim == 3 else ""
-    raise ValueError(
-      f"{name} have {x.ndim} axes {list(x.shape)}, not 4, {axes}{advice}"
-    )
-  if not x.size:
-    raise ValueError(f"{name} are empty: {list(x.shape)}")
-
-
-def _checked_floats(x: np.ndarray, name: str, allowed: str) -> np.ndarray:
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(f"{name} are {x.dtype}; {allowed} is allowed")
-  x = x.astype(np.float32, copy=False)
-  if not np.isfinite(x).all():
-    raise ValueError(f"{name} have values that are not finite")
-  return x
-
-
-def _to_float(x: np.ndarray) -> np.ndarray:
-  if x.dtype == np.uint8:
-    return x.astype(np.float32) / np.float32(127.5) - np.float32(1)
-  return x
-
-
-def _check_pad(pad: str | None) -> None:
-  known = ("reflect", "edge")
-  if pad is not None and pad not in known:
-    raise ValueError(f"unknown pad={pad!r}; known are {', '.join(known)}")
-
-
-def _padded(x: np.ndarray, factor: int, pad: str | None) -> np.ndarray:
-  _check_pad(pad)
-  missing = [-side % factor for side in x.shape[1:3]]
-  if not any(missing):
-    return x
-  if pad is None:
-    for side in x.shape[1:3]:
-      try:
-        dcae.check_side(side, factor)
-      except ValueError as error:
-        raise ValueError(f'{error}, or pad with pad="reflect"') from None
-  return np.pad(x, [(0, 0), *((0, m) for m in missing), (0, 0)], mode=pad)
-
-
-def _check_size(
-  size: tuple[int, int], shape: tuple[int, ...], factor: int
-) -> None:
-  largest = tuple(side * factor for side in shape[1:3])
-  fits = np.shape(size) == (2,) and all(
-    isinstance(side, int | np.integer) and 0 < side <= most
-    for side, most in zip(size, largest, strict=True)
-  )
-  if not fits:
-    raise ValueError(
-      f"size={size} is not a height and a width up to {largest}, the size of "
-      "the decoded images"
-    )

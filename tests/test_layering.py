@@ -13,6 +13,7 @@ RULES = {
   "dcae_jax/autoencoder.py": (
     {
       "dcae_jax.architecture",
+      "dcae_jax.arrays",
       "dcae_jax.data",
       "dcae_jax.models",
       "dcae_jax.released",
@@ -22,6 +23,7 @@ RULES = {
     },
     {"etils", "jax"},
   ),
+  "dcae_jax/arrays.py": ({"dcae_jax.models"}, {"jax"}),
   "dcae_jax/architecture.py": ({"dcae_jax.models"}, set()),
   "dcae_jax/released.py": (
     {
