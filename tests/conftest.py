@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The last two make compiling three times faster; subprocesses inherit them.
@@ -31,6 +33,19 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 
 def pytest_configure():
   flags.FLAGS.mark_as_parsed()  # grain's loader processes want it
+
+
+def run_main(config: str, *arguments: str) -> subprocess.CompletedProcess:
+  """`python -m dcae_jax.main` on one device, to its end."""
+  flags = os.environ["XLA_FLAGS"].replace("count=8", "count=1")
+  return subprocess.run(
+    [sys.executable, "-m", "dcae_jax.main", f"--config={config}", *arguments],
+    cwd=REPOSITORY,
+    env=os.environ | {"XLA_FLAGS": flags},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
 
 
 def smooth_image(seed: int, height: int, width: int) -> np.ndarray:

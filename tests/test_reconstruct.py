@@ -1,15 +1,11 @@
 """Pictures through an autoencoder, as a user runs it."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import smooth_image
+from conftest import run_main, smooth_image
 from etils import epath
 from PIL import Image
 
@@ -18,8 +14,6 @@ from configs import base
 from dcae_jax import architecture, tiling
 from dcae_jax.models import dcae
 from dcae_jax.tasks import reconstruct
-
-REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +49,12 @@ def pictures(tmp_path_factory):
 def test_pictures_are_written_side_by_side_with_their_psnr(
   weights_folder, pictures, tmp_path, compilation_cache
 ):
-  found = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "dcae_jax.main",
-      "--config=configs/reconstruct.py",
-      f"--config.init_from={weights_folder}",
-      f"--config.input={pictures}",
-      f"--config.compilation_cache={compilation_cache}",
-      f"--workdir={tmp_path / 'out'}",
-    ],
-    cwd=REPOSITORY,
-    env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("=8", "=1")},
-    capture_output=True,
-    text=True,
-    check=False,
+  found = run_main(
+    "configs/reconstruct.py",
+    f"--config.init_from={weights_folder}",
+    f"--config.input={pictures}",
+    f"--config.compilation_cache={compilation_cache}",
+    f"--workdir={tmp_path / 'out'}",
   )
   assert found.returncode == 0, found.stderr
   assert "skipped" in found.stderr and "c.jpg" in found.stderr

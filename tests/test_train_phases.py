@@ -2,19 +2,15 @@
 
 import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
+from conftest import REPOSITORY, run_main
 from etils import epath
 from PIL import Image
 
 import dcae_jax
 from configs import base, quickstart
 from dcae_jax.tasks import report, train_phases
-
-REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +22,10 @@ def workdir(tmp_path_factory, compilation_cache):
   for part in ("phase1", "phase2", "phase3", "report"):
     flags.append(f"--config.{part}.compilation_cache={compilation_cache}")
   flags.append("--config.phase1.batch_size=8")
-  found = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "dcae_jax.main",
-      "--config=configs/quickstart.py",
-      f"--workdir={os.path.relpath(directory, REPOSITORY)}",
-      *flags,
-    ],
-    cwd=REPOSITORY,
-    env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("=8", "=1")},
-    capture_output=True,
-    text=True,
-    check=False,
+  found = run_main(
+    "configs/quickstart.py",
+    f"--workdir={os.path.relpath(directory, REPOSITORY)}",
+    *flags,
   )
   assert found.returncode == 0, found.stderr
   assert "report.md" in found.stderr.splitlines()[-1]
