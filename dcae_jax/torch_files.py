@@ -1,0 +1,282 @@
+"""State dicts in PyTorch's files, without PyTorch and without running code.
+
+Both formats: archives (`torch.save` since 1.6) and what came before them, a row
+of pickles and then the numbers. A pickle can name any function to be called;
+here only the names of tensors, storages and ordered dictionaries are known, and
+each stands for plain data. Little-endian files, dense tensors on any device.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import pickle
+import pickletools
+import struct
+import zipfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+_HIGHEST_PICKLE_PROTOCOL = 2  # what torch.save writes unless told otherwise
+_LARGEST_MEMO = 2**20  # the unpickler allocates up to the index it is told
+_DTYPES = {
+  "DoubleStorage": "<f8",
+  "FloatStorage": "<f4",
+  "HalfStorage": "<f2",
+  "BFloat16Storage": "<u2",
+  "LongStorage": "<i8",
+  "IntStorage": "<i4",
+  "ShortStorage": "<i2",
+  "CharStorage": "i1",
+  "ByteStorage": "u1",
+  "BoolStorage": "u1",
+}
+
+
+class _Storage(NamedTuple):
+  kind: str
+  key: str
+  size: int
+
+
+class _Tensor(NamedTuple):
+  storage: _Storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+
+class _StateDict(dict):
+  def __setstate__(self, state: Any) -> None:
+    """Drops what modules note beside their tensors."""
+
+
+class _RebuildTensor:
+  __slots__ = ()  # a pickle can set attributes of what it is handed
+
+  def __call__(self, storage, offset, shape, strides, *_) -> _Tensor:
+    whole = [offset, *shape, *strides]
+    if (
+      not isinstance(storage, _Storage)
+      or not all(type(number) is int and number >= 0 for number in whole)
+      or len(shape) != len(strides)
+    ):
+      raise ValueError("it describes a tensor wrongly")
+    last = offset
+    if 0 not in shape:
+      last += 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if last > storage.size:
+      raise ValueError(
+        f"a tensor of shape {shape}, strides {strides} and offset {offset} "
+        f"leaves its storage of {storage.size} numbers"
+      )
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+class _RebuildParameter:
+  __slots__ = ()
+
+  def __call__(self, tensor, *_) -> Any:
+    return tensor
+
+
+_ADMITTED = {
+  ("collections", "OrderedDict"): _StateDict,
+  ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+  ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+} | {("torch", kind): kind for kind in _DTYPES}
+
+
+class _TensorsOnly(pickle.Unpickler):
+  """Admits the descriptions of tensors, and nothing that could run code."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    if (module, name) not in _ADMITTED:
+      raise ValueError(
+        f"it names {module}.{name}, which is no part of a tensor"
+      )
+    return _ADMITTED[module, name]
+
+  def persistent_load(self, pid: Any) -> _Storage:
+    # In the older format a sixth item describes views, which no longer exist.
+    tag, kind, key, _, size, *view = pid
+    if tag != "storage" or kind not in _DTYPES or view not in ([], [None]):
+      raise ValueError("it describes a storage wrongly")
+    if type(key) is not str or type(size) is not int or size < 0:
+      raise ValueError("it describes a storage wrongly")
+    return _Storage(kind, key, size)
+
+
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """The tensors of a state dict.
+
+  Args:
+    path: of a local file that `torch.save(module.state_dict(), path)` wrote.
+
+  Returns:
+    By their names, in the file's order and of the file's dtypes, bfloat16 as
+    float32. The arrays are read-only; they may be strided views, and share
+    memory where the tensors did.
+
+  Raises:
+    ValueError: no such file, not such a file, a damaged one, or one that holds
+      anything but tensors.
+  """
+  path = pathlib.Path(path)
+  try:
+    with path.open("rb") as file, _reasons():
+      if zipfile.is_zipfile(file):
+        return _read_archive(file)
+      file.seek(0)
+      return _read_legacy(file)
+  except (OSError, ValueError) as error:
+    reason = str(error).split("\n")[0]
+    raise ValueError(
+      f"{path} cannot be read as a state dict of PyTorch: {reason}; download "
+      "or copy it again, or convert it to .safetensors where torch is installed"
+    ) from error
+
+
+@contextlib.contextmanager
+def _reasons() -> Iterator[None]:
+  """Whatever a damaged or hostile file raises, as a ValueError."""
+  try:
+    yield
+  except (OSError, ValueError):
+    raise
+  except EOFError:
+    raise ValueError("it ends too early") from None
+  except Exception as error:
+    raise ValueError(f"it is damaged ({error})") from error
+
+
+def _unpickle(file: io.BufferedIOBase) -> Any:
+  """The next pickle of a file, after a look at its instructions."""
+  start = file.tell()
+  for instruction, argument, _ in pickletools.genops(file):
+    if instruction.proto > _HIGHEST_PICKLE_PROTOCOL:
+      raise ValueError(
+        f"it is pickled with protocol {instruction.proto}; known are those up "
+        f"to {_HIGHEST_PICKLE_PROTOCOL}"
+      )
+    if "PUT" in instruction.name and argument > _LARGEST_MEMO:
+      raise ValueError("its pickle asks for an absurd amount of memory")
+  file.seek(start)
+  return _TensorsOnly(file, encoding="utf-8").load()
+
+
+def _read_archive(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
+  with zipfile.ZipFile(file) as archive:
+    roots = [
+      name.removesuffix("data.pkl")
+      for name in archive.namelist()
+      if name.count("/") == 1 and name.endswith("/data.pkl")
+    ]
+    if len(roots) != 1:
+      raise ValueError("it is an archive of another kind")
+
+    def member(name: str) -> bytes:
+      info = archive.getinfo(roots[0] + name)
+      if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} in it is compressed")
+      return archive.read(info)
+
+    if f"{roots[0]}byteorder" in archive.namelist():
+      order = member("byteorder")
+      if order != b"little":
+        raise ValueError(f"its byte order is {order!r}; only little is known")
+    tensors = _tensors(_unpickle(io.BytesIO(member("data.pkl"))))
+    storages = {
+      key: _numbers(storage, member(f"data/{key}"))
+      for key, storage in _storages(tensors).items()
+    }
+  return _arrays(tensors, storages)
+
+
+def _read_legacy(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
+  try:
+    magic = _unpickle(file)
+  except Exception:
+    magic = None
+  if magic != _LEGACY_MAGIC:
+    raise ValueError("it is neither an archive nor of the format before it")
+  protocol = _unpickle(file)
+  if protocol != _LEGACY_PROTOCOL:
+    raise ValueError(f"its protocol is {protocol}, not {_LEGACY_PROTOCOL}")
+  if not _unpickle(file)["little_endian"]:
+    raise ValueError("its byte order is big; only little is known")
+  tensors = _tensors(_unpickle(file))
+  described = _storages(tensors)
+  storages = {}
+  for key in _unpickle(file):
+    (size,) = struct.unpack("<q", _exactly(file, 8))
+    if key not in described or size != described[key].size:
+      raise ValueError(f"its storage {key!r} is not what its tensors expect")
+    count = size * np.dtype(_DTYPES[described[key].kind]).itemsize
+    storages[key] = _numbers(described[key], _exactly(file, count))
+  return _arrays(tensors, storages)
+
+
+def _exactly(file: io.BufferedIOBase, count: int) -> bytes:
+  start = file.tell()
+  if count > file.seek(0, os.SEEK_END) - start:  # before memory is taken
+    raise EOFError
+  file.seek(start)
+  return file.read(count)
+
+
+def _tensors(tree: Any) -> dict[str, _Tensor]:
+  if not isinstance(tree, dict):
+    raise ValueError(f"it holds a {type(tree).__name__}, not a state dict")
+  for name, value in tree.items():
+    if not isinstance(name, str) or not isinstance(value, _Tensor):
+      raise ValueError(
+        f"{name!r} in it is a {type(value).__name__}, not a tensor; save "
+        "the state dict alone"
+      )
+  return dict(tree)
+
+
+def _storages(tensors: dict[str, _Tensor]) -> dict[str, _Storage]:
+  storages = {}
+  for tensor in tensors.values():
+    storage = tensor.storage
+    if storages.setdefault(storage.key, storage) != storage:
+      raise ValueError(f"its storage {storage.key!r} is described in two ways")
+  return storages
+
+
+def _numbers(storage: _Storage, data: bytes) -> np.ndarray:
+  dtype = np.dtype(_DTYPES[storage.kind])
+  if len(data) != storage.size * dtype.itemsize:
+    raise ValueError(
+      f"its storage {storage.key!r} has {len(data)} bytes, not "
+      f"{storage.size * dtype.itemsize}"
+    )
+  numbers = np.frombuffer(data, dtype)
+  if storage.kind == "BoolStorage":
+    numbers = numbers.astype(bool)
+  elif storage.kind == "BFloat16Storage":  # the upper half of a float32
+    numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
+  numbers.flags.writeable = False
+  return numbers
+
+
+def _arrays(
+  tensors: dict[str, _Tensor], storages: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  arrays = {}
+  for name, tensor in tensors.items():
+    numbers = storages[tensor.storage.key]
+    arrays[name] = np.ndarray(
+      tensor.shape,
+      numbers.dtype,
+      numbers,
+      tensor.offset * numbers.itemsize,
+      [stride * numbers.itemsize for stride in tensor.strides],
+    )
+  return arrays
