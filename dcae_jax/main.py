@@ -13,7 +13,10 @@ import traceback
 from absl import app, flags
 from ml_collections import config_flags
 
-TASKS = ("train_autoencoder", "train_phases", "report", "reconstruct")
+TASKS = (
+  "train_autoencoder", "train_phases", "report", "reconstruct",
+  "evaluate_autoencoder", "reference_statistics",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

@@ -39,7 +39,7 @@ def test_ssim_equals_skimage(channels):
     for x, y in zip(a, b, strict=True)
   ]
   found = image_metrics.ssim(jnp.asarray(a), jnp.asarray(b))
-  np.testing.assert_allclose(found, expected, rtol=2e-4)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_equal_images_have_ssim_1_and_100_db():

@@ -25,6 +25,12 @@ from dcae_jax.data import sources, transforms
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 10_000  # replacements in a row, before giving up
 
+# What `evaluation_batches` does, for the record of an evaluation.
+EVALUATION_CROP = (
+  "dm_crop: halved by boxes while twice too large, then bicubic to the shorter "
+  "side, central square"
+)
+
 Batch = dict[str, np.ndarray]
 
 
@@ -181,6 +187,7 @@ class _Load:
       "images": pixels,
       "labels": np.int32(label),
       "mask": np.bool_(found is not None),
+      "indices": np.int32(index),
     }
 
 
@@ -317,7 +324,7 @@ def evaluation_batches(
   threads: int = 4,
   skipped: Skipped,
 ) -> Iterator[Batch]:
-  """Centre crops (`transforms.dm_crop`) in order, with a mask.
+  """Centre crops (`transforms.dm_crop`) in order, with a mask and indices.
 
   Every process yields the same number of whole batches; `mask` is False where
   an image is missing or not usable. `max_images` of 0 means all.

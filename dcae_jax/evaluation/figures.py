@@ -65,6 +65,57 @@ def _picture(pixels: np.ndarray) -> Image.Image:
   return Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
 
 
+def error_map(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
+  """Mean absolute difference over channels, as colours from black to white.
+
+  White is 64 of 255 or more, dark red a few. Images uint8 [h, w, c]; returns
+  uint8 [h, w, 3].
+  """
+  difference = np.abs(original.astype(float) - reconstruction).mean(axis=-1)
+  scaled = 3 * np.clip(difference / 64, 0, 1)[..., None]
+  return np.uint8(255 * np.clip(scaled - np.arange(3), 0, 1))
+
+
+def detailed_window(image: np.ndarray, parts: int = 4) -> tuple[slice, slice]:
+  """The window of 1 / `parts` of each side that has the strongest edges.
+
+  Image uint8 [h, w, c]; windows lie at half steps of their size.
+  """
+  height, width, _ = image.shape
+  size = (max(height // parts, 1), max(width // parts, 1))
+  grey = image.astype(float).mean(axis=-1)
+  edges = np.zeros_like(grey)
+  edges[1:] += np.abs(np.diff(grey, axis=0))
+  edges[:, 1:] += np.abs(np.diff(grey, axis=1))
+  windows = [
+    (slice(top, top + size[0]), slice(left, left + size[1]))
+    for top in range(0, height - size[0] + 1, max(size[0] // 2, 1))
+    for left in range(0, width - size[1] + 1, max(size[1] // 2, 1))
+  ]
+  return max(windows, key=lambda window: edges[window].sum())
+
+
+def latent_channels(latents: np.ndarray, most: int = 64) -> np.ndarray:
+  """The first channels of latents [h, w, c], grey, as a grid.
+
+  Each is scaled to its own mean plus and minus three standard deviations.
+  Returns uint8 [height, width, 3].
+  """
+  latents = np.asarray(latents, np.float64)[..., :most]
+  mean, deviation = latents.mean(axis=(0, 1)), latents.std(axis=(0, 1))
+  scaled = (latents - mean) / np.where(deviation > 0, deviation, 1.0)
+  grey = np.uint8(np.clip(127.5 + scaled * 42.5, 0, 255))
+  times = max(1, 64 // max(grey.shape[:2]))
+  grey = grey.repeat(times, axis=0).repeat(times, axis=1)
+  columns = min(16, grey.shape[-1])
+  blank = -grey.shape[-1] % columns
+  grey = np.pad(grey, ((0, 0), (0, 0), (0, blank)), constant_values=255)
+  channels = grey.transpose(2, 0, 1)[..., None]
+  return grid(
+    [channels[i : i + columns] for i in range(0, len(channels), columns)]
+  )
+
+
 def loss_curves(
   runs: Mapping[str, Sequence[Mapping[str, float]]], metrics: Sequence[str]
 ) -> bytes:

@@ -45,14 +45,21 @@ def ssim(
 ) -> Float[Array, " b"]:
   """Structural similarity (Wang et al. 2004); values from 0 to 255.
 
-  Gaussian window of 11 pixels, sigma 1.5; mean over positions and channels.
-  Sides are at least 11 pixels.
+  Gaussian window of 11 pixels, sigma 1.5; mean over channels and over the
+  positions whose window lies inside the image, as scikit-image has it, and
+  torchmetrics had it when the paper was written. (Since 1.4.3 torchmetrics also
+  counts windows over the border, of the reflected image.) Sides are at least 11
+  pixels.
   """
   c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-  mean_a, mean_b = _blur(images), _blur(others)
-  variance_a = _blur(images * images) - mean_a**2
-  variance_b = _blur(others * others) - mean_b**2
-  covariance = _blur(images * others) - mean_a * mean_b
+  # Variances do not depend on it, and less of a bright image cancels.
+  centre = jnp.mean(images, axis=(1, 2, 3), keepdims=True)
+  a, b = images - centre, others - centre
+  mean_a, mean_b = _blur(a), _blur(b)
+  variance_a = _blur(a * a) - mean_a**2
+  variance_b = _blur(b * b) - mean_b**2
+  covariance = _blur(a * b) - mean_a * mean_b
+  mean_a, mean_b = mean_a + centre, mean_b + centre
   luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
   structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
   return jnp.mean(luminance * structure, axis=(1, 2, 3))

@@ -52,13 +52,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       raise ValueError(
         f"{original} would be written over; choose another --workdir"
       )
-  if not (workdir / "config.json").exists():
-    for name in ("pictures", "summary.md", "result.json"):
-      if (workdir / name).exists():
-        raise ValueError(
-          f"--workdir={workdir} holds {name} of something else; choose another "
-          "directory"
-        )
+  wiring.check_nothing_foreign(workdir, ("pictures", "summary.md"))
   images.check_not_empty(
     pictures,
     images.Decoding(ae.image_channels, max_megapixels=config.max_megapixels),

@@ -71,17 +71,16 @@ def _evaluate(
   _, variables = checkpoint.restore_variables(
     run, "ema", abstract, sharding.shardings(abstract, mesh)
   )
-  evaluation = wiring.Evaluation(
-    autoencoder,
-    mesh,
+  reader = wiring.EvaluationImages(
     source,
     images.Decoding(model_config.image_channels),
-    resolutions=config.resolutions,
+    mesh,
     batch_size=config.batch_size,
     max_images=config.max_images,
-    samples=config.samples,
     threads=config.threads,
   )
+  networks = wiring.networks_of(autoencoder)
+  evaluation = wiring.Evaluation(networks, reader, mesh, samples=config.samples)
   return {
     resolution: evaluation.measure(variables, resolution)
     for resolution in config.resolutions
@@ -91,8 +90,8 @@ def _evaluate(
 def _write(config: ConfigDict, workdir: epath.Path, results: Results) -> None:
   shown = config.resolutions[-1]
   first = next(iter(results.values()))
-  rows = [first[shown].originals]
-  rows += [found[shown].reconstructions for found in results.values()]
+  rows = [first[shown].rows[0]]
+  rows += [found[shown].rows[1] for found in results.values()]
   picture = figures.grid(rows, ["original", *results])
   metrics_writer.write_png(workdir / "reconstructions.png", picture)
   lines = {

@@ -94,6 +94,13 @@ def write_whole(path: epath.Path, text: str) -> None:
   os.replace(temporary, path)
 
 
+def read_png(path: epath.Path) -> np.ndarray:
+  """Inverse of `write_png`."""
+  with Image.open(io.BytesIO(path.read_bytes())) as image:
+    pixels = np.asarray(image)
+  return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
 def write_png(path: epath.Path, pixels: np.ndarray) -> None:
   """Writes uint8 [h, w, 1 or 3] to a local or `gs://` path."""
   if pixels.shape[-1] == 1:

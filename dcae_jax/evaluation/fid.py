@@ -1,0 +1,167 @@
+"""Frechet distance between sets of images (FID, arXiv 1706.08500).
+
+Streaming moments of network features, in float64, and the distance between the
+Gaussians that have them. Which network the features come from is not known
+here: with the FID Inception the distance is FID (rFID for reconstructions).
+"""
+
+import io
+import zipfile
+
+import numpy as np
+from etils import epath
+
+# Below it a covariance of 2048 features does not have full rank.
+FEWEST_IMAGES = 2048
+
+
+class Moments:
+  """Mean and covariance of rows that come in batches of any size.
+
+  Chan's update in float64: nothing is lost to cancellation, however large the
+  mean is, and memory does not grow with the number of rows.
+
+  Attributes:
+    count: rows so far.
+    mean: float64 [d].
+  """
+
+  def __init__(self, dimensions: int):
+    self.count = 0
+    self.mean = np.zeros(dimensions)
+    self._scatter = np.zeros((dimensions, dimensions))
+
+  def update(self, rows: np.ndarray) -> None:
+    """Adds rows [n, d].
+
+    Raises:
+      FloatingPointError: values that are not finite.
+    """
+    rows = np.asarray(rows, np.float64)
+    if not len(rows):
+      return
+    if not np.isfinite(rows).all():
+      raise FloatingPointError("features are not finite")
+    mean = rows.mean(axis=0)
+    centred = rows - mean
+    total = self.count + len(rows)
+    shift = mean - self.mean
+    self._scatter += centred.T @ centred
+    self._scatter += np.outer(shift, shift) * (self.count * len(rows) / total)
+    self.mean = self.mean + shift * (len(rows) / total)
+    self.count = total
+
+  @property
+  def covariance(self) -> np.ndarray:
+    """Float64 [d, d], unbiased.
+
+    Raises:
+      ValueError: fewer than two rows.
+    """
+    if self.count < 2:
+      raise ValueError(
+        f"a Frechet distance needs at least 2 images, not {self.count}"
+      )
+    return self._scatter / (self.count - 1)
+
+
+def frechet_distance(
+  mean: np.ndarray,
+  covariance: np.ndarray,
+  other_mean: np.ndarray,
+  other_covariance: np.ndarray,
+) -> float:
+  """Squared Frechet distance between two Gaussians.
+
+  The trace of the square root of a product of covariances is the sum of the
+  singular values of the product of their square roots. These are symmetric, so
+  that no imaginary part can arise, and rank-deficient covariances do no harm.
+
+  Args:
+    mean: [d].
+    covariance: [d, d], symmetric.
+    other_mean: [d].
+    other_covariance: [d, d], symmetric.
+
+  Raises:
+    ValueError: shapes that do not fit, values that are not finite, or matrices
+      that are not covariances.
+  """
+  arrays = [
+    np.asarray(x, np.float64)
+    for x in (mean, covariance, other_mean, other_covariance)
+  ]
+  mean, covariance, other_mean, other_covariance = arrays
+  d = mean.size
+  if [x.shape for x in arrays] != [(d,), (d, d)] * 2:
+    raise ValueError(
+      "means and covariances have the shapes "
+      f"{', '.join(str(x.shape) for x in arrays)}, not (d,), (d, d) twice"
+    )
+  roots = _square_root(covariance) @ _square_root(other_covariance)
+  shared = np.linalg.svd(roots, compute_uv=False).sum()
+  apart = np.sum(np.square(mean - other_mean))
+  distance = (
+    apart + np.trace(covariance) + np.trace(other_covariance) - 2 * shared
+  )
+  return float(max(distance, 0.0))  # equal sets may end below by rounding
+
+
+def _square_root(covariance: np.ndarray) -> np.ndarray:
+  """Of a symmetric matrix without negative eigenvalues."""
+  if not np.isfinite(covariance).all():
+    raise ValueError("a covariance has values that are not finite")
+  size = np.abs(covariance).max(initial=0.0)
+  if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-6 * size:
+    raise ValueError("a covariance is not symmetric")
+  values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+  largest = max(values.max(initial=0.0), 0.0)
+  if values.min(initial=0.0) < -1e-3 * largest:
+    raise ValueError(
+      f"a covariance has the negative eigenvalue {values.min():.3g}"
+    )
+  rounding = largest * len(values) * np.finfo(np.float64).eps
+  values = np.where(values > rounding, values, 0.0)
+  return (vectors * np.sqrt(values)) @ vectors.T
+
+
+def save_statistics(
+  path: epath.PathLike, mean: np.ndarray, covariance: np.ndarray
+) -> None:
+  """Writes an `.npz` with `mu` and `sigma`, the layout of pytorch-fid."""
+  buffer = io.BytesIO()
+  np.savez(buffer, mu=mean, sigma=covariance)
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(buffer.getvalue())
+
+
+def load_statistics(
+  path: epath.PathLike, dimensions: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Reads `mu` [d] and `sigma` [d, d] of an `.npz`, ours or others'.
+
+  Raises:
+    ValueError: no such file, or not statistics of so many dimensions.
+  """
+  file = epath.Path(path).expanduser()
+  if not file.is_file():
+    raise ValueError(f"reference statistics: there is no file {path}")
+  try:
+    with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
+      mean, covariance = (
+        np.asarray(archive[name], np.float64) for name in ("mu", "sigma")
+      )
+  except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as e:
+    raise ValueError(
+      f"reference statistics: {path} is not an .npz with mu and sigma ({e})"
+    ) from e
+  if mean.shape != (dimensions,) or covariance.shape != (dimensions,) * 2:
+    raise ValueError(
+      f"reference statistics: {path} has mu {list(mean.shape)} and sigma "
+      f"{list(covariance.shape)}, not [{dimensions}] and [{dimensions}, "
+      f"{dimensions}]"
+    )
+  if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+    raise ValueError(f"reference statistics: {path} has values not finite")
+  return mean, covariance

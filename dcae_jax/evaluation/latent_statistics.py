@@ -1,0 +1,59 @@
+"""Mean, standard deviation and RMS of latents, over all and per channel.
+
+The reciprocal of the RMS is the scaling factor (DC-AE, appendix B).
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+class LatentStatistics:
+  """Accumulates images in batches of any size, in float64."""
+
+  def __init__(self, channels: int):
+    self.count = 0  # positions of all images together
+    self._mean = np.zeros(channels)
+    self._scatter = np.zeros(channels)
+
+  def update(
+    self, means: np.ndarray, variances: np.ndarray, positions: int
+  ) -> None:
+    """Adds images by the moments of each.
+
+    Args:
+      means: over the positions of an image, [n, c].
+      variances: about them, [n, c].
+      positions: of each image.
+    """
+    means, variances = (np.asarray(x, np.float64) for x in (means, variances))
+    if not len(means):
+      return
+    added = len(means) * positions
+    mean = means.mean(axis=0)
+    scatter = (variances + np.square(means - mean)).sum(axis=0) * positions
+    total = self.count + added
+    shift = mean - self._mean
+    self._scatter += scatter + np.square(shift) * (self.count * added / total)
+    self._mean = self._mean + shift * (added / total)
+    self.count = total
+
+  def compute(self) -> dict[str, Any]:
+    """Numbers over all channels, and under "channels" a list for each.
+
+    `scaling_factor` is None where all latents are zero.
+    """
+    variance = self._scatter / self.count
+    square = variance + np.square(self._mean)
+    mean, rms = self._mean.mean(), np.sqrt(square.mean())
+    return {
+      "mean": float(mean),
+      "std": float(np.sqrt(max(square.mean() - mean**2, 0.0))),
+      "rms": float(rms),
+      "scaling_factor": float(1 / rms) if rms > 0 else None,
+      "channels": {
+        "mean": self._mean.tolist(),
+        "std": np.sqrt(variance).tolist(),
+        "rms": np.sqrt(square).tolist(),
+      },
+    }

@@ -1,0 +1,133 @@
+"""Metrics of generated images: Inception Score, precision and recall.
+
+Of the outputs of a network, as a rule of the FID Inception (models/inception).
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+_BLOCK = 1024  # rows whose distances are in memory at a time
+
+
+class InceptionScore:
+  """Inception Score (arXiv 1606.03498) of logits in batches of any size.
+
+  Image i goes to split i modulo `splits`; the score is the mean over splits.
+  Memory does not grow with the number of images.
+  """
+
+  def __init__(self, classes: int, splits: int = 10):
+    """Starts empty.
+
+    Args:
+      classes: number of logits.
+      splits: parts that the images are divided into.
+
+    Raises:
+      ValueError: fewer than one split.
+    """
+    if splits < 1:
+      raise ValueError(f"splits={splits} is below 1")
+    self.count = 0
+    self._counts = np.zeros(splits)
+    self._sums = np.zeros((splits, classes))  # of probabilities
+    self._negative_entropies = np.zeros(splits)
+
+  def update(self, logits: np.ndarray) -> None:
+    """Adds logits [n, classes]."""
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(axis=1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    p = np.exp(log_p)
+    splits = (self.count + np.arange(len(p))) % len(self._counts)
+    np.add.at(self._counts, splits, 1)
+    np.add.at(self._sums, splits, p)
+    np.add.at(self._negative_entropies, splits, (p * log_p).sum(axis=1))
+    self.count += len(p)
+
+  def compute(self) -> tuple[float, float]:
+    """Mean and standard deviation over the splits.
+
+    Raises:
+      ValueError: fewer images than splits.
+    """
+    if self.count < len(self._counts):
+      raise ValueError(
+        f"an Inception Score of {len(self._counts)} splits needs as many "
+        f"images at least, not {self.count}"
+      )
+    marginal = self._sums / self._counts[:, None]
+    log_marginal = np.log(np.where(marginal > 0, marginal, 1.0))
+    divergence = self._negative_entropies / self._counts
+    divergence = divergence - (marginal * log_marginal).sum(axis=1)
+    scores = np.exp(divergence)
+    return float(scores.mean()), float(scores.std())
+
+
+def precision_recall(
+  real: np.ndarray, generated: np.ndarray, k: int = 3
+) -> tuple[float, float]:
+  """Improved precision and recall (arXiv 1904.06991).
+
+  A point lies in the manifold of a set if it is not farther from one of its
+  points than that point's `k`-th nearest neighbour within the set.
+
+  Args:
+    real: features [n, d].
+    generated: features [m, d].
+    k: neighbours.
+
+  Returns:
+    The part of `generated` in the manifold of `real`, and the reverse.
+
+  Raises:
+    ValueError: sets of other dimensions, or without `k` neighbours.
+  """
+  real, generated = (np.asarray(x, np.float64) for x in (real, generated))
+  if real.ndim != 2 or real.shape[1:] != generated.shape[1:]:
+    raise ValueError(
+      f"features {real.shape} and {generated.shape} are not [n, d] and [m, d]"
+    )
+  if k < 1 or min(len(real), len(generated)) <= k:
+    raise ValueError(
+      f"k={k} neighbours need more than {k} points in each set, not "
+      f"{len(real)} and {len(generated)}"
+    )
+  return (
+    _part_inside(generated, real, _radii(real, k)),
+    _part_inside(real, generated, _radii(generated, k)),
+  )
+
+
+def _squared_distances(
+  points: np.ndarray, others: np.ndarray
+) -> Iterator[np.ndarray]:
+  """Blocks [_BLOCK, m] of squared distances, from each of `points`."""
+  # About the mean, so that little cancels in the expanded square.
+  centre = others.mean(axis=0)
+  points, others = points - centre, others - centre
+  lengths = np.sum(np.square(others), axis=1)
+  for start in range(0, len(points), _BLOCK):
+    block = points[start : start + _BLOCK]
+    own = np.sum(np.square(block), axis=1, keepdims=True)
+    yield np.maximum(own + lengths - 2 * block @ others.T, 0.0)
+
+
+def _radii(points: np.ndarray, k: int) -> np.ndarray:
+  """Squared distance of each point to its `k`-th nearest other one."""
+  radii = []
+  for i, block in enumerate(_squared_distances(points, points)):
+    rows = np.arange(len(block))
+    block[rows, i * _BLOCK + rows] = np.inf  # itself
+    radii.append(np.partition(block, k - 1, axis=1)[:, k - 1])
+  return np.concatenate(radii)
+
+
+def _part_inside(
+  points: np.ndarray, others: np.ndarray, radii: np.ndarray
+) -> float:
+  inside = [
+    (block <= radii).any(axis=1) for block in _squared_distances(points, others)
+  ]
+  return float(np.concatenate(inside).mean())

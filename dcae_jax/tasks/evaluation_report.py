@@ -1,0 +1,182 @@
+"""The HTML report of evaluations: reads their work directories, writes a page.
+
+Pictures are copied, so that `report/` can be moved and opened anywhere.
+"""
+
+import json
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from dcae_jax.evaluation import figures, html_report
+from dcae_jax.training import metrics_writer
+
+_CROP_SCALE = 4
+
+
+class _Run(NamedTuple):
+  """One evaluation: a name that no other one has, its result, its directory."""
+
+  name: str
+  slug: str
+  result: dict[str, Any]
+  directory: epath.Path
+
+  def picture(self, size: str, index: int, suffix: str) -> np.ndarray:
+    """Uint8 [h, w, 1 or 3]."""
+    folder = self.directory / "pictures" / f"{size}px"
+    file = folder / f"{index:07d}{suffix}.png"
+    return metrics_writer.read_png(file)
+
+
+def read_result(directory: epath.Path) -> dict[str, Any]:
+  """Raises ValueError if `result.json` is not that of an evaluation."""
+  file = directory / "result.json"
+  try:
+    result = json.loads(file.read_text())
+    for key in ("name", "autoencoder", "resolutions", "metric_weights"):
+      result[key]
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{file} is not the result of an evaluation ({error!r}); run it again"
+    ) from error
+  return result
+
+
+def write(workdir: epath.Path, directories: list[epath.Path]) -> str:
+  """Writes `report/` of one or several evaluations.
+
+  Args:
+    workdir: that gets it.
+    directories: of the evaluations, in the order of the table.
+
+  Returns:
+    The table, as text.
+  """
+  runs = _runs(directories)
+  report = workdir / "report"
+  if report.exists():
+    report.rmtree()
+  (report / "pictures").mkdir(parents=True)
+  sizes = dict.fromkeys(
+    size for run in runs for size in run.result["resolutions"]
+  )
+  sections, latents = [], []
+  for size in sizes:
+    with_size = [run for run in runs if size in run.result["resolutions"]]
+    sections += _sections(report, size, with_size)
+    for run in with_size:
+      file = f"pictures/{size}px_{run.slug}_latents.png"
+      source = run.directory / "pictures" / f"{size}px" / "latents.png"
+      (report / file).write_bytes(source.read_bytes())
+      shown = run.result["resolutions"][size]["pictures"]["samples"][0]
+      latents.append((f"{run.name}, {size} px: {shown['name']}", file))
+  named = [(run.name, run.result) for run in runs]
+  page = html_report.page(named, sections, latents)
+  metrics_writer.write_whole(report / "index.html", page)
+  return html_report.text_table(named)
+
+
+def _runs(directories: list[epath.Path]) -> list[_Run]:
+  runs = []
+  for i, directory in enumerate(directories):
+    result = read_result(directory)
+    name, taken = result["name"], {run.name for run in runs}
+    if name in taken:
+      name = f"{name} ({i + 1})"
+    slug = f"{i}_{re.sub('[^A-Za-z0-9]+', '-', name).strip('-')}"
+    runs.append(_Run(name, slug, result, directory))
+  return runs
+
+
+def _sections(
+  report: epath.Path, size: str, runs: list[_Run]
+) -> list[html_report.Section]:
+  """The samples that all runs have, then the extremes of each run."""
+
+  def shown(run: _Run, group: str) -> dict[int, dict[str, Any]]:
+    pictures = run.result["resolutions"][size]["pictures"]
+    return {row["index"]: row for row in pictures[group]}
+
+  sections = []
+  for own in _same_samples(size, runs):
+    rows = [shown(run, "samples") for run in own]
+    made = [
+      _figure(report, size, index, list(zip(own, rows, strict=True)))
+      for index in rows[0]
+      if all(index in others for others in rows)
+    ]
+    of = "" if len(own) == len(runs) else f" of {own[0].name}"
+    sections.append(html_report.Section(f"Images{of} at {size} px", made))
+  for group in ("worst", "best"):
+    for run in runs:
+      rows = shown(run, group)
+      made = [_figure(report, size, index, [(run, rows)]) for index in rows]
+      of = f" of {run.name}" if len(runs) > 1 else ""
+      title = f"{group.capitalize()} PSNR{of} at {size} px"
+      if made:
+        sections.append(html_report.Section(title, made))
+  return sections
+
+
+def _same_samples(size: str, runs: list[_Run]) -> list[list[_Run]]:
+  """Runs in groups that show the same originals."""
+  groups = []
+  for run in runs:
+    rows = run.result["resolutions"][size]["pictures"]["samples"]
+    first = run.picture(size, rows[0]["index"], "")
+    for known, *others in groups:
+      if np.array_equal(known, first):
+        others[0].append(run)
+        break
+    else:
+      groups.append((first, [run]))
+  return [members for _, members in groups]
+
+
+def _figure(
+  report: epath.Path,
+  size: str,
+  index: int,
+  versions: list[tuple[_Run, dict[int, dict[str, Any]]]],
+) -> html_report.Figure:
+  """Writes the pictures of one image."""
+  first, rows = versions[0]
+  original = first.picture(size, index, "")
+  window = figures.detailed_window(original)
+  stem = f"pictures/{size}px_{index:07d}_{first.slug}"
+
+  def save(name: str, pixels: np.ndarray) -> str:
+    metrics_writer.write_png(report / name, pixels)
+    return name
+
+  def crop(pixels: np.ndarray) -> np.ndarray:
+    part = pixels[window]
+    return part.repeat(_CROP_SCALE, axis=0).repeat(_CROP_SCALE, axis=1)
+
+  made = []
+  for run, values in versions:
+    found = run.picture(size, index, "_reconstruction")
+    prefix = f"{stem}_{run.slug}"
+    caption = ", ".join(
+      f"{metric.upper()} {values[index][metric]:.{digits}f}"
+      for metric, digits in (("psnr", 1), ("ssim", 2), ("lpips", 3))
+      if metric in values[index]
+    )
+    made.append(
+      html_report.Version(
+        run.name,
+        caption,
+        save(f"{prefix}.png", found),
+        save(f"{prefix}_crop.png", crop(found)),
+        save(f"{prefix}_error.png", figures.error_map(original, found)),
+      )
+    )
+  return html_report.Figure(
+    rows[index]["name"],
+    save(f"{stem}.png", original),
+    save(f"{stem}_crop.png", crop(original)),
+    made,
+  )

@@ -1,0 +1,98 @@
+"""Mean and covariance of Inception features of images, for FID.
+
+Writes `inception_<side>px.npz` in the layout of pytorch-fid, which evaluations
+read as their `config.reference`.
+"""
+
+import json
+import logging
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from dcae_jax.data import images
+from dcae_jax.evaluation import fid
+from dcae_jax.models import inception
+from dcae_jax.tasks import wiring
+from dcae_jax.training import metrics_writer, sharding
+
+_LOG = logging.getLogger(__name__)
+
+
+def check(config: ConfigDict) -> None:
+  """Raises ValueError for a config that cannot be run."""
+  if not config.resolutions:
+    raise ValueError("config.resolutions is empty; name at least one")
+  for key, least in (("batch_size", 1), ("max_images", 0), ("threads", 1)):
+    if not config[key] >= least:
+      raise ValueError(f"config.{key}={config[key]} is below {least}")
+  if not config.max_megapixels > 0:
+    raise ValueError(
+      f"config.max_megapixels={config.max_megapixels} is not positive"
+    )
+  for resolution in config.resolutions:
+    if not isinstance(resolution, int) or resolution < 1:
+      raise ValueError(f"image side {resolution!r} is not a positive number")
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> bool:
+  """Writes one `.npz` for each resolution, and `result.json`."""
+  check(config)
+  wiring.check_work_directory(config, workdir)
+  wiring.check_nothing_foreign(workdir, ())
+  wiring.prepare_jax(config.compilation_cache)
+  source = wiring.single_source(config.source)
+  decoding = images.Decoding(max_megapixels=config.max_megapixels)
+  images.check_not_empty(source, decoding)
+  weights = inception.load(config.weights)
+  mesh = sharding.create_mesh(**config.mesh)
+  wiring.write_config(config, workdir)
+  parameters = jax.device_put(weights.parameters, sharding.replicated(mesh))
+
+  def pooled(parameters, batch):
+    pixels = batch.images.astype("float32")
+    return inception.features(parameters, pixels)[0], batch.mask
+
+  features = jax.jit(pooled, out_shardings=sharding.replicated(mesh))
+  reader = wiring.EvaluationImages(
+    source,
+    decoding,
+    mesh,
+    batch_size=config.batch_size,
+    max_images=config.max_images,
+    threads=config.threads,
+  )
+  counts = {}
+  for resolution in config.resolutions:
+    progress = wiring.Progress(reader.total)
+    moments = fid.Moments(inception.FEATURES)
+    for batch in reader.batches(resolution):
+      rows, mask = jax.device_get(features(parameters, batch))
+      moments.update(rows[mask])
+      progress.add(int(np.sum(mask)))
+    progress.finish()
+    covariance = moments.covariance  # refuses fewer than two images
+    if moments.count < fid.FEWEST_IMAGES:
+      _LOG.warning(
+        "%d images, fewer than %d: their covariance does not have full rank",
+        moments.count, fid.FEWEST_IMAGES,
+      )  # fmt: skip
+    counts[str(resolution)] = moments.count
+    file = workdir / f"inception_{resolution}px.npz"
+    if jax.process_index() == 0:
+      fid.save_statistics(file, moments.mean, covariance)
+      _LOG.info("statistics of %d images: %s", moments.count, file)
+  if jax.process_index() == 0:
+    result = {
+      "images": counts,
+      "crop": images.EVALUATION_CROP,
+      "source": wiring.resolved(config.source) | {"files": len(source)},
+      "weights_sha256": weights.sha256,
+      "weights_are_published": weights.is_published,
+    }
+    metrics_writer.write_whole(
+      workdir / "result.json", json.dumps(result, indent=2)
+    )
+  return True

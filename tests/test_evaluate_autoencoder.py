@@ -1,0 +1,396 @@
+"""The evaluation as a user runs it, and its report."""
+
+import csv
+import html.parser
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import skimage.metrics
+from conftest import run_main, smooth_image
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+import dcae_jax
+from configs import base
+from dcae_jax.data import transforms
+from dcae_jax.evaluation import fid
+from dcae_jax.models import dcae, inception, lpips
+from dcae_jax.tasks import evaluate_autoencoder, reference_statistics
+
+RESOLUTION = 32
+
+
+@pytest.fixture(scope="module")
+def weights_folder(tmp_path_factory):
+  """A tiny autoencoder whose shortcuts make it reconstruct something."""
+  variant = dcae.VARIANTS["tiny-f8"]
+  model = dcae.create(variant)
+  variables = jax.jit(model.init)(
+    jax.random.key(0), np.zeros((1, 8, 8, 3), "float32")
+  )
+  folder = tmp_path_factory.mktemp("tiny") / "weights"
+  dcae_jax.Autoencoder(variant, variables, scaling_factor=1.0).save(folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+  """Eleven images and two that cannot be read."""
+  root = tmp_path_factory.mktemp("pictures")
+  for i in range(11):
+    Image.fromarray(smooth_image(i, 40 + 5 * i, 90 - 4 * i)).save(
+      root / f"{i:02d}.png"
+    )
+  (root / "03_broken.jpg").write_bytes(b"no picture")
+  (root / "99_broken.png").write_bytes(b"")
+  return root
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+  """A converted file, with random values."""
+  rng = np.random.default_rng(0)
+  file = tmp_path_factory.mktemp("inception") / "random.npz"
+  arrays = {}
+  for name, shape in inception.parameter_shapes().items():
+    if name.endswith("running_var") or name.endswith("bn.weight"):
+      arrays[name] = rng.uniform(0.5, 1.5, shape)
+    else:
+      arrays[name] = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
+  np.savez(file, **{k: v.astype("float32") for k, v in arrays.items()})
+  return file
+
+
+@pytest.fixture(scope="module")
+def config(pictures, weights_folder, compilation_cache):
+  """A function: the evaluation of the tiny one, PSNR and SSIM alone."""
+
+  def create(**changes) -> ConfigDict:
+    c = base.evaluate()
+    c.init_from = str(weights_folder)
+    c.source = base.source("folder", str(pictures))
+    c.resolutions = (RESOLUTION,)
+    c.metrics = ()
+    c.batch_size = 8
+    c.samples, c.extremes = 3, 1
+    c.compilation_cache = compilation_cache
+    c.update_from_flattened_dict(changes)
+    return c
+
+  return create
+
+
+def _run(config, workdir):
+  workdir = epath.Path(workdir)
+  evaluate_autoencoder.run(config, workdir)
+  return json.loads((workdir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def workdir(
+  weights_folder, pictures, inception_weights, compilation_cache,
+  tmp_path_factory,
+):  # fmt: skip
+  """Everything, from the command line."""
+  workdir = tmp_path_factory.mktemp("evaluation") / "out"
+  found = run_main(
+    "configs/f64_evaluate.py",
+    f"--config.init_from={weights_folder}",
+    f"--config.source.path={pictures}",
+    f"--config.resolutions=({RESOLUTION},)",
+    f"--config.weights.rfid={inception_weights}",
+    "--config.batch_size=5",
+    "--config.samples=3",
+    "--config.extremes=2",
+    f"--config.compilation_cache={compilation_cache}",
+    f"--workdir={workdir}",
+  )
+  assert found.returncode == 0, found.stderr
+  assert "11 of 13 images" in found.stderr
+  assert "rFID" in found.stderr and "report/index.html" in found.stderr
+  assert "fewer than 2048" in found.stderr
+  return workdir
+
+
+def _crops(pictures, side=RESOLUTION):
+  for file in sorted(pictures.glob("??.png")):
+    with Image.open(file) as image:
+      yield np.asarray(transforms.dm_crop(image.convert("RGB"), side))
+
+
+def test_result_holds_the_row_of_the_papers_table(
+  workdir, pictures, weights_folder
+):
+  """Each number again, image by image, by other means."""
+  result = json.loads((workdir / "result.json").read_text())
+  found = result["resolutions"][str(RESOLUTION)]
+  ae = dcae_jax.load(weights_folder)
+  expected = {"psnr": [], "ssim": [], "lpips": []}
+  latents = []
+  for pixels in _crops(pictures):
+    latents.append(np.asarray(ae.encode(pixels[None])))
+    y = np.asarray(ae.decode(latents[-1]))[0]
+    y = np.clip(np.round(y * 127.5 + 127.5), 0, 255).astype(np.uint8)
+    expected["psnr"].append(
+      skimage.metrics.peak_signal_noise_ratio(pixels, y, data_range=255)
+    )
+    expected["ssim"].append(
+      skimage.metrics.structural_similarity(
+        pixels, y, channel_axis=-1, gaussian_weights=True, sigma=1.5,
+        use_sample_covariance=False, data_range=255,
+      )
+    )  # fmt: skip
+    a, b = (jnp.asarray(x[None] / 127.5 - 1, jnp.float32) for x in (pixels, y))
+    parameters = lpips.load_parameters("alexnet")
+    expected["lpips"].append(
+      float(lpips.distance(parameters, a, b, "alexnet")[0])
+    )
+  assert found["images"] == 11 and found["images_skipped"] == 2
+  for name, values in expected.items():
+    assert found[name] == pytest.approx(np.mean(values), rel=1e-3), name
+  assert found["rfid"] > 0 and found["frechet_efficientnet_lite0"] > 0
+  z = np.concatenate(latents)
+  latent = found["latent"]
+  assert latent["scaling_factor"] == pytest.approx(1 / latent["rms"])
+  assert latent["rms"] == pytest.approx(np.sqrt(np.mean(z**2)), rel=1e-4)
+  np.testing.assert_allclose(
+    latent["channels"]["std"], z.std((0, 1, 2)), rtol=1e-3
+  )
+  with (workdir / f"images_{RESOLUTION}px.csv").open() as file:
+    rows = list(csv.DictReader(file))
+  assert [pathlib.Path(row["name"]).name for row in rows] == sorted(
+    file.name for file in pictures.glob("??.png")
+  )
+  for name, values in expected.items():
+    found = [float(row[name]) for row in rows]
+    np.testing.assert_allclose(found, values, rtol=1e-2, atol=1e-3)
+
+
+def test_result_says_how_it_was_measured(workdir, weights_folder):
+  result = json.loads((workdir / "result.json").read_text())
+  assert list(result["resolutions"]) == [str(RESOLUTION)]
+  assert result["autoencoder"]["variant"] == "tiny-f8"
+  assert result["autoencoder"]["spatial_compression"] == 8
+  assert "dm_crop" in result["crop"] and result["dtype"] == "float32"
+  assert result["source"]["files"] == 13
+  used = result["metric_weights"]
+  assert used["lpips"]["sha256"] == lpips.NETWORKS["alexnet"].sha256
+  assert used["lpips"]["is_published"] and not used["rfid"]["is_published"]
+  assert len(result["autoencoder"]["weights_sha256"]) == 64
+  assert {"jax", "flax", "python"} <= result["versions"].keys()
+
+
+class _References(html.parser.HTMLParser):
+  def __init__(self):
+    super().__init__()
+    self.found = set()
+
+  def handle_starttag(self, tag, attributes):
+    values = dict(attributes)
+    self.found |= {values[k] for k in ("src", "href") if k in values}
+    if tag == "option":
+      self.found.add(values["value"])
+
+
+def _check_page(workdir):
+  """Everything it refers to is there, and nothing is on the network."""
+  text = (workdir / "report" / "index.html").read_text()
+  references = _References()
+  references.feed(text)
+  assert references.found
+  for name in references.found:
+    with Image.open(workdir / "report" / name) as image:
+      image.load()
+  return text
+
+
+def test_report_opens_from_disk(workdir):
+  text = _check_page(workdir)
+  for words in ("rFID", "Worst PSNR", "Best PSNR", "Latent channels", "<svg"):
+    assert words in text
+  assert text.count("<figure>") == 3 + 2 + 2
+  assert "not the published file" in text  # of the random Inception
+
+
+def test_several_resolutions_in_one_run(config, tmp_path):
+  found = _run(config(resolutions=(RESOLUTION, 64)), tmp_path / "out")
+  assert list(found["resolutions"]) == [str(RESOLUTION), "64"]
+  low, high = found["resolutions"].values()
+  assert low["images"] == high["images"] == 11
+  assert low["psnr"] != high["psnr"]
+  text = _check_page(tmp_path / "out")
+  assert "4 x 4 x 16" in text and "8 x 8 x 16" in text
+
+
+def test_metrics_without_weights_are_absent_by_name(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+  metrics = ("rfid", "frechet_efficientnet_lite0")
+  result = _run(config(metrics=metrics, max_images=5), tmp_path / "out")
+  found = result["resolutions"][str(RESOLUTION)]
+  assert found["rfid"] is None
+  assert "curl" in found["absent"]["rfid"]
+  assert found["frechet_efficientnet_lite0"] > 0
+  assert found["images"] == 4  # one of the first five cannot be read
+  text = _check_page(tmp_path / "out")
+  assert "absent" in text and "curl" in text
+
+
+def test_one_image_has_no_distance_but_all_the_rest(config, tmp_path):
+  metrics = ("frechet_efficientnet_lite0",)
+  result = _run(config(metrics=metrics, max_images=1), tmp_path / "out")
+  found = result["resolutions"][str(RESOLUTION)]
+  assert found["images"] == 1 and found["psnr"] > 0
+  assert found["frechet_efficientnet_lite0"] is None
+  reason = found["absent"]["frechet_efficientnet_lite0"]
+  assert "at least 2 images, not 1" in reason
+
+
+def test_runs_are_compared_whether_measured_before_or_not(
+  config, tmp_path, weights_folder
+):
+  first = tmp_path / "first"
+  before = _run(config(space_to_channel=2, name="<f16>"), first)
+  assert before["autoencoder"]["spatial_compression"] == 16
+  second = tmp_path / "second"
+  compare = f"[{first},{weights_folder}]"
+  result = _run(
+    config(init_from="", variant="tiny-f8", seed=1, compare=compare), second
+  )
+  other = json.loads((second / "compared" / "1" / "result.json").read_text())
+  size = str(RESOLUTION)
+  # Space to channel changes latents, not pictures.
+  assert other["resolutions"][size]["psnr"] == pytest.approx(
+    before["resolutions"][size]["psnr"], rel=1e-4
+  )
+  assert result["resolutions"][size]["psnr"] != pytest.approx(
+    before["resolutions"][size]["psnr"], rel=1e-4
+  )
+  text = _check_page(second)
+  assert "&lt;f16&gt;" in text and "<f16>" not in text
+  names = ("tiny-f8, initial values", "&lt;f16&gt;", "weights")
+  assert all(name in text for name in names)
+  assert "2 x 2 x 64" in text and "4 x 4 x 16" in text
+  assert text.count("<figure>") == 3 + 3 * 2  # together; extremes of each
+  # Alone, finished evaluations need neither images nor weights.
+  third = tmp_path / "third"
+  evaluate_autoencoder.run(
+    config(init_from="", compare=f"{first},{second}"), epath.Path(third)
+  )
+  assert "initial values" in _check_page(third)
+
+
+def test_reference_statistics_are_computed_saved_and_read(
+  config, pictures, inception_weights, tmp_path, compilation_cache
+):
+  c = base.reference_statistics()
+  c.source = base.source("folder", str(pictures))
+  c.resolutions = (RESOLUTION,)
+  c.batch_size, c.max_images = 8, 8
+  c.weights = str(inception_weights)
+  c.compilation_cache = compilation_cache
+  reference_statistics.run(c, epath.Path(tmp_path / "reference"))
+  file = tmp_path / "reference" / f"inception_{RESOLUTION}px.npz"
+  mean, covariance = fid.load_statistics(file, 2048)
+  assert np.linalg.matrix_rank(covariance) == 6  # 7 images
+  record = json.loads((tmp_path / "reference/result.json").read_text())
+  assert record["images"] == {str(RESOLUTION): 7}
+  settings = {
+    "metrics": ("rfid",),
+    "weights.rfid": str(inception_weights),
+    "max_images": 8,
+  }
+  with_originals = _run(config(**settings), tmp_path / "a")
+  path = str(file).replace(str(RESOLUTION), "{resolution}")
+  with_reference = _run(config(**settings, reference=path), tmp_path / "b")
+  distances = [
+    result["resolutions"][str(RESOLUTION)]["rfid"]
+    for result in (with_originals, with_reference)
+  ]
+  assert distances[0] == pytest.approx(distances[1], rel=1e-4)
+  assert mean.shape == (2048,)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"init_from": ""}, "init_from is empty"),
+    ({"variant": "f32c32"}, "exclude each other"),
+    ({"init_from": "", "variant": "f33"}, "unknown variant 'f33'"),
+    ({"init_from": "nowhere/at/all"}, "nowhere"),
+    ({"resolutions": ()}, "resolutions is empty"),
+    ({"resolutions": (36,)}, "side 36 is not divisible by 8"),
+    ({"resolutions": (32,), "space_to_channel": 3}, "not divisible by 24"),
+    ({"resolutions": (8,)}, "below 11"),
+    ({"resolutions": (24,), "metrics": ("lpips",)}, "below 31"),
+    ({"metrics": ("fid",)}, "unknown metric 'fid'.*rfid, lpips"),
+    ({"batch_size": 0}, "batch_size=0"),
+    ({"samples": 0}, "samples=0"),
+    ({"dtype": "float16"}, "unknown dtype"),
+    ({"compare": "[nowhere/else]"}, "nowhere/else"),
+    ({"weights.rfid": "no.pth", "metrics": ("rfid",)}, "no.pth"),
+    ({"reference": "x.npz"}, "rfid, which is not among"),
+    ({"source.path": "/nowhere"}, "does not exist"),
+    ({"source.kind": "mixture"}, "not from a mixture"),
+    ({"mesh.data": 3}, "mesh"),
+  ],
+)
+def test_bad_configs_are_refused_before_anything_is_written(
+  changes, message, config, tmp_path
+):
+  with pytest.raises(ValueError, match=message):
+    _run(config(**changes), tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_for_several_resolutions_names_them(
+  config, inception_weights, tmp_path
+):
+  changes = {
+    "metrics": ("rfid",),
+    "weights.rfid": str(inception_weights),
+    "resolutions": (32, 64),
+    "reference": "one.npz",
+  }
+  with pytest.raises(ValueError, match="one file for several"):
+    _run(config(**changes), tmp_path / "out")
+  changes["resolutions"] = (32,)
+  with pytest.raises(ValueError, match=r"no file one\.npz"):
+    _run(config(**changes), tmp_path / "out")
+
+
+def test_a_directory_of_something_else_is_left_alone(config, tmp_path):
+  (tmp_path / "report").mkdir()
+  (tmp_path / "report" / "mine.txt").write_text("mine")
+  with pytest.raises(ValueError, match="holds report of something else"):
+    _run(config(), tmp_path)
+  assert (tmp_path / "report" / "mine.txt").exists()
+
+
+def test_damaged_results_are_refused(config, tmp_path):
+  first = tmp_path / "first"
+  _run(config(), first)
+  (first / "result.json").write_text("{")
+  with pytest.raises(ValueError, match="not the result of an evaluation"):
+    _run(config(compare=str(first)), tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+  ("text", "paths"),
+  [
+    ("", []),
+    ("a", ["a"]),
+    ("[a/b, gs://c/d]", ["a/b", "gs://c/d"]),
+    ("['a','b',]", ["a", "b"]),
+  ],
+)
+def test_compare_is_a_list_in_brackets_or_not(text, paths):
+  c = base.evaluate()
+  c.compare = text
+  assert evaluate_autoencoder.compared(c) == paths

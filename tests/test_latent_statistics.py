@@ -1,0 +1,37 @@
+import json
+
+import numpy as np
+import pytest
+
+from dcae_jax.evaluation import latent_statistics
+
+
+def _compute(z, size):
+  found = latent_statistics.LatentStatistics(z.shape[-1])
+  for start in range(0, len(z), size):
+    part = z[start : start + size]
+    found.update(part.mean((1, 2)), part.var((1, 2)), 6)
+  return found.compute()
+
+
+@pytest.mark.parametrize("size", [1, 4, 11])
+def test_statistics_are_those_of_all_latents_for_any_batch_size(size):
+  rng = np.random.default_rng(0)
+  z = rng.normal([0, 5, -300.0], [1, 0.1, 2], (11, 2, 3, 3))
+  found = _compute(z, size)
+  assert found["mean"] == pytest.approx(z.mean())
+  assert found["std"] == pytest.approx(z.std())
+  assert found["rms"] == pytest.approx(np.sqrt(np.mean(z**2)))
+  assert found["scaling_factor"] == pytest.approx(1 / found["rms"])
+  channels = z.reshape(-1, 3)
+  for name, expected in (
+    ("mean", channels.mean(0)),
+    ("std", channels.std(0)),
+    ("rms", np.sqrt(np.mean(channels**2, 0))),
+  ):
+    np.testing.assert_allclose(found["channels"][name], expected, rtol=1e-9)
+  json.dumps(found)
+
+
+def test_latents_that_are_all_zero_have_no_scaling_factor():
+  assert _compute(np.zeros((2, 2, 3, 3)), 2)["scaling_factor"] is None
