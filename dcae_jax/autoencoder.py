@@ -8,10 +8,11 @@
 On one device; training and evaluation over many devices are tasks of their own.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 from dcae_jax import architecture, arrays, released, tiling, weights
 from dcae_jax.data import images as images_lib
 from dcae_jax.data import sources, transforms
-from dcae_jax.models import dcae
+from dcae_jax.models import dcae, sd_vae
 from dcae_jax.training import checkpoint, metrics_writer
 
 _LARGEST_BATCH = 16  # images at a time; a larger batch goes in parts
@@ -33,8 +34,9 @@ def load(
   *,
   scaling_factor: float | None = None,
   dtype: DTypeLike = "float32",
+  space_to_channel: int = 1,
 ) -> "Autoencoder":
-  """Loads an autoencoder.
+  """Loads an autoencoder, a DC-AE or an SD-VAE.
 
   Args:
     path: the work directory of a training run (its averages are loaded), a
@@ -43,6 +45,9 @@ def load(
       (`HF_HUB_OFFLINE=1` uses the cache alone).
     scaling_factor: where it cannot be known: from weights without a config.
     dtype: of the computation; parameters stay float32.
+    space_to_channel: side of the squares of latent positions that are moved
+      into channels: 8 makes an f8c4 an f64c256. Its weights and its scaling
+      factor stay what they are.
 
   Raises:
     ValueError: there is nothing of that kind, it is damaged or a pickle, its
@@ -50,8 +55,9 @@ def load(
   """
   path = os.path.expanduser(os.fspath(path))
   dcae.check_dtype(dtype)
+  dcae.check_space_to_channel(space_to_channel)
   if checkpoint.is_run(path):
-    return _load_run(path, scaling_factor, dtype)
+    return _load_run(path, scaling_factor, dtype, space_to_channel)
   found = released.find(path)
   scaling_origin = "given"
   if scaling_factor is None:
@@ -70,7 +76,9 @@ def load(
     variables,
     image_channels=found.image_channels,
     scaling_factor=scaling_factor,
+    shift_factor=found.shift_factor,
     dtype=dtype,
+    space_to_channel=space_to_channel,
     batch_counts=counts,
     origin=found.label,
     released_name=found.name,
@@ -79,13 +87,16 @@ def load(
 
 
 def _load_run(
-  run: str, scaling_factor: float | None, dtype: DTypeLike
+  run: str,
+  scaling_factor: float | None,
+  dtype: DTypeLike,
+  space_to_channel: int,
 ) -> "Autoencoder":
   config = checkpoint.read_run_config(run)["model"]
   variant = architecture.of_model(config["variant"], config["architecture"])
   channels = config["image_channels"]
   residual = config["residual_autoencoding"]
-  model = dcae.create(
+  model = architecture.create(
     variant, image_channels=channels, residual_autoencoding=residual
   )
   abstract = dcae.abstract_variables(model, channels)
@@ -114,36 +125,61 @@ def _load_run(
     scaling_factor=scaling_factor,
     dtype=dtype,
     residual_autoencoding=residual,
+    space_to_channel=space_to_channel,
     scaling_origin=scaling_origin,
     origin=f"averaged weights of step {step} of a training run"
     + (f" (held-out images: {', '.join(metrics)})" if metrics else ""),
   )
 
 
+class _Kind(NamedTuple):
+  """What the model card says of a kind of autoencoder."""
+
+  title: str
+  tag: str
+  source: str
+  latents: str
+
+
+_KINDS = {
+  dcae.Variant: _Kind(
+    "Deep compression autoencoder", "dc-ae", "DC-AE, arXiv 2410.10733", ""
+  ),
+  sd_vae.Variant: _Kind(
+    "SD-VAE", "sd-vae", "SD-VAE (AutoencoderKL), arXiv 2112.10752",
+    ", the mean of a normal distribution",
+  ),
+}  # fmt: skip
+
+
 class Autoencoder:
-  """A deep compression autoencoder with its weights.
+  """A deep compression autoencoder, or an SD-VAE, with its weights.
 
   Images are `[b, h, w, c]`, uint8 or float in [-1, 1], numpy or JAX arrays;
-  latents are `[b, h / f, w / f, latent_channels]` and not scaled. Results are
-  float32 JAX arrays.
+  latents are `[b, h / f, w / f, latent_channels]` and not scaled (of an SD-VAE
+  the means). Results are float32 JAX arrays.
 
   Attributes:
-    variant: a key of `dcae_jax.models.dcae.VARIANTS`, or "custom".
+    variant: a key of `dcae_jax.architecture.VARIANTS`, or "custom".
     architecture: its widths, depths and blocks.
     variables: `{"params": ..., "batch_stats": ...}`, for `model.apply`.
     model: the linen module.
     image_channels: 3, or 1 for grey images.
+    shift_factor: what diffusion subtracts from latents before scaling them, 0
+      for all but some SD-VAEs: `(z - shift_factor) * scaling_factor`.
   """
 
   def __init__(
     self,
-    variant: dcae.Variant,
+    variant: architecture.Variant,
     variables: Any,
     *,
     image_channels: int = 3,
     scaling_factor: float | None = None,
+    shift_factor: float = 0.0,
     dtype: DTypeLike = "float32",
     residual_autoencoding: bool = True,
+    space_to_channel: int = 1,
     batch_counts: dict[str, int] | None = None,
     origin: str = "not stated",
     released_name: str = "",
@@ -156,8 +192,10 @@ class Autoencoder:
       variables: `{"params": ..., "batch_stats": ...}`.
       image_channels: of the images.
       scaling_factor: if it is known.
+      shift_factor: see the class.
       dtype: of the computation.
       residual_autoencoding: False for a network without shortcuts.
+      space_to_channel: as for `load`.
       batch_counts: what a file had of them, to be saved again.
       origin: where the weights come from, for the model card.
       released_name: of the released model they are, if they are one.
@@ -168,28 +206,35 @@ class Autoencoder:
     self.variant = architecture.name_of(variant)
     self.variables = variables
     self.scaling_factor = scaling_factor
+    self.shift_factor = shift_factor
     self.image_channels = image_channels
-    self.model = dcae.create(
+    self.model = architecture.create(
       variant,
       image_channels=image_channels,
       residual_autoencoding=residual_autoencoding,
       dtype=dtype,
+      space_to_channel=space_to_channel,
     )
+    self._dtype = dtype
     self._residual_autoencoding = residual_autoencoding
     self._batch_counts = batch_counts or {}
     self._origin = origin
     self._released_name = released_name
     self._scaling_origin = scaling_origin
-    precision = "highest" if jnp.dtype(dtype) == jnp.float32 else None
+    self._encode = jax.jit(functools.partial(self.apply, method="encode"))
+    self._decode = jax.jit(functools.partial(self.apply, method="decode"))
 
-    def compiled(method: str) -> Callable[[Any, jax.Array], jax.Array]:
-      def apply(variables, x):
-        with jax.default_matmul_precision(precision):
-          return self.model.apply(variables, x, method=method)
+  def apply(self, variables: Any, x: jax.Array, *, method: str) -> jax.Array:
+    """The network as a function, for one's own `jax.jit`.
 
-      return jax.jit(apply)
-
-    self._encode, self._decode = compiled("encode"), compiled("decode")
+    Args:
+      variables: such as `self.variables`.
+      x: images in [-1, 1], or latents; nothing is checked or padded.
+      method: "encode" or "decode".
+    """
+    is_exact = jnp.dtype(self._dtype) == jnp.float32
+    with jax.default_matmul_precision("highest" if is_exact else None):
+      return self.model.apply(variables, x, method=method)
 
   @property
   def scaling_factor(self) -> float | None:
@@ -216,7 +261,7 @@ class Autoencoder:
 
   @property
   def latent_channels(self) -> int:
-    return self.architecture.latent_channels
+    return self.architecture.latent_channels * self.model.space_to_channel**2
 
   def encode(
     self,
@@ -331,6 +376,8 @@ class Autoencoder:
   ) -> float:
     """Sets and returns 1 / RMS of the latents over images, one batch at a time.
 
+    A `shift_factor` is subtracted from them first.
+
     Args:
       source: a folder of images, whose centre crops are taken; or batches of
         images as `encode` takes them.
@@ -346,7 +393,7 @@ class Autoencoder:
       source = self._crops(os.fspath(source), resolution, max_images)
     total, count, images = 0.0, 0, 0
     for batch in source:
-      z = np.asarray(self.encode(batch))
+      z = np.asarray(self.encode(batch)) - np.float32(self.shift_factor)
       total += float(np.sum(np.square(z, dtype=np.float64)))
       count, images = count + z.size, images + len(z)
     if not count or not total:
@@ -360,12 +407,13 @@ class Autoencoder:
 
     Args:
       folder: a new one, or one that was saved to before.
-      layout: "diffusers" (`AutoencoderDC.from_pretrained(folder)`) or
-        "original".
+      layout: "diffusers" (`AutoencoderDC.from_pretrained(folder)`, or
+        `AutoencoderKL` for an SD-VAE), or "original", DC-AE's alone.
 
     Raises:
       ValueError: the scaling factor is not known, the architecture has no
-        config there, or the folder holds something else.
+        config there, space goes to channels, or the folder holds something
+        else.
     """
     if self.scaling_factor is None:
       raise ValueError(
@@ -378,8 +426,17 @@ class Autoencoder:
         "a network without residual shortcuts cannot be saved: no other "
         "library has it"
       )
+    if self.model.space_to_channel != 1:
+      raise ValueError(
+        f"space_to_channel={self.model.space_to_channel} is no part of the "
+        "weights, and other libraries have no such setting; load the "
+        "autoencoder without it, and save that"
+      )
     config = architecture.to_config(
-      self.architecture, self.image_channels, self.scaling_factor
+      self.architecture,
+      self.image_channels,
+      self.scaling_factor,
+      self.shift_factor,
     )
     name = self._released_name or released.name_for(self.variant)
     if layout == "original" and name:  # there, a name is the architecture
@@ -397,25 +454,31 @@ class Autoencoder:
 
   def _model_card(self, layout: str) -> str:
     f = self.spatial_compression
+    kind = _KINDS[type(self.architecture)]
     library = "dcae_jax"
     load_it = 'import dcae_jax\n\nae = dcae_jax.load("FOLDER")'
     if layout == "diffusers":
-      library = "diffusers"
+      library, name = "diffusers", architecture.class_name(self.architecture)
       load_it = (
-        "from diffusers import AutoencoderDC\n\n"
-        'ae = AutoencoderDC.from_pretrained("FOLDER")'
+        f'from diffusers import {name}\n\nae = {name}.from_pretrained("FOLDER")'
+      )
+    scale = "Multiply latents by it before diffusion, and divide them by it"
+    if self.shift_factor:
+      scale = (
+        f"Subtract the shift factor, {self.shift_factor:.6g}, from latents and "
+        "multiply them by it before diffusion; divide them by it and add the "
+        "shift factor"
       )
     return (
-      f"---\nlibrary_name: {library}\ntags:\n- autoencoder\n- dc-ae\n---\n\n"
-      f"# Deep compression autoencoder, {self.variant}\n\n"
+      f"---\nlibrary_name: {library}\ntags:\n- autoencoder\n- {kind.tag}\n"
+      f"---\n\n# {kind.title}, {self.variant}\n\n"
       f"Compresses each side {f} times: an image of {8 * f} x {8 * f} pixels "
-      f"has 8 x 8 latents of {self.latent_channels} channels. Images are in "
-      "[-1, 1].\n\n"
+      f"has 8 x 8 latents of {self.latent_channels} channels{kind.latents}. "
+      "Images are in [-1, 1].\n\n"
       f"- Weights: {self._origin}.\n"
       f"- Scaling factor: {self.scaling_factor:.6g} ({self._scaling_origin}). "
-      "Multiply latents by it before diffusion, and divide them by it before "
-      "decoding.\n"
-      "- Architecture: DC-AE, arXiv 2410.10733. Written by dcae_jax, layout "
+      f"{scale} before decoding.\n"
+      f"- Architecture: {kind.source}. Written by dcae_jax, layout "
       f"`{layout}`.\n\n"
       f"```python\n{load_it}\n```\n"
     )
@@ -463,7 +526,11 @@ class Autoencoder:
       raise ValueError(
         f"channels={channels!r} is not from 1 to {self.latent_channels}"
       )
-    if self.architecture.encoder_shortcut or self.architecture.decoder_shortcut:
+    v = self.architecture
+    is_ordered = isinstance(v, dcae.Variant) and not (
+      v.encoder_shortcut or v.decoder_shortcut
+    )
+    if not is_ordered or self.model.space_to_channel != 1:
       raise ValueError(
         "channels= is for DC-AE 1.5, whose latents are ordered; this "
         f"{self.variant} needs all {self.latent_channels}"

@@ -1,8 +1,8 @@
 """The losses of the three phases (DC-AE, arXiv 2410.10733, section 3.2).
 
-All are means: over pixels and channels (L1), over images (LPIPS, whose network
-is handed in), over patches (GAN), so that weights mean the same at every
-resolution and batch size. Everything is float32.
+All are means: over pixels and channels (L1, SD-VAE's KL), over images (LPIPS,
+whose network is handed in), over patches (GAN), so that weights mean the same
+at every resolution and batch size. Everything is float32.
 """
 
 import jax
@@ -16,6 +16,17 @@ def l1(
   """Mean absolute difference; images in [-1, 1] give 0 to 2."""
   difference = reconstructions.astype(jnp.float32) - images.astype(jnp.float32)
   return jnp.mean(jnp.abs(difference))
+
+
+def kl(
+  divergences: Float[Array, " b"], images: Float[Array, "b h w c"]
+) -> Float[Array, ""]:
+  """Mean KL divergence of the latents, over the values of an image.
+
+  Latent diffusion (arXiv 2112.10752) adds it to an L1 that is summed over those
+  values; with the mean of `l1` this keeps the ratio, and so its weight.
+  """
+  return jnp.mean(divergences) / (images.size // len(images))
 
 
 def hinge_discriminator(

@@ -8,8 +8,7 @@ apart by name.
 import pathlib
 from typing import Any, NamedTuple
 
-from dcae_jax import architecture, safetensors_files, weights
-from dcae_jax.models import dcae
+from dcae_jax import architecture, layouts, safetensors_files, weights
 
 # Names of released models: the variant, and the published scaling factor.
 RELEASED: dict[str, tuple[str, float | None]] = {
@@ -28,6 +27,9 @@ RELEASED: dict[str, tuple[str, float | None]] = {
   "dc-ae-1.5-f32c128": ("f32c128-1.5", None),
   "dc-ae-f64c128-1.5": ("f64c128-1.5", 0.5935),
   "dc-ae-1.5-f64c128": ("f64c128-1.5", 0.5935),
+  "sd-vae-ft-mse": ("sd-vae-f8c4", 0.18215),
+  "sd-vae-ft-ema": ("sd-vae-f8c4", 0.18215),
+  "sdxl-vae": ("sd-vae-f8c4", 0.13025),
 }
 # Keys that a config may have beside a mere name.
 _SAY_NOTHING = {"scaling_factor", "in_channels"}
@@ -42,15 +44,17 @@ class Released(NamedTuple):
     variant: its architecture.
     image_channels: 3, unless a config or the file says otherwise.
     scaling_factor: None where it is not known.
+    shift_factor: what is subtracted from latents before they are scaled.
     entries: where each of our arrays stands in the files.
     files: of each tensor.
   """
 
   source: str
   name: str
-  variant: dcae.Variant
+  variant: architecture.Variant
   image_channels: int
   scaling_factor: float | None
+  shift_factor: float
   entries: list[weights.Entry]
   files: dict[str, pathlib.Path]
 
@@ -84,44 +88,54 @@ def find(source: str) -> Released:
   layout = "original"
   if any(".down_blocks." in name or ".conv_in." in name for name in tensors):
     layout = "diffusers"
-  class_name = config.get("_class_name")
-  if class_name not in (None, "AutoencoderDC"):
-    raise ValueError(f"{source!r} is an {class_name}, not an AutoencoderDC")
-  is_described = class_name is not None or (
-    config.keys() & architecture.DEFAULTS.keys() - _SAY_NOTHING
-  )
-  if is_described:
-    try:
+  try:
+    defaults = architecture.defaults(config)
+    is_described = "_class_name" in config or (
+      config.keys() & defaults.keys() - _SAY_NOTHING
+    )
+    if is_described:
       variant, image_channels = architecture.from_config(config)
       entries = weights.table(variant, image_channels, layout)
-    except ValueError as error:
-      raise ValueError(f"config.json of {source!r}: {error}") from error
-    config = {"scaling_factor": 1.0} | config  # as AutoencoderDC takes it
-  else:
+      # As the class in diffusers takes it.
+      config = {"scaling_factor": defaults["scaling_factor"]} | config
+  except ValueError as error:
+    raise ValueError(f"config.json of {source!r}: {error}") from error
+  if not is_described:
     image_channels = _image_channels(tensors)
     variant = _recognise(source, tensors, image_channels, layout)
     entries = weights.table(variant, image_channels, layout)
+  entries = [weights.as_stored(entry, tensors) for entry in entries]
   _check_tensors(source, entries, tensors)
   # Beside a description, `model_name` names an architecture, not the weights.
   model_name = None if is_described else config.get("model_name")
   name = _released_name(source, model_name, variant)
-  factor = config.get("scaling_factor")
+  factor, shift = _scaling(source, config)
   if factor is None:
     factor = _published_factor(name, variant)
-  elif not (
-    isinstance(factor, int | float)
-    and not isinstance(factor, bool)
-    and 0 < factor < 1e30
-  ):
+  return Released(
+    source, name, variant, image_channels, factor, shift, entries, paths
+  )
+
+
+def _scaling(source: str, config: dict[str, Any]) -> tuple[float | None, float]:
+  """The scaling factor, if a config has one, and the shift before it."""
+  is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+  factor = config.get("scaling_factor")
+  if factor is not None and not (is_number(factor) and 0 < factor < 1e30):
     raise ValueError(
       f"config.json of {source!r}: scaling_factor={factor!r} is not a positive "
       "number"
     )
-  return Released(source, name, variant, image_channels, factor, entries, paths)
+  shift = config.get("shift_factor")
+  if shift is not None and not (is_number(shift) and abs(shift) < 1e30):
+    raise ValueError(
+      f"config.json of {source!r}: shift_factor={shift!r} is not a number"
+    )
+  return factor, float(shift or 0)
 
 
 def _expected(
-  variant: dcae.Variant, image_channels: int, layout: str
+  variant: architecture.Variant, image_channels: int, layout: str
 ) -> dict[str, tuple[int, ...]]:
   shapes = {}
   for entry in weights.table(variant, image_channels, layout):
@@ -142,18 +156,27 @@ def _recognise(
   tensors: dict[str, tuple[int, ...]],
   image_channels: int,
   layout: str,
-) -> dcae.Variant:
+) -> architecture.Variant:
   """The variant that shares the most tensors with a file without a config."""
 
-  def shared(variant: dcae.Variant) -> float:
+  def shared(variant: architecture.Variant) -> float:
     expected = _expected(variant, image_channels, layout).items()
     return len(expected & tensors.items()) / len(expected | tensors.items())
 
-  best = max(dcae.VARIANTS.values(), key=shared)
-  if shared(best) < 0.5:
+  modules = {name.rpartition(".")[0] for name in tensors}
+  # Names are compared first: shapes take longer to find out.
+  candidates = [
+    variant
+    for variant in architecture.VARIANTS.values()
+    if layout in layouts.known(variant)
+    and 2 * len(modules & layouts.names(variant, layout)) > len(modules)
+  ]
+  best = max(candidates, key=shared, default=None)
+  if best is None or shared(best) < 0.5:
+    known = ", ".join(architecture.VARIANTS)
     raise ValueError(
-      f"{source!r} is not recognised as a DC-AE: put its config.json beside "
-      f"the safetensors file (known without one: {', '.join(dcae.VARIANTS)})"
+      f"{source!r} is not recognised as a DC-AE or an SD-VAE: put its "
+      f"config.json beside the safetensors file (known without one: {known})"
     )
   return best
 
@@ -187,7 +210,9 @@ def _check_tensors(
     )
 
 
-def _released_name(source: str, model_name: Any, variant: dcae.Variant) -> str:
+def _released_name(
+  source: str, model_name: Any, variant: architecture.Variant
+) -> str:
   """What a config says, the end of a path or hub id, or a cache's folder."""
   known = architecture.name_of(variant)
   *folders, before_last, last = ("", "", *pathlib.Path(source).parts)
@@ -201,7 +226,7 @@ def _released_name(source: str, model_name: Any, variant: dcae.Variant) -> str:
   return ""
 
 
-def published_factors(variant: dcae.Variant) -> dict[str, float]:
+def published_factors(variant: architecture.Variant) -> dict[str, float]:
   """Of all released models of a variant, by their names."""
   known = architecture.name_of(variant)
   return {
@@ -216,7 +241,7 @@ def name_for(variant: str) -> str:
   return next((n for n, (known, _) in RELEASED.items() if known == variant), "")
 
 
-def _published_factor(name: str, variant: dcae.Variant) -> float | None:
+def _published_factor(name: str, variant: architecture.Variant) -> float | None:
   """None where the published ones differ, or there is none."""
   if name:
     return RELEASED[name][1]

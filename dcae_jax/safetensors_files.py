@@ -48,7 +48,10 @@ def find(source: str) -> tuple[list[pathlib.Path], dict[str, Any]]:
     files, folder = [path], path.parent
   else:
     folder = path if path.is_dir() else _download(source)
-    files = _files(folder, source)
+    # Some repositories have the same weights in another layout beside it.
+    usual = folder / "diffusion_pytorch_model.safetensors"
+    from_hub = folder != path
+    files = [usual] if from_hub and usual.is_file() else _files(folder, source)
   config = folder / "config.json"
   if not config.is_file():
     return files, {}

@@ -1,15 +1,15 @@
 """Released weights in and out: the original and the diffusers layout.
 
-One table, `table`, names each of our parameters in both layouts, with the order
-of its axes; loading and saving read it in opposite directions.
+One table, `table`, names each of our parameters in a layout, with the order of
+its axes; loading and saving read it in opposite directions.
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 from einops import rearrange
 
-from dcae_jax import safetensors_files
+from dcae_jax import architecture, layouts, safetensors_files
 from dcae_jax.models import dcae
 
 Tree = Any
@@ -30,71 +30,6 @@ LAYOUTS = {
 }
 
 
-class Module(NamedTuple):
-  """A module's path in our parameters and its name in the two layouts.
-
-  Attributes:
-    ours: such as "encoder/stage_3/block_0/context/qkv".
-    original: the same with dots.
-    diffusers: also; several names where it is divided along its outputs.
-    matrix: in the diffusers layout its 1x1 kernel has two axes.
-  """
-
-  ours: str
-  original: str
-  diffusers: str | tuple[str, ...]
-  matrix: bool = False
-
-
-_BLOCKS = {
-  "res": (
-    Module("conv1", "main.conv1.conv", "conv1"),
-    Module("conv2", "main.conv2.conv", "conv2"),
-    Module("norm", "main.conv2.norm", "norm"),
-  ),
-  "efficientvit": (
-    Module(
-      "context/qkv",
-      "context_module.main.qkv.conv",
-      ("attn.to_q", "attn.to_k", "attn.to_v"),
-      matrix=True,
-    ),
-    Module(
-      "context/project",
-      "context_module.main.proj.conv",
-      "attn.to_out",
-      matrix=True,
-    ),
-    Module("context/norm", "context_module.main.proj.norm", "attn.norm_out"),
-    Module(
-      "local/inverted",
-      "local_module.main.inverted_conv.conv",
-      "conv_out.conv_inverted",
-    ),
-    Module(
-      "local/depthwise",
-      "local_module.main.depth_conv.conv",
-      "conv_out.conv_depth",
-    ),
-    Module(
-      "local/point", "local_module.main.point_conv.conv", "conv_out.conv_point"
-    ),
-    Module("local/norm", "local_module.main.point_conv.norm", "conv_out.norm"),
-  ),
-}
-# One such pair for each scale of the attention.
-_SCALE = (
-  Module(
-    "context/aggregate_{}",
-    "context_module.main.aggreg.{}.0",
-    "attn.to_qkv_multiscale.{}.proj_in",
-  ),
-  Module(
-    "context/aggregate_{}_mix",
-    "context_module.main.aggreg.{}.1",
-    "attn.to_qkv_multiscale.{}.proj_out",
-  ),
-)
 # Our leaf: its name in both layouts, and the order of the axes there and here.
 _LEAVES = {
   "kernel": ("weight", "o i h w", "h w i o"),
@@ -105,90 +40,6 @@ _LEAVES = {
   "count": ("num_batches_tracked", "", ""),
 }
 _MATRIX = ("o i", "1 1 i o")
-
-
-def _modules(variant: dcae.Variant) -> Iterator[Module]:
-  """All modules; a convolution that also rearranges is one level deeper."""
-  unshuffles = variant.downsample == "space_to_channel"
-  resamples = not variant.encoder[0].depth
-  yield Module(
-    f"encoder/project_in{'/conv' if resamples else ''}",
-    f"encoder.project_in.conv{'.conv' if resamples and unshuffles else ''}",
-    f"encoder.conv_in{'.conv' if resamples else ''}",
-  )
-  for i, stage in enumerate(variant.encoder):
-    names = (
-      f"encoder/stage_{i}",
-      f"encoder.stages.{i}.op_list",
-      f"encoder.down_blocks.{i}",
-    )
-    yield from _stage(stage, names, first_block=0)
-    if stage.depth and i + 1 < len(variant.encoder):
-      ours, original, diffusers = names
-      yield Module(
-        f"{ours}/downsample/conv",
-        f"{original}.{stage.depth}.main.conv{'.conv' if unshuffles else ''}",
-        f"{diffusers}.{stage.depth}.conv",
-      )
-  inside = ".main" if variant.encoder_shortcut else ""
-  yield Module(
-    "encoder/project_out/conv",
-    f"encoder.project_out{inside}.op_list.0.conv",
-    "encoder.conv_out",
-  )
-  inside = ".main" if variant.decoder_shortcut else ""
-  yield Module(
-    "decoder/project_in/conv",
-    f"decoder.project_in{inside}.conv",
-    "decoder.conv_in",
-  )
-  for i, stage in enumerate(variant.decoder):
-    ours, original, diffusers = names = (
-      f"decoder/stage_{i}",
-      f"decoder.stages.{i}.op_list",
-      f"decoder.up_blocks.{i}",
-    )
-    upsamples = stage.depth > 0 and i + 1 < len(variant.decoder)
-    if upsamples:
-      yield Module(
-        f"{ours}/upsample/conv",
-        f"{original}.0.main.conv.conv",
-        f"{diffusers}.0.conv",
-      )
-    yield from _stage(stage, names, first_block=int(upsamples))
-  deeper = "" if variant.decoder[0].depth else ".conv"
-  yield Module(
-    "decoder/project_out/norm", "decoder.project_out.op_list.0",
-    "decoder.norm_out",
-  )  # fmt: skip
-  yield Module(
-    "decoder/project_out/conv",
-    f"decoder.project_out.op_list.2.conv{deeper}",
-    f"decoder.conv_out{deeper}",
-  )
-
-
-def _stage(
-  stage: dcae.Stage, names: tuple[str, str, str], first_block: int
-) -> Iterator[Module]:
-  ours, original, diffusers = names
-  inside = list(_BLOCKS[stage.block])
-  for i in range(len(stage.scales)):
-    inside += [
-      Module(*(name.format(i) for name in module[:3])) for module in _SCALE
-    ]
-  for i in range(stage.depth):
-    prefix = f"{diffusers}.{first_block + i}."
-    for module in inside:
-      parts = module.diffusers
-      yield Module(
-        f"{ours}/block_{i}/{module.ours}",
-        f"{original}.{first_block + i}.{module.original}",
-        prefix + parts
-        if isinstance(parts, str)
-        else tuple(prefix + part for part in parts),
-        module.matrix,
-      )
 
 
 class Entry(NamedTuple):
@@ -228,14 +79,26 @@ class Entry(NamedTuple):
 
 
 def table(
-  variant: dcae.Variant, image_channels: int, layout: str
+  variant: architecture.Variant, image_channels: int, layout: str
 ) -> list[Entry]:
   """Where each of our arrays stands in a file of that layout.
 
   Besides the parameters and batch statistics it has the numbers of batches that
   the statistics have seen, `batch_counts/.../count`, which we do not use.
+
+  Raises:
+    ValueError: an unknown layout, or one that the variant does not come in.
   """
-  modules = {module.ours: module for module in _modules(variant)}
+  if layout not in LAYOUTS:
+    raise ValueError(
+      f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}"
+    )
+  if layout not in layouts.known(variant):
+    raise ValueError(
+      f"the layout {layout!r} is that of DC-AE's authors, whose code has no "
+      "SD-VAE; use 'diffusers'"
+    )
+  modules = {module.ours: module for module in layouts.modules(variant)}
   entries = []
   for path, shape in _our_shapes(variant, image_channels).items():
     _, _, rest = path.partition("/")
@@ -252,9 +115,9 @@ def table(
 
 @functools.lru_cache(maxsize=32)
 def _our_shapes(
-  variant: dcae.Variant, image_channels: int
+  variant: architecture.Variant, image_channels: int
 ) -> dict[str, tuple[int, ...]]:
-  model = dcae.create(variant, image_channels=image_channels)
+  model = architecture.create(variant, image_channels=image_channels)
   abstract = dcae.abstract_variables(model, image_channels)
   shapes = {path: leaf.shape for path, leaf in _flat(abstract).items()}
   counts = {
@@ -264,6 +127,21 @@ def _our_shapes(
     if path.startswith("batch_stats") and path.endswith("/mean")
   }  # fmt: skip
   return shapes | counts
+
+
+def as_stored(entry: Entry, shapes: dict[str, tuple[int, ...]]) -> Entry:
+  """The entry as a file of these tensors has it, if that is in an older way.
+
+  SD-VAE's attention had other names, and its matrices may be 1x1 kernels.
+  """
+  older = tuple(map(layouts.older_name, entry.names))
+  if any(name in shapes for name in set(older) - set(entry.names)):
+    entry = entry._replace(names=older)
+  if (entry.theirs, entry.ours) == _MATRIX and all(
+    len(shapes.get(name, ())) == 4 for name in entry.names
+  ):
+    entry = entry._replace(theirs=f"{entry.theirs} 1 1")
+  return entry
 
 
 def read(
@@ -323,7 +201,7 @@ def save(
   variables: Tree,
   counts: dict[str, int],
   *,
-  variant: dcae.Variant,
+  variant: architecture.Variant,
   image_channels: int,
   config: dict[str, Any],
   model_card: str,
@@ -341,19 +219,17 @@ def save(
     model_card: the text of README.md.
 
   Raises:
-    ValueError: unknown layout, or a folder that holds something else.
+    ValueError: a layout that is unknown, or not the variant's, or a folder
+      that holds something else.
   """
-  if layout not in LAYOUTS:
-    raise ValueError(
-      f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}"
-    )
+  entries = table(variant, image_channels, layout)
   if not os.fspath(folder):
     raise ValueError("the folder to save to is empty; name one")
   folder = pathlib.Path(os.path.expanduser(folder))
   _check_folder(folder, LAYOUTS[layout])
   ours = _flat(variables)
   tensors = {}
-  for entry in table(variant, image_channels, layout):
+  for entry in entries:
     if entry.is_count:
       value = np.array(counts.get(entry.path, 0), np.int64)
     else:
@@ -375,6 +251,16 @@ def save(
   finally:
     for part in parts:
       part.unlink(missing_ok=True)
+
+
+def fingerprint(variables: Tree) -> str:
+  """Sha256 of all names, shapes and float32 values: the same on any machine."""
+  digest = hashlib.sha256()
+  for path, leaf in sorted(_flat(variables).items()):
+    values = np.ascontiguousarray(jax.device_get(leaf), np.float32)
+    digest.update(f"{path} {values.shape} ".encode())
+    digest.update(values.data)
+  return digest.hexdigest()
 
 
 def _flat(tree: Tree) -> dict[str, Any]:

@@ -20,7 +20,8 @@ def load_reduced(tmp_path_factory):
 
   def load(name):
     if name not in loaded:
-      config = parity.reduced(parity.CONFIGS[name]) | {"scaling_factor": 0.5}
+      config = parity.reduced((parity.CONFIGS | parity.SD_VAES)[name])
+      config = config | {"scaling_factor": 0.5}
       folder = tmp_path_factory.mktemp("reduced")
       file = folder / weights.LAYOUTS["diffusers"]
       safetensors.numpy.save_file(random_tensors(config, "diffusers"), file)
@@ -41,7 +42,7 @@ def _images(*shape, seed=0):
   return rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("name", parity.CONFIGS)
+@pytest.mark.parametrize("name", [*parity.CONFIGS, *parity.SD_VAES])
 def test_outputs_are_the_stored_ones_of_diffusers(load_reduced, name):
   autoencoder = load_reduced(name)
   compression = autoencoder.spatial_compression

@@ -9,7 +9,13 @@ from ml_collections import ConfigDict
 from configs import base
 from dcae_jax import main
 from dcae_jax.models import dcae
-from dcae_jax.tasks import checks, train_autoencoder, train_phases, wiring
+from dcae_jax.tasks import (
+  checks,
+  evaluate_autoencoder,
+  train_autoencoder,
+  train_phases,
+  wiring,
+)
 
 DIRECTORY = pathlib.Path(__file__).parent.parent / "configs"
 NAMES = sorted(
@@ -22,6 +28,8 @@ DEFAULTS = {
   "train_phases": lambda: base.three_phases("f32c32"),
   "report": base.report,
   "reconstruct": base.reconstruct,
+  "evaluate_autoencoder": base.evaluate,
+  "reference_statistics": base.reference_statistics,
 }
 
 
@@ -42,9 +50,7 @@ def test_config_has_the_keys_of_base_and_builds(name):
   phases = {
     "train_autoencoder": [config],
     "train_phases": [config.get(f"phase{i}") for i in (1, 2, 3)],
-    "report": [],
-    "reconstruct": [],
-  }[config.task]
+  }.get(config.task, [])
   for phase in phases:
     with phase.unlocked():
       phase.init_from = phase.init_from or "a run"
@@ -52,6 +58,15 @@ def test_config_has_the_keys_of_base_and_builds(name):
     checks.check_autoencoder(phase, predecessor_is_pending=True)
     model = wiring.model(phase.model)
     dcae.abstract_variables(model, phase.model.image_channels)
+
+
+@pytest.mark.parametrize("variant", ["f32", "f64", "f128"])
+def test_evaluations_suit_their_variant(variant):
+  config = importlib.import_module(f"configs.{variant}_evaluate").get_config()
+  phase1 = importlib.import_module(f"configs.{variant}_phase1").get_config()
+  config.variant = phase1.model.variant
+  evaluate_autoencoder.check(config)
+  assert {"rfid", "lpips"} <= set(config.metrics)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -168,3 +168,18 @@ def test_large_grids_use_lax_conv_on_cpu_too():
   x, kernel = _arrays((1, 16, 16, 4), (3, 3, 4, 4))
   program = _program(convolution.convolution, "cpu", x, kernel)
   assert "stablehlo.convolution" in program
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_padding_can_differ_before_and_behind(stride):
+  x, kernel = _arrays((2, 6, 8, 8), (3, 3, 8, 8))
+  f = functools.partial(convolution.convolution, stride=stride, padding=(0, 1))
+  behind = ((0, 0), (0, 1), (0, 1), (0, 0))
+  reference = lambda x, kernel: jax.lax.conv_general_dilated(
+    jnp.pad(x, behind),
+    kernel,
+    (stride, stride),
+    "VALID",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+  _check_equal(f, reference, x, kernel)

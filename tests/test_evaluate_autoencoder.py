@@ -3,14 +3,18 @@
 import csv
 import html.parser
 import json
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.metrics
-from conftest import run_main, smooth_image
+from conftest import REPOSITORY, run_main, smooth_image
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
@@ -225,6 +229,56 @@ def test_several_resolutions_in_one_run(config, tmp_path):
   assert low["psnr"] != high["psnr"]
   text = _check_page(tmp_path / "out")
   assert "4 x 4 x 16" in text and "8 x 8 x 16" in text
+
+
+_ONE_OF_TWO = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from configs import base
+from etils import epath
+from dcae_jax.tasks import evaluate_autoencoder
+c = base.evaluate()
+c.init_from, c.source.path, c.resolutions = sys.argv[3], sys.argv[4], (32,)
+c.metrics, c.batch_size, c.samples, c.extremes = (), 4, 3, 1
+evaluate_autoencoder.run(c, epath.Path(sys.argv[5]))
+"""
+
+
+def test_two_processes_find_what_one_finds(
+  config, weights_folder, pictures, tmp_path
+):
+  """Each reads its share; 13 files are no multiple of anything."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  flags = os.environ["XLA_FLAGS"].replace("count=8", "count=2")
+  processes = [
+    subprocess.Popen(
+      [
+        sys.executable, "-c", _ONE_OF_TWO, address, str(i),
+        str(weights_folder), str(pictures), str(tmp_path / "two"),
+      ],
+      cwd=REPOSITORY,
+      env=os.environ | {"XLA_FLAGS": flags},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  for process in processes:
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    process.stderr.close()
+  two = json.loads((tmp_path / "two" / "result.json").read_text())
+  one = _run(config(), tmp_path / "one")
+  one, two = (x["resolutions"][str(RESOLUTION)] for x in (one, two))
+  assert two["images"] == one["images"] == 11
+  assert two["images_skipped"] == 2
+  for name in ("psnr", "ssim"):
+    assert two[name] == pytest.approx(one[name], rel=1e-5)
+  assert two["latent"]["rms"] == pytest.approx(one["latent"]["rms"], rel=1e-5)
+  assert two["histograms"] == one["histograms"]
+  _check_page(tmp_path / "two")
 
 
 def test_metrics_without_weights_are_absent_by_name(

@@ -24,11 +24,28 @@ RULES = {
     {"etils", "jax"},
   ),
   "dcae_jax/arrays.py": ({"dcae_jax.models"}, {"jax"}),
-  "dcae_jax/architecture.py": ({"dcae_jax.models"}, set()),
+  "dcae_jax/architecture.py": (
+    {
+      "dcae_jax.autoencoder_dc",
+      "dcae_jax.autoencoder_kl",
+      "dcae_jax.models",
+    },
+    {"jax"},
+  ),
+  "dcae_jax/autoencoder_dc.py": (
+    {"dcae_jax.models", "dcae_jax.settings"},
+    set(),
+  ),
+  "dcae_jax/autoencoder_kl.py": (
+    {"dcae_jax.models", "dcae_jax.settings"},
+    set(),
+  ),
+  "dcae_jax/layouts.py": ({"dcae_jax.models"}, set()),
+  "dcae_jax/settings.py": (set(), set()),
   "dcae_jax/released.py": (
     {
       "dcae_jax.architecture",
-      "dcae_jax.models",
+      "dcae_jax.layouts",
       "dcae_jax.safetensors_files",
       "dcae_jax.weights",
     },
@@ -37,7 +54,12 @@ RULES = {
   "dcae_jax/safetensors_files.py": (set(), {"huggingface_hub", "safetensors"}),
   "dcae_jax/tiling.py": (set(), {"jax"}),
   "dcae_jax/weights.py": (
-    {"dcae_jax.models", "dcae_jax.safetensors_files"},
+    {
+      "dcae_jax.architecture",
+      "dcae_jax.layouts",
+      "dcae_jax.models",
+      "dcae_jax.safetensors_files",
+    },
     {"einops", "jax", "safetensors"},
   ),
   "configs": ({"configs.base"}, {"ml_collections"}),
@@ -61,11 +83,17 @@ RULES = {
   "dcae_jax/phases.py": (set(), {"jax", "optax"}),
   "dcae_jax/losses.py": (set(), {"jax", "jaxtyping"}),
   "dcae_jax/evaluation": ({"dcae_jax.evaluation"}, {"jax", "jaxtyping"}),
+  "dcae_jax/evaluation/fid.py": (set(), {"etils"}),
   "dcae_jax/evaluation/figures.py": (set(), {"PIL", "matplotlib"}),
   "dcae_jax/models": (
     {"dcae_jax.models"},
     {"einops", "flax", "jax", "jaxtyping"},
   ),
+  "dcae_jax/models/pretrained.py": (
+    {"dcae_jax.torch_files"},
+    {"safetensors"},
+  ),
+  "dcae_jax/torch_files.py": (set(), set()),
   "dcae_jax/data": (
     {"dcae_jax.data"},
     {"PIL", "etils", "grain", "tensorflow_datasets"},

@@ -18,6 +18,12 @@ def test_l1_is_the_mean_absolute_difference():
   np.testing.assert_allclose(found, np.abs(a - b).mean(), rtol=1e-6)
 
 
+def test_kl_is_the_mean_divergence_over_the_values_of_an_image():
+  images = jnp.zeros((2, 4, 5, 3))
+  found = losses.kl(jnp.array([30.0, 90.0]), images)
+  np.testing.assert_allclose(found, 60 / (4 * 5 * 3), rtol=1e-6)
+
+
 def test_hinge_losses_equal_numpy():
   real, fake = _arrays(2)
   expected = (np.maximum(1 - real, 0) + np.maximum(1 + fake, 0)).mean() / 2

@@ -32,6 +32,21 @@ def test_rms_norm_equals_numpy(x):
   )
 
 
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_group_norm_equals_numpy(x, groups):
+  module = normalization.GroupNorm(groups)
+  variables = _randomised(module, x)
+  p = jax.tree.map(np.asarray, variables["params"])
+  small = x * 1e-3  # so that the epsilon tells
+  a = np.asarray(small, np.float64).reshape(3, 20, groups, 6 // groups)
+  a = a - a.mean((1, 3), keepdims=True)
+  a = a / np.sqrt((a**2).mean((1, 3), keepdims=True) + 1e-6)
+  expected = a.reshape(x.shape) * p["scale"] + p["bias"]
+  np.testing.assert_allclose(
+    module.apply(variables, small), expected, rtol=1e-4, atol=1e-4
+  )
+
+
 def test_batch_norm_uses_stored_statistics_where_they_are_fixed(x):
   module = normalization.BatchNorm()
   variables = _randomised(module, x)

@@ -293,7 +293,7 @@ def test_ambiguous_scaling_factor_must_be_given(monkeypatch, write_model):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"_class_name": "AutoencoderKL"}, "is an AutoencoderKL"),
+    ({"_class_name": "VQModel"}, "'VQModel' is not among AutoencoderDC, Auto"),
     ({"encoder_block_types": "Swin"}, "'Swin' is not among ResBlock, Eff"),
     ({"decoder_norm_types": "layer_norm"}, "not among rms_norm, batch_norm"),
     ({"decoder_act_fns": ["relu"]}, "one value for each of the 6 stages"),

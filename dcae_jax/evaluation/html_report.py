@@ -166,14 +166,18 @@ def _absent(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     if not w["is_published"]
   ]
   few = [
-    f"<li>{html.escape(name)} at {resolution} px: a Fréchet distance of fewer "
-    f"than 2,048 images orders runs at best.</li>"
+    f"{html.escape(name)} at {resolution} px: {found['images']:,}"
     for name, result in runs
     for resolution, found in result["resolutions"].items()
     if found["images"] < fid.FEWEST_IMAGES
     and any(found.get(key) is not None for key in DISTANCES)
   ]
-  lines += unverified + few
+  lines += unverified
+  if few:
+    lines.append(
+      f"<li>Fréchet distances of fewer than {fid.FEWEST_IMAGES:,} images order "
+      f"runs at best, at one number of images ({'; '.join(few)}).</li>"
+    )
   return f"<ul class=notes>{''.join(lines)}</ul>" if lines else ""
 
 
@@ -254,7 +258,9 @@ def _histograms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         if metric in result["resolutions"].get(size, {}).get("histograms", {})
       ]
       if lines:
-        charts.append(_chart(f"{metric}, {size} px", lines, edges.tolist()))
+        charts.append(
+          _chart(f"{metric.upper()}, {size} px", lines, edges.tolist())
+        )
   keys = "".join(
     f"<span style='color:{_COLOURS[i % len(_COLOURS)]}'>■ "
     f"{html.escape(name)}</span> "

@@ -27,13 +27,19 @@ _FEWEST_WINOGRAD_TILES = 32
 _FEWEST_WINOGRAD_CHANNELS = 128
 
 
-def _lax_conv(x: Array, kernel: Array, stride: int, groups: int) -> Array:
-  padding = kernel.shape[0] // 2  # symmetric, also where the stride is 2
+def _lax_conv(
+  x: Array,
+  kernel: Array,
+  stride: int,
+  groups: int,
+  padding: tuple[int, int] | None = None,
+) -> Array:
+  side = kernel.shape[0] // 2  # symmetric, also where the stride is 2
   return jax.lax.conv_general_dilated(
     x,
     kernel,
     window_strides=(stride, stride),
-    padding=[(padding, padding)] * 2,
+    padding=[padding or (side, side)] * 2,
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=groups,
   )
@@ -265,15 +271,19 @@ def convolution(
   kernel: Float[Array, "k k d e"],
   stride: int = 1,
   groups: int = 1,
+  padding: tuple[int, int] | None = None,
 ) -> Float[Array, "b h2 w2 e"]:
-  """Convolves with symmetric zero padding of `k // 2`; `d = c / groups`."""
+  """Convolves with zero padding; `d = c / groups`.
+
+  `padding` stands before and behind both axes; None: `k // 2` on each side.
+  """
   size = kernel.shape[0]
-  dense = stride == 1 and groups == 1
+  dense = stride == 1 and groups == 1 and padding is None
   if dense and (size == 1 or math.prod(x.shape[1:3]) <= _LARGEST_PATCH_GRID):
     return _as_product(x, kernel)
   if dense and _suits_winograd(x, kernel):
     return _as_winograd(x, kernel)
-  return _lax_conv(x, kernel, stride, groups)
+  return _lax_conv(x, kernel, stride, groups, padding)
 
 
 # Uniform in +-1/sqrt(fan in), for kernels and biases: what the convolutions of
@@ -292,13 +302,14 @@ def _add_bias(y: Array, bias: Array) -> Array:
 
 
 class Conv(nn.Module):
-  """Convolution with symmetric zero padding of `size // 2`.
+  """Convolution with zero padding.
 
   Attributes:
     channels: of the output.
     size: of the kernel, odd.
     stride: 1 or 2.
     groups: of channels that do not mix.
+    padding: zeros before and behind both axes; None: `size // 2` on each side.
     use_bias: add a bias.
     dtype: of the computation; parameters are float32.
   """
@@ -307,6 +318,7 @@ class Conv(nn.Module):
   size: int = 3
   stride: int = 1
   groups: int = 1
+  padding: tuple[int, int] | None = None
   use_bias: bool = True
   dtype: DTypeLike = "float32"
 
@@ -315,7 +327,11 @@ class Conv(nn.Module):
     shape = (self.size, self.size, x.shape[-1] // self.groups, self.channels)
     kernel = self.param("kernel", _kernel_init, shape, jnp.float32)
     y = convolution(
-      x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      self.stride,
+      self.groups,
+      self.padding,
     )
     if self.use_bias:
       init = _bias_init(math.prod(shape[:3]))

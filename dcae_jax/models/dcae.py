@@ -305,14 +305,21 @@ class DCAE(nn.Module):
 
   Images are float in [-1, 1], NHWC; latents are not scaled. Both directions
   return float32.
+
+  Attributes:
+    encoder: of images.
+    decoder: of latents.
+    space_to_channel: `p x p` latent positions are moved into channels, as in
+      table 1's "f8 + p=8"; 1: none. It changes no parameter.
   """
 
   encoder: Encoder
   decoder: Decoder
+  space_to_channel: int = 1
 
   @property
   def spatial_compression(self) -> int:
-    return spatial_compression(self.encoder.stages)
+    return spatial_compression(self.encoder.stages) * self.space_to_channel
 
   def encode(
     self, images: Float[Array, "b h w c"]
@@ -320,9 +327,11 @@ class DCAE(nn.Module):
     """Raises ValueError for sides that the compression does not divide."""
     for side in images.shape[1:3]:
       check_side(side, self.spatial_compression)
-    return self.encoder(images).astype("float32")
+    z = self.encoder(images).astype("float32")
+    return residual_autoencoding.space_to_channel(z, self.space_to_channel)
 
   def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    z = residual_autoencoding.channel_to_space(z, self.space_to_channel)
     return self.decoder(z).astype("float32")
 
   def __call__(
@@ -342,8 +351,11 @@ def spatial_compression(stages: tuple[Stage, ...]) -> int:
   )
 
 
-def abstract_variables(model: DCAE, image_channels: int) -> Any:
-  """Shapes of `{"params": ..., "batch_stats": ...}`; nothing is allocated."""
+def abstract_variables(model: nn.Module, image_channels: int) -> Any:
+  """Shapes of `{"params": ..., "batch_stats": ...}`; nothing is allocated.
+
+  `model` is a `DCAE`, or another autoencoder with its interface.
+  """
   side = model.spatial_compression
   image = jax.ShapeDtypeStruct((1, side, side, image_channels), "float32")
   found = jax.eval_shape(model.init, jax.random.key(0), image)
@@ -513,6 +525,16 @@ def check_architecture(variant: Variant) -> None:
       raise ValueError(f"attention scales {stage.scales} are not all odd")
 
 
+def check_space_to_channel(factor: int) -> None:
+  """Raises ValueError for a factor that latents cannot be rearranged by."""
+  is_whole = isinstance(factor, int) and not isinstance(factor, bool)
+  if not is_whole or not 1 <= factor <= 64:
+    raise ValueError(
+      f"space_to_channel={factor!r} is not a whole number from 1 to 64; 1 "
+      "leaves latents as they are"
+    )
+
+
 def create(
   variant: str | Variant,
   *,
@@ -520,6 +542,7 @@ def create(
   residual_autoencoding: bool = True,
   rematerialisation: bool = False,
   dtype: DTypeLike = "float32",
+  space_to_channel: int = 1,
 ) -> DCAE:
   """The module of a variant.
 
@@ -529,12 +552,15 @@ def create(
     residual_autoencoding: False removes every shortcut, the paper's ablation.
     rematerialisation: trade time for memory, block by block.
     dtype: of the computation; attention and norms stay float32.
+    space_to_channel: side of the squares of latent positions that are moved
+      into channels.
 
   Raises:
     ValueError: unknown variant, or stages that do not fit together.
   """
   v = check_variant(variant) if isinstance(variant, str) else variant
   check_architecture(v)
+  check_space_to_channel(space_to_channel)
   shared = {
     "residual_autoencoding": residual_autoencoding,
     "rematerialisation": rematerialisation,
@@ -552,4 +578,5 @@ def create(
       v.head_activation,
       **shared,
     ),
+    space_to_channel=space_to_channel,
   )

@@ -1,7 +1,7 @@
-"""The two norms of DC-AE, both computed in float32.
+"""The two norms of DC-AE, and that of SD-VAE, all computed in float32.
 
-RMS norm over channels with weight and bias (encoders, deep decoder stages), and
-batch norm (shallow decoder stages of the paper's models).
+RMS norm over channels with weight and bias (encoders, deep decoder stages),
+batch norm (shallow decoder stages of the paper's models), and group norm.
 """
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 EPSILON = 1e-5
+GROUP_EPSILON = 1e-6
 
 
 class RMSNorm(nn.Module):
@@ -78,4 +79,33 @@ class BatchNorm(nn.Module):
     return y.astype(x.dtype)
 
 
+class GroupNorm(nn.Module):
+  """Normalises groups of consecutive channels over each whole image.
+
+  Attributes:
+    groups: a divisor of the channels.
+  """
+
+  groups: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    y = x.astype(jnp.float32)
+
+    def group_mean(of_channels):
+      groups = of_channels.reshape(-1, self.groups, channels // self.groups)
+      mean = jnp.mean(groups, axis=-1)
+      mean = jnp.repeat(mean, channels // self.groups, axis=-1)
+      return mean[:, None, None]
+
+    y = y - group_mean(jnp.mean(y, axis=(1, 2)))
+    variance = group_mean(jnp.mean(jnp.square(y), axis=(1, 2)))
+    factor = scale[None, None, None] * jax.lax.rsqrt(variance + GROUP_EPSILON)
+    return (y * factor + bias[None, None, None]).astype(x.dtype)
+
+
+# Of DC-AE, by their names in its configs.
 NORMS = {"rms_norm": RMSNorm, "batch_norm": BatchNorm}

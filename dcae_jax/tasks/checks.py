@@ -73,6 +73,7 @@ _BOUNDS = {
   "ema.decay": (0, _BELOW_1),
   "ema.ramp_steps": (0, None),
   "lpips.weight": (0, None),
+  "kl.weight": (0, None),
   "discriminator.weight": (0, None),
   "discriminator.start_step": (0, None),
   "discriminator.width": (1, None),

@@ -218,6 +218,8 @@ def _evaluate(
     "weights_sha256": weights.fingerprint(ae.variables),
   }
   placed = sharding.shardings(ae.variables, mesh)
+  # From the host: one device's arrays cannot be sent to other processes.
+  ae.variables = jax.device_get(ae.variables)
   variables = ae.variables = jax.device_put(ae.variables, placed)
   reader = wiring.EvaluationImages(
     source,

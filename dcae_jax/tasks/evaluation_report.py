@@ -72,11 +72,16 @@ def write(workdir: epath.Path, directories: list[epath.Path]) -> str:
       source = run.directory / "pictures" / f"{size}px" / "latents.png"
       (report / file).write_bytes(source.read_bytes())
       shown = run.result["resolutions"][size]["pictures"]["samples"][0]
-      latents.append((f"{run.name}, {size} px: {shown['name']}", file))
+      latents.append((f"{run.name}, {size} px: {_short(shown['name'])}", file))
   named = [(run.name, run.result) for run in runs]
   page = html_report.page(named, sections, latents)
   metrics_writer.write_whole(report / "index.html", page)
   return html_report.text_table(named)
+
+
+def _short(name: str) -> str:
+  """The end of a path."""
+  return "/".join(name.split("/")[-2:])
 
 
 def _runs(directories: list[epath.Path]) -> list[_Run]:
@@ -175,7 +180,7 @@ def _figure(
       )
     )
   return html_report.Figure(
-    rows[index]["name"],
+    _short(rows[index]["name"]),
     save(f"{stem}.png", original),
     save(f"{stem}_crop.png", crop(original)),
     made,

@@ -4,6 +4,7 @@ Everything that can be wrong with the config, the data, the weights or the disk
 is found before anything is compiled or written.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -17,10 +18,10 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dcae_jax import phases, released, weights
+from dcae_jax import architecture, phases, released, weights
 from dcae_jax.data import images, sources
 from dcae_jax.evaluation import figures
-from dcae_jax.models import dcae, lpips, patchgan
+from dcae_jax.models import dcae, lpips, patchgan, sd_vae
 from dcae_jax.tasks import checks, wiring
 from dcae_jax.training import (
   checkpoint,
@@ -74,7 +75,7 @@ def open_inputs(config: ConfigDict) -> Inputs:
 class _Setup(NamedTuple):
   """What is known before anything is compiled."""
 
-  autoencoder: dcae.DCAE
+  autoencoder: architecture.Model
   phase: phases.Phase
   mask: Any
   mesh: Mesh
@@ -118,7 +119,7 @@ def run(
   writer = metrics_writer.MetricsWriter(
     workdir, first_step, enabled=jax.process_index() == 0
   )
-  evaluation = _evaluation(config, setup, inputs)
+  held_out = _held_out(config, setup, inputs)
   last_step = max(config.steps, first_step)
   step = first_step
   try:
@@ -136,7 +137,7 @@ def run(
           config.log_every, config.evaluation.every, config.checkpoint.every
         ),
         save=checkpoints.save,
-        evaluate=_evaluate(config, evaluation, writer),
+        evaluate=_evaluate(config, setup, held_out, writer),
         writer=writer,
         sigterm=sigterm,
         profile=loop.Profile(
@@ -145,7 +146,7 @@ def run(
       )
     checkpoints.wait()
     if step == last_step:
-      skipped = wiring.total(len(batches.skipped) + len(evaluation.skipped))
+      skipped = wiring.total(len(batches.skipped) + len(held_out.skipped))
       _finish(workdir, step, skipped, setup)
   finally:
     batches.close()
@@ -260,10 +261,17 @@ def _batches(config: ConfigDict, inputs: Inputs) -> images.TrainingImages:
 
 
 def _step(
-  config: ConfigDict, setup: _Setup, autoencoder: dcae.DCAE
+  config: ConfigDict, setup: _Setup, autoencoder: architecture.Model
 ) -> Callable:
   network = config.lpips.network
   perceptual = lambda p, x, y: lpips.distance(p, x, y, network)
+  variational = None
+  if isinstance(autoencoder, sd_vae.SDVAE):
+    variational = step_lib.Variational(
+      functools.partial(autoencoder.apply, method="reconstruct_sample"),
+      config.kl.weight,
+      config.seed,
+    )
   return step_lib.create(
     apply=autoencoder.apply,
     phase=setup.phase,
@@ -274,6 +282,7 @@ def _step(
     perceptual=perceptual if config.lpips.weight else None,
     perceptual_weight=config.lpips.weight,
     adversarial=setup.adversarial,
+    variational=variational,
     accumulation=config.accumulation,
   )
 
@@ -330,35 +339,40 @@ def _model_flops(
     return 0.0
 
 
-def _evaluation(
+def _held_out(
   config: ConfigDict, setup: _Setup, inputs: Inputs
-) -> wiring.Evaluation:
-  return wiring.Evaluation(
-    setup.autoencoder,
-    setup.mesh,
+) -> wiring.EvaluationImages:
+  return wiring.EvaluationImages(
     inputs.held_out,
     inputs.held_out_decoding,
-    resolutions=config.evaluation.resolutions,
+    setup.mesh,
     batch_size=config.evaluation.batch_size,
     max_images=config.evaluation.max_images,
-    samples=config.evaluation.samples,
     threads=config.data.threads,
   )
 
 
 def _evaluate(
   config: ConfigDict,
-  evaluation: wiring.Evaluation,
+  setup: _Setup,
+  held_out: wiring.EvaluationImages,
   writer: metrics_writer.MetricsWriter,
 ) -> Callable[[int, state_lib.TrainState], dict[str, float]]:
+  evaluation = wiring.Evaluation(
+    wiring.networks_of(setup.autoencoder),
+    held_out,
+    setup.mesh,
+    samples=config.evaluation.samples,
+  )
+
   def evaluate(step, state):
     values = {}
-    for i, resolution in enumerate(evaluation.resolutions):
+    for i, resolution in enumerate(config.evaluation.resolutions):
       found = evaluation.measure(state.ema, resolution)
       prefix = f"eval/{resolution}px" if i else "eval"
       values |= {f"{prefix}/{k}": v for k, v in found.metrics.items()}
-      rows = (found.originals, found.reconstructions)
-      writer.image(step, f"reconstructions_{resolution}px", figures.grid(rows))
+      picture = figures.grid(found.rows)
+      writer.image(step, f"reconstructions_{resolution}px", picture)
     return values
 
   return evaluate

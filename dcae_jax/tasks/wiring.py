@@ -2,8 +2,10 @@
 
 import functools
 import json
+import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from dcae_jax.evaluation import image_metrics, reconstruction
 from dcae_jax.models import dcae
 from dcae_jax.training import checkpoint, metrics_writer, sharding
 
+_LOG = logging.getLogger(__name__)
 # What makes parameters of one model fit another.
 MODEL_KEYS = (
   "variant", "architecture", "image_channels", "residual_autoencoding"
@@ -30,12 +33,17 @@ _MAY_CHANGE = (
   "checkpoint", "evaluation", "report", "data.workers", "data.threads",
   "data.prefetch", "data.cache_megabytes", "lpips.path",
 )  # fmt: skip
+_SECONDS_BETWEEN_LINES = 10  # of progress
+# Tasks that go on with nothing: they do it all again.
+_MADE_ANEW = (
+  "report", "reconstruct", "evaluate_autoencoder", "reference_statistics"
+)  # fmt: skip
 
 
-def model(config: ConfigDict) -> dcae.DCAE:
+def model(config: ConfigDict) -> architecture.Model:
   """The autoencoder of `config.model`."""
   dcae.check_dtype(config.dtype)
-  return dcae.create(
+  return architecture.create(
     architecture.of_model(config.variant, config.architecture.to_dict()),
     image_channels=config.image_channels,
     residual_autoencoding=config.residual_autoencoding,
@@ -67,10 +75,10 @@ def with_model(config: ConfigDict) -> ConfigDict:
   if config.model.variant:
     return config
   if not config.init_from:
+    known = ", ".join(architecture.VARIANTS)
     raise ValueError(
-      "config.model.variant is empty; name one of "
-      f"{', '.join(dcae.VARIANTS)}, or set config.init_from, whose model is "
-      "taken then"
+      f"config.model.variant is empty; name one of {known}, or set "
+      "config.init_from, whose model is taken then"
     )
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -119,7 +127,11 @@ def single_source(config: ConfigDict) -> sources.Source:
 def check_resolutions(resolutions: tuple[int, ...], config: ConfigDict) -> None:
   """Raises ValueError for sides that cannot be encoded or evaluated."""
   transforms.check_channels(config.image_channels)
-  compression = model(config).spatial_compression
+  check_sides(resolutions, model(config).spatial_compression)
+
+
+def check_sides(resolutions: tuple[int, ...], compression: int) -> None:
+  """Raises ValueError for image sides that cannot be encoded or evaluated."""
   for resolution in resolutions:
     if not isinstance(resolution, int):
       raise ValueError(f"image side {resolution!r} is not a whole number")
@@ -131,28 +143,34 @@ def check_resolutions(resolutions: tuple[int, ...], config: ConfigDict) -> None:
       )
 
 
-class Evaluation:
-  """PSNR and SSIM of a model on a source, at several resolutions."""
+class EvaluationImages:
+  """Centre crops of a source in batches over the devices of a mesh."""
 
   def __init__(
     self,
-    autoencoder: dcae.DCAE,
-    mesh: Mesh,
     source: sources.Source,
     decoding: images.Decoding,
+    mesh: Mesh,
     *,
-    resolutions: tuple[int, ...],
     batch_size: int,
     max_images: int,
-    samples: int,
     threads: int,
   ):
+    """Opens nothing yet.
+
+    Args:
+      source: of the images.
+      decoding: of its files.
+      mesh: of the devices.
+      batch_size: rounded up to what the mesh divides.
+      max_images: 0: all.
+      threads: loader threads.
+    """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-batch_size // ways) * ways
-    self.resolutions = tuple(resolutions)
+    self.total = min(len(source), max_images or len(source))
     self.skipped = images.Skipped()
-    self._mesh = mesh
-    self._source, self._decoding = source, decoding
+    self._source, self._decoding, self._mesh = source, decoding, mesh
     self._reading = {
       "batch_size": batch_size // jax.process_count(),
       "max_images": max_images,
@@ -161,26 +179,116 @@ class Evaluation:
       "threads": threads,
       "skipped": self.skipped,
     }
-    self._measure_batch = reconstruction.create(
-      functools.partial(autoencoder.apply, method="encode"),
-      functools.partial(autoencoder.apply, method="decode"),
-      sharding.replicated(mesh),
-      samples,
-    )
 
-  def _batches(self, resolution: int) -> Iterator[Any]:
+  def batches(self, resolution: int) -> Iterator[reconstruction.Batch]:
+    """All images, in order, as squares of that side."""
     by_batch = NamedSharding(self._mesh, PartitionSpec(("data", "fsdp")))
+    put = jax.make_array_from_process_local_data
     for batch in images.evaluation_batches(
       self._source, self._decoding, resolution, **self._reading
     ):
-      mask = jax.make_array_from_process_local_data(by_batch, batch["mask"])
-      pixels = sharding.put_images(batch["images"], self._mesh)
-      yield pixels, mask
+      yield reconstruction.Batch(
+        sharding.put_images(batch["images"], self._mesh),
+        put(by_batch, batch["mask"]),
+        put(by_batch, batch["indices"]),
+      )
 
-  def measure(self, variables: Any, resolution: int) -> reconstruction.Result:
-    return reconstruction.measure(
-      self._measure_batch, variables, self._batches(resolution)
+
+class Evaluation:
+  """Measures an autoencoder on images, at any resolution."""
+
+  def __init__(
+    self,
+    networks: reconstruction.Networks,
+    reader: EvaluationImages,
+    mesh: Mesh,
+    *,
+    samples: int,
+    extremes: int = 0,
+    references: Mapping[int, Mapping[str, Any]] | None = None,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      networks: the autoencoder's functions, and those of the metrics.
+      reader: of the images.
+      mesh: of the devices.
+      samples: first images to return as pictures.
+      extremes: worst and best images to return as pictures.
+      references: by resolution, mean and covariance of reference features by
+        name; None: those of the originals.
+    """
+    self._reader = reader
+    self._samples, self._extremes = samples, extremes
+    self._references = references or {}
+    self._parameters = jax.device_put(
+      dict(networks.parameters), sharding.replicated(mesh)
     )
+    known = {name for found in self._references.values() for name in found}
+    self._measure_batch = reconstruction.create(
+      networks,
+      sharding.replicated(mesh),
+      features_of_originals=set(networks.features) - known,
+    )
+
+  def measure(
+    self,
+    variables: Any,
+    resolution: int,
+    on_batch: Callable[[list[dict[str, float]]], None] | None = None,
+  ) -> reconstruction.Result:
+    """One resolution; see `reconstruction.measure`."""
+    return reconstruction.measure(
+      self._measure_batch,
+      variables,
+      self._parameters,
+      self._reader.batches(resolution),
+      samples=self._samples,
+      extremes=self._extremes,
+      references=self._references.get(resolution),
+      on_batch=on_batch,
+    )
+
+
+class Progress:
+  """Says now and then how many images are done, and how long the rest takes."""
+
+  def __init__(self, total: int):
+    self._total, self._done = total, 0
+    self._start = self._said = time.monotonic()
+
+  @property
+  def seconds(self) -> float:
+    """Since the start."""
+    return time.monotonic() - self._start
+
+  def add(self, images: int) -> None:
+    self._done += images
+    now = time.monotonic()
+    if now - self._said < _SECONDS_BETWEEN_LINES:
+      return
+    self._said = now
+    rate = self._done / self.seconds
+    left = (self._total - self._done) / max(rate, 1e-9)
+    _LOG.info(
+      "%d/%d images, %.3g images/s, about %.0f s left",
+      self._done, self._total, rate, left,
+    )  # fmt: skip
+
+  def finish(self) -> None:
+    """Says how many of the images could be used."""
+    rate = self._done / self.seconds
+    _LOG.info(
+      "%d of %d images used, %.3g images/s", self._done, self._total, rate
+    )
+
+
+def networks_of(autoencoder: Any) -> reconstruction.Networks:
+  """What evaluates a linen autoencoder by PSNR and SSIM alone."""
+  return reconstruction.Networks(
+    functools.partial(autoencoder.apply, method="encode"),
+    functools.partial(autoencoder.apply, method="decode"),
+  )
 
 
 def total(number: int) -> int:
@@ -206,8 +314,8 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
   if not path.exists():
     return
   before, now = _flat(checkpoint.read_config(path)), _flat(resolved(config))
-  if before["task"] == now["task"] and now["task"] in ("report", "reconstruct"):
-    return  # made anew as a whole
+  if before["task"] == now["task"] and now["task"] in _MADE_ANEW:
+    return
   if (workdir / "result.json").exists() and not (
     workdir / "checkpoints"
   ).exists():
@@ -225,6 +333,18 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
       f"--workdir={workdir} holds a run of another config ({'; '.join(changes)}"
       "); choose another directory, or the same config to go on"
     )
+
+
+def check_nothing_foreign(workdir: epath.Path, names: tuple[str, ...]) -> None:
+  """Raises ValueError where a task would write over what no task wrote."""
+  if (workdir / "config.json").exists():
+    return
+  for name in (*names, "result.json"):
+    if (workdir / name).exists():
+      raise ValueError(
+        f"--workdir={workdir} holds {name} of something else; choose another "
+        "directory"
+      )
 
 
 def _may_change(key: str) -> bool:

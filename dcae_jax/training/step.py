@@ -20,6 +20,7 @@ from dcae_jax.training import state as state_lib
 
 Tree = Any
 Metrics = dict[str, Array]
+_SAMPLES = 2  # what the seed is for; 0 and 1 are initial values
 LAST_LAYER = ("decoder", "project_out", "conv", "kernel")
 
 
@@ -41,6 +42,22 @@ class Adversarial:
   weight: float
   adaptive: bool
   start_step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Variational:
+  """Latents sampled from a posterior, and the KL loss on it: SD-VAE.
+
+  Attributes:
+    reconstruct: `(variables, images, key, mutable=...)` to reconstructions of a
+      sample and the KL divergence of each image; in place of `apply`.
+    weight: of the KL loss.
+    seed: of the samples; each step, and each part of a batch, has its own.
+  """
+
+  reconstruct: Callable[..., Any]
+  weight: float
+  seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +89,7 @@ def create(
   perceptual: Callable[[Tree, Array, Array], Array] | None = None,
   perceptual_weight: float = 0.0,
   adversarial: Adversarial | None = None,
+  variational: Variational | None = None,
   accumulation: int = 1,
 ) -> Callable[..., tuple[state_lib.TrainState, Metrics]]:
   """The step `(state, images, perceptual_parameters) -> (state, metrics)`.
@@ -86,31 +104,46 @@ def create(
     perceptual: `(parameters, images, others) -> distances [b]`, or None.
     perceptual_weight: of its mean.
     adversarial: of phase 3, else None.
+    variational: of an SD-VAE, else None.
     accumulation: parts of the batch whose gradients are averaged before the
       update; each normalises by its own batch statistics.
 
   `images` are uint8 [b, h, w, c]; metrics are float32 scalars.
   """
 
-  def reconstruct(trainable, frozen, batch_stats, images):
+  def forward(variables, images, key, **options):
+    """Reconstructions, and the KL divergences or None."""
+    if variational is not None:
+      return variational.reconstruct(variables, images, key, **options)
+    if not options:
+      return apply(variables, images), None
+    reconstructions, moved = apply(variables, images, **options)
+    return (reconstructions, None), moved
+
+  def reconstruct(trainable, frozen, batch_stats, images, key):
     params = phases.combine(trainable, frozen)
     variables = {"params": params, "batch_stats": batch_stats}
     if not phase.moves_batch_statistics:
-      return apply(variables, images), batch_stats
-    reconstructions, moved = apply(variables, images, mutable=["batch_stats"])
+      return forward(variables, images, key), batch_stats
+    outputs, moved = forward(variables, images, key, mutable=["batch_stats"])
     # A model without batch norm moves nothing.
-    return reconstructions, moved["batch_stats"] if moved else batch_stats
+    return outputs, moved["batch_stats"] if moved else batch_stats
 
-  def reconstruction_loss(reconstructions, images, perceptual_parameters):
+  def reconstruction_loss(outputs, images, perceptual_parameters):
+    reconstructions, divergences = outputs
     metrics = {"loss/l1": losses.l1(reconstructions, images)}
     total = metrics["loss/l1"]
+    if divergences is not None:
+      metrics["loss/kl"] = losses.kl(divergences, images)
+      total = total + variational.weight * metrics["loss/kl"]
     if perceptual is not None:
       distances = perceptual(perceptual_parameters, reconstructions, images)
       metrics["loss/lpips"] = jnp.mean(distances)
       total = total + perceptual_weight * metrics["loss/lpips"]
     return total, metrics
 
-  def generator_loss(reconstructions, discriminator):
+  def generator_loss(outputs, discriminator):
+    reconstructions, _ = outputs
     logits = adversarial.discriminate(discriminator, reconstructions)
     return losses.hinge_generator(logits)
 
@@ -120,22 +153,29 @@ def create(
       adversarial.discriminate(discriminator, reconstructions),
     )
 
-  def gradients(state, batch_stats, images, perceptual_parameters):
+  def sampling_key(step, part):
+    if variational is None:
+      return None
+    key = jax.random.fold_in(jax.random.key(variational.seed), _SAMPLES)
+    return jax.random.fold_in(jax.random.fold_in(key, step), part)
+
+  def gradients(state, batch_stats, images, part, perceptual_parameters):
     """Of one part of the batch: (gradients of both, batch_stats, metrics)."""
     images = to_float(images)
+    key = sampling_key(state.step, part)
     trainable, frozen = phases.partition(state.params, mask)
-    reconstructions, pull_back, batch_stats = jax.vjp(
-      lambda trainable: reconstruct(trainable, frozen, batch_stats, images),
+    outputs, pull_back, batch_stats = jax.vjp(
+      lambda learns: reconstruct(learns, frozen, batch_stats, images, key),
       trainable,
       has_aux=True,
     )
     (total, metrics), cotangent = jax.value_and_grad(
       reconstruction_loss, has_aux=True
-    )(reconstructions, images, perceptual_parameters)
+    )(outputs, images, perceptual_parameters)
     discriminator_gradient = None
     if adversarial is not None:
       loss, gan_cotangent = jax.value_and_grad(generator_loss)(
-        reconstructions, state.discriminator
+        outputs, state.discriminator
       )
       weight = jnp.float32(adversarial.weight)
       if adversarial.adaptive:
@@ -148,10 +188,12 @@ def create(
       weight = jnp.where(state.step >= adversarial.start_step, weight, 0.0)
       metrics["loss/generator"] = loss
       total = total + weight * loss
-      cotangent = cotangent + weight * gan_cotangent
+      cotangent = jax.tree.map(
+        lambda a, b: a + weight * b, cotangent, gan_cotangent
+      )
       metrics["loss/discriminator"], discriminator_gradient = (
         jax.value_and_grad(discriminator_loss)(
-          state.discriminator, jax.lax.stop_gradient(reconstructions), images
+          state.discriminator, jax.lax.stop_gradient(outputs[0]), images
         )
       )
     metrics["loss/total"] = total
@@ -160,24 +202,27 @@ def create(
 
   def accumulated(state, images, perceptual_parameters):
     if accumulation == 1:
-      return gradients(state, state.batch_stats, images, perceptual_parameters)
+      return gradients(
+        state, state.batch_stats, images, 0, perceptual_parameters
+      )
     # Each part takes rows from every device: the batch axis stays split.
     parts = images.reshape(-1, accumulation, *images.shape[1:])
     parts = jnp.moveaxis(parts, 1, 0)
 
-    def part(batch_stats, images):
+    def part(batch_stats, images, number):
       found, batch_stats, metrics = gradients(
-        state, batch_stats, images, perceptual_parameters
+        state, batch_stats, images, number, perceptual_parameters
       )
       return batch_stats, (found, metrics)
 
-    def add(carry, images):
+    def add(carry, next_part):
       batch_stats, sums = carry
-      batch_stats, found = part(batch_stats, images)
+      batch_stats, found = part(batch_stats, *next_part)
       return (batch_stats, jax.tree.map(jnp.add, sums, found)), None
 
-    first = part(state.batch_stats, parts[0])
-    (batch_stats, sums), _ = jax.lax.scan(add, first, parts[1:])
+    first = part(state.batch_stats, parts[0], 0)
+    others = (parts[1:], jnp.arange(1, accumulation))
+    (batch_stats, sums), _ = jax.lax.scan(add, first, others)
     found, metrics = jax.tree.map(lambda x: x / accumulation, sums)
     return found, batch_stats, metrics
 
