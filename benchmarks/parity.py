@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import dcae_jax
+from benchmarks import torchvision_import
 
 STORED = pathlib.Path(__file__).parent.parent / "tests/data/parity.npz"
 
@@ -184,6 +185,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def reference(config: dict[str, Any]):
   """Diffusers' model with the random tensors."""
+  torchvision_import.import_first()
   import diffusers
   import torch
 

@@ -21,6 +21,8 @@ from collections import defaultdict
 
 import numpy as np
 
+from benchmarks import torchvision_import
+
 BATCHES = (1, 4)
 PARTS = ("encode", "decode")
 
@@ -61,6 +63,7 @@ def measure_jax(side: int, repeats: int) -> None:
 
 
 def measure_torch(side: int, repeats: int) -> None:
+  torchvision_import.import_first()
   import diffusers
   import torch
 

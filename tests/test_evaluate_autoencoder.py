@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 import skimage.metrics
 from conftest import REPOSITORY, run_main, smooth_image
 from etils import epath
@@ -128,18 +129,19 @@ def _crops(pictures, side=RESOLUTION):
 
 
 def test_result_holds_the_row_of_the_papers_table(
-  workdir, pictures, weights_folder
+  workdir, pictures, weights_folder, inception_weights
 ):
   """Each number again, image by image, by other means."""
   result = json.loads((workdir / "result.json").read_text())
   found = result["resolutions"][str(RESOLUTION)]
   ae = dcae_jax.load(weights_folder)
   expected = {"psnr": [], "ssim": [], "lpips": []}
-  latents = []
+  latents, pixel_pairs = [], []
   for pixels in _crops(pictures):
     latents.append(np.asarray(ae.encode(pixels[None])))
     y = np.asarray(ae.decode(latents[-1]))[0]
     y = np.clip(np.round(y * 127.5 + 127.5), 0, 255).astype(np.uint8)
+    pixel_pairs.append((pixels, y))
     expected["psnr"].append(
       skimage.metrics.peak_signal_noise_ratio(pixels, y, data_range=255)
     )
@@ -157,7 +159,20 @@ def test_result_holds_the_row_of_the_papers_table(
   assert found["images"] == 11 and found["images_skipped"] == 2
   for name, values in expected.items():
     assert found[name] == pytest.approx(np.mean(values), rel=1e-3), name
-  assert found["rfid"] > 0 and found["frechet_efficientnet_lite0"] > 0
+  parameters = inception.load(str(inception_weights)).parameters
+  features = [
+    np.asarray(inception.features(parameters, jnp.asarray(x, jnp.float32))[0])
+    for x in map(np.stack, zip(*pixel_pairs, strict=True))
+  ]
+  covariances = [np.cov(x.astype(float), rowvar=False) for x in features]
+  # The square root of their product, in the space that the images span.
+  basis = scipy.linalg.orth(np.concatenate(features).T.astype(float))
+  inside = [basis.T @ x @ basis for x in covariances]
+  trace = np.trace(sum(covariances))
+  trace -= 2 * np.trace(scipy.linalg.sqrtm(inside[0] @ inside[1]).real)
+  apart = np.sum(np.square(features[0].mean(0) - features[1].mean(0)))
+  assert found["rfid"] == pytest.approx(apart + trace, rel=1e-3)
+  assert found["frechet_efficientnet_lite0"] > 0
   z = np.concatenate(latents)
   latent = found["latent"]
   assert latent["scaling_factor"] == pytest.approx(1 / latent["rms"])
@@ -180,8 +195,9 @@ def test_result_says_how_it_was_measured(workdir, weights_folder):
   assert list(result["resolutions"]) == [str(RESOLUTION)]
   assert result["autoencoder"]["variant"] == "tiny-f8"
   assert result["autoencoder"]["spatial_compression"] == 8
-  assert "dm_crop" in result["crop"] and result["dtype"] == "float32"
-  assert result["source"]["files"] == 13
+  assert "dm_crop" in result["crop"] and result["config"]["dtype"] == "float32"
+  assert result["files"] == 13 and result["config"]["batch_size"] == 5
+  assert result["reference"] == "the originals"
   used = result["metric_weights"]
   assert used["lpips"]["sha256"] == lpips.NETWORKS["alexnet"].sha256
   assert used["lpips"]["is_published"] and not used["rfid"]["is_published"]
@@ -240,7 +256,8 @@ from etils import epath
 from dcae_jax.tasks import evaluate_autoencoder
 c = base.evaluate()
 c.init_from, c.source.path, c.resolutions = sys.argv[3], sys.argv[4], (32,)
-c.metrics, c.batch_size, c.samples, c.extremes = (), 4, 3, 1
+c.metrics = ("frechet_efficientnet_lite0",)
+c.batch_size, c.samples, c.extremes = 4, 3, 1
 evaluate_autoencoder.run(c, epath.Path(sys.argv[5]))
 """
 
@@ -252,7 +269,8 @@ def test_two_processes_find_what_one_finds(
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  flags = os.environ["XLA_FLAGS"].replace("count=8", "count=2")
+  flags = os.environ["XLA_FLAGS"].replace("count=8", "count=1")
+  logs = [(tmp_path / f"{i}.log").open("w+") for i in range(2)]
   processes = [
     subprocess.Popen(
       [
@@ -261,21 +279,32 @@ def test_two_processes_find_what_one_finds(
       ],
       cwd=REPOSITORY,
       env=os.environ | {"XLA_FLAGS": flags},
-      stderr=subprocess.PIPE,
-      text=True,
+      stderr=log,
     )
-    for i in range(2)
+    for i, log in enumerate(logs)
   ]  # fmt: skip
-  for process in processes:
-    assert process.wait(timeout=300) == 0, process.stderr.read()
-    process.stderr.close()
+  try:
+    for process, log in zip(processes, logs, strict=True):
+      assert process.wait(timeout=300) == 0, pathlib.Path(log.name).read_text()
+  finally:
+    for process, log in zip(processes, logs, strict=True):
+      process.kill()
+      process.wait()
+      log.close()
   two = json.loads((tmp_path / "two" / "result.json").read_text())
-  one = _run(config(), tmp_path / "one")
+  metrics = ("frechet_efficientnet_lite0",)
+  one = _run(config(metrics=metrics), tmp_path / "one")
   one, two = (x["resolutions"][str(RESOLUTION)] for x in (one, two))
   assert two["images"] == one["images"] == 11
   assert two["images_skipped"] == 2
-  for name in ("psnr", "ssim"):
-    assert two[name] == pytest.approx(one[name], rel=1e-5)
+  for name in ("psnr", "ssim", *metrics):
+    assert two[name] == pytest.approx(one[name], rel=1e-4)
+  tables = [
+    (tmp_path / name / "images_32px.csv").read_text().splitlines()
+    for name in ("one", "two")
+  ]
+  names = [[line.split(",")[:2] for line in table] for table in tables]
+  assert names[0] == names[1] and len(names[0]) == 1 + 11
   assert two["latent"]["rms"] == pytest.approx(one["latent"]["rms"], rel=1e-5)
   assert two["histograms"] == one["histograms"]
   _check_page(tmp_path / "two")
@@ -306,17 +335,42 @@ def test_one_image_has_no_distance_but_all_the_rest(config, tmp_path):
   assert "at least 2 images, not 1" in reason
 
 
+def test_reconstructions_stand_beside_their_own_originals(
+  config, pictures, tmp_path
+):
+  """The second of three images is another one."""
+  others = tmp_path / "others"
+  others.mkdir()
+  for i, name in enumerate(("00.png", "05.png", "02.png")):
+    (others / f"{i}.png").write_bytes((pictures / name).read_bytes())
+  settings = {"extremes": 0, "max_images": 3}
+  first, second = tmp_path / "first", tmp_path / "second"
+  _run(config(**settings), first)
+  _run(
+    config(**settings, **{"source.path": str(others), "compare": str(first)}),
+    second,
+  )
+  text = _check_page(second)
+  assert text.count("<figure>") == 2 + 2  # 0 and 2 together, 1 and 1 apart
+  errors = [
+    np.asarray(Image.open(file)).mean()
+    for file in (second / "report" / "pictures").glob("*_error.png")
+  ]
+  assert len(errors) == 6 and max(errors) < 2 * min(errors)
+  assert "<b>images</b>" in text and "do not compare" in text
+
+
 def test_runs_are_compared_whether_measured_before_or_not(
   config, tmp_path, weights_folder
 ):
+  """Space to channel is of one's own run; others stay what they are."""
   first = tmp_path / "first"
   before = _run(config(space_to_channel=2, name="<f16>"), first)
   assert before["autoencoder"]["spatial_compression"] == 16
   second = tmp_path / "second"
   compare = f"[{first},{weights_folder}]"
-  result = _run(
-    config(init_from="", variant="tiny-f8", seed=1, compare=compare), second
-  )
+  changes = {"variant": "tiny-f8", "seed": 1, "space_to_channel": 4}
+  result = _run(config(init_from="", compare=compare, **changes), second)
   other = json.loads((second / "compared" / "1" / "result.json").read_text())
   size = str(RESOLUTION)
   # Space to channel changes latents, not pictures.
@@ -330,7 +384,9 @@ def test_runs_are_compared_whether_measured_before_or_not(
   assert "&lt;f16&gt;" in text and "<f16>" not in text
   names = ("tiny-f8, initial values", "&lt;f16&gt;", "weights")
   assert all(name in text for name in names)
+  assert "1 x 1 x 256" in text
   assert "2 x 2 x 64" in text and "4 x 4 x 16" in text
+  assert "do not compare" not in text
   assert text.count("<figure>") == 3 + 3 * 2  # together; extremes of each
   # Alone, finished evaluations need neither images nor weights.
   third = tmp_path / "third"
@@ -351,7 +407,7 @@ def test_reference_statistics_are_computed_saved_and_read(
   c.compilation_cache = compilation_cache
   reference_statistics.run(c, epath.Path(tmp_path / "reference"))
   file = tmp_path / "reference" / f"inception_{RESOLUTION}px.npz"
-  mean, covariance = fid.load_statistics(file, 2048)
+  mean, covariance, _ = fid.load_statistics(file, 2048)
   assert np.linalg.matrix_rank(covariance) == 6  # 7 images
   record = json.loads((tmp_path / "reference/result.json").read_text())
   assert record["images"] == {str(RESOLUTION): 7}
@@ -393,6 +449,7 @@ def test_reference_statistics_are_computed_saved_and_read(
     ({"source.path": "/nowhere"}, "does not exist"),
     ({"source.kind": "mixture"}, "not from a mixture"),
     ({"mesh.data": 3}, "mesh"),
+    ({"mesh.data": 1, "mesh.spatial": 8, "resolutions": (36,)}, "divisible"),
   ],
 )
 def test_bad_configs_are_refused_before_anything_is_written(
@@ -414,6 +471,7 @@ def test_a_reference_for_several_resolutions_names_them(
   }
   with pytest.raises(ValueError, match="one file for several"):
     _run(config(**changes), tmp_path / "out")
+  assert not (tmp_path / "out").exists()
   changes["resolutions"] = (32,)
   with pytest.raises(ValueError, match=r"no file one\.npz"):
     _run(config(**changes), tmp_path / "out")

@@ -80,12 +80,12 @@ def test_smallest_side_leaves_features():
 
 def test_weights_tell_what_was_read(tmp_path):
   file = _package_weights("alexnet")
-  found = lpips.pretrained("alexnet")
+  found = lpips.load("alexnet")
   assert (found.file, found.is_published) == (str(file), True)
   assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
   copy = tmp_path / "copy.npz"
   np.savez(copy, **found.parameters)
-  other = lpips.pretrained("alexnet", str(copy))
+  other = lpips.load("alexnet", str(copy))
   assert (other.file, other.is_published) == (str(copy), False)
   assert other.sha256 == hashlib.sha256(copy.read_bytes()).hexdigest()
   for parameters in (

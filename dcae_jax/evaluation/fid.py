@@ -5,13 +5,15 @@ Gaussians that have them. Which network the features come from is not known
 here: with the FID Inception the distance is FID (rFID for reconstructions).
 """
 
+import hashlib
 import io
 import zipfile
 
 import numpy as np
 from etils import epath
 
-# Below it a covariance of 2048 features does not have full rank.
+# Of Inception's 2048 features; a covariance of fewer images is of low rank, and
+# the distance far too large.
 FEWEST_IMAGES = 2048
 
 
@@ -138,8 +140,11 @@ def save_statistics(
 
 def load_statistics(
   path: epath.PathLike, dimensions: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, str]:
   """Reads `mu` [d] and `sigma` [d, d] of an `.npz`, ours or others'.
+
+  Returns:
+    Both in float64, and the sha256 of the file.
 
   Raises:
     ValueError: no such file, or not statistics of so many dimensions.
@@ -148,7 +153,8 @@ def load_statistics(
   if not file.is_file():
     raise ValueError(f"reference statistics: there is no file {path}")
   try:
-    with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
+    data = file.read_bytes()
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
       mean, covariance = (
         np.asarray(archive[name], np.float64) for name in ("mu", "sigma")
       )
@@ -162,6 +168,10 @@ def load_statistics(
       f"{list(covariance.shape)}, not [{dimensions}] and [{dimensions}, "
       f"{dimensions}]"
     )
-  if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-    raise ValueError(f"reference statistics: {path} has values not finite")
-  return mean, covariance
+  if not np.isfinite(mean).all():
+    raise ValueError(f"reference statistics: mu in {path} is not finite")
+  try:
+    _square_root(covariance)
+  except ValueError as error:
+    raise ValueError(f"reference statistics: {path}: {error}") from error
+  return mean, covariance, hashlib.sha256(data).hexdigest()

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _GAP = 4  # pixels between images
+MOST_CHANNELS = 64  # of latents, in a picture
 
 
 def grid(
@@ -95,13 +96,13 @@ def detailed_window(image: np.ndarray, parts: int = 4) -> tuple[slice, slice]:
   return max(windows, key=lambda window: edges[window].sum())
 
 
-def latent_channels(latents: np.ndarray, most: int = 64) -> np.ndarray:
-  """The first channels of latents [h, w, c], grey, as a grid.
+def latent_channels(latents: np.ndarray) -> np.ndarray:
+  """The first `MOST_CHANNELS` of latents [h, w, c], grey, as a grid.
 
   Each is scaled to its own mean plus and minus three standard deviations.
   Returns uint8 [height, width, 3].
   """
-  latents = np.asarray(latents, np.float64)[..., :most]
+  latents = np.asarray(latents, np.float64)[..., :MOST_CHANNELS]
   mean, deviation = latents.mean(axis=(0, 1)), latents.std(axis=(0, 1))
   scaled = (latents - mean) / np.where(deviation > 0, deviation, 1.0)
   grey = np.uint8(np.clip(127.5 + scaled * 42.5, 0, 255))

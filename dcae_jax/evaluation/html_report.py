@@ -63,7 +63,7 @@ def page(
   """
   body = [
     "<h1>Reconstruction by autoencoders</h1>",
-    table(runs),
+    _table(runs),
     _absent(runs),
     "<h2>How many images have which value</h2>",
     _histograms(runs),
@@ -92,7 +92,7 @@ def page(
   )
 
 
-def number(value: float | None, digits: int) -> str:
+def _number(value: float | None, digits: int) -> str:
   """For a table; a metric that could not be computed is "absent"."""
   return "absent" if value is None else f"{value:.{digits}f}"
 
@@ -119,14 +119,14 @@ def _cells(
       side = int(resolution) // autoencoder["spatial_compression"]
       shape = f"{side} x {side} x {autoencoder['latent_channels']}"
       row = [name, shape, resolution, f"{found['images']:,}"]
-      row += [number(found.get(key), digits) for key, _, digits in asked]
+      row += [_number(found.get(key), digits) for key, _, digits in asked]
       row += [f"{latent[key]:.4g}" for key in ("mean", "std", "rms")]
       factor = latent["scaling_factor"]
       rows.append([*row, "absent" if factor is None else f"{factor:.4g}"])
   return rows
 
 
-def table(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def _table(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
   """A row per run and resolution."""
   header, *rows = _cells(runs)
   head = "".join(f"<th>{html.escape(cell)}" for cell in header)
@@ -172,7 +172,7 @@ def _absent(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     if found["images"] < fid.FEWEST_IMAGES
     and any(found.get(key) is not None for key in DISTANCES)
   ]
-  lines += unverified
+  lines += unverified + _differences(runs)
   if few:
     lines.append(
       f"<li>Fréchet distances of fewer than {fid.FEWEST_IMAGES:,} images order "
@@ -181,11 +181,42 @@ def _absent(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
   return f"<ul class=notes>{''.join(lines)}</ul>" if lines else ""
 
 
+def _differences(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+  """What was not the same for all runs, so that their rows do not compare."""
+  conditions = []
+  for _, result in runs:
+    conditions.append(
+      {
+        "images": result["config"]["source"],
+        "crop": result["crop"],
+        "reference of rFID": result["reference"],
+        "number format": result["config"]["dtype"],
+      }
+      | {
+        f"weights behind {metric}": weights["sha256"]
+        for metric, weights in result["metric_weights"].items()
+      }
+    )
+  lines = []
+  for what in dict.fromkeys(key for found in conditions for key in found):
+    values = [json.dumps(found.get(what, "none")) for found in conditions]
+    if len(set(values)) > 1:
+      text = "; ".join(
+        f"{name}: {value}"
+        for (name, _), value in zip(runs, values, strict=True)
+      )
+      lines.append(
+        f"<li>Rows do not compare where these differ: <b>{html.escape(what)}"
+        f"</b> ({html.escape(text)}).</li>"
+      )
+  return lines
+
+
 def _legend() -> str:
   return (
     "<p class=notes>Drag the slider between two versions. Beside them stand a "
-    "crop at four times its size and the error, the mean over channels: black "
-    "is 0, white 64 of 255 or more.</p>"
+    "crop, a quarter of each side, and the error, the mean over channels: "
+    "black is 0, white 64 of 255 or more.</p>"
   )
 
 

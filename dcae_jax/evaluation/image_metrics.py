@@ -46,10 +46,10 @@ def ssim(
   """Structural similarity (Wang et al. 2004); values from 0 to 255.
 
   Gaussian window of 11 pixels, sigma 1.5; mean over channels and over the
-  positions whose window lies inside the image, as scikit-image has it, and
-  torchmetrics had it when the paper was written. (Since 1.4.3 torchmetrics also
-  counts windows over the border, of the reflected image.) Sides are at least 11
-  pixels.
+  positions whose window lies inside the image, as in scikit-image, and in
+  torchmetrics before 1.4.2, which since then counts windows over the border
+  too, of the reflected image. (The paper used torchmetrics; of which version is
+  not known.) Sides are at least 11 pixels.
   """
   c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
   # Variances do not depend on it, and less of a bright image cancels.

@@ -115,7 +115,8 @@ def create(
 
   Args:
     networks: what it calls.
-    sharding: of the results: whole on every device.
+    sharding: of numbers and features: whole on every device. Pictures and
+      latents stay where they are computed.
     features_of_originals: names of features that originals are compared by.
   """
   of_originals = frozenset(features_of_originals)
@@ -150,7 +151,11 @@ def create(
       found.astype(jnp.uint8),
     )  # fmt: skip
 
-  return jax.jit(measure_batch, out_shardings=sharding)
+  shardings = Outputs(
+    Batch(None, sharding, sharding), sharding, None, sharding, sharding,
+    sharding, sharding, None,
+  )  # fmt: skip
+  return jax.jit(measure_batch, out_shardings=shardings)
 
 
 def measure(
@@ -242,6 +247,8 @@ class _Totals:
       )
     )
     good = np.flatnonzero(small.batch.mask)
+    # With several processes a batch is one's images, then the other's.
+    good = good[np.argsort(small.batch.indices[good])]
     indices = small.batch.indices[good]
     values = {name: v[good].astype(float) for name, v in small.values.items()}
     means, variances = small.latent_means[good], small.latent_variances[good]
@@ -280,16 +287,20 @@ class _Totals:
 
   def _offer(self, outputs: Outputs, row: int, values: dict[str, float]):
     index = int(values["index"])
-    picture = lambda: Picture(
-      index,
-      *(
-        np.asarray(x.addressable_data(0)[row])
-        for x in (
-          outputs.batch.images, outputs.reconstructions, outputs.latents
-        )
-      ),
-      {name: v for name, v in values.items() if name != "index"},
-    )  # fmt: skip
+
+    def picture():
+      # Every process chooses the same rows, and takes part in fetching them.
+      whole = outputs.batch.mask.sharding
+      fetch = jax.jit(lambda x, i: x[i], out_shardings=whole)
+      pictures = (
+        outputs.batch.images, outputs.reconstructions, outputs.latents
+      )  # fmt: skip
+      return Picture(
+        index,
+        *(jax.device_get(fetch(x, row)) for x in pictures),
+        {name: v for name, v in values.items() if name != "index"},
+      )
+
     self._first.offer(-index, index, picture)
     self._worst.offer(-values["psnr"], index, picture)
     self._best.offer(values["psnr"], index, picture)
@@ -301,16 +312,18 @@ class _Totals:
     latents, absent = self._latents.compute(), {}
     metrics["latent_rms"] = latents["rms"]
     for name, moments in self._moments.items():
-      try:
-        reference = self._references.get(name)
-        if reference is None:
-          originals = self._original_moments[name]
-          reference = originals.mean, originals.covariance
-        metrics[name] = fid.frechet_distance(
-          moments.mean, moments.covariance, *reference
+      if moments.count < 2:
+        absent[name] = (
+          f"a Frechet distance needs at least 2 images, not {moments.count}"
         )
-      except ValueError as error:
-        absent[name] = str(error)
+        continue
+      reference = self._references.get(name)
+      if reference is None:
+        originals = self._original_moments[name]
+        reference = originals.mean, originals.covariance
+      metrics[name] = fid.frechet_distance(
+        moments.mean, moments.covariance, *reference
+      )
     return Result(
       self._count,
       metrics,

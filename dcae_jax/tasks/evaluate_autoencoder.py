@@ -11,46 +11,31 @@ import functools
 import importlib.metadata
 import json
 import logging
+import math
 import pathlib
 import platform
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax import architecture, autoencoder, weights
-from dcae_jax.data import images, sources
+from dcae_jax.data import images, sources, transforms
 from dcae_jax.evaluation import fid, figures, html_report, reconstruction
-from dcae_jax.models import dcae, efficientnet, inception, lpips, pretrained
-from dcae_jax.tasks import evaluation_report, wiring
+from dcae_jax.models import dcae
+from dcae_jax.tasks import (
+  evaluation_report,
+  measuring,
+  metric_networks,
+  wiring,
+)
 from dcae_jax.training import checkpoint, metrics_writer, sharding
 
 _LOG = logging.getLogger(__name__)
-_LPIPS_NETWORK = "alexnet"  # of the paper's tables; training uses VGG16
-
-# What finds the weights of each metric, given a path or "".
-_LOADERS: dict[str, Callable[[str], pretrained.Pretrained]] = {
-  "rfid": inception.load,
-  "lpips": functools.partial(lpips.pretrained, _LPIPS_NETWORK),
-  "frechet_efficientnet_lite0": efficientnet.load,
-}
-_FEATURES = {
-  "rfid": lambda parameters, x: inception.features(parameters, x)[0],
-  "frechet_efficientnet_lite0": efficientnet.features,
-}
-
-
-class _Metrics(NamedTuple):
-  """Weights of the metrics' networks, and why others are absent, by name."""
-
-  found: dict[str, pretrained.Pretrained]
-  absent: dict[str, str]
-  references: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]
 
 
 def check(config: ConfigDict) -> None:
@@ -66,33 +51,16 @@ def check(config: ConfigDict) -> None:
       "config.init_from is empty; name a run, a folder or file of released "
       "weights, or a hub id, or a config.variant for its initial values"
     )
-  if not config.resolutions:
-    raise ValueError("config.resolutions is empty; name at least one")
+  measuring.check_reading(config)
   for key, least in (
-    ("batch_size", 1), ("max_images", 0), ("samples", 1), ("extremes", 0),
-    ("threads", 1), ("space_to_channel", 1), ("seed", 0),
+    ("samples", 1), ("extremes", 0), ("space_to_channel", 1), ("seed", 0)
   ):  # fmt: skip
     if not config[key] >= least:
       raise ValueError(f"config.{key}={config[key]} is below {least}")
-  if not config.max_megapixels > 0:
-    raise ValueError(
-      f"config.max_megapixels={config.max_megapixels} is not positive"
-    )
   dcae.check_dtype(config.dtype)
-  for metric in config.metrics:
-    if metric not in _LOADERS:
-      raise ValueError(
-        f"unknown metric {metric!r} in config.metrics; known are "
-        f"{', '.join(_LOADERS)}"
-      )
-  smallest = lpips.SMALLEST_SIDE[_LPIPS_NETWORK]
-  if "lpips" in config.metrics and min(config.resolutions) < smallest:
-    raise ValueError(
-      f"image side {min(config.resolutions)} is below {smallest}, the smallest "
-      "that LPIPS can be computed for; leave it out of config.metrics"
-    )
+  metric_networks.check(config)
   if config.init_from:
-    _check_model(wiring.model_of(config.init_from), config)
+    _check_model(config.init_from, config)
   if config.variant:
     variant = architecture.check_variant(config.variant)
     compression = variant.spatial_compression * config.space_to_channel
@@ -101,13 +69,24 @@ def check(config: ConfigDict) -> None:
     if is_evaluation(other):
       evaluation_report.read_result(epath.Path(other).expanduser())
     else:
-      _check_model(wiring.model_of(other), config)
+      _check_model(other, _config_of_other(config, other))
 
 
-def _check_model(model: dict[str, Any], config: ConfigDict) -> None:
+def _check_model(path: str, config: ConfigDict) -> None:
+  model = wiring.model_of(path)
+  transforms.check_channels(model["image_channels"])
   variant = architecture.of_model(model["variant"], model["architecture"])
   compression = variant.spatial_compression * config.space_to_channel
   wiring.check_sides(config.resolutions, compression)
+
+
+def _config_of_other(config: ConfigDict, path: str) -> ConfigDict:
+  """The evaluation of one that is compared: as it is, by its own name."""
+  own = config.copy_and_resolve_references()
+  with own.unlocked():
+    own.update({"init_from": path, "variant": "", "name": "", "compare": ""})
+    own.space_to_channel = 1
+  return own
 
 
 def compared(config: ConfigDict) -> list[str]:
@@ -135,18 +114,29 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   to_measure, directories = _plan(config, workdir)
   if to_measure:
     mesh = sharding.create_mesh(**config.mesh)
+    for resolution in config.resolutions:
+      sharding.check_images(resolution, mesh)
     source = wiring.single_source(config.source)
     decoding = images.Decoding(max_megapixels=config.max_megapixels)
     images.check_not_empty(source, decoding)
-    metrics = _open_metrics(config)
+    metrics = metric_networks.open_all(config)
   wiring.write_config(config, workdir)
   for own, directory in to_measure:
+    _clear(directory)
     wiring.write_config(own, directory)
     _evaluate(own, directory, mesh, source, metrics)
   if jax.process_index() == 0:
     table = evaluation_report.write(workdir, directories)
     _LOG.info("\n%s\n\nreport: %s", table, workdir / "report" / "index.html")
   return True
+
+
+def _clear(directory: epath.Path) -> None:
+  """Of an earlier evaluation nothing may be taken for this one's."""
+  if jax.process_index() == 0:
+    (directory / "result.json").unlink(missing_ok=True)
+    if (directory / "pictures").exists():
+      (directory / "pictures").rmtree()
 
 
 def _plan(
@@ -161,43 +151,10 @@ def _plan(
     if is_evaluation(other):
       directories.append(epath.Path(other).expanduser())
       continue
-    own = config.copy_and_resolve_references()
-    with own.unlocked():
-      own.update({"init_from": other, "variant": "", "name": "", "compare": ""})
     directory = workdir / "compared" / f"{i}"
-    to_measure.append((own, directory))
+    to_measure.append((_config_of_other(config, other), directory))
     directories.append(directory)
   return to_measure, directories
-
-
-def _open_metrics(config: ConfigDict) -> _Metrics:
-  """Weights and reference statistics; what is absent is named, with the cure.
-
-  Raises:
-    ValueError: a file that is not what it should be.
-  """
-  found, absent, references = {}, {}, {}
-  for metric in config.metrics:
-    try:
-      found[metric] = _LOADERS[metric](config.weights[metric])
-    except pretrained.AbsentWeightsError as error:
-      absent[metric] = str(error)
-      _LOG.warning("%s is absent: %s", metric, error)
-  if config.reference and "rfid" not in config.metrics:
-    raise ValueError(
-      f"config.reference={config.reference} is for rfid, which is not among "
-      "config.metrics"
-    )
-  for resolution in config.resolutions if config.reference else ():
-    path = config.reference.replace("{resolution}", str(resolution))
-    if path == config.reference and len(config.resolutions) > 1:
-      raise ValueError(
-        f"config.reference={path} is one file for several resolutions; put "
-        "{resolution} into it, or evaluate one resolution"
-      )
-    statistics = fid.load_statistics(path, inception.FEATURES)
-    references[resolution] = {"rfid": statistics}
-  return _Metrics(found, absent, references)
 
 
 def _evaluate(
@@ -205,7 +162,7 @@ def _evaluate(
   workdir: epath.Path,
   mesh: Mesh,
   source: sources.Source,
-  metrics: _Metrics,
+  metrics: metric_networks.Opened,
 ) -> None:
   """One autoencoder: `result.json`, `images_*.csv`, `pictures/`."""
   ae = _load(config)
@@ -221,7 +178,7 @@ def _evaluate(
   # From the host: one device's arrays cannot be sent to other processes.
   ae.variables = jax.device_get(ae.variables)
   variables = ae.variables = jax.device_put(ae.variables, placed)
-  reader = wiring.EvaluationImages(
+  reader = measuring.EvaluationImages(
     source,
     images.Decoding(ae.image_channels, max_megapixels=config.max_megapixels),
     mesh,
@@ -229,8 +186,12 @@ def _evaluate(
     max_images=config.max_images,
     threads=config.threads,
   )
-  networks = _networks(ae, metrics)
-  evaluation = wiring.Evaluation(
+  networks = metric_networks.networks(
+    functools.partial(ae.apply, method="encode"),
+    functools.partial(ae.apply, method="decode"),
+    metrics,
+  )
+  evaluation = measuring.Evaluation(
     networks,
     reader,
     mesh,
@@ -242,7 +203,7 @@ def _evaluate(
   by_resolution = {}
   for resolution in config.resolutions:
     _LOG.info("%s at %d px: %d images", name, resolution, reader.total)
-    progress = wiring.Progress(reader.total)
+    progress = measuring.Progress(reader.total)
     columns = ("psnr", "ssim", *(["lpips"] if networks.lpips else []))
     path = workdir / f"images_{resolution}px.csv"
     with _image_table(path, source, columns) as add_rows:
@@ -253,7 +214,7 @@ def _evaluate(
 
       result = evaluation.measure(variables, resolution, on_batch)
     progress.finish()
-    found = _numbers(result, metrics)
+    found = _numbers(result, metrics, ae.shift_factor)
     found["images_skipped"] = reader.total - result.count
     found["seconds"] = progress.seconds
     if jax.process_index() == 0:
@@ -267,9 +228,8 @@ def _evaluate(
     "autoencoder": described,
     "resolutions": by_resolution,
     "crop": images.EVALUATION_CROP,
-    "source": wiring.resolved(config.source) | {"files": len(source)},
-    "reference": config.reference or "the originals",
-    "dtype": config.dtype,
+    "files": len(source),
+    "reference": metrics.reference_files or "the originals",
     "metric_weights": {
       metric: {
         "file": found.file,
@@ -278,6 +238,7 @@ def _evaluate(
       }
       for metric, found in metrics.found.items()
     },
+    "config": wiring.resolved(config),
     "versions": _versions(),
   }
   metrics_writer.write_whole(
@@ -309,21 +270,6 @@ def _load(config: ConfigDict) -> autoencoder.Autoencoder:
   )
 
 
-def _networks(
-  ae: autoencoder.Autoencoder, metrics: _Metrics
-) -> reconstruction.Networks:
-  perceptual = None
-  if "lpips" in metrics.found:
-    perceptual = functools.partial(lpips.distance, network=_LPIPS_NETWORK)
-  return reconstruction.Networks(
-    functools.partial(ae.apply, method="encode"),
-    functools.partial(ae.apply, method="decode"),
-    perceptual,
-    {name: f for name, f in _FEATURES.items() if name in metrics.found},
-    {name: found.parameters for name, found in metrics.found.items()},
-  )
-
-
 @contextlib.contextmanager
 def _image_table(
   path: epath.Path, source: sources.Source, columns: tuple[str, ...]
@@ -338,14 +284,17 @@ def _image_table(
 
     def add(rows):
       for row in rows:
+        name = source.name(row["index"]).encode("utf-8", "backslashreplace")
         values = [row[column] for column in columns]
-        writer.writerow((row["index"], source.name(row["index"]), *values))
+        writer.writerow((row["index"], name.decode(), *values))
 
     yield add
 
 
 def _numbers(
-  result: reconstruction.Result, metrics: _Metrics
+  result: reconstruction.Result,
+  metrics: metric_networks.Opened,
+  shift_factor: float,
 ) -> dict[str, Any]:
   """Of one resolution; a metric that could not be computed is null."""
   absent = metrics.absent | result.absent
@@ -356,13 +305,15 @@ def _numbers(
   ]
   if distances and result.count < fid.FEWEST_IMAGES:
     _LOG.warning(
-      "%s of %d images, fewer than %d: the covariance does not have full rank, "
-      "so that the number orders runs at best",
+      "%s of %d images, fewer than %d: the number orders runs at best",
       ", ".join(distances), result.count, fid.FEWEST_IMAGES,
     )  # fmt: skip
+  latent = dict(result.latents)
+  about_shift = math.hypot(latent["std"], latent["mean"] - shift_factor)
+  latent["scaling_factor"] = 1 / about_shift if about_shift else None
   return found | {
     "absent": absent,
-    "latent": result.latents,
+    "latent": latent | {"shift_factor": shift_factor},
     "histograms": result.histograms,
   }
 
@@ -395,8 +346,12 @@ def _write_pictures(
 
 
 def _versions() -> dict[str, str]:
-  names = ("jax", "jaxlib", "flax", "numpy", "pillow")
-  found = {name: importlib.metadata.version(name) for name in names}
+  found = {}
+  for name in ("dcae_jax", "jax", "jaxlib", "flax", "numpy", "pillow"):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "not installed: run from a clone"
   device = jax.devices()[0]
   return found | {
     "python": platform.python_version(),

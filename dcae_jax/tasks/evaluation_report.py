@@ -13,8 +13,6 @@ from etils import epath
 from dcae_jax.evaluation import figures, html_report
 from dcae_jax.training import metrics_writer
 
-_CROP_SCALE = 4
-
 
 class _Run(NamedTuple):
   """One evaluation: a name that no other one has, its result, its directory."""
@@ -30,13 +28,24 @@ class _Run(NamedTuple):
     file = folder / f"{index:07d}{suffix}.png"
     return metrics_writer.read_png(file)
 
+  def rows(self, size: str, group: str) -> dict[int, dict[str, Any]]:
+    """Name and metrics of the shown images, by their index."""
+    pictures = self.result["resolutions"][size]["pictures"]
+    return {row["index"]: row for row in pictures[group]}
+
 
 def read_result(directory: epath.Path) -> dict[str, Any]:
   """Raises ValueError if `result.json` is not that of an evaluation."""
   file = directory / "result.json"
   try:
     result = json.loads(file.read_text())
-    for key in ("name", "autoencoder", "resolutions", "metric_weights"):
+    for key in (
+      "name",
+      "autoencoder",
+      "resolutions",
+      "metric_weights",
+      "config",
+    ):
       result[key]
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
@@ -72,7 +81,11 @@ def write(workdir: epath.Path, directories: list[epath.Path]) -> str:
       source = run.directory / "pictures" / f"{size}px" / "latents.png"
       (report / file).write_bytes(source.read_bytes())
       shown = run.result["resolutions"][size]["pictures"]["samples"][0]
-      latents.append((f"{run.name}, {size} px: {_short(shown['name'])}", file))
+      channels = run.result["autoencoder"]["latent_channels"]
+      title = f"{run.name}, {size} px: {_short(shown['name'])}"
+      if channels > figures.MOST_CHANNELS:
+        title += f", the first {figures.MOST_CHANNELS} of {channels} channels"
+      latents.append((title, file))
   named = [(run.name, run.result) for run in runs]
   page = html_report.page(named, sections, latents)
   metrics_writer.write_whole(report / "index.html", page)
@@ -99,25 +112,13 @@ def _runs(directories: list[epath.Path]) -> list[_Run]:
 def _sections(
   report: epath.Path, size: str, runs: list[_Run]
 ) -> list[html_report.Section]:
-  """The samples that all runs have, then the extremes of each run."""
-
-  def shown(run: _Run, group: str) -> dict[int, dict[str, Any]]:
-    pictures = run.result["resolutions"][size]["pictures"]
-    return {row["index"]: row for row in pictures[group]}
-
-  sections = []
-  for own in _same_samples(size, runs):
-    rows = [shown(run, "samples") for run in own]
-    made = [
-      _figure(report, size, index, list(zip(own, rows, strict=True)))
-      for index in rows[0]
-      if all(index in others for others in rows)
-    ]
-    of = "" if len(own) == len(runs) else f" of {own[0].name}"
-    sections.append(html_report.Section(f"Images{of} at {size} px", made))
+  """The samples, together where runs share them; each run's extremes."""
+  sections = [
+    html_report.Section(f"Images at {size} px", _samples(report, size, runs))
+  ]
   for group in ("worst", "best"):
     for run in runs:
-      rows = shown(run, group)
+      rows = run.rows(size, group)
       made = [_figure(report, size, index, [(run, rows)]) for index in rows]
       of = f" of {run.name}" if len(runs) > 1 else ""
       title = f"{group.capitalize()} PSNR{of} at {size} px"
@@ -126,19 +127,26 @@ def _sections(
   return sections
 
 
-def _same_samples(size: str, runs: list[_Run]) -> list[list[_Run]]:
-  """Runs in groups that show the same originals."""
-  groups = []
-  for run in runs:
-    rows = run.result["resolutions"][size]["pictures"]["samples"]
-    first = run.picture(size, rows[0]["index"], "")
-    for known, *others in groups:
-      if np.array_equal(known, first):
-        others[0].append(run)
-        break
-    else:
-      groups.append((first, [run]))
-  return [members for _, members in groups]
+def _samples(
+  report: epath.Path, size: str, runs: list[_Run]
+) -> list[html_report.Figure]:
+  """Runs share a figure where their originals are the same, bit for bit."""
+  rows = [run.rows(size, "samples") for run in runs]
+  made = []
+  for index in dict.fromkeys(index for found in rows for index in found):
+    groups = []
+    for run, found in zip(runs, rows, strict=True):
+      if index not in found:
+        continue
+      original = run.picture(size, index, "")
+      for known, versions in groups:
+        if np.array_equal(known, original):
+          versions.append((run, found))
+          break
+      else:
+        groups.append((original, [(run, found)]))
+    made += [_figure(report, size, index, versions) for _, versions in groups]
+  return made
 
 
 def _figure(
@@ -157,10 +165,6 @@ def _figure(
     metrics_writer.write_png(report / name, pixels)
     return name
 
-  def crop(pixels: np.ndarray) -> np.ndarray:
-    part = pixels[window]
-    return part.repeat(_CROP_SCALE, axis=0).repeat(_CROP_SCALE, axis=1)
-
   made = []
   for run, values in versions:
     found = run.picture(size, index, "_reconstruction")
@@ -175,13 +179,13 @@ def _figure(
         run.name,
         caption,
         save(f"{prefix}.png", found),
-        save(f"{prefix}_crop.png", crop(found)),
+        save(f"{prefix}_crop.png", found[window]),
         save(f"{prefix}_error.png", figures.error_map(original, found)),
       )
     )
   return html_report.Figure(
     _short(rows[index]["name"]),
     save(f"{stem}.png", original),
-    save(f"{stem}_crop.png", crop(original)),
+    save(f"{stem}_crop.png", original[window]),
     made,
   )

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dcae_jax.data import images
 from dcae_jax.evaluation import fid
 from dcae_jax.models import inception
-from dcae_jax.tasks import wiring
+from dcae_jax.tasks import measuring, wiring
 from dcae_jax.training import metrics_writer, sharding
 
 _LOG = logging.getLogger(__name__)
@@ -23,15 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for a config that cannot be run."""
-  if not config.resolutions:
-    raise ValueError("config.resolutions is empty; name at least one")
-  for key, least in (("batch_size", 1), ("max_images", 0), ("threads", 1)):
-    if not config[key] >= least:
-      raise ValueError(f"config.{key}={config[key]} is below {least}")
-  if not config.max_megapixels > 0:
-    raise ValueError(
-      f"config.max_megapixels={config.max_megapixels} is not positive"
-    )
+  measuring.check_reading(config)
   for resolution in config.resolutions:
     if not isinstance(resolution, int) or resolution < 1:
       raise ValueError(f"image side {resolution!r} is not a positive number")
@@ -48,6 +40,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   images.check_not_empty(source, decoding)
   weights = inception.load(config.weights)
   mesh = sharding.create_mesh(**config.mesh)
+  for resolution in config.resolutions:
+    sharding.check_images(resolution, mesh)
   wiring.write_config(config, workdir)
   parameters = jax.device_put(weights.parameters, sharding.replicated(mesh))
 
@@ -56,7 +50,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     return inception.features(parameters, pixels)[0], batch.mask
 
   features = jax.jit(pooled, out_shardings=sharding.replicated(mesh))
-  reader = wiring.EvaluationImages(
+  reader = measuring.EvaluationImages(
     source,
     decoding,
     mesh,
@@ -66,7 +60,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   )
   counts = {}
   for resolution in config.resolutions:
-    progress = wiring.Progress(reader.total)
+    progress = measuring.Progress(reader.total)
     moments = fid.Moments(inception.FEATURES)
     for batch in reader.batches(resolution):
       rows, mask = jax.device_get(features(parameters, batch))
@@ -76,7 +70,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     covariance = moments.covariance  # refuses fewer than two images
     if moments.count < fid.FEWEST_IMAGES:
       _LOG.warning(
-        "%d images, fewer than %d: their covariance does not have full rank",
+        "%d images, fewer than %d: distances from them order runs at best",
         moments.count, fid.FEWEST_IMAGES,
       )  # fmt: skip
     counts[str(resolution)] = moments.count

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dcae_jax.data import images
 from dcae_jax.evaluation import figures, reconstruction
 from dcae_jax.models import dcae
-from dcae_jax.tasks import wiring
+from dcae_jax.tasks import measuring, wiring
 from dcae_jax.training import checkpoint, metrics_writer, sharding
 
 _LOG = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _evaluate(
   _, variables = checkpoint.restore_variables(
     run, "ema", abstract, sharding.shardings(abstract, mesh)
   )
-  reader = wiring.EvaluationImages(
+  reader = measuring.EvaluationImages(
     source,
     images.Decoding(model_config.image_channels),
     mesh,
@@ -79,8 +79,10 @@ def _evaluate(
     max_images=config.max_images,
     threads=config.threads,
   )
-  networks = wiring.networks_of(autoencoder)
-  evaluation = wiring.Evaluation(networks, reader, mesh, samples=config.samples)
+  networks = measuring.networks_of(autoencoder)
+  evaluation = measuring.Evaluation(
+    networks, reader, mesh, samples=config.samples
+  )
   return {
     resolution: evaluation.measure(variables, resolution)
     for resolution in config.resolutions

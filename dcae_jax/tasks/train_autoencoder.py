@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from dcae_jax import architecture, phases, released, weights
 from dcae_jax.data import images, sources
 from dcae_jax.evaluation import figures
-from dcae_jax.models import dcae, lpips, patchgan, sd_vae
-from dcae_jax.tasks import checks, wiring
+from dcae_jax.models import dcae, lpips, patchgan, pretrained, sd_vae
+from dcae_jax.tasks import checks, measuring, wiring
 from dcae_jax.training import (
   checkpoint,
   hardware,
@@ -56,7 +56,15 @@ def open_inputs(config: ConfigDict) -> Inputs:
   channels, limit = config.model.image_channels, config.data.max_megapixels
   parameters = {}
   if config.lpips.weight:
-    parameters = lpips.load_parameters(config.lpips.network, config.lpips.path)
+    try:
+      parameters = lpips.load_parameters(
+        config.lpips.network, config.lpips.path
+      )
+    except pretrained.AbsentWeightsError as error:
+      raise ValueError(
+        f"{error}, or name a copy with --config.lpips.path=FILE, or train "
+        "without LPIPS with --config.lpips.weight=0"
+      ) from error
   inputs = Inputs(
     wiring.weighted_sources(config.data.source),
     wiring.single_source(config.evaluation.source),
@@ -341,8 +349,8 @@ def _model_flops(
 
 def _held_out(
   config: ConfigDict, setup: _Setup, inputs: Inputs
-) -> wiring.EvaluationImages:
-  return wiring.EvaluationImages(
+) -> measuring.EvaluationImages:
+  return measuring.EvaluationImages(
     inputs.held_out,
     inputs.held_out_decoding,
     setup.mesh,
@@ -355,11 +363,11 @@ def _held_out(
 def _evaluate(
   config: ConfigDict,
   setup: _Setup,
-  held_out: wiring.EvaluationImages,
+  held_out: measuring.EvaluationImages,
   writer: metrics_writer.MetricsWriter,
 ) -> Callable[[int, state_lib.TrainState], dict[str, float]]:
-  evaluation = wiring.Evaluation(
-    wiring.networks_of(setup.autoencoder),
+  evaluation = measuring.Evaluation(
+    measuring.networks_of(setup.autoencoder),
     held_out,
     setup.mesh,
     samples=config.evaluation.samples,

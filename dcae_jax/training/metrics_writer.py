@@ -84,13 +84,17 @@ def read_lines(path: epath.Path) -> list[dict[str, float]]:
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-  """Writes a small file so that it is never seen, or left, half-written."""
+  """Writes a small file so that it is never seen, or left, half-written.
+
+  In UTF-8; what file names may hold and text may not is written as escapes.
+  """
+  data = text.encode("utf-8", "backslashreplace")
   path.parent.mkdir(parents=True, exist_ok=True)
   if "://" in str(path):  # objects appear whole
-    path.write_text(text)
+    path.write_bytes(data)
     return
   temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text)
+  temporary.write_bytes(data)
   os.replace(temporary, path)
 
 

@@ -61,6 +61,12 @@ def check_batch(
       f"{ways * accumulation}: {ways} ways of data parallelism (mesh axes data "
       f"x fsdp) times config.accumulation={accumulation}; use a multiple"
     )
+  check_images(resolution, mesh)
+
+
+def check_images(resolution: int, mesh: Mesh) -> None:
+  """Raises ValueError unless processes hold whole images, parts whole rows."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if ways % jax.process_count():
     raise ValueError(
       f"config.mesh splits batches {ways} ways over {jax.process_count()} "

@@ -1,0 +1,119 @@
+"""The networks of rFID, LPIPS and the like, their weights and references."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dcae_jax.evaluation import fid, reconstruction
+from dcae_jax.models import efficientnet, inception, lpips, pretrained
+
+_LOG = logging.getLogger(__name__)
+_LPIPS_NETWORK = "alexnet"  # of the paper's tables; training uses VGG16
+
+
+class _Metric(NamedTuple):
+  """What finds its weights, given a path or ""; its features, if it has any."""
+
+  load: Callable[[str], pretrained.Pretrained]
+  features: Callable[[Any, Any], Any] | None = None
+
+
+METRICS = {
+  "rfid": _Metric(
+    inception.load, lambda parameters, x: inception.features(parameters, x)[0]
+  ),
+  "lpips": _Metric(functools.partial(lpips.load, _LPIPS_NETWORK)),
+  "frechet_efficientnet_lite0": _Metric(
+    efficientnet.load, efficientnet.features
+  ),
+}
+
+
+class Opened(NamedTuple):
+  """Weights of networks, why others are absent, and reference statistics.
+
+  Attributes:
+    found: by metric.
+    absent: by metric, why, with the command that gets it.
+    references: by resolution, mean and covariance by metric.
+    reference_files: file and sha256 by resolution.
+  """
+
+  found: dict[str, pretrained.Pretrained]
+  absent: dict[str, str]
+  references: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]
+  reference_files: dict[str, dict[str, str]]
+
+
+def check(config: ConfigDict) -> None:
+  """Raises ValueError for metrics that cannot be computed as asked."""
+  for metric in config.metrics:
+    if metric not in METRICS:
+      raise ValueError(
+        f"unknown metric {metric!r} in config.metrics; known are "
+        f"{', '.join(METRICS)}"
+      )
+  smallest = lpips.SMALLEST_SIDE[_LPIPS_NETWORK]
+  if "lpips" in config.metrics and min(config.resolutions) < smallest:
+    raise ValueError(
+      f"image side {min(config.resolutions)} is below {smallest}, the smallest "
+      "that LPIPS can be computed for; leave it out of config.metrics"
+    )
+  if config.reference and "rfid" not in config.metrics:
+    raise ValueError(
+      f"config.reference={config.reference} is for rfid, which is not among "
+      "config.metrics"
+    )
+  is_one_file = "{resolution}" not in config.reference
+  if config.reference and is_one_file and len(config.resolutions) > 1:
+    raise ValueError(
+      f"config.reference={config.reference} is one file for several "
+      "resolutions; put {resolution} into it, or evaluate one resolution"
+    )
+
+
+def open_all(config: ConfigDict) -> Opened:
+  """Reads weights and reference statistics.
+
+  Raises:
+    ValueError: a file that is not what it should be.
+  """
+  found, absent, references, files = {}, {}, {}, {}
+  for metric in config.metrics:
+    try:
+      found[metric] = METRICS[metric].load(config.weights[metric])
+    except pretrained.AbsentWeightsError as error:
+      absent[metric] = str(error)
+      _LOG.warning("%s is absent: %s", metric, error)
+  for resolution in config.resolutions if config.reference else ():
+    path = config.reference.replace("{resolution}", str(resolution))
+    statistics = fid.load_statistics(path, inception.FEATURES)
+    references[resolution] = {"rfid": statistics[:2]}
+    files[str(resolution)] = {"file": path, "sha256": statistics[2]}
+  return Opened(found, absent, references, files)
+
+
+def networks(
+  encode: Callable[[Any, Any], Any],
+  decode: Callable[[Any, Any], Any],
+  opened: Opened,
+) -> reconstruction.Networks:
+  """An autoencoder's functions and those of the metrics that were found."""
+  perceptual = None
+  if "lpips" in opened.found:
+    perceptual = functools.partial(lpips.distance, network=_LPIPS_NETWORK)
+  return reconstruction.Networks(
+    encode,
+    decode,
+    perceptual,
+    {
+      name: METRICS[name].features
+      for name in opened.found
+      if METRICS[name].features is not None
+    },
+    {name: weights.parameters for name, weights in opened.found.items()},
+  )
