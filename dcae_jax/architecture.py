@@ -116,7 +116,7 @@ def defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 def _class_of(config: dict[str, Any]) -> ModuleType:
   name = config.get("_class_name") or next(iter(_CONFIGS))
-  if name not in _CONFIGS:
+  if not isinstance(name, str) or name not in _CONFIGS:
     raise ValueError(f"_class_name={name!r} is not among {', '.join(_CONFIGS)}")
   return _CONFIGS[name]
 

@@ -442,6 +442,10 @@ def test_reference_statistics_are_computed_saved_and_read(
     ({"metrics": ("fid",)}, "unknown metric 'fid'.*rfid, lpips"),
     ({"batch_size": 0}, "batch_size=0"),
     ({"samples": 0}, "samples=0"),
+    ({"seed": 2**70}, "seed=1180591620717411303424"),
+    ({"resolutions": ("32",)}, "image side '32'"),
+    ({"resolutions": (2**40,)}, "image side 1099511627776"),
+    ({"source.weight": float("inf")}, "source weight inf"),
     ({"dtype": "float16"}, "unknown dtype"),
     ({"compare": "[nowhere/else]"}, "nowhere/else"),
     ({"weights.rfid": "no.pth", "metrics": ("rfid",)}, "no.pth"),
@@ -485,12 +489,55 @@ def test_a_directory_of_something_else_is_left_alone(config, tmp_path):
   assert (tmp_path / "report" / "mine.txt").exists()
 
 
-def test_damaged_results_are_refused(config, tmp_path):
-  first = tmp_path / "first"
-  _run(config(), first)
-  (first / "result.json").write_text("{")
-  with pytest.raises(ValueError, match="not the result of an evaluation"):
-    _run(config(compare=str(first)), tmp_path / "second")
+@pytest.mark.parametrize("damage", ["result", "row", "picture", "latents"])
+def test_damaged_evaluations_are_refused_before_anything_is_measured(
+  damage, config, tmp_path
+):
+  first, second = tmp_path / "first", tmp_path / "second"
+  result = _run(config(max_images=2), first)
+  pictures = first / "pictures" / f"{RESOLUTION}px"
+  if damage == "result":
+    (first / "result.json").write_text("{")
+  elif damage == "row":
+    del result["resolutions"][str(RESOLUTION)]["latent"]
+    (first / "result.json").write_text(json.dumps(result))
+  elif damage == "picture":
+    (pictures / "0000000_reconstruction.png").unlink()
+  else:
+    (pictures / "latents.png").write_bytes(b"")
+  with pytest.raises(ValueError, match="not a whole evaluation"):
+    _run(config(compare=str(first)), second)
+  assert not second.exists()
+
+
+def test_a_failing_run_leaves_the_evaluation_before_it(
+  config, tmp_path, monkeypatch
+):
+  files = lambda: {
+    file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()
+  }
+  _run(config(max_images=3), tmp_path)
+  before = files()
+  decode = dcae_jax.Autoencoder.apply
+  broken = lambda *args, method: jnp.nan * decode(*args, method=method)
+  monkeypatch.setattr(dcae_jax.Autoencoder, "apply", broken)
+  with pytest.raises(FloatingPointError, match="not finite"):
+    _run(config(), tmp_path)
+  assert files() == before
+  monkeypatch.undo()
+  after = _run(config(max_images=2, samples=1), tmp_path)
+  assert after["resolutions"][str(RESOLUTION)]["images"] == 2
+  shown = {file.name[:7] for file in (tmp_path / "pictures").rglob("0*.png")}
+  assert len(shown) <= 3  # the first, the worst, the best: none of before
+  _check_page(tmp_path)
+
+
+def test_an_evaluation_is_not_compared_with_what_it_replaces(config, tmp_path):
+  _run(config(max_images=2), tmp_path)
+  with pytest.raises(ValueError, match="written anew"):
+    _run(config(compare=f"[{tmp_path}]"), tmp_path)
+  with pytest.raises(ValueError, match="written anew"):
+    _run(config(compare=str(tmp_path / "compared" / "0")), tmp_path)
 
 
 @pytest.mark.parametrize(

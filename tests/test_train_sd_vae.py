@@ -198,15 +198,12 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(
 
 def test_samples_are_the_same_on_any_mesh(config, phase_1, tmp_path):
   changes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.spatial": 2, "steps": 2}
-  assert _run(config(1, **changes), tmp_path / "mesh")
-  assert _run(config(1, steps=2, seed=1), tmp_path / "seed")
+  assert _run(config(1, **changes), tmp_path)
   for key in ("train/loss/l1", "train/loss/kl"):
     losses = [
-      [x[key] for x in _lines(d) if key in x][:2]
-      for d in (phase_1, tmp_path / "mesh", tmp_path / "seed")
+      [x[key] for x in _lines(d) if key in x][:2] for d in (phase_1, tmp_path)
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
-    assert np.all(np.abs(np.subtract(losses[2], losses[0])) > 1e-4)
 
 
 def test_a_run_is_loaded_saved_and_trained_further(config, phase_1, tmp_path):
@@ -268,8 +265,3 @@ def test_bad_input_is_refused(config, tmp_path, changes, message):
   with pytest.raises(ValueError, match=message):
     _run(config(1, **changes), tmp_path / "run")
   assert not (tmp_path / "run").exists()
-
-
-def test_other_models_have_no_kl_loss(tiny_config, tmp_path):
-  assert _run(tiny_config(1, steps=1), tmp_path)
-  assert not any("train/loss/kl" in line for line in _lines(tmp_path))

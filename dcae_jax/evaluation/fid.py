@@ -7,7 +7,6 @@ here: with the FID Inception the distance is FID (rFID for reconstructions).
 
 import hashlib
 import io
-import zipfile
 
 import numpy as np
 from etils import epath
@@ -130,12 +129,20 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
 def save_statistics(
   path: epath.PathLike, mean: np.ndarray, covariance: np.ndarray
 ) -> None:
-  """Writes an `.npz` with `mu` and `sigma`, the layout of pytorch-fid."""
+  """Writes an `.npz` with `mu` and `sigma`, the layout of pytorch-fid.
+
+  Locally the file appears whole, in place of an older one.
+  """
   buffer = io.BytesIO()
   np.savez(buffer, mu=mean, sigma=covariance)
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(buffer.getvalue())
+  if "://" in str(path):  # objects appear whole
+    path.write_bytes(buffer.getvalue())
+    return
+  part = path.with_name(f".{path.name}.tmp")
+  part.write_bytes(buffer.getvalue())
+  part.replace(path)
 
 
 def load_statistics(
@@ -158,10 +165,10 @@ def load_statistics(
       mean, covariance = (
         np.asarray(archive[name], np.float64) for name in ("mu", "sigma")
       )
-  except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as e:
+  except Exception as error:  # whatever a damaged file makes of numpy
     raise ValueError(
-      f"reference statistics: {path} is not an .npz with mu and sigma ({e})"
-    ) from e
+      f"reference statistics: {path} is not an .npz with mu and sigma ({error})"
+    ) from error
   if mean.shape != (dimensions,) or covariance.shape != (dimensions,) * 2:
     raise ValueError(
       f"reference statistics: {path} has mu {list(mean.shape)} and sigma "

@@ -232,7 +232,7 @@ class _Totals:
     self._references = references
     self._count = 0
     self._sums, self._histograms = {}, {}
-    self._latents = None
+    self._latents = self._fetch = None
     self._moments, self._original_moments = {}, {}
     self._first = _Selection(samples)
     self._worst, self._best = _Selection(extremes), _Selection(extremes)
@@ -267,6 +267,8 @@ class _Totals:
       bins = np.histogram(np.clip(v, edges[0], edges[-1]), edges)[0]
       self._histograms[name] = self._histograms.get(name, 0) + bins
     if self._latents is None:
+      whole = outputs.batch.mask.sharding
+      self._fetch = jax.jit(lambda x, i: x[i], out_shardings=whole)
       channels = means.shape[1]
       self._latents = latent_statistics.LatentStatistics(channels)
     positions = math.prod(outputs.latents.shape[1:3])
@@ -290,14 +292,12 @@ class _Totals:
 
     def picture():
       # Every process chooses the same rows, and takes part in fetching them.
-      whole = outputs.batch.mask.sharding
-      fetch = jax.jit(lambda x, i: x[i], out_shardings=whole)
       pictures = (
         outputs.batch.images, outputs.reconstructions, outputs.latents
       )  # fmt: skip
       return Picture(
         index,
-        *(jax.device_get(fetch(x, row)) for x in pictures),
+        *(jax.device_get(self._fetch(x, row)) for x in pictures),
         {name: v for name, v in values.items() if name != "index"},
       )
 
@@ -321,9 +321,13 @@ class _Totals:
       if reference is None:
         originals = self._original_moments[name]
         reference = originals.mean, originals.covariance
-      metrics[name] = fid.frechet_distance(
+      distance = fid.frechet_distance(
         moments.mean, moments.covariance, *reference
       )
+      if math.isfinite(distance):
+        metrics[name] = distance
+      else:
+        absent[name] = "the distance from the reference is beyond all numbers"
     return Result(
       self._count,
       metrics,

@@ -11,12 +11,10 @@ import importlib.util
 import os
 import pathlib
 import re
-import zipfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from dcae_jax import torch_files
@@ -100,15 +98,11 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
   """
   try:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-      return {name: archive[name] for name in archive.files}
-  except (
-    OSError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    EOFError,
-    zipfile.BadZipFile,
-  ) as error:
+      arrays = {name: archive[name] for name in archive.files}
+      if not all(isinstance(x, np.ndarray) for x in arrays.values()):
+        raise ValueError("it holds other things than arrays")
+      return arrays
+  except Exception as error:  # whatever a damaged file makes of numpy
     raise ValueError(
       f"weights: {path} is not a readable .npz file ({error}); make it again"
     ) from error
@@ -117,7 +111,7 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     return safetensors.numpy.load_file(path)
-  except (OSError, safetensors.SafetensorError) as error:
+  except Exception as error:  # also dtypes that numpy does not have
     raise ValueError(
       f"weights: {path} is not a readable .safetensors file ({error}); make it "
       "again"
@@ -133,8 +127,8 @@ def checked(
   """The arrays in float32, after a look at their names and shapes.
 
   Raises:
-    ValueError: one is missing, unexpected, mis-shaped or not of real numbers;
-      the message lists them, the first of many.
+    ValueError: one is missing, unexpected, mis-shaped or not of real numbers
+      (the message lists the first of many), or has values that cannot be.
   """
   wrong = sorted(
     name
@@ -150,7 +144,16 @@ def checked(
       f"weights: {path} does not hold {network}; missing, unexpected or "
       f"mis-shaped: {names}{more}"
     )
-  return {name: np.asarray(arrays[name], np.float32) for name in shapes}
+  with np.errstate(over="ignore"):  # it is infinite then
+    found = {name: np.asarray(arrays[name], np.float32) for name in shapes}
+  for name, array in found.items():
+    is_variance = name.endswith("running_var")
+    if not np.isfinite(array).all() or (is_variance and array.min() < 0):
+      raise ValueError(
+        f"weights: {name} in {path} has values that are not finite, or "
+        "negative variances; make the file again"
+      )
+  return found
 
 
 def load_state_dict(

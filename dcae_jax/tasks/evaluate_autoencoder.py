@@ -12,8 +12,10 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import pathlib
 import platform
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,8 +57,10 @@ def check(config: ConfigDict) -> None:
   for key, least in (
     ("samples", 1), ("extremes", 0), ("space_to_channel", 1), ("seed", 0)
   ):  # fmt: skip
-    if not config[key] >= least:
-      raise ValueError(f"config.{key}={config[key]} is below {least}")
+    if not least <= config[key] < 2**31:
+      raise ValueError(
+        f"config.{key}={config[key]} is not from {least} to 2**31 - 1"
+      )
   dcae.check_dtype(config.dtype)
   metric_networks.check(config)
   if config.init_from:
@@ -67,7 +71,7 @@ def check(config: ConfigDict) -> None:
     wiring.check_sides(config.resolutions, compression)
   for other in others:
     if is_evaluation(other):
-      evaluation_report.read_result(epath.Path(other).expanduser())
+      evaluation_report.check(epath.Path(other).expanduser())
     else:
       _check_model(other, _config_of_other(config, other))
 
@@ -107,9 +111,19 @@ def is_evaluation(path: str) -> bool:
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Evaluates `init_from`, and what it is compared with; writes the report."""
+  for other in compared(config):
+    path = pathlib.PurePath(os.path.abspath(os.path.expanduser(other)))
+    if path.is_relative_to(os.path.abspath(workdir)):
+      raise ValueError(
+        f"config.compare={other} lies in --workdir={workdir}, which is written "
+        "anew; choose another --workdir"
+      )
   check(config)
   wiring.check_work_directory(config, workdir)
-  wiring.check_nothing_foreign(workdir, ("pictures", "report", "compared"))
+  tables = [f"images_{resolution}px.csv" for resolution in config.resolutions]
+  wiring.check_nothing_foreign(
+    workdir, ("pictures", "report", "compared", *tables)
+  )
   wiring.prepare_jax(config.compilation_cache)
   to_measure, directories = _plan(config, workdir)
   if to_measure:
@@ -120,23 +134,35 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     decoding = images.Decoding(max_megapixels=config.max_megapixels)
     images.check_not_empty(source, decoding)
     metrics = metric_networks.open_all(config)
-  wiring.write_config(config, workdir)
-  for own, directory in to_measure:
-    _clear(directory)
-    wiring.write_config(own, directory)
-    _evaluate(own, directory, mesh, source, metrics)
-  if jax.process_index() == 0:
-    table = evaluation_report.write(workdir, directories)
+  workdir.mkdir(parents=True, exist_ok=True)
+  # Made aside: until all is there, an earlier evaluation stays as it is.
+  with tempfile.TemporaryDirectory(prefix="dcae_jax_evaluation_") as aside:
+    for i, (own, directory) in enumerate(to_measure):
+      part = epath.Path(aside) / f"{i}"
+      part.mkdir()
+      _evaluate(own, part, mesh, source, metrics)
+      _publish(part, directory, replaced="pictures")
+    wiring.write_config(config, workdir)
+    if jax.process_index():
+      return True
+    part = epath.Path(aside) / "report"
+    table = evaluation_report.write(part, directories)
+    _publish(part, workdir / "report", replaced="pictures")
     _LOG.info("\n%s\n\nreport: %s", table, workdir / "report" / "index.html")
   return True
 
 
-def _clear(directory: epath.Path) -> None:
-  """Of an earlier evaluation nothing may be taken for this one's."""
-  if jax.process_index() == 0:
-    (directory / "result.json").unlink(missing_ok=True)
-    if (directory / "pictures").exists():
-      (directory / "pictures").rmtree()
+def _publish(part: epath.Path, directory: epath.Path, replaced: str) -> None:
+  """Moves what was made aside; `result.json` comes last, on process 0."""
+  if jax.process_index():
+    return
+  (directory / "result.json").unlink(missing_ok=True)
+  if (directory / replaced).exists():
+    (directory / replaced).rmtree()
+  files = [file for file in pathlib.Path(part).rglob("*") if file.is_file()]
+  for file in sorted(files, key=lambda file: file.name == "result.json"):
+    target = directory / file.relative_to(part).as_posix()
+    metrics_writer.write_whole(target, file.read_bytes())
 
 
 def _plan(
@@ -221,6 +247,7 @@ def _evaluate(
       folder = workdir / "pictures" / f"{resolution}px"
       found["pictures"] = _write_pictures(result, folder, source)
     by_resolution[str(resolution)] = found
+  wiring.write_config(config, workdir)
   if jax.process_index():
     return
   result = {
@@ -365,4 +392,5 @@ def name_of(config: ConfigDict) -> str:
     return config.name
   if config.variant:
     return f"{config.variant}, initial values"
-  return "/".join(pathlib.PurePath(config.init_from).parts[-2:])
+  parts = pathlib.PurePath(config.init_from).parts
+  return "/".join(parts[-2:]) or config.init_from

@@ -5,6 +5,7 @@ Pictures are copied, so that `report/` can be moved and opened anywhere.
 
 import json
 import re
+import tempfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,40 +35,30 @@ class _Run(NamedTuple):
     return {row["index"]: row for row in pictures[group]}
 
 
-def read_result(directory: epath.Path) -> dict[str, Any]:
-  """Raises ValueError if `result.json` is not that of an evaluation."""
-  file = directory / "result.json"
-  try:
-    result = json.loads(file.read_text())
-    for key in (
-      "name",
-      "autoencoder",
-      "resolutions",
-      "metric_weights",
-      "config",
-    ):
-      result[key]
-  except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(
-      f"{file} is not the result of an evaluation ({error!r}); run it again"
-    ) from error
-  return result
+def check(directory: epath.Path) -> None:
+  """Raises ValueError unless a report can be made of a finished evaluation."""
+  with tempfile.TemporaryDirectory(prefix="dcae_jax_report_") as aside:
+    try:
+      write(epath.Path(aside) / "report", [directory])
+    except Exception as error:  # whatever may have been damaged there
+      reason = " ".join(str(error).split())
+      raise ValueError(
+        f"{directory} is not a whole evaluation ({type(error).__name__}: "
+        f"{reason}); run it again"
+      ) from error
 
 
-def write(workdir: epath.Path, directories: list[epath.Path]) -> str:
-  """Writes `report/` of one or several evaluations.
+def write(report: epath.Path, directories: list[epath.Path]) -> str:
+  """Writes the report of one or several evaluations.
 
   Args:
-    workdir: that gets it.
+    report: the directory that gets it.
     directories: of the evaluations, in the order of the table.
 
   Returns:
     The table, as text.
   """
   runs = _runs(directories)
-  report = workdir / "report"
-  if report.exists():
-    report.rmtree()
   (report / "pictures").mkdir(parents=True)
   sizes = dict.fromkeys(
     size for run in runs for size in run.result["resolutions"]
@@ -79,7 +70,7 @@ def write(workdir: epath.Path, directories: list[epath.Path]) -> str:
     for run in with_size:
       file = f"pictures/{size}px_{run.slug}_latents.png"
       source = run.directory / "pictures" / f"{size}px" / "latents.png"
-      (report / file).write_bytes(source.read_bytes())
+      metrics_writer.write_png(report / file, metrics_writer.read_png(source))
       shown = run.result["resolutions"][size]["pictures"]["samples"][0]
       channels = run.result["autoencoder"]["latent_channels"]
       title = f"{run.name}, {size} px: {_short(shown['name'])}"
@@ -100,11 +91,11 @@ def _short(name: str) -> str:
 def _runs(directories: list[epath.Path]) -> list[_Run]:
   runs = []
   for i, directory in enumerate(directories):
-    result = read_result(directory)
+    result = json.loads((directory / "result.json").read_text())
     name, taken = result["name"], {run.name for run in runs}
     if name in taken:
       name = f"{name} ({i + 1})"
-    slug = f"{i}_{re.sub('[^A-Za-z0-9]+', '-', name).strip('-')}"
+    slug = f"{i}_{re.sub('[^A-Za-z0-9]+', '-', name).strip('-')[:40]}"
     runs.append(_Run(name, slug, result, directory))
   return runs
 

@@ -19,12 +19,19 @@ from dcae_jax.training import sharding
 
 _LOG = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10  # of progress
+_LARGEST_SIDE = 2**14  # pixels
 
 
 def check_reading(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no images can be read with."""
   if not config.resolutions:
     raise ValueError("config.resolutions is empty; name at least one")
+  for side in config.resolutions:
+    if type(side) is not int or not 1 <= side <= _LARGEST_SIDE:
+      raise ValueError(
+        f"image side {side!r} in config.resolutions is not a whole number from "
+        f"1 to {_LARGEST_SIDE}"
+      )
   for key, least in (("batch_size", 1), ("max_images", 0), ("threads", 1)):
     if not config[key] >= least:
       raise ValueError(f"config.{key}={config[key]} is below {least}")
@@ -53,13 +60,13 @@ class EvaluationImages:
       source: of the images.
       decoding: of its files.
       mesh: of the devices.
-      batch_size: rounded up to what the mesh divides.
+      batch_size: at most all images; rounded up to what the mesh divides.
       max_images: 0: all.
       threads: loader threads.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch_size = -(-batch_size // ways) * ways
     self.total = min(len(source), max_images or len(source))
+    batch_size = -(-min(batch_size, self.total) // ways) * ways
     self.skipped = images.Skipped()
     self._source, self._decoding, self._mesh = source, decoding, mesh
     self._reading = {

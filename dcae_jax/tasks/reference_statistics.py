@@ -24,16 +24,14 @@ _LOG = logging.getLogger(__name__)
 def check(config: ConfigDict) -> None:
   """Raises ValueError for a config that cannot be run."""
   measuring.check_reading(config)
-  for resolution in config.resolutions:
-    if not isinstance(resolution, int) or resolution < 1:
-      raise ValueError(f"image side {resolution!r} is not a positive number")
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Writes one `.npz` for each resolution, and `result.json`."""
   check(config)
   wiring.check_work_directory(config, workdir)
-  wiring.check_nothing_foreign(workdir, ())
+  files = [f"inception_{side}px.npz" for side in config.resolutions]
+  wiring.check_nothing_foreign(workdir, tuple(files))
   wiring.prepare_jax(config.compilation_cache)
   source = wiring.single_source(config.source)
   decoding = images.Decoding(max_megapixels=config.max_megapixels)

@@ -1,6 +1,7 @@
 """From config to the objects below `tasks/`: model, sources, work directory."""
 
 import json
+import math
 import os
 from typing import Any
 
@@ -95,8 +96,8 @@ def weighted_sources(
         "is a mixture itself"
       )
     return [pair for member in members for pair in weighted_sources(member)]
-  if not config.weight > 0:
-    raise ValueError(f"source weight {config.weight} is not positive")
+  if not 0 < config.weight < math.inf:
+    raise ValueError(f"source weight {config.weight} is not a positive number")
   if config.kind == "folder":
     return [(sources.folder(config.path), config.weight)]
   if config.kind == "embedded":

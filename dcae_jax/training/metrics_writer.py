@@ -83,12 +83,14 @@ def read_lines(path: epath.Path) -> list[dict[str, float]]:
   return lines
 
 
-def write_whole(path: epath.Path, text: str) -> None:
+def write_whole(path: epath.Path, text: str | bytes) -> None:
   """Writes a small file so that it is never seen, or left, half-written.
 
-  In UTF-8; what file names may hold and text may not is written as escapes.
+  Text in UTF-8; what file names may hold and text may not becomes escapes.
   """
-  data = text.encode("utf-8", "backslashreplace")
+  data = text
+  if isinstance(text, str):
+    data = text.encode("utf-8", "backslashreplace")
   path.parent.mkdir(parents=True, exist_ok=True)
   if "://" in str(path):  # objects appear whole
     path.write_bytes(data)
