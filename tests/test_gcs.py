@@ -115,3 +115,36 @@ def test_a_run_lives_in_a_bucket(bucket, photographs, compilation_cache):
   lines = [json.loads(line) for line in found["metrics"].splitlines()]
   steps = [x["step"] for x in lines if "train/loss/l1" in x]
   assert steps == [1, 2, 3, 4] and found["result"]["step"] == 4
+  # It is evaluated into the bucket, and again over what is there.
+  command = ["-m", "dcae_jax.main", "--config=configs/f32_evaluate.py"]
+  flags = {
+    "init_from": f"{root}/runs/phase1",
+    "source.path": f"{root}/images",
+    "resolutions": "(32,)",
+    "metrics": "()",
+    "extremes": 1,
+    "compilation_cache": compilation_cache,
+  }
+  flags = [f"--config.{key}={value}" for key, value in flags.items()]
+  workdir = f"--workdir={root}/runs/evaluation"
+  for samples in (3, 1):
+    samples = f"--config.samples={samples}"
+    _python(environment, *command, workdir, *flags, samples)
+  show = (
+    "import json, sys\n"
+    "from etils import epath\n"
+    "run = epath.Path(sys.argv[1])\n"
+    "shown = (run / 'pictures' / '32px').iterdir()\n"
+    "print(json.dumps({\n"
+    "  'result': json.loads((run / 'result.json').read_text()),\n"
+    "  'page': (run / 'report' / 'index.html').read_text(),\n"
+    "  'pictures': sorted(path.name for path in shown),\n"
+    "}))\n"
+  )
+  found = json.loads(
+    _python(environment, "-c", show, f"{root}/runs/evaluation")
+  )
+  assert found["result"]["resolutions"]["32"]["images"] == 12
+  shown = {name[:7] for name in found["pictures"] if name[0] == "0"}
+  assert len(shown) <= 3  # the first, the worst and the best
+  assert found["page"].count("<figure>") == 3
