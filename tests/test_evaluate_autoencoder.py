@@ -525,8 +525,12 @@ def test_a_failing_run_leaves_the_evaluation_before_it(
     _run(config(), tmp_path)
   assert files() == before
   monkeypatch.undo()
+  (tmp_path / "images_48px.csv").write_text("of a resolution before")
   after = _run(config(max_images=2, samples=1), tmp_path)
   assert after["resolutions"][str(RESOLUTION)]["images"] == 2
+  assert [file.name for file in tmp_path.glob("*.csv")] == [
+    f"images_{RESOLUTION}px.csv"
+  ]
   shown = {file.name[:7] for file in (tmp_path / "pictures").rglob("0*.png")}
   assert len(shown) <= 3  # the first, the worst, the best: none of before
   _check_page(tmp_path)

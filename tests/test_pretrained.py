@@ -117,3 +117,12 @@ def test_the_cache_is_where_the_environment_says(monkeypatch):
     unset()
     expected = pathlib.Path.home() / ".cache/dcae_jax"
     assert pretrained.cache_directory() == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300, -1.0])
+def test_values_that_cannot_be_are_refused(value, tmp_path):
+  name = "bn.running_var"
+  with pytest.raises(ValueError, match=rf"{name} in .*not finite, or negative"):
+    pretrained.checked(
+      {name: np.array([1.0, value])}, {name: (2,)}, tmp_path, "a network"
+    )

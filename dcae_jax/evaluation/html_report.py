@@ -286,7 +286,8 @@ def _histograms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
       lines = [
         (name, result["resolutions"][size]["histograms"][metric])
         for name, result in runs
-        if metric in result["resolutions"].get(size, {}).get("histograms", {})
+        if size in result["resolutions"]
+        and metric in result["resolutions"][size]["histograms"]
       ]
       if lines:
         charts.append(

@@ -157,6 +157,9 @@ def _publish(part: epath.Path, directory: epath.Path, replaced: str) -> None:
   if jax.process_index():
     return
   (directory / "result.json").unlink(missing_ok=True)
+  if directory.exists():
+    for table in directory.glob("images_*px.csv"):
+      table.unlink()
   if (directory / replaced).exists():
     (directory / replaced).rmtree()
   files = [file for file in pathlib.Path(part).rglob("*") if file.is_file()]
@@ -352,13 +355,13 @@ def _write_pictures(
   groups = {
     "samples": result.samples, "worst": result.worst, "best": result.best
   }  # fmt: skip
+  folder.mkdir(parents=True, exist_ok=True)
   shown = {}
   for group, pictures in groups.items():
     shown[group] = []
     for picture in pictures:
       stem = folder / f"{picture.index:07d}"
       files = [f"{stem}.png", f"{stem}_reconstruction.png"]
-      folder.mkdir(parents=True, exist_ok=True)
       for file, pixels in zip(
         files, (picture.original, picture.reconstruction), strict=True
       ):
