@@ -25,6 +25,7 @@ def source(
   # "tfds": a prepared TFDS dataset in array_record format; no TensorFlow.
   # "embedded": photographs inside installed packages, nothing to download.
   # "mixture": of `members`, drawn by their weights.
+  # "npy": latents of the authors' tools, for export_latents alone.
   c.kind = kind
   c.path = path  # folder: the directory. tfds: its data_dir, "": the default.
   c.name = name  # tfds: the dataset, such as "imagenet2012".
@@ -280,6 +281,60 @@ def reconstruct() -> ConfigDict:
   c.stride = 0  # from tile to tile; 0: three quarters of a tile
   c.shorter_side = 0  # reduce images to it first; 0: never
   c.max_megapixels = 89.0  # larger images are skipped, and named
+  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c
+
+
+def export_latents() -> ConfigDict:
+  """Images to latents, in a store that diffusion models learn from."""
+  c = ConfigDict()
+  c.task = "export_latents"
+  # What encodes: a run, a folder or file of released weights, or a hub id.
+  c.init_from = ""
+  # The store, a directory or gs:// prefix. "": `latents` in the work directory.
+  c.output = ""
+  # 0: the autoencoder's; where it has none, 1 / RMS of these latents. Latents
+  # are written without it, and read with it.
+  c.scaling_factor = 0.0
+  # Put p x p latents into the channels of one: f8 and 8 make f64.
+  c.space_to_channel = 1
+  c.dtype = "float16"  # of the stored latents; "bfloat16", "float32"
+  # Of the layers. "bfloat16" is several times faster on TPU and GPU.
+  c.compute_dtype = "float32"
+  # --- the images ----------------------------------------------------------
+  c.source = source("folder")
+  c.max_images = 0  # the first ones; 0: all
+  c.resolution = 512  # side of the crops, in pixels
+  c.crop = "dm_crop"  # or "random_crop", "random_resized_crop"
+  c.min_area = 0.25  # least part that a random-resized crop covers
+  c.crops_per_image = 1  # each a row; more than one if they are random
+  c.seed = 0  # of random crops
+  c.flip = False  # a second view: the latents of the mirrored images
+  c.min_size = 0  # images with a smaller side are left out; 0: none
+  c.max_megapixels = 89.0  # larger images are left out
+  # --- the work ------------------------------------------------------------
+  # Encoded at once by each device: rows do not depend on how many there are.
+  c.batch_size_per_device = 8
+  # Rows that are written at once, by one process, and lost if it is killed; a
+  # multiple of 16. 0: 1024, fewer where the images make fewer than 64 shards.
+  c.shard_rows = 0
+  c.threads = 8  # loader threads, in each process
+  c.retries = 10  # of each request to a bucket, at most 16 s apart
+  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c
+
+
+def inspect_latents() -> ConfigDict:
+  """What a latent store holds, whether it is whole, what it looks like."""
+  c = ConfigDict()
+  c.task = "inspect_latents"
+  c.latents = ""  # the store, a directory or gs:// prefix
+  # What decodes; "": what the manifest names.
+  c.init_from = ""
+  c.samples = 8  # random rows to decode; 0: none, without an autoencoder
+  c.seed = 0  # of the choice of rows
+  c.verify = True  # read all of it, and compare checksums
+  c.retries = 10  # of each request to a bucket, at most 16 s apart
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c
 

@@ -15,7 +15,8 @@ from ml_collections import config_flags
 
 TASKS = (
   "train_autoencoder", "train_phases", "report", "reconstruct",
-  "evaluate_autoencoder", "reference_statistics",
+  "evaluate_autoencoder", "reference_statistics", "export_latents",
+  "inspect_latents",
 )  # fmt: skip
 
 
@@ -26,18 +27,18 @@ def main(argv: list[str]) -> int:
       f"unexpected arguments {argv[1:]}; options start with --config."
     )
   try:
-    _run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.distributed)
+    _run(flags.FLAGS.config, flags.FLAGS.workdir)
   except (ValueError, FloatingPointError, OSError) as error:
     if not _is_ours(error):
       raise
     advice = ""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-      advice = "; make room and run again: it goes on from the last checkpoint"
+      advice = "; make room and run again: it goes on from what is saved"
     return _fail(f"{error}{advice}")
   return 0
 
 
-def _run(config, workdir: str, distributed: bool) -> None:
+def _run(config, workdir: str) -> None:
   logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
   logging.getLogger("dcae_jax").setLevel(logging.INFO)
   if config.task not in TASKS:
@@ -46,12 +47,33 @@ def _run(config, workdir: str, distributed: bool) -> None:
     )
   from etils import epath  # loader workers import this file, and need no more
 
-  if distributed:
-    import jax
-
-    jax.distributed.initialize()
+  _join_processes()
   task = importlib.import_module(f"dcae_jax.tasks.{config.task}")
   task.run(config, epath.Path(workdir).expanduser())
+
+
+def _join_processes() -> None:
+  """Of a pod or a SLURM job, which jax knows; or of those that flags describe.
+
+  Raises:
+    ValueError: some of the flags are missing, or do not fit each other.
+  """
+  given = {
+    name: flags.FLAGS[name].value
+    for name in ("coordinator_address", "num_processes", "process_id")
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if 0 < len(missing) < len(given):
+    raise ValueError(f"--{missing[0]} is missing; processes need all of them")
+  if not missing and not 0 <= given["process_id"] < given["num_processes"]:
+    raise ValueError(
+      f"--process_id={given['process_id']} is not from 0 to "
+      f"{given['num_processes'] - 1}"
+    )
+  if flags.FLAGS.distributed or not missing:
+    import jax
+
+    jax.distributed.initialize(**given)
 
 
 def _is_ours(error: Exception) -> bool:
@@ -87,5 +109,10 @@ if __name__ == "__main__":
   )
   flags.DEFINE_string("workdir", None, "Where it is written; local or gs://.")
   flags.DEFINE_bool("distributed", False, "One of many processes: pods, SLURM.")
+  flags.DEFINE_string(
+    "coordinator_address", None, "Elsewhere: HOST:PORT of the first process."
+  )
+  flags.DEFINE_integer("num_processes", None, "Elsewhere: how many there are.")
+  flags.DEFINE_integer("process_id", None, "Elsewhere: which one this is.")
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(main, flags_parser=_parse)

@@ -74,6 +74,15 @@ def compilation_cache(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def emulator():
+  """Google's storage on this machine, healthy; who breaks it heals it."""
+  import gcs_emulator
+
+  with gcs_emulator.Emulator() as emulator:
+    yield emulator
+
+
+@pytest.fixture(scope="session")
 def tiny_config(photographs, compilation_cache):
   """A function of the phase: a run of four steps of tiny-f8, without LPIPS."""
 

@@ -1,52 +1,10 @@
 """A work directory and images in a bucket, on a local emulator."""
 
-import contextlib
 import json
-import os
-import pathlib
-import socket
 import subprocess
 import sys
 
-import pytest
-from gcp_storage_emulator import exceptions, server
-from gcp_storage_emulator.handlers import objects
-
-REPOSITORY = pathlib.Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def bucket():
-  """(environment that leads to the emulator, gs:// address of a bucket)."""
-  download = objects.download
-
-  def download_with_generation(request, response, storage, *args, **kwargs):
-    # Google's own server sends this header, and orbax's format reads it.
-    names = (request.params["bucket_name"], request.params["object_id"])
-    with contextlib.suppress(exceptions.NotFound):
-      found = storage.get_file_obj(*names)
-      response["X-Goog-Generation"] = found["generation"]
-    return download(request, response, storage, *args, **kwargs)
-
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
-  objects.download = download_with_generation
-  emulator = server.create_server(
-    "127.0.0.1", port, in_memory=True, default_bucket="dcae-test"
-  )
-  emulator.start()
-  address = f"http://127.0.0.1:{port}"
-  environment = os.environ | {
-    "STORAGE_EMULATOR_HOST": address,
-    "TENSORSTORE_GCS_HTTP_URL": address,
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    "NO_GCE_CHECK": "true",
-    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1"),
-  }
-  yield environment, "gs://dcae-test"
-  emulator.stop()
-  objects.download = download
+from conftest import REPOSITORY
 
 
 def _python(environment, *arguments):
@@ -63,9 +21,8 @@ def _python(environment, *arguments):
   return found.stdout
 
 
-@pytest.mark.filterwarnings("ignore")  # the emulator's own sockets
-def test_a_run_lives_in_a_bucket(bucket, photographs, compilation_cache):
-  environment, root = bucket
+def test_a_run_lives_in_a_bucket(emulator, photographs, compilation_cache):
+  environment, root = emulator.environment, emulator.create("dcae-test")
   copy = (
     "import sys, pathlib\n"
     "from etils import epath\n"

@@ -5,22 +5,20 @@ its own share; the position is a small state that a checkpoint holds. An image
 that cannot be decoded is replaced by another one, and named once.
 """
 
-import ctypes
 import dataclasses
 import hashlib
 import logging
 import os
 import shutil
-import signal
-import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
 
 import grain
 import numpy as np
+from PIL import Image
 
-from dcae_jax.data import sources, transforms
+from dcae_jax.data import batches, sources, transforms
 
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 10_000  # replacements in a row, before giving up
@@ -30,8 +28,6 @@ EVALUATION_CROP = (
   "dm_crop: halved by boxes while twice too large, then bicubic to the shorter "
   "side, central square"
 )
-
-Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +61,55 @@ class Cropping:
       raise ValueError(
         f"unknown crop {self.kind!r}; known are {', '.join(transforms.CROPS)}"
       )
+
+
+class UnusableError(Exception):
+  """A file that is not there, or no image that can be decoded."""
+
+
+def open_image(
+  source: sources.Source, index: int, decoding: Decoding
+) -> tuple[Image.Image, int]:
+  """Reads and decodes an image; returns it with its label.
+
+  Raises:
+    transforms.TooSmallError: it is left out on purpose.
+    UnusableError: the image is at fault, now and later.
+    Exception: of any other kind, where it could not be read: a network, a disk.
+  """
+  try:
+    record = source[index]
+  except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    raise UnusableError(error.strerror or "no such file") from error
+  try:
+    image = transforms.decode(record.encoded, **dataclasses.asdict(decoding))
+  except transforms.TooSmallError:
+    raise
+  except Exception as error:  # Pillow raises anything
+    reason = " ".join(str(error).split())
+    raise UnusableError(reason or type(error).__name__) from error
+  return image, record.label
+
+
+def crop(
+  image: Image.Image, cropping: Cropping, rng: np.random.Generator | None
+) -> np.ndarray:
+  """A square of an image, uint8 [size, size, channels]; see `Cropping`.
+
+  `rng` is not used by a `dm_crop` without flips.
+  """
+  if cropping.kind == "dm_crop":
+    image = transforms.dm_crop(image, cropping.size)
+  elif cropping.kind == "random_crop":
+    image = transforms.random_crop(image, cropping.size, rng)
+  else:
+    image = transforms.random_resized_crop(
+      image, cropping.size, rng, cropping.min_area
+    )
+  pixels = np.asarray(image).reshape(cropping.size, cropping.size, -1)
+  if cropping.flip and rng.random() < 0.5:
+    pixels = pixels[:, ::-1]
+  return np.ascontiguousarray(pixels)
 
 
 class Skipped:
@@ -126,52 +171,35 @@ class _Load:
     if index in self._unusable:
       return None
     try:
-      record = self._source[index]
-      image = transforms.decode(
-        record.encoded, **dataclasses.asdict(self._decoding)
-      )
+      image, label = open_image(self._source, index, self._decoding)
     except transforms.TooSmallError:
       self._unusable.add(index)
       return None
-    except Exception as error:  # Pillow raises anything, files may vanish
+    except Exception as error:  # also what storage refuses
       self._unusable.add(index)
       self._skipped.add(self._source.name(index), error)
       return None
     size = image.width * image.height * len(image.getbands())
     if size <= self._room:
       self._room -= size
-      self._cache[index] = (image, record.label)
-    return image, record.label
+      self._cache[index] = (image, label)
+    return image, label
 
-  def crop(self, image, rng: np.random.Generator | None) -> np.ndarray:
-    cropping = self._cropping
-    if cropping.kind == "dm_crop":
-      image = transforms.dm_crop(image, cropping.size)
-    elif cropping.kind == "random_crop":
-      image = transforms.random_crop(image, cropping.size, rng)
-    else:
-      image = transforms.random_resized_crop(
-        image, cropping.size, rng, cropping.min_area
-      )
-    pixels = np.asarray(image).reshape(cropping.size, cropping.size, -1)
-    if cropping.flip and rng.random() < 0.5:
-      pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
-
-  def random(self, index: int, rng: np.random.Generator) -> Batch:
+  def random(self, index: int, rng: np.random.Generator) -> batches.Batch:
     """Training: a bad image is replaced by a random other one."""
     for _ in range(_ATTEMPTS):
       found = self.decode(index)
       if found is not None:
         image, label = found
-        return {"images": self.crop(image, rng), "labels": np.int32(label)}
+        pixels = crop(image, self._cropping, rng)
+        return {"images": pixels, "labels": np.int32(label)}
       index = int(rng.integers(len(self._source)))
     raise ValueError(
       f"{_ATTEMPTS} images in a row could not be used, the last "
       f"{self._source.name(index)}"
     )
 
-  def fixed(self, index: int) -> Batch:
+  def fixed(self, index: int) -> batches.Batch:
     """Evaluation: a bad image, or an index past the end, is masked."""
     found = self.decode(index) if index < len(self._source) else None
     if found is None:
@@ -182,7 +210,7 @@ class _Load:
       )
       pixels, label = np.zeros(shape, np.uint8), -1
     else:
-      pixels, label = self.crop(found[0], None), found[1]
+      pixels, label = crop(found[0], self._cropping, None), found[1]
     return {
       "images": pixels,
       "labels": np.int32(label),
@@ -212,17 +240,7 @@ def check_not_empty(source: sources.Source, decoding: Decoding) -> None:
   )
 
 
-def _follow_the_main_process(worker_index: int, worker_count: int) -> None:
-  """A loader process outlives a signal to the group, but not its parent."""
-  del worker_index, worker_count
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, signal.SIG_IGN)
-  if sys.platform == "linux":
-    die_with_parent = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)
-
-
-class TrainingImages:
+class TrainingImages(batches.Batches):
   """An endless, checkpointable iterator over batches of this process.
 
   Yields `{"images": uint8 [b, size, size, channels], "labels": int32 [b]}`.
@@ -271,45 +289,10 @@ class TrainingImages:
     if len(members) > 1:
       weights = [weight for _, weight in weighted_sources]
       dataset = grain.MapDataset.mix(members, weights)
-    self._batches = dataset[process_index::process_count].batch(
+    dataset = dataset[process_index::process_count].batch(
       batch_size, drop_remainder=True
     )
-    self._options = grain.ReadOptions(
-      num_threads=threads, prefetch_buffer_size=max(threads, 2)
-    )
-    self._workers = workers
-    self._next_batch = 0
-    self._iterator = None
-
-  def __iter__(self) -> Iterator[Batch]:
-    return self
-
-  def __next__(self) -> Batch:
-    if self._iterator is None:  # processes and threads start with the first use
-      rest = self._batches[self._next_batch :].to_iter_dataset(self._options)
-      if self._workers:
-        options = grain.MultiprocessingOptions(num_workers=self._workers)
-        rest = rest.mp_prefetch(
-          options, worker_init_fn=_follow_the_main_process
-        )
-      self._iterator = iter(rest)
-    batch = next(self._iterator)
-    self._next_batch += 1
-    return batch
-
-  def get_state(self) -> dict[str, int]:
-    """The position after the last batch: plain JSON, for any worker count."""
-    return {"next_batch": self._next_batch}
-
-  def set_state(self, state: dict[str, int]) -> None:
-    self.close()
-    self._next_batch = state["next_batch"]
-
-  def close(self) -> None:
-    """Stops loader processes and threads."""
-    if self._iterator is not None:
-      self._iterator.close()
-      self._iterator = None
+    super().__init__(dataset, workers=workers, threads=threads)
 
 
 def evaluation_batches(
@@ -323,16 +306,16 @@ def evaluation_batches(
   process_count: int = 1,
   threads: int = 4,
   skipped: Skipped,
-) -> Iterator[Batch]:
+) -> Iterator[batches.Batch]:
   """Centre crops (`transforms.dm_crop`) in order, with a mask and indices.
 
   Every process yields the same number of whole batches; `mask` is False where
   an image is missing or not usable. `max_images` of 0 means all.
   """
   total = min(len(source), max_images or len(source))
-  batches = -(-total // (batch_size * process_count))
+  count = -(-total // (batch_size * process_count))
   load = _Load(source, decoding, Cropping("dm_crop", size), skipped)
-  indices = np.arange(batches * batch_size * process_count)
+  indices = np.arange(count * batch_size * process_count)
   indices = np.where(indices < total, indices, len(source))
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   dataset = (

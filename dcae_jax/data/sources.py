@@ -5,12 +5,14 @@ decoded here. All sources are picklable, since loader workers are processes.
 """
 
 import glob
+import hashlib
 import importlib.util
 import os
 import pathlib
 import time
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import fsspec
 import tensorflow_datasets as tfds
 from etils import epath
 
@@ -37,24 +39,67 @@ class Record(NamedTuple):
 class Source(Protocol):
   """A random-access sequence of records; reading one may raise OSError."""
 
+  classes: list[str]  # names, by label
+
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Record: ...
 
   def name(self, index: int) -> str: ...
 
+  def key(self, index: int) -> str: ...
+
+  def fingerprint(self) -> str: ...
+
 
 class Files:
-  """Image files, local or remote, one class per entry of `labels`."""
+  """Files, local or remote, each of a class.
 
-  def __init__(self, paths: list[str], labels: list[int]):
+  Attributes:
+    classes: their names, by label.
+  """
+
+  def __init__(
+    self,
+    paths: list[str],
+    labels: list[int],
+    keys: list[str],
+    classes: list[str],
+    sizes: list[int] | None = None,
+  ):
+    """Opens nothing.
+
+    Args:
+      paths: where the files are.
+      labels: of their classes.
+      keys: their names, the same wherever the files are.
+      classes: names, by label.
+      sizes: in bytes; None: asked when they are needed.
+    """
+    self.classes = classes
     self._paths, self._labels = paths, labels
+    self._keys, self._sizes = keys, sizes
 
   def __len__(self) -> int:
     return len(self._paths)
 
   def name(self, index: int) -> str:
     return self._paths[index]
+
+  def key(self, index: int) -> str:
+    """The name, without the directory that differs from machine to machine."""
+    return self._keys[index]
+
+  def label(self, index: int) -> int:
+    return self._labels[index]
+
+  def fingerprint(self) -> str:
+    """sha256 of names, labels and sizes of all files, which are not opened."""
+    sizes = self._sizes or [_size(path) for path in self._paths]
+    digest = hashlib.sha256()
+    for entry in zip(self._keys, self._labels, sizes, strict=True):
+      digest.update(f"{entry}\n".encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
 
   def __getitem__(self, index: int) -> Record:
     path = self._paths[index]
@@ -63,6 +108,13 @@ class Files:
     else:
       encoded = pathlib.Path(path).read_bytes()
     return Record(path, encoded, self._labels[index])
+
+
+def _size(path: str) -> int:
+  try:
+    return os.path.getsize(path)
+  except OSError:  # as unusable as an empty one
+    return 0
 
 
 def _read_remote(path: str, attempts: int = 5) -> bytes:
@@ -86,28 +138,40 @@ def folder(path: str) -> Files:
   Raises:
     ValueError: there is no such directory, or it holds no images.
   """
+  return _tree(path, SUFFIXES, "images")
+
+
+def latent_files(path: str) -> Files:
+  """All `.npy` files below a directory, as `folder` finds images."""
+  return _tree(path, (".npy",), "latents")
+
+
+def _tree(path: str, suffixes: tuple[str, ...], what: str) -> Files:
   root = epath.Path(path).expanduser()
   if not path or not root.is_dir():
     raise ValueError(
-      f"image folder {path!r} does not exist or is not a directory; name a "
-      "tree of images (for a run, config.data.source.path and "
-      "config.evaluation.source.path)"
+      f"folder {path!r} of {what} does not exist or is not a directory; name a "
+      f"tree of {what} (config.source.path; for a training run, "
+      "config.data.source.path and config.evaluation.source.path)"
     )
+  root = os.fspath(root)
   walk = _remote_files if "://" in path else _local_files
   files = sorted(
-    name
-    for name in walk(os.fspath(root))
-    if name.lower().endswith(SUFFIXES)
+    (name, size)
+    for name, size in walk(root)
+    if name.lower().endswith(suffixes)
     and not os.path.basename(name).startswith(".")
   )
   if not files:
-    raise ValueError(
-      f"image folder {path!r} holds no images ({', '.join(SUFFIXES)})"
-    )
-  parts = [os.path.relpath(file, os.fspath(root)).split("/") for file in files]
-  classes = [part[0] if len(part) > 1 else "" for part in parts]
-  index = {name: i for i, name in enumerate(sorted(set(classes)))}
-  return Files(files, [index[name] for name in classes])
+    raise ValueError(f"folder {path!r} holds no {what} ({', '.join(suffixes)})")
+  paths = [name for name, _ in files]
+  keys = [os.path.relpath(name, root) for name in paths]
+  parts = [key.split("/") for key in keys]
+  of_file = [part[0] if len(part) > 1 else "" for part in parts]
+  classes = sorted(set(of_file))
+  index = {name: i for i, name in enumerate(classes)}
+  sizes = [size for _, size in files] if "://" in path else None
+  return Files(paths, [index[name] for name in of_file], keys, classes, sizes)
 
 
 def pictures(path: str) -> Files:
@@ -120,7 +184,7 @@ def pictures(path: str) -> Files:
   if path and root.is_dir():
     return folder(path)
   if path and root.is_file():
-    return Files([os.fspath(root)], [0])
+    return _unlabelled([os.fspath(root)])
   files = sorted(
     file
     for file in glob.glob(os.path.expanduser(path), recursive=True)
@@ -131,10 +195,14 @@ def pictures(path: str) -> Files:
       f"{path!r} is no image file, folder of images, or pattern of image files "
       f"({', '.join(SUFFIXES)})"
     )
-  return Files(files, [0] * len(files))
+  return _unlabelled(files)
 
 
-def _local_files(root: str) -> list[str]:
+def _unlabelled(paths: list[str], keys: list[str] | None = None) -> Files:
+  return Files(paths, [0] * len(paths), keys or paths, [""])
+
+
+def _local_files(root: str) -> list[tuple[str, int]]:
   files, visited = [], set()
   for directory, subdirectories, names in os.walk(root, followlinks=True):
     real = os.path.realpath(directory)
@@ -142,19 +210,17 @@ def _local_files(root: str) -> list[str]:
       subdirectories.clear()
       continue
     visited.add(real)
-    files.extend(os.path.join(directory, name) for name in names)
+    files.extend((os.path.join(directory, name), 0) for name in names)
   return files
 
 
-def _remote_files(root: str) -> list[str]:
-  files, directories = [], [epath.Path(root)]
-  while directories:
-    for entry in directories.pop().iterdir():
-      if entry.is_dir():
-        directories.append(entry)
-      else:
-        files.append(os.fspath(entry))
-  return files
+def _remote_files(root: str) -> list[tuple[str, int]]:
+  system, prefix = fsspec.core.url_to_fs(root)
+  found = system.find(prefix, detail=True)
+  return [
+    (system.unstrip_protocol(name), info["size"])
+    for name, info in found.items()
+  ]
 
 
 # Photographs inside packages of the Python package index. The two sets share no
@@ -240,7 +306,8 @@ def embedded(split: str) -> Files:
         "`pip install -r requirements-quickstart.txt`"
       )
     paths.append(str(directory / file))
-  return Files(paths, [0] * len(paths))
+  keys = [f"{package}/{file}" for package, file in _EMBEDDED[split]]
+  return _unlabelled(paths, keys)
 
 
 class TensorFlowDataset:
@@ -251,9 +318,14 @@ class TensorFlowDataset:
 
   def __init__(self, name: str, split: str, data_dir: str):
     self._arguments = (name, split, data_dir)
-    self._records = self._open()
+    self._builder = self._prepared()
+    label = dict(self._builder.info.features).get("label")
+    self.classes = list(getattr(label, "names", None) or [])
+    self._records = self._builder.as_data_source(
+      split=split, decoders={"image": tfds.decode.SkipDecoding()}
+    )
 
-  def _open(self):
+  def _prepared(self):
     name, split, data_dir = self._arguments
     try:
       builder = tfds.builder(name, data_dir=data_dir or None)
@@ -272,9 +344,7 @@ class TensorFlowDataset:
       raise ValueError(
         f"TFDS dataset {name!r} has no split {split!r}; there are {known}"
       )
-    return builder.as_data_source(
-      split=split, decoders={"image": tfds.decode.SkipDecoding()}
-    )
+    return builder
 
   def __getstate__(self):
     return self._arguments
@@ -288,6 +358,17 @@ class TensorFlowDataset:
   def name(self, index: int) -> str:
     name, split, _ = self._arguments
     return f"{name}:{split}[{index}]"
+
+  def key(self, index: int) -> str:
+    """The split and the position in it."""
+    return f"{self._arguments[1]}[{index}]"
+
+  def fingerprint(self) -> str:
+    """sha256 of the dataset's name and version, and its split's shards."""
+    info, (_, split, _) = self._builder.info, self._arguments
+    shards = info.splits[split]
+    entry = (info.full_name, split, len(self), shards.num_examples)
+    return hashlib.sha256(repr(entry).encode()).hexdigest()
 
   def __getitem__(self, index: int) -> Record:
     example = self._records[index]

@@ -3,6 +3,7 @@
 The reciprocal of the RMS is the scaling factor (DC-AE, appendix B).
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -57,3 +58,14 @@ class LatentStatistics:
         "rms": np.sqrt(square).tolist(),
       },
     }
+
+
+def scaling_factor(
+  statistics: dict[str, Any], shift_factor: float
+) -> float | None:
+  """1 / RMS of latents minus a shift, from what `compute` returned.
+
+  None where they are all equal to the shift.
+  """
+  rms = math.hypot(statistics["std"], statistics["mean"] - shift_factor)
+  return 1 / rms if rms else None

@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import pathlib
 import platform
@@ -27,7 +26,13 @@ from ml_collections import ConfigDict
 
 from dcae_jax import architecture, autoencoder, weights
 from dcae_jax.data import images, sources, transforms
-from dcae_jax.evaluation import fid, figures, html_report, reconstruction
+from dcae_jax.evaluation import (
+  fid,
+  figures,
+  html_report,
+  latent_statistics,
+  reconstruction,
+)
 from dcae_jax.models import dcae
 from dcae_jax.tasks import (
   evaluation_report,
@@ -339,8 +344,9 @@ def _numbers(
       ", ".join(distances), result.count, fid.FEWEST_IMAGES,
     )  # fmt: skip
   latent = dict(result.latents)
-  about_shift = math.hypot(latent["std"], latent["mean"] - shift_factor)
-  latent["scaling_factor"] = 1 / about_shift if about_shift else None
+  latent["scaling_factor"] = latent_statistics.scaling_factor(
+    latent, shift_factor
+  )
   return found | {
     "absent": absent,
     "latent": latent | {"shift_factor": shift_factor},

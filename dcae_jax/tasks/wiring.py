@@ -28,9 +28,10 @@ _MAY_CHANGE = (
   "checkpoint", "evaluation", "report", "data.workers", "data.threads",
   "data.prefetch", "data.cache_megabytes", "lpips.path",
 )  # fmt: skip
-# Tasks that go on with nothing: they do it all again.
+# Tasks that go on with nothing in the work directory.
 _MADE_ANEW = (
-  "report", "reconstruct", "evaluate_autoencoder", "reference_statistics"
+  "report", "reconstruct", "evaluate_autoencoder", "reference_statistics",
+  "export_latents", "inspect_latents",
 )  # fmt: skip
 
 
@@ -143,6 +144,12 @@ def total(number: int) -> int:
     return number
   found = multihost_utils.process_allgather(np.array(number))
   return int(found.sum())
+
+
+def wait_for_all(name: str) -> None:
+  """Until every process is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
 
 
 def prepare_jax(compilation_cache: str) -> None:

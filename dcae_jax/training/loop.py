@@ -37,12 +37,18 @@ class Writer(Protocol):
 
 
 class Sigterm:
-  """Remembers SIGTERM, so that the loop can save and leave."""
+  """Remembers SIGTERM, so that a loop can save and leave.
 
-  def __init__(self):
+  Attributes:
+    received: by this process.
+  """
+
+  def __init__(self, *, each_alone: bool = False):
+    """Listens; `each_alone` where processes need not stop together."""
     self.received = False
     is_main = threading.current_thread() is threading.main_thread()
-    if jax.process_count() == 1 and is_main:  # else jax's own notifier listens
+    # Of many processes, jax's own notifier listens, and all agree on a step.
+    if (each_alone or jax.process_count() == 1) and is_main:
       signal.signal(signal.SIGTERM, self._receive)
 
   def _receive(self, *_) -> None:

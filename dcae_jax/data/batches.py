@@ -1,0 +1,76 @@
+"""An endless iterator over batches that can stop and go on, through grain.
+
+What training reads, images or latents: the position is one number, the same for
+any number of loader processes.
+"""
+
+import ctypes
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches:
+  """A checkpointable iterator; its workers start with the first batch."""
+
+  def __init__(self, dataset: grain.MapDataset, *, workers: int, threads: int):
+    """Describes the iterator.
+
+    Args:
+      dataset: of the batches of this process.
+      workers: loader processes; 0 loads in threads of this one.
+      threads: loader threads, in each process.
+    """
+    self._dataset = dataset
+    self._options = grain.ReadOptions(
+      num_threads=threads, prefetch_buffer_size=max(threads, 2)
+    )
+    self._workers = workers
+    self._next_batch = 0
+    self._iterator: Any = None
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    if self._iterator is None:
+      rest = self._dataset[self._next_batch :].to_iter_dataset(self._options)
+      if self._workers:
+        options = grain.MultiprocessingOptions(num_workers=self._workers)
+        rest = rest.mp_prefetch(
+          options, worker_init_fn=_follow_the_main_process
+        )
+      self._iterator = iter(rest)
+    batch = next(self._iterator)
+    self._next_batch += 1
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    """The position after the last batch: plain JSON, for any worker count."""
+    return {"next_batch": self._next_batch}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    self.close()
+    self._next_batch = state["next_batch"]
+
+  def close(self) -> None:
+    """Stops loader processes and threads."""
+    if self._iterator is not None:
+      self._iterator.close()
+      self._iterator = None
+
+
+def _follow_the_main_process(worker_index: int, worker_count: int) -> None:
+  """A loader process outlives a signal to the group, but not its parent."""
+  del worker_index, worker_count
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+  if sys.platform == "linux":
+    die_with_parent = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)

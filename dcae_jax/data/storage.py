@@ -1,0 +1,225 @@
+"""A directory or a bucket prefix as a store of objects, through tensorstore.
+
+One client for local and `gs://` paths: objects appear whole or not at all,
+requests that fail in passing are tried again, ever later, and what is wrong
+with a bucket or a disk is said in one line.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+RETRIES = 10  # of a request: about two minutes
+
+
+class Storage:
+  """Objects below one local or `gs://` path, by key.
+
+  Everything raises OSError for what storage refuses: no such bucket, no
+  permission, no space, no connection after all retries.
+  """
+
+  def __init__(
+    self, path: str, *, retries: int = RETRIES, cache_megabytes: float = 0
+  ):
+    """Opens nothing yet.
+
+    Args:
+      path: local, or `gs://bucket/prefix`.
+      retries: of a request to a bucket, at most 16 seconds apart.
+      cache_megabytes: of arrays kept in memory once they are read.
+
+    Raises:
+      ValueError: the path is neither.
+    """
+    self.path = path.rstrip("/") if "://" in path else _local(path)
+    self._options = {"retries": retries, "cache_megabytes": cache_megabytes}
+    self._place = _place(self.path)
+    self._context = ts.Context(
+      {
+        "cache_pool": {"total_bytes_limit": int(cache_megabytes * 1e6)},
+        "gcs_request_retries": {
+          "max_retries": retries,
+          "initial_delay": "500ms",
+          "max_delay": "16s",
+        },
+      }
+    )
+    self._opened = None
+
+  def __reduce__(self):
+    return _reopen, (self.path, self._options)
+
+  def _objects(self) -> ts.KvStore:
+    if self._opened is None:
+      self._opened = ts.KvStore.open(
+        self._place, context=self._context
+      ).result()
+    return self._opened
+
+  def read(self, key: str) -> bytes | None:
+    """An object; None where there is none."""
+    with self.errors():
+      found = self._objects().read(key).result()
+    return found.value if found.state == "value" else None
+
+  def write(self, key: str, data: bytes) -> None:
+    with self.errors():
+      self._objects().write(key, data).result()
+
+  def delete(self, prefix: str) -> None:
+    """All objects whose keys begin so; local folders of that name, too."""
+    with self.errors():
+      self._objects().delete_range(_range(prefix)).result()
+    if "://" not in self.path and prefix.endswith("/"):
+      shutil.rmtree(os.path.join(self.path, prefix), ignore_errors=True)
+
+  def read_json(self, key: str) -> Any:
+    """An object's JSON; None where there is none.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    data = self.read(key)
+    return None if data is None else self._parsed(key, data)
+
+  def read_all_json(self, keys: list[str]) -> list[Any]:
+    """Many at once, all of which are there."""
+    with self.errors():
+      futures = [self._objects().read(key) for key in keys]
+      found = [future.result() for future in futures]
+    return [
+      self._parsed(key, entry.value)
+      for key, entry in zip(keys, found, strict=True)
+    ]
+
+  def write_json(self, key: str, value: Any) -> None:
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    self.write(key, f"{text}\n".encode())
+
+  def list_keys(self, prefix: str = "") -> set[str]:
+    """Of all objects whose keys begin so."""
+    with self.errors():
+      found = self._objects().list(_range(prefix)).result()
+    return {key.decode() for key in found}
+
+  def is_empty(self) -> bool:
+    """True where there is no object yet, or nothing at all."""
+    if "://" not in self.path:
+      return not os.path.exists(self.path) or not os.listdir(self.path)
+    return not self.list_keys()
+
+  def free_bytes(self) -> int | None:
+    """On the disk of a local path that exists; None for a bucket."""
+    if "://" in self.path:
+      return None
+    return shutil.disk_usage(self.path).free
+
+  def check_writable(self, key: str) -> None:
+    """Writes and deletes an object; raises OSError where that fails."""
+    self.write(key, b"this can be written")
+    self.delete(key)
+
+  def open_array(
+    self, name: str, metadata: dict[str, Any] | None = None
+  ) -> ts.TensorStore:
+    """A zarr3 array; with metadata it is created unless it is there."""
+    place = dict(self._place)
+    place["path"] += f"{name}/"
+    spec = {"driver": "zarr3", "kvstore": place}
+    # Otherwise a part that is all zeros would not be written.
+    spec["store_data_equal_to_fill_value"] = True
+    if metadata is not None:
+      spec["metadata"] = metadata
+    with self.errors():
+      return ts.open(
+        spec, context=self._context, open=True, create=metadata is not None
+      ).result()
+
+  def _parsed(self, key: str, data: bytes) -> Any:
+    try:
+      return json.loads(data)
+    except ValueError as error:
+      raise ValueError(f"{self.path}/{key} is damaged: {error}") from error
+
+  def write_rows(
+    self, array: ts.TensorStore, start: int, rows: np.ndarray
+  ) -> None:
+    """Rows of an array from `start` on; those of one shard in one object."""
+    with self.errors(), ts.Transaction() as transaction:
+      part = array.with_transaction(transaction)
+      part[start : start + len(rows)].write(rows).result()
+
+  @contextlib.contextmanager
+  def errors(self) -> Iterator[None]:
+    """tensorstore's errors, which are all ValueErrors, as OSErrors."""
+    try:
+      yield
+    except ValueError as error:
+      raise _translated(self.path, str(error)) from error
+
+
+def _reopen(path: str, options: dict[str, Any]) -> Storage:
+  return Storage(path, **options)
+
+
+def _local(path: str) -> str:
+  return os.path.abspath(os.path.expanduser(path))
+
+
+def _place(path: str) -> dict[str, str]:
+  if "://" not in path:
+    return {"driver": "file", "path": f"{path}/"}
+  scheme, _, rest = path.partition("://")
+  bucket, _, prefix = rest.partition("/")
+  if scheme != "gs" or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{2,221}", bucket):
+    raise ValueError(
+      f"{path!r} is neither a local path nor gs://BUCKET/PATH with a bucket "
+      "name of 3 or more lower-case letters, digits, dots and dashes"
+    )
+  place = {"driver": "gcs", "bucket": bucket}
+  return place | {"path": f"{prefix}/" if prefix else ""}
+
+
+def _range(prefix: str) -> ts.KvStore.KeyRange:
+  if not prefix:
+    return ts.KvStore.KeyRange()
+  after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+  return ts.KvStore.KeyRange(prefix, after)
+
+
+def _translated(path: str, message: str) -> OSError:
+  number = re.search(r"os_error_code='(\d+)'", message)
+  if number:
+    number = int(number.group(1))
+    return OSError(number, os.strerror(number), path)
+  status = message.partition(":")[0]
+  http = re.search(r"http_response_code='(\d+)'", message)
+  http = http.group(1) if http else ""
+  if status == "NOT_FOUND" and path.startswith("gs://"):
+    bucket = path.removeprefix("gs://").partition("/")[0]
+    return FileNotFoundError(
+      errno.ENOENT,
+      f"there is no bucket gs://{bucket}; create it (`gcloud storage buckets "
+      f"create gs://{bucket}`), or name another",
+    )
+  if status in ("PERMISSION_DENIED", "UNAUTHENTICATED") or http in (
+    "401", "403"
+  ):  # fmt: skip
+    return PermissionError(
+      errno.EACCES,
+      f"no permission for {path}: this machine's account needs the role "
+      f"roles/storage.objectUser on the bucket (`gcloud auth application-"
+      f"default login` sets the account); {message}",
+    )
+  if status == "ABORTED":
+    return OSError(errno.EIO, f"{path} does not answer: {message}")
+  return OSError(errno.EIO, f"{path}: {message}")

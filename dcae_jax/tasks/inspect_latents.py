@@ -1,0 +1,171 @@
+"""What a latent store holds, whether it is whole, what it looks like."""
+
+import json
+import logging
+import os
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from dcae_jax import autoencoder, weights
+from dcae_jax.data import latents
+from dcae_jax.evaluation import figures, image_metrics
+from dcae_jax.tasks import measuring, wiring
+from dcae_jax.training import metrics_writer
+
+_LOG = logging.getLogger(__name__)
+
+
+def check(config: ConfigDict) -> None:
+  """Raises ValueError for a config that cannot be run."""
+  if not config.latents:
+    raise ValueError(
+      "config.latents is empty; name a latent store, a directory or gs:// "
+      "prefix"
+    )
+  for key, most in (("samples", 1000), ("seed", 2**31 - 1), ("retries", 1000)):
+    if not 0 <= config[key] <= most:
+      raise ValueError(f"config.{key}={config[key]} is not from 0 to {most}")
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> bool:
+  """Prints the manifest; writes `samples/*.png` and `result.json`.
+
+  Raises:
+    ValueError: there is no finished store, it is damaged, or another
+      autoencoder was to decode it.
+  """
+  check(config)
+  wiring.check_work_directory(config, workdir)
+  wiring.check_nothing_foreign(workdir, ("samples",))
+  wiring.prepare_jax(config.compilation_cache)
+  store = latents.Latents(config.latents, retries=config.retries)
+  _LOG.info("%s\n%s", store.path, summary(store.manifest))
+  ae = _autoencoder(config, store.manifest) if config.samples else None
+  wiring.write_config(config, workdir)
+  problems = _verify(store) if config.verify else []
+  rows = _sample(config, len(store)) if not problems else []
+  if rows:
+    _write_samples(store, ae, rows, workdir / "samples")
+  result = {
+    "latents": store.path,
+    "count": store.manifest["count"],
+    "verified": bool(config.verify),
+    "problems": problems,
+    "samples": rows,
+  }
+  metrics_writer.write_whole(
+    workdir / "result.json", json.dumps(result, indent=2)
+  )
+  if problems:
+    more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+    raise ValueError(
+      f"{store.path} is damaged: {'; '.join(problems[:10])}{more}; export it "
+      "again to another place"
+    )
+  return True
+
+
+def summary(manifest: dict[str, Any]) -> str:
+  """The manifest for people: a line for each thing."""
+  made_with, statistics = manifest["autoencoder"], manifest["statistics"]
+  channels = statistics["channels"]
+  kind = f"f{made_with['spatial_compression']}c{made_with['latent_channels']}"
+  lines = {
+    "rows": f"{manifest['count']} of shape {manifest['shape']}, "
+    f"{manifest['dtype']}, in {len(manifest['shards'])} shards",
+    "views": ", ".join(manifest["views"]),
+    "autoencoder": f"{made_with['variant']}, {kind}, {made_with['init_from']}",
+    "weights": f"sha256 {made_with['weights_sha256']}",
+    "scaling factor": f"{manifest['scaling_factor']:.6g} "
+    f"({manifest['scaling_factor_origin']})",
+    "shift factor": f"{manifest['shift_factor']:g}",
+    "latents": f"mean {statistics['mean']:.4g}, std {statistics['std']:.4g}, "
+    f"RMS {statistics['rms']:.4g}",
+    "channels": f"RMS {min(channels['rms']):.4g} to {max(channels['rms']):.4g}",
+    "resolution": f"{manifest['resolution']} px, {_plain(manifest['crop'])}",
+    "source": _plain(manifest["source"]),
+    "classes": f"{len(manifest['classes'])}: "
+    + ", ".join(manifest["classes"][:8])
+    + (", ..." if len(manifest["classes"]) > 8 else ""),
+    "unreadable": f"{len(manifest['unreadable'])} images",
+    "versions": _plain(manifest["versions"]),
+  }
+  table = [f"  {name:<15} {text}" for name, text in lines.items()]
+  table += [
+    f"    {image['key']}: {image['reason']}"
+    for image in manifest["unreadable"][:20]
+  ]
+  return "\n".join(table)
+
+
+def _plain(values: dict[str, Any]) -> str:
+  return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _autoencoder(
+  config: ConfigDict, manifest: dict[str, Any]
+) -> autoencoder.Autoencoder:
+  """What the latents were made with; ValueError if it is another one."""
+  made_with = manifest["autoencoder"]
+  path = config.init_from or made_with["init_from"]
+  try:
+    ae = autoencoder.load(
+      path,
+      scaling_factor=manifest["scaling_factor"],
+      space_to_channel=made_with["space_to_channel"],
+    )
+  except (ValueError, OSError) as error:
+    raise ValueError(
+      f"the autoencoder {path!r} cannot be loaded ({error}); name it with "
+      "config.init_from, or decode nothing with config.samples=0"
+    ) from error
+  if weights.fingerprint(ae.variables) != made_with["weights_sha256"]:
+    raise ValueError(
+      f"{path!r} does not have the weights that these latents were made with "
+      f"(sha256 {made_with['weights_sha256']}); name those with "
+      "config.init_from"
+    )
+  return ae
+
+
+def _verify(store: latents.Latents) -> list[str]:
+  progress = measuring.Progress(store.manifest["count"])
+  problems = store.verify(progress.add)
+  _LOG.info(
+    "checksums of %d rows: %s",
+    store.manifest["count"], "; ".join(problems[:10]) or "all right",
+  )  # fmt: skip
+  return problems
+
+
+def _sample(config: ConfigDict, rows: int) -> list[int]:
+  rng = np.random.default_rng(config.seed)
+  chosen = rng.choice(rows, min(config.samples, rows), replace=False)
+  return sorted(int(row) for row in chosen)
+
+
+def _write_samples(
+  store: latents.Latents,
+  ae: autoencoder.Autoencoder,
+  rows: list[int],
+  folder: epath.Path,
+) -> None:
+  """A PNG for each row, and all of them in one with their names."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for old in folder.glob("row_*.png"):
+    old.unlink()
+  keys, count, pictures = store.keys(), store.manifest["count"], []
+  for row in rows:  # one at a time: they may be large
+    z = store.read_unscaled([row])
+    pixels = np.asarray(image_metrics.quantise(ae.decode(z)), np.uint8)[0]
+    metrics_writer.write_png(folder / f"row_{row:08d}.png", pixels)
+    pictures.append(pixels)
+    view = ", mirrored" if row >= count else ""
+    _LOG.info("row %d: %s%s", row, keys[row % count], view)
+  captions = [f"{row}: {os.path.basename(keys[row % count])}" for row in rows]
+  together = figures.side_by_side(pictures, captions)
+  metrics_writer.write_png(folder / "rows.png", together)
+  _LOG.info("pictures: %s", folder / "rows.png")
