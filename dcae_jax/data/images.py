@@ -6,6 +6,7 @@ that cannot be decoded is replaced by another one, and named once.
 """
 
 import dataclasses
+import errno
 import hashlib
 import logging
 import os
@@ -67,6 +68,29 @@ class UnusableError(Exception):
   """A file that is not there, or no image that can be decoded."""
 
 
+# Of files that will not be there later, either.
+_UNUSABLE = (
+  errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR,
+  errno.ELOOP, errno.ENXIO,
+)  # fmt: skip
+
+
+def read_record(source: sources.Source, index: int) -> sources.Record:
+  """A file as it is.
+
+  Raises:
+    UnusableError: the file is not there, or must not be read.
+    Exception: of any other kind, where it cannot be read now.
+  """
+  try:
+    return source[index]
+  except OSError as error:
+    is_missing = isinstance(error, FileNotFoundError)
+    if not is_missing and error.errno not in _UNUSABLE:
+      raise
+    raise UnusableError(error.strerror or "no such file") from error
+
+
 def open_image(
   source: sources.Source, index: int, decoding: Decoding
 ) -> tuple[Image.Image, int]:
@@ -77,13 +101,10 @@ def open_image(
     UnusableError: the image is at fault, now and later.
     Exception: of any other kind, where it could not be read: a network, a disk.
   """
-  try:
-    record = source[index]
-  except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-    raise UnusableError(error.strerror or "no such file") from error
+  record = read_record(source, index)
   try:
     image = transforms.decode(record.encoded, **dataclasses.asdict(decoding))
-  except transforms.TooSmallError:
+  except (transforms.TooSmallError, MemoryError):
     raise
   except Exception as error:  # Pillow raises anything
     reason = " ".join(str(error).split())

@@ -143,11 +143,9 @@ class LatentStore:
           self.storage.write_json(_survey_key(block), unusable)
         on_images(len(images))
 
-  def unusable(self, total: int) -> dict[int, str] | None:
-    """Index to reason; None while the survey is not complete."""
+  def unusable(self, total: int) -> dict[int, str]:
+    """Index to reason, when the survey is complete."""
     keys = [_survey_key(i) for i in range(-(-total // block_size(total)))]
-    if not set(keys) <= self.storage.list_keys("progress/survey/"):
-      return None
     return {
       int(index): reason
       for block in self.storage.read_all_json(keys)

@@ -116,10 +116,7 @@ class LatentFiles:
 
   def load(self, index: int, crop: int) -> Row:
     del crop
-    try:
-      record = self._source[index]
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-      raise images.UnusableError(error.strerror or "no such file") from error
+    record = images.read_record(self._source, index)
     try:
       latent = np.load(io.BytesIO(record.encoded), allow_pickle=False)
     except Exception as error:  # whatever a damaged file makes of numpy
@@ -136,57 +133,73 @@ class LatentFiles:
     )
 
 
-class Batch(NamedTuple):
-  """Rows of one shard, filled up with zeros to the size of a batch.
+class Group(NamedTuple):
+  """Rows of one shard that one device encodes at once.
 
   Attributes:
-    values: [batch, ...] of the rows.
-    labels: of the rows, without the filling.
     shard: that they belong to.
+    labels: of the rows.
     is_last: of its shard.
   """
 
-  values: np.ndarray
-  labels: list[int]
   shard: int
+  labels: list[int]
   is_last: bool
+
+
+class Batch(NamedTuple):
+  """Groups for all devices, each filled up with zeros to the same size.
+
+  Attributes:
+    values: [groups x size, ...] of the rows.
+    groups: what they are; fewer than there are devices at the end.
+  """
+
+  values: np.ndarray
+  groups: list[Group]
 
 
 def load_batches(
   rows: Rows,
   shards: Sequence[tuple[int, Sequence[tuple[int, int]]]],
   *,
-  batch_size: int,
+  group_size: int,
+  groups: int,
   threads: int,
 ) -> Iterator[Batch]:
   """Loads shards one after the other, ahead of their use.
 
-  No batch has rows of two shards: what is encoded together does not depend on
-  which shards are missing.
+  No group has rows of two shards: what is encoded together does not depend on
+  which shards are missing, nor on the number of devices.
 
   Args:
     rows: where from.
     shards: number, and (image, crop) of each row.
-    batch_size: rows.
+    group_size: rows of a group.
+    groups: of a batch, the number of devices.
     threads: loader threads.
   """
   plan = [
-    (number, part[i : i + batch_size], i + batch_size >= len(part))
+    (number, part[i : i + group_size], i + group_size >= len(part))
     for number, part in shards
-    for i in range(0, len(part), batch_size)
+    for i in range(0, len(part), group_size)
   ]
   places = [place for _, part, _ in plan for place in part]
-  options = grain.ReadOptions(
-    num_threads=threads, prefetch_buffer_size=2 * max(batch_size, threads)
-  )
+  ahead = 2 * max(group_size * groups, threads)
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
   loaded = iter(
     grain.MapDataset.source(places)
     .map(lambda place: rows.load(*place))
     .to_iter_dataset(options)
   )
-  for number, part, is_last in plan:
-    found = [next(loaded) for _ in part]
-    values = np.stack([row.values for row in found])
-    filling = [(0, batch_size - len(found))] + [(0, 0)] * (values.ndim - 1)
-    labels = [row.label for row in found]
-    yield Batch(np.pad(values, filling), labels, number, is_last)
+  for i in range(0, len(plan), groups):
+    values, found = None, []
+    for k, (number, part, is_last) in enumerate(plan[i : i + groups]):
+      members = [next(loaded) for _ in part]
+      if values is None:
+        row = members[0].values
+        values = np.zeros((groups * group_size, *row.shape), row.dtype)
+      for j, row in enumerate(members):
+        values[k * group_size + j] = row.values
+      found.append(Group(number, [row.label for row in members], is_last))
+    yield Batch(values, found)

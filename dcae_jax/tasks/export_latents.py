@@ -304,27 +304,31 @@ class _Export:
   ) -> bool:
     """Encodes and writes shards; False if it was stopped before the end."""
     config, watch = self._config, self._watch
-    if _is_import(config):
-      encode, batch_size = self._convert, config.batch_size_per_device
-    else:
+    size, devices = config.batch_size_per_device, jax.local_devices()
+    encode = self._convert
+    if not _is_import(config):
       with watch.measure("compiling"):
-        encode, batch_size = self._compiled()
+        encode = self._compiled(devices)
     progress = measuring.Progress(sum(len(part) for part in shards.values()))
     loaded = rows.load_batches(
       self._rows,
       list(shards.items()),
-      batch_size=batch_size,
+      group_size=size,
+      groups=len(devices),
       threads=config.threads,
     )
     with _Writer(self._store, shard_rows) as writer:
       for batch, latents in self._encoded(loaded, encode, writer):
-        progress.add(len(batch.labels))
-        writer.add(batch, latents)
-        if batch.is_last:
-          keys = [self._source.key(i) for i, _ in shards[batch.shard]]
-          writer.finish_shard(batch.shard, keys)
-          if self._stop.received:
-            break
+        for k, group in enumerate(batch.groups):
+          first, stop = k * size, k * size + len(group.labels)
+          parts = {view: x[first:stop] for view, x in latents.items()}
+          progress.add(len(group.labels))
+          writer.add(parts, group.labels)
+          if group.is_last:
+            keys = [self._source.key(i) for i, _ in shards[group.shard]]
+            writer.finish_shard(group.shard, keys)
+        if self._stop.received:
+          break
       with watch.measure("waiting for the store"):
         writer.wait()
     progress.finish()
@@ -367,11 +371,10 @@ class _Export:
       latents = values.astype(latent_store.DTYPES[self._config.dtype])
     return {self._views[0]: latents}
 
-  def _compiled(self) -> tuple[Any, int]:
-    """The encoder over this process's devices, and the size of its batch."""
+  def _compiled(self, devices: list[jax.Device]) -> Any:
+    """The encoder over this process's devices, one group on each."""
     config, ae = self._config, self._ae
-    devices = np.array(jax.local_devices())
-    mesh = Mesh(devices, ("data",))
+    mesh = Mesh(np.array(devices), ("data",))
     dtype = latent_store.DTYPES[config.dtype]
     whole = NamedSharding(mesh, PartitionSpec())
     by_row = NamedSharding(mesh, PartitionSpec("data"))
@@ -392,10 +395,7 @@ class _Export:
     program = (
       jax.jit(encode, out_shardings=by_row).lower(variables, pixels).compile()
     )
-    return (
-      lambda values: program(variables, jax.device_put(values, by_row)),
-      batch_size,
-    )
+    return lambda values: program(variables, jax.device_put(values, by_row))
 
   def _manifest(
     self,
@@ -462,10 +462,10 @@ class _Writer:
   def __exit__(self, *_) -> None:
     self._pool.shutdown(cancel_futures=True)
 
-  def add(self, batch: rows.Batch, latents: dict[str, np.ndarray]) -> None:
+  def add(self, latents: dict[str, np.ndarray], labels: list[int]) -> None:
     for view, values in latents.items():
-      self._parts[view].append(values[: len(batch.labels)])
-    self._labels += batch.labels
+      self._parts[view].append(values)
+    self._labels += labels
 
   def finish_shard(self, shard: int, keys: list[str]) -> None:
     """Starts to write what was added; waits for an earlier shard, perhaps."""

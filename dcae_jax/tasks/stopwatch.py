@@ -33,6 +33,6 @@ class Stopwatch:
     """A line for each name: seconds and their share."""
     seconds = self.seconds()
     return "\n".join(
-      f"  {name:<20} {value:9.1f} s {100 * value / seconds['total']:6.1f} %"
+      f"  {name:<22} {value:9.1f} s {100 * value / seconds['total']:6.1f} %"
       for name, value in seconds.items()
     )

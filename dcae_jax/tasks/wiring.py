@@ -1,5 +1,6 @@
 """From config to the objects below `tasks/`: model, sources, work directory."""
 
+import errno
 import json
 import math
 import os
@@ -147,9 +148,17 @@ def total(number: int) -> int:
 
 
 def wait_for_all(name: str) -> None:
-  """Until every process is here."""
-  if jax.process_count() > 1:
+  """Until every process is here; OSError if one of them has ended."""
+  if jax.process_count() == 1:
+    return
+  try:
     multihost_utils.sync_global_devices(name)
+  except (ValueError, RuntimeError) as error:
+    raise OSError(
+      errno.ECONNABORTED,
+      "another process has ended before this one; see its log, and start all "
+      f"of them again: they go on from what is saved ({error})",
+    ) from error
 
 
 def prepare_jax(compilation_cache: str) -> None:
