@@ -82,6 +82,12 @@ def emulator():
     yield emulator
 
 
+def bucket_environment(emulator, monkeypatch) -> None:
+  """Leads this process's own requests to the emulator."""
+  for key in ("TENSORSTORE_GCS_HTTP_URL", "NO_GCE_CHECK"):
+    monkeypatch.setenv(key, emulator.environment[key])
+
+
 @pytest.fixture(scope="session")
 def tiny_config(photographs, compilation_cache):
   """A function of the phase: a run of four steps of tiny-f8, without LPIPS."""

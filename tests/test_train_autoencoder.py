@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,7 @@ import pytest
 from etils import epath
 
 import dcae_jax
-from benchmarks import parity
-from dcae_jax import architecture, weights
+from dcae_jax import weights
 from dcae_jax.models import dcae
 from dcae_jax.tasks import train_autoencoder
 from dcae_jax.training import checkpoint
@@ -63,6 +63,18 @@ def _losses(workdir):
 def phase_1(tiny_config, tmp_path_factory):
   """A finished run of phase 1."""
   workdir = tmp_path_factory.mktemp("runs") / "phase1"
+  assert _run(tiny_config(1), workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def resumed(tiny_config, tmp_path_factory):
+  """The same, of two times two steps, killed while it wrote step 3."""
+  workdir = tmp_path_factory.mktemp("runs") / "resumed"
+  assert _run(tiny_config(1, steps=2), workdir)
+  half = workdir / "checkpoints" / "3.orbax-checkpoint-tmp-99"
+  (half / "params").mkdir(parents=True)
+  (half / "params" / "junk").write_text("cut off")
   assert _run(tiny_config(1), workdir)
   return workdir
 
@@ -118,14 +130,17 @@ def test_later_phases_start_from_the_earlier_run_and_leave_the_rest(
   )
 
 
-def test_interrupted_and_resumed_ends_with_the_same_bits(
-  tiny_config, phase_1, tmp_path
-):
+def test_interrupted_and_resumed_ends_with_the_same_bits(phase_1, resumed):
   """Two steps, then the rest, against four in one go."""
-  assert _run(tiny_config(1, steps=2), tmp_path)
-  assert _run(tiny_config(1), tmp_path)
-  _assert_same_bits(_saved(phase_1), _saved(tmp_path))
-  assert _losses(phase_1) == _losses(tmp_path)
+  _assert_same_bits(_saved(phase_1), _saved(resumed))
+  assert _losses(phase_1) == _losses(resumed)
+
+
+def test_a_half_written_checkpoint_is_never_restored(phase_1, resumed):
+  """Nor kept: it was of a later step than the whole ones."""
+  steps = [path.name for path in (resumed / "checkpoints").iterdir()]
+  assert sorted(steps) == ["2", "4"]
+  assert _losses(phase_1)[3] == _losses(resumed)[3]
 
 
 def test_a_work_directory_of_another_phase_is_refused(tiny_config, phase_1):
@@ -183,12 +198,19 @@ def test_a_trained_run_is_loaded_saved_and_trained_further(
 def test_fine_tuning_takes_any_architecture_from_its_weights(
   tiny_config, tmp_path
 ):
-  settings = parity.reduced(parity.CONFIGS["f32c32-sana"])
-  variant, channels = architecture.from_config(settings)
-  model = dcae.create(variant)
-  side = model.spatial_compression
-  variables = jax.jit(model.init)(
-    jax.random.key(0), np.zeros((1, side, side, channels), "float32")
+  stages = tuple(
+    dcae.Stage(width, 1, **settings)
+    for width, settings in (
+      (16, {}),
+      (32, {}),
+      (64, {"block": "efficientvit", "scales": (5,)}),
+    )
+  )
+  variant = dcae.Variant(
+    8, stages, stages, downsample="strided", upsample="nearest"
+  )
+  variables = jax.jit(dcae.create(variant).init)(
+    jax.random.key(0), np.zeros((1, 4, 4, 3), "float32")
   )
   own = dcae_jax.Autoencoder(variant, variables, scaling_factor=1.0)
   own.save(tmp_path / "own")
@@ -309,27 +331,17 @@ class _Disk:
   free = 100_000
 
 
-def test_a_half_written_checkpoint_is_never_restored(
+def test_a_damaged_checkpoint_is_one_clear_error(
   tiny_config, phase_1, tmp_path
 ):
-  assert _run(tiny_config(1, steps=2), tmp_path)
-  half = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp-99"
-  (half / "params").mkdir(parents=True)
-  (half / "params" / "junk").write_text("cut off")
-  assert _run(tiny_config(1), tmp_path)
-  _assert_same_bits(_saved(phase_1), _saved(tmp_path))
-  assert not half.exists()
-
-
-def test_a_damaged_checkpoint_is_one_clear_error(tiny_config, tmp_path):
-  assert _run(tiny_config(1, steps=1), tmp_path)
-  for path in (tmp_path / "checkpoints" / "1" / "params").rglob("*"):
+  shutil.copytree(phase_1, tmp_path, dirs_exist_ok=True)
+  for path in (tmp_path / "checkpoints" / "4" / "params").rglob("*"):
     if path.is_file():
       path.write_bytes(b"damaged")
   with pytest.raises(
-    ValueError, match=r"reading .*checkpoints/1 failed: .*rem"
+    ValueError, match=r"reading .*checkpoints/4 failed: .*rem"
   ):
-    _run(tiny_config(1, steps=2), tmp_path)
+    _run(tiny_config(1, steps=5), tmp_path)
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(

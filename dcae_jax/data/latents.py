@@ -43,6 +43,7 @@ class Latents:
       ValueError: there is no store, or it is not finished.
       OSError: no such bucket, no permission, no answer.
     """
+    self._retries = retries
     self._place = storage.Storage(
       path, retries=retries, cache_megabytes=cache_megabytes
     )
@@ -109,7 +110,8 @@ class Latents:
 
   def verify(self, on_rows: Any = lambda count: None) -> list[str]:
     """What is wrong with the store; see `latent_store.verify`."""
-    return latent_store.verify(self._place, self.manifest, on_rows)
+    place = storage.Storage(self.path, retries=self._retries)  # without cache
+    return latent_store.verify(place, self.manifest, on_rows)
 
   def _open(self, name: str) -> Any:
     if name not in self._arrays:

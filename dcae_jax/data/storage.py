@@ -40,10 +40,12 @@ class Storage:
     Raises:
       ValueError: the path is neither.
     """
-    self.path = path.rstrip("/") if "://" in path else _local(path)
     self._options = {"retries": retries, "cache_megabytes": cache_megabytes}
-    self._place = _place(self.path)
+    self._place = _place(path)
     self._is_remote = self._place["driver"] != "file"
+    self.path = self._place["path"].rstrip("/")
+    if self._is_remote:
+      self.path = f"gs://{self._place['bucket']}/{self.path}".rstrip("/")
     self._context = ts.Context(
       {
         "cache_pool": {"total_bytes_limit": int(cache_megabytes * 1e6)},
@@ -149,6 +151,7 @@ class Storage:
     spec = {"driver": "zarr3", "kvstore": place}
     # Otherwise a part that is all zeros would not be written.
     spec["store_data_equal_to_fill_value"] = True
+    spec["recheck_cached_data"] = "open"  # what is cached does not change
     if metadata is not None:
       spec["metadata"] = metadata
     with self.errors():
@@ -183,13 +186,10 @@ def _reopen(path: str, options: dict[str, Any]) -> Storage:
   return Storage(path, **options)
 
 
-def _local(path: str) -> str:
-  return os.path.abspath(os.path.expanduser(path))
-
-
 def _place(path: str) -> dict[str, str]:
   if "://" not in path:
-    return {"driver": "file", "path": f"{path}/"}
+    local = os.path.abspath(os.path.expanduser(path))
+    return {"driver": "file", "path": f"{local}/"}
   scheme, _, rest = path.partition("://")
   bucket, _, prefix = rest.partition("/")
   if scheme != "gs" or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{2,221}", bucket):
@@ -197,6 +197,7 @@ def _place(path: str) -> dict[str, str]:
       f"{path!r} is neither a local path nor gs://BUCKET/PATH with a bucket "
       "name of 3 or more lower-case letters, digits, dots and dashes"
     )
+  prefix = prefix.strip("/")
   place = {"driver": "gcs", "bucket": bucket}
   return place | {"path": f"{prefix}/" if prefix else ""}
 
