@@ -30,6 +30,8 @@ DEFAULTS = {
   "reconstruct": base.reconstruct,
   "evaluate_autoencoder": base.evaluate,
   "reference_statistics": base.reference_statistics,
+  "export_latents": base.export_latents,
+  "inspect_latents": base.inspect_latents,
 }
 
 

@@ -264,7 +264,7 @@ def test_what_is_no_finished_store_is_refused(tmp_path):
   file = tmp_path / "store/manifest.json"
   manifest = json.loads(file.read_text())
   file.write_text(json.dumps(manifest | {"format_version": 2}))
-  with pytest.raises(ValueError, match="not of dcae_jax.latents, version 1"):
+  with pytest.raises(ValueError, match="latents, version 1"):
     latents.Latents(str(tmp_path / "store"))
   file.write_text("{")
   with pytest.raises(ValueError, match=r"manifest.json is damaged"):
@@ -300,16 +300,22 @@ def test_what_is_wrong_with_a_bucket_is_said(gs, emulator):
   with pytest.raises(OSError, match="there is no bucket gs://dcae-nowhere"):
     store.check()
   store = latent_store.LatentStore(f"{gs}/latents", retries=1)
-  with emulator.forbid("dcae-latents"):
-    with pytest.raises(PermissionError, match="roles/storage.objectUser"):
-      store.check()
+  with (
+    emulator.forbid("dcae-latents"),
+    pytest.raises(PermissionError, match="needs the role"),
+  ):
+    store.check()
   reads_only = lambda method, path: method != "GET"
-  with emulator.fail(403, times=None, where=reads_only):
-    with pytest.raises(PermissionError, match="no permission for"):
-      store.check()
-  with emulator.fail(503, times=None):
-    with pytest.raises(OSError, match="does not answer"):
-      store.check()
+  with (
+    emulator.fail(403, times=None, where=reads_only),
+    pytest.raises(PermissionError, match="no permission for"),
+  ):
+    store.check()
+  with (
+    emulator.fail(503, times=None),
+    pytest.raises(OSError, match="does not answer"),
+  ):
+    store.check()
   for path in ("gs://", "gs://AB/x", "s3://bucket/x"):
     with pytest.raises(ValueError, match="neither a local path nor gs://"):
       latent_store.LatentStore(path)

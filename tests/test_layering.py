@@ -98,6 +98,12 @@ RULES = {
     {"dcae_jax.data"},
     {"PIL", "etils", "grain", "tensorflow_datasets"},
   ),
+  "dcae_jax/data/sources.py": (
+    {"dcae_jax.data"},
+    {"etils", "fsspec", "tensorflow_datasets"},
+  ),
+  "dcae_jax/data/storage.py": (set(), {"tensorstore"}),
+  "dcae_jax/data/latent_store.py": ({"dcae_jax.data"}, {"ml_dtypes"}),
 }
 FILES = sorted(
   str(path.relative_to(REPOSITORY))

@@ -65,13 +65,13 @@ class LatentStore:
     """
     if self._described() is None and not self.storage.is_empty():
       keys = self.storage.list_keys()
-      found = [key for key in keys if not key.startswith("progress/")]
+      found = [key for key in keys if not key.startswith("progress")]
       if found:
         raise ValueError(
           f"{self.storage.path} holds {min(found)} of something else; choose "
           "another config.output"
         )
-    self.storage.check_writable("progress/probe")
+    self.storage.check_writable("progress.probe")
 
   def _described(self) -> dict[str, Any] | None:
     found = self.storage.read_json(_MANIFEST)

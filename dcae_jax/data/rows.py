@@ -7,7 +7,7 @@ each image, plus the number of the crop.
 import functools
 import io
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -27,6 +27,7 @@ class Row(NamedTuple):
   label: int
 
 
+@runtime_checkable
 class Rows(Protocol):
   """All rows that a source could give, were all of it readable."""
 
@@ -78,7 +79,13 @@ class Crops:
     return None
 
   def load(self, index: int, crop: int) -> Row:
-    image, label = self._open(index)
+    try:
+      image, label = self._open(index)
+    except (transforms.TooSmallError, images.UnusableError) as error:
+      raise ValueError(
+        f"{self._source.name(index)} could be used when the export began, and "
+        f"can no longer be ({error}); bring it back, or export to another place"
+      ) from error
     rng = np.random.default_rng((self._seed, index, crop))
     return Row(images.crop(image, self._cropping, rng), label)
 

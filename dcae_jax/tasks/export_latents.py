@@ -408,9 +408,11 @@ class _Export:
     statistics = latent_statistics.LatentStatistics(self._shape[-1])
     for record in records:
       moments = record["moments"]
-      statistics.update(
-        [moments["mean"]], [moments["variance"]], moments["positions"]
+      mean, variance = (
+        np.array([moments["mean"]]),
+        np.array([moments["variance"]]),
       )
+      statistics.update(mean, variance, moments["positions"])
     found = statistics.compute()
     factor, origin = self._ae.scaling_factor, "the autoencoder's"
     if factor is None:
