@@ -361,8 +361,11 @@ def _array(
     {"name": "crc32c"},
   ]
   sharding = {
-    "chunk_shape": list(chunk), "codecs": plain, "index_codecs": plain
-  }  # fmt: skip
+    "chunk_shape": list(chunk),
+    "codecs": plain,
+    "index_codecs": plain,
+    "index_location": "start",  # not every server knows ranges from the end
+  }
   return {
     "shape": list(shape),
     "data_type": dtype,

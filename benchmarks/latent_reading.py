@@ -1,0 +1,94 @@
+"""How fast latents are read, against what training a UViT-S needs.
+
+  python -m benchmarks.latent_reading [--bucket=gs://BUCKET/PATH]
+
+Fills a store with random latents of f64c128 at 512 px, and reads shuffled
+batches of 256 from it, with threads alone and with worker processes. UViT-S
+takes 3.1 GMACs for an image of 64 tokens (12.27 for the 256 of f32c32); its
+training step three times that, and at best at this machine's rate of a large
+float32 matrix product. So the ratio is a lower bound.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+
+import numpy as np
+from absl import flags
+
+from dcae_jax.data import latent_store, latents
+from dcae_jax.training import hardware
+
+_SHAPE, _ROWS, _SHARD_ROWS = (8, 8, 128), 8192, 1024
+_BATCH, _BATCHES = 256, 64
+_MACS = {"f64c128, 64 tokens": 12.27e9 / 4, "f32c32, 256 tokens": 12.27e9}
+
+
+def _fill(path: str) -> None:
+  store = latent_store.LatentStore(path)
+  store.check()
+  store.write_identity({})
+  views = latent_store.VIEWS[:1]
+  store.create_arrays(_ROWS, _SHAPE, "float16", views, _SHARD_ROWS)
+  rng = np.random.default_rng(0)
+  shards = _ROWS // _SHARD_ROWS
+  for shard in range(shards):
+    values = rng.standard_normal((_SHARD_ROWS, *_SHAPE), np.float32)
+    store.write_shard(
+      shard,
+      _SHARD_ROWS,
+      {views[0]: values.astype(np.float16)},
+      np.zeros(_SHARD_ROWS, np.int32),
+      [f"{shard}/{i}" for i in range(_SHARD_ROWS)],
+      {},
+    )
+  manifest = {
+    "count": _ROWS, "shape": list(_SHAPE), "dtype": "float16",
+    "views": list(views), "classes": [], "scaling_factor": 1.0,
+    "shift_factor": 0.0, "shards": store.records(shards),
+  }  # fmt: skip
+  store.finish(manifest)
+
+
+def _rate(path: str, workers: int, cache_megabytes: float) -> float:
+  """Images per second, after the first batch."""
+  source = latents.Latents(path, cache_megabytes=cache_megabytes)
+  batches = latents.LatentBatches(
+    source, batch_size=_BATCH, seed=0, workers=workers
+  )
+  next(batches)
+  start = time.perf_counter()
+  for _ in range(_BATCHES):
+    next(batches)
+  seconds = time.perf_counter() - start
+  batches.close()
+  return _BATCH * _BATCHES / seconds
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--bucket", default="", help="where to fill a store, too")
+  options = parser.parse_args()
+  flags.FLAGS.mark_as_parsed()  # grain's worker processes want it
+  peak = hardware.peak_flops()
+  needed = {name: peak / (6 * macs) for name, macs in _MACS.items()}
+  print(f"matrix products: {peak / 1e9:.0f} GFLOP/s")
+  for name, rate in needed.items():
+    print(f"UViT-S, {name}: at most {rate:.1f} images/s")
+  print("| store | cache, MB | workers | images/s | times UViT-S's need |")
+  print("| --- | --- | --- | --- | --- |")
+  with tempfile.TemporaryDirectory() as folder:
+    for path in (os.path.join(folder, "store"), options.bucket):
+      if not path:
+        continue
+      _fill(path)
+      for workers, cache in ((0, 0), (0, 500), (2, 0), (2, 500)):
+        rate = _rate(path, workers, cache)
+        ratio = rate / max(needed.values())
+        place = "bucket" if "://" in path else "local"
+        print(f"| {place} | {cache} | {workers} | {rate:.0f} | {ratio:.0f} |")
+
+
+if __name__ == "__main__":
+  main()
