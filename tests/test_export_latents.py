@@ -13,7 +13,12 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, bucket_environment, smooth_image
+from conftest import (
+  REPOSITORY,
+  bucket_environment,
+  run_main,
+  smooth_image,
+)
 from etils import epath
 from PIL import Image
 
@@ -604,3 +609,22 @@ def test_inspecting_finds_damage_and_the_wrong_autoencoder(
   with pytest.raises(ValueError, match="is no latent store"):
     _inspect(str(tmp_path), tmp_path / "b")
   assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--num_processes=2", "--process_id=0"], "--coordinator_address is"),
+    (
+      ["--coordinator_address=127.0.0.1:1", "--num_processes=2",
+       "--process_id=2"],
+      "--process_id=2 is not from 0 to 1",
+    ),
+  ],
+)  # fmt: skip
+def test_processes_are_named_in_full(flags, message, tmp_path):
+  found = run_main(
+    "configs/f64_export.py", f"--workdir={tmp_path / 'out'}", *flags
+  )
+  assert found.returncode == 2 and message in found.stderr
+  assert not (tmp_path / "out").exists()
