@@ -75,8 +75,8 @@ def frechet_distance(
   """Squared Frechet distance between two Gaussians.
 
   The trace of the square root of a product of covariances is the sum of the
-  singular values of the product of their square roots. These are symmetric, so
-  that no imaginary part can arise, and rank-deficient covariances do no harm.
+  singular values of the product of their square roots: no imaginary part can
+  arise, and covariances of few images, of low rank, are quickly done.
 
   Args:
     mean: [d].
@@ -99,8 +99,8 @@ def frechet_distance(
       "means and covariances have the shapes "
       f"{', '.join(str(x.shape) for x in arrays)}, not (d,), (d, d) twice"
     )
-  roots = _square_root(covariance) @ _square_root(other_covariance)
-  shared = np.linalg.svd(roots, compute_uv=False).sum()
+  product = _factor(covariance).T @ _factor(other_covariance)
+  shared = np.linalg.svd(product, compute_uv=False).sum()
   apart = np.sum(np.square(mean - other_mean))
   distance = (
     apart + np.trace(covariance) + np.trace(other_covariance) - 2 * shared
@@ -108,8 +108,8 @@ def frechet_distance(
   return float(max(distance, 0.0))  # equal sets may end below by rounding
 
 
-def _square_root(covariance: np.ndarray) -> np.ndarray:
-  """Of a symmetric matrix without negative eigenvalues."""
+def _factor(covariance: np.ndarray) -> np.ndarray:
+  """`f` [d, rank] with orthogonal columns, of which `f @ f.T` is the matrix."""
   if not np.isfinite(covariance).all():
     raise ValueError("a covariance has values that are not finite")
   size = np.abs(covariance).max(initial=0.0)
@@ -122,8 +122,8 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
       f"a covariance has the negative eigenvalue {values.min():.3g}"
     )
   rounding = largest * len(values) * np.finfo(np.float64).eps
-  values = np.where(values > rounding, values, 0.0)
-  return (vectors * np.sqrt(values)) @ vectors.T
+  kept = values > rounding
+  return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def save_statistics(
@@ -178,7 +178,7 @@ def load_statistics(
   if not np.isfinite(mean).all():
     raise ValueError(f"reference statistics: mu in {path} is not finite")
   try:
-    _square_root(covariance)
+    _factor(covariance)
   except ValueError as error:
     raise ValueError(f"reference statistics: {path}: {error}") from error
   return mean, covariance, hashlib.sha256(data).hexdigest()
