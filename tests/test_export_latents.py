@@ -338,7 +338,7 @@ def test_latents_that_are_not_finite_are_refused(config, tmp_path, whole):
     ({"source.kind": "npy"}, "config.flip and config.crops_per_image need"),
     ({"source.kind": "zip"}, "unknown source kind 'zip'"),
     ({"source.kind": "mixture"}, "mixture"),
-    ({"source.path": "/nowhere"}, "'/nowhere' of images does not exist"),
+    ({"source.path": "/nowhere"}, "image folder '/nowhere' does not exist"),
     ({"output": "gs://x"}, "neither a local path nor gs://BUCKET/PATH"),
     ({"min_size": 10**6}, "none of the 45 images can be used"),
   ],

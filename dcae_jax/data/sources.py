@@ -138,20 +138,20 @@ def folder(path: str) -> Files:
   Raises:
     ValueError: there is no such directory, or it holds no images.
   """
-  return _tree(path, SUFFIXES, "images")
+  return _tree(path, SUFFIXES, "image")
 
 
 def latent_files(path: str) -> Files:
   """All `.npy` files below a directory, as `folder` finds images."""
-  return _tree(path, (".npy",), "latents")
+  return _tree(path, (".npy",), "latent")
 
 
 def _tree(path: str, suffixes: tuple[str, ...], what: str) -> Files:
   root = epath.Path(path).expanduser()
   if not path or not root.is_dir():
     raise ValueError(
-      f"folder {path!r} of {what} does not exist or is not a directory; name a "
-      f"tree of {what} (config.source.path; for a training run, "
+      f"{what} folder {path!r} does not exist or is not a directory; name a "
+      f"tree of {what}s (config.source.path; for a training run, "
       "config.data.source.path and config.evaluation.source.path)"
     )
   root = os.fspath(root)
