@@ -6,6 +6,7 @@ Flags, the work directory, and the task that the config names; nothing else.
 import errno
 import importlib
 import logging
+import os
 import pathlib
 import sys
 import traceback
@@ -34,7 +35,10 @@ def main(argv: list[str]) -> int:
     advice = ""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
       advice = "; make room and run again: it goes on from what is saved"
-    return _fail(f"{error}{advice}")
+    status = _fail(f"{error}{advice}")
+    if flags.FLAGS.distributed or flags.FLAGS.num_processes:
+      os._exit(status)  # at once: jax would wait for the others at exit
+    return status
   return 0
 
 

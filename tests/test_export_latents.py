@@ -1,5 +1,6 @@
 """Images to latents: what is written, and that nothing is lost or mixed."""
 
+import functools
 import json
 import os
 import pathlib
@@ -26,7 +27,12 @@ import dcae_jax
 from configs import base
 from dcae_jax.data import images, latent_store, latents, rows, sources, storage
 from dcae_jax.models import dcae
-from dcae_jax.tasks import export_latents, inspect_latents
+from dcae_jax.tasks import (
+  export_latents,
+  inspect_latents,
+  latent_encoding,
+  stopwatch,
+)
 
 SIDE = 32
 BAD = {
@@ -104,12 +110,16 @@ def gs(emulator, monkeypatch):
 
 
 def check_equal(found: str, expected: str) -> None:
-  """The same objects, with the same bytes."""
+  """The same objects, with the same bytes; the manifest names devices."""
   found, expected = storage.Storage(found), storage.Storage(expected)
   keys = expected.list_keys()
   assert found.list_keys() == keys and len(keys) > 12
-  for key in keys:
+  for key in keys - {"manifest.json"}:
     assert found.read(key) == expected.read(key), key
+  manifests = [x.read_json("manifest.json") for x in (found, expected)]
+  for manifest in manifests:
+    manifest["versions"].pop("devices")
+  assert manifests[0] == manifests[1]
 
 
 def test_rows_are_the_latents_of_the_images(whole, pictures, weights_folder):
@@ -188,6 +198,9 @@ def test_random_crops_follow_the_seed_alone(config, tmp_path):
     assert source.keys() == [k for k in source.keys()[::3] for _ in range(3)]
     found[name] = source.read_unscaled(np.arange(len(source)))
   assert len(found["a"]) == 21
+  changes["crops_per_image"], changes["seed"] = 3, 5
+  with pytest.raises(ValueError, match=r"crop\.seed: 1 there, 5 now"):
+    export_latents.run(config(**changes), epath.Path(tmp_path / "c"))
   np.testing.assert_allclose(found["a"], found["b"], atol=1e-5)
   assert not np.allclose(found["a"], found["c"], atol=1e-2)
   assert not np.allclose(found["a"][0], found["a"][1], atol=1e-2)
@@ -234,7 +247,7 @@ def test_stopped_before_any_write_it_ends_equal(
       store.manifest() is not None
     )
     if before:
-      assert len(encoded) <= 42 - 16 * len(before)
+      assert len(encoded) <= max(42 - 16 * len(before), 0)
   assert starts > 4
   limit[0] = 10**6
   encoded.clear()
@@ -255,13 +268,17 @@ def test_another_export_is_refused_and_nothing_is_touched(
     target.write_bytes(file.read_bytes())
   before = {p: p.stat().st_mtime_ns for p in pathlib.Path(whole).rglob("*")}
   for changes, what in (
-    ({"init_from": str(other_weights)}, "autoencoder.weights_sha256"),
+    ({"init_from": str(other_weights)}, "autoencoder.encoder_sha256"),
     ({"resolution": 40}, "resolution: 32 there, 40 now"),
     ({"source.path": str(other_source)}, "source.fingerprint"),
     ({"max_images": 9}, "source.images: 45 there, 9 now"),
     ({"dtype": "float16"}, "dtype"),
     ({"flip": False}, "views"),
     ({"crop": "random_crop"}, "crop.kind"),
+    ({"min_size": 1}, "crop.min_size: 0 there, 1 now"),
+    ({"max_megapixels": 80.0}, "crop.max_megapixels"),
+    ({"compute_dtype": "bfloat16"}, "autoencoder.compute_dtype"),
+    ({"shard_rows": 32}, "shard_rows: 16 there, 32 now"),
     ({"scaling_factor": 0.25}, "scaling_factor: 0.5 there, 0.25 now"),
   ):
     changed = config(output=whole, **changes)
@@ -284,6 +301,124 @@ def test_a_changed_file_is_another_source(config, pictures, tmp_path):
   Image.fromarray(pixels).save(tmp_path / "elsewhere/zoo/41.png")
   with pytest.raises(ValueError, match=r"source\.fingerprint"):
     export_latents.run(moved, epath.Path(tmp_path / "out"))
+
+
+def test_what_is_begun_without_a_shard_may_be_corrected(
+  whole, config, tmp_path
+):
+  for changes, message in (
+    ({"min_size": 10**6}, "none of the 45 images"),
+    ({"max_images": 3, "dtype": "float16", "shard_rows": 32}, "disk"),
+  ):
+    fail = storage.Storage.free_bytes
+    storage.Storage.free_bytes = lambda self: 100
+    try:
+      with pytest.raises(ValueError, match=f"{message}|no space left"):
+        export_latents.run(config(**changes), epath.Path(tmp_path))
+    finally:
+      storage.Storage.free_bytes = fail
+  export_latents.run(config(), epath.Path(tmp_path))
+  check_equal(str(tmp_path / "latents"), whole)
+
+
+def test_a_refined_decoder_goes_on_with_the_latents(
+  whole, config, weights_folder, tmp_path
+):
+  """The third phase leaves the encoder, and so the latents, as they are."""
+  ae = dcae_jax.load(weights_folder)
+  head = ae.variables["params"]["decoder"]["project_out"]["conv"]
+  head["kernel"] = head["kernel"] * 0.9
+  ae.save(tmp_path / "refined")
+  refined = config(init_from=str(tmp_path / "refined"), output=whole)
+  assert export_latents.run(refined, epath.Path(tmp_path / "out"))
+  _inspect(whole, tmp_path / "in", init_from=refined.init_from, samples=1)
+
+
+def test_an_unknown_scaling_factor_is_measured(
+  config, weights_folder, tmp_path
+):
+  folder = tmp_path / "weights"
+  folder.mkdir()
+  (file,) = weights_folder.glob("*.safetensors")  # and no config
+  shutil.copy(file, folder)
+  unknown = config(init_from=str(folder))
+  export_latents.run(unknown, epath.Path(tmp_path))
+  source = latents.Latents(str(tmp_path / "latents"))
+  scaled = source.read(np.arange(len(source)))["latents"]
+  assert np.sqrt(np.square(scaled, dtype=float).mean()) == pytest.approx(1)
+  assert source.manifest["scaling_factor_origin"].startswith("1 / RMS")
+  assert export_latents.run(unknown, epath.Path(tmp_path))  # as it is
+  with pytest.raises(ValueError, match="were multiplied by is not known"):
+    imported = {"source.kind": "npy", "source.path": str(folder)}
+    (folder / "a.npy").write_bytes(b"")
+    export_latents.run(
+      config(init_from=str(folder), flip=False, **imported),
+      epath.Path(tmp_path / "import"),
+    )
+
+
+def test_sigterm_while_images_are_tried(whole, config, tmp_path, monkeypatch):
+  reason = rows.Crops.reason
+  stop = lambda self, i: os.kill(os.getpid(), signal.SIGTERM) or reason(self, i)
+  monkeypatch.setattr(rows.Crops, "reason", stop)
+  assert not export_latents.run(config(), epath.Path(tmp_path))
+  monkeypatch.undo()
+  assert latent_store.LatentStore(str(tmp_path / "latents")).manifest() is None
+  assert export_latents.run(config(), epath.Path(tmp_path))
+  check_equal(str(tmp_path / "latents"), whole)
+
+
+def test_an_image_is_decoded_once_for_all_its_crops(
+  config, tmp_path, monkeypatch
+):
+  opened = []
+  original = images.open_image
+  monkeypatch.setattr(
+    images, "open_image", lambda *a: opened.append(a[1]) or original(*a)
+  )
+  changes = {"crop": "random_crop", "crops_per_image": 4, "flip": False}
+  export_latents.run(config(**changes, max_images=3), epath.Path(tmp_path))
+  assert len(opened) == 2 * 3  # to try it, and to crop it
+
+
+class _Slow(latent_store.LatentStore):
+  """A store that takes its time."""
+
+  def write_shard(self, *arguments):
+    time.sleep(0.2)
+
+
+def test_time_is_told_by_who_waited_for_whom(tmp_path):
+  batch = rows.Batch(np.zeros((1, 2, 2, 3)), [rows.Group(0, [0], True)])
+  latent = {"latents": np.zeros((1, 2, 2, 3), np.float32)}
+
+  def load(count, seconds):
+    for _ in range(count):
+      time.sleep(seconds)
+      yield batch
+
+  def encode(values, seconds):
+    time.sleep(seconds)
+    return latent
+
+  found = {}
+  for name in ("waiting for images", "encoder", "waiting for the store"):
+    loading = 0.1 if name == "waiting for images" else 0.0
+    slow = functools.partial(encode, seconds=0.1 * (name == "encoder"))
+    watch = stopwatch.Stopwatch()
+    with latent_encoding.ShardWriter(_Slow(str(tmp_path)), 16) as writer:
+      for done, values in latent_encoding.encoded(
+        load(6, loading), slow, writer, watch
+      ):
+        writer.add(values, done.groups[0].labels)
+        if name == "waiting for the store":
+          writer.finish_shard(0, ["a"])
+    found[name] = watch.seconds()
+  # An encoder that is called in this thread counts from the call on.
+  assert found["encoder"]["encoder"] > 0.5
+  assert found["waiting for images"]["waiting for images"] > 0.35
+  assert found["waiting for the store"]["waiting for the store"] > 0.15
+  assert found["waiting for the store"]["encoder"] < 0.1
 
 
 def test_an_image_that_breaks_meanwhile_stops_the_export(
@@ -523,7 +658,21 @@ def test_buckets_are_checked_before_an_image_is_read(
     pytest.raises(PermissionError, match="no permission for"),
   ):
     export_latents.run(config(output=f"{gs}/x"), epath.Path(tmp_path))
+  lists = lambda method, path: (
+    method == "GET" and path.partition("?")[0].endswith("/o")
+  )
+  with (
+    emulator.fail(403, times=None, where=lists),
+    pytest.raises(PermissionError, match="cannot be listed"),
+  ):
+    export_latents.run(config(output=f"{gs}/x"), epath.Path(tmp_path))
   assert not list(tmp_path.iterdir())
+  assert not emulator.names("dcae-export")
+
+
+def test_a_place_that_is_not_shared_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="is not the same place for all"):
+    latent_store.LatentStore(str(tmp_path)).check_shared()
 
 
 @pytest.fixture(scope="module")
@@ -536,6 +685,9 @@ def authors_files(whole, tmp_path_factory):
     file = (root / key).with_suffix(".npy")
     file.parent.mkdir(exist_ok=True)
     np.save(file, np.moveaxis(latent, -1, 0))
+  np.save(root / "zoo/96.npy", np.full((16, 4, 4), np.nan, np.float32))
+  np.savez(root / "zoo/97.npz", np.zeros(3))
+  (root / "zoo/97.npz").rename(root / "zoo/97.npy")
   np.save(root / "zoo/98.npy", np.zeros((16, 2, 2), np.float32))
   (root / "zoo/99.npy").write_bytes(b"no array")
   return root
@@ -556,8 +708,34 @@ def test_latents_of_the_authors_tools_are_imported(
   assert source.classes == original.classes
   assert source.manifest["scaling_factor"] == 0.5
   reasons = [x["reason"] for x in source.manifest["unreadable"]]
-  assert reasons[0] == "float32 [16, 2, 2] instead of float32 [16, 4, 4]"
-  assert reasons[1].startswith("no .npy file")
+  assert "not finite" in reasons[0] and "archive" in reasons[1]
+  assert reasons[2] == "float32 [16, 2, 2] instead of float32 [16, 4, 4]"
+  assert reasons[3].startswith("no .npy file")
+  files = sources.latent_files(str(authors_files))
+  shifted = rows.LatentFiles(
+    files, (4, 4, 16), scaling_factor=0.5, shift_factor=2.0
+  )
+  (row,) = shifted.load(0, [0])
+  np.testing.assert_allclose(
+    row.values, original.read_unscaled([0])[0] + 2, rtol=1e-5, atol=1e-5
+  )
+
+
+def test_links_to_nothing_are_listed_and_lost_files_stop(config, tmp_path):
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for i in range(3):
+    Image.fromarray(smooth_image(i, 40, 40)).save(folder / f"{i}.png")
+  (folder / "1_link.png").symlink_to(folder / "nothing.png")
+  linked = config(**{"source.path": str(folder)})
+  export_latents.run(linked, epath.Path(tmp_path / "a"))
+  manifest = latents.Latents(str(tmp_path / "a/latents")).manifest
+  (listed,) = manifest["unreadable"]
+  assert listed["key"] == "1_link.png" and manifest["count"] == 3
+  source = sources.folder(str(folder))
+  (folder / "2.png").unlink()
+  with pytest.raises(FileNotFoundError):
+    images.open_image(source, 3, images.Decoding())
 
 
 def _inspect(store, workdir, **changes):
@@ -600,7 +778,7 @@ def test_inspecting_finds_damage_and_the_wrong_autoencoder(
   problems = json.loads((tmp_path / "a/result.json").read_text())["problems"]
   assert len(problems) == 1
   other = _save_weights(tmp_path / "weights", 1)
-  with pytest.raises(ValueError, match="does not have the weights"):
+  with pytest.raises(ValueError, match="does not have the encoder"):
     _inspect(whole, tmp_path / "b", init_from=str(other))
   with pytest.raises(ValueError, match="cannot be loaded"):
     _inspect(whole, tmp_path / "b", init_from=str(tmp_path / "nothing"))

@@ -102,6 +102,7 @@ RULES = {
     {"dcae_jax.data"},
     {"etils", "fsspec", "tensorflow_datasets"},
   ),
+  "dcae_jax/data/batches.py": (set(), {"absl", "grain"}),
   "dcae_jax/data/storage.py": (set(), {"tensorstore"}),
   "dcae_jax/data/latent_store.py": ({"dcae_jax.data"}, {"ml_dtypes"}),
 }

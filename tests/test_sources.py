@@ -109,3 +109,21 @@ def test_tfds_datasets_and_splits_that_do_not_exist_are_refused(
     sources.TensorFlowDataset("tiny", "test", tfds_directory)
   with pytest.raises(ValueError, match="no TFDS dataset 'unheard_of'"):
     sources.TensorFlowDataset("unheard_of", "train", tfds_directory)
+
+
+def test_names_labels_and_sizes_make_the_fingerprint():
+  create = lambda *a: sources.Files(["/x/a", "/x/b"], *a).fingerprint()
+  first = create([0, 1], ["a", "b"], ["", ""], [3, 4])
+  moved = sources.Files(["/y/a", "/y/b"], [0, 1], ["a", "b"], ["", ""], [3, 4])
+  assert moved.fingerprint() == first
+  assert (
+    len(
+      {
+        first,
+        create([0, 0], ["a", "b"], ["", ""], [3, 4]),
+        create([0, 1], ["a", "c"], ["", ""], [3, 4]),
+        create([0, 1], ["a", "b"], ["", ""], [3, 5]),
+      }
+    )
+    == 4
+  )

@@ -12,6 +12,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 Batch = dict[str, np.ndarray]
 
@@ -40,6 +41,8 @@ class Batches:
 
   def __next__(self) -> Batch:
     if self._iterator is None:
+      if not flags.FLAGS.is_parsed():  # grain's processes ask for theirs
+        flags.FLAGS.mark_as_parsed()
       rest = self._dataset[self._next_batch :].to_iter_dataset(self._options)
       if self._workers:
         options = grain.MultiprocessingOptions(num_workers=self._workers)

@@ -65,13 +65,12 @@ class Cropping:
 
 
 class UnusableError(Exception):
-  """A file that is not there, or no image that can be decoded."""
+  """A file that cannot be read, now and later, or no image."""
 
 
-# Of files that will not be there later, either.
+# Of files that cannot be read later, either.
 _UNUSABLE = (
-  errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR,
-  errno.ELOOP, errno.ENXIO,
+  errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENXIO,
 )  # fmt: skip
 
 
@@ -79,16 +78,18 @@ def read_record(source: sources.Source, index: int) -> sources.Record:
   """A file as it is.
 
   Raises:
-    UnusableError: the file is not there, or must not be read.
-    Exception: of any other kind, where it cannot be read now.
+    UnusableError: the file must not be read, or is a link to nothing.
+    Exception: of any other kind, where it cannot be read now, or is gone.
   """
   try:
     return source[index]
   except OSError as error:
-    is_missing = isinstance(error, FileNotFoundError)
-    if not is_missing and error.errno not in _UNUSABLE:
+    is_broken_link = os.path.islink(source.name(index)) and isinstance(
+      error, FileNotFoundError
+    )
+    if not is_broken_link and error.errno not in _UNUSABLE:
       raise
-    raise UnusableError(error.strerror or "no such file") from error
+    raise UnusableError(error.strerror) from error
 
 
 def open_image(
@@ -333,7 +334,7 @@ def evaluation_batches(
   Every process yields the same number of whole batches; `mask` is False where
   an image is missing or not usable. `max_images` of 0 means all.
   """
-  total = min(len(source), max_images or len(source))
+  total = sources.limited(source, max_images)
   count = -(-total // (batch_size * process_count))
   load = _Load(source, decoding, Cropping("dm_crop", size), skipped)
   indices = np.arange(count * batch_size * process_count)

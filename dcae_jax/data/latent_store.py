@@ -34,14 +34,19 @@ DTYPES = {
 }
 CHUNK_ROWS = 16  # read at once
 _SHARD_ROWS = 1024  # written at once: 16 MB of f64c128 at 512 px
+_SHARD_BYTES = 2**26
 _IDENTITY = "progress/identity.json"
 _MANIFEST = "manifest.json"
 
 
-def block_size(total: int) -> int:
-  """Rows of a shard: at most 1024, fewer where there would be few shards."""
-  blocks = min(_SHARD_ROWS, -(-total // 64))
-  return max(1, -(-blocks // CHUNK_ROWS)) * CHUNK_ROWS
+def block_size(total: int, row_bytes: int = 1) -> int:
+  """Rows of a shard, a multiple of `CHUNK_ROWS`.
+
+  At most 1024 and 64 MB, fewer where there would be fewer than 64 shards.
+  """
+  most = min(_SHARD_ROWS, _SHARD_BYTES // row_bytes)
+  rows = min(most, -(-total // 64))
+  return max(1, -(-rows // CHUNK_ROWS)) * CHUNK_ROWS
 
 
 class LatentStore:
@@ -53,17 +58,18 @@ class LatentStore:
 
   def __init__(self, path: str, *, retries: int = storage.RETRIES):
     self.storage = storage.Storage(path, retries=retries)
+    self._arrays: dict[str, Any] = {}
 
   # --- what it is ------------------------------------------------------------
 
-  def check(self) -> None:
-    """Finds out whether the place can be written and belongs to latents.
+  def check(self, process_index: int = 0) -> None:
+    """Finds out whether this process may write here, and nobody else does.
 
     Raises:
       OSError: no such bucket, no permission, no answer.
       ValueError: it holds something else.
     """
-    if self._described() is None and not self.storage.is_empty():
+    if self._described() is None:
       keys = self.storage.list_keys()
       found = [key for key in keys if not key.startswith("progress")]
       if found:
@@ -71,18 +77,25 @@ class LatentStore:
           f"{self.storage.path} holds {min(found)} of something else; choose "
           "another config.output"
         )
-    self.storage.check_writable("progress.probe")
+    self.storage.check_writable(f"progress.probe_{process_index}")
 
   def _described(self) -> dict[str, Any] | None:
     found = self.storage.read_json(_MANIFEST)
     return self.storage.read_json(_IDENTITY) if found is None else found
 
   def check_identity(self, identity: dict[str, Any]) -> None:
-    """Raises ValueError where the place holds latents of another export."""
+    """Raises ValueError where the place holds latents of another export.
+
+    What was begun without a finished shard does not count.
+    """
     before = self._described()
     if before is None:
       return
-    if "count" in before:  # what it had to find out is there
+    is_finished = "count" in before
+    if not is_finished and not self.storage.list_keys("progress/shards/"):
+      return
+    identity = FORMAT | identity
+    if is_finished:  # what it had to find out stands there
       identity = {k: v for k, v in identity.items() if v is not None}
     there, now = _flat(before), _flat(identity)
     changes = [
@@ -98,9 +111,22 @@ class LatentStore:
       )
 
   def write_identity(self, identity: dict[str, Any]) -> None:
-    """Of one process, before anything else is written."""
-    if self._described() is None:
+    """Of one process, after `check_identity` and before all else."""
+    before = self._described()
+    if before is None or (
+      "count" not in before and before != FORMAT | identity
+    ):
+      for name in (*VIEWS, "labels", "keys", "progress"):
+        self.storage.delete(f"{name}/")
       self.storage.write_json(_IDENTITY, FORMAT | identity)
+
+  def check_shared(self) -> None:
+    """Raises ValueError where another process wrote its identity elsewhere."""
+    if self._described() is None:
+      raise ValueError(
+        f"{self.storage.path} is not the same place for all processes; use a "
+        "bucket, or a directory that all of them share, as config.output"
+      )
 
   def manifest(self) -> dict[str, Any] | None:
     """None unless the store is finished."""
@@ -113,11 +139,11 @@ class LatentStore:
     total: int,
     reason: Callable[[int], str | None],
     *,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 4,
-    on_images: Callable[[int], None] = lambda count: None,
-    stopped: Callable[[], bool] = lambda: False,
+    process_index: int,
+    process_count: int,
+    threads: int,
+    on_images: Callable[[int], None],
+    stopped: Callable[[], bool],
   ) -> None:
     """Tries this process's images; what was tried before is not tried again.
 
@@ -127,7 +153,7 @@ class LatentStore:
       process_index: of this process.
       process_count: processes that share the work.
       threads: that try images at once.
-      on_images: is told how many images are done.
+      on_images: is told how many images were tried.
       stopped: leaves early where it becomes true.
     """
     size = block_size(total)
@@ -141,7 +167,7 @@ class LatentStore:
           reasons = zip(images, pool.map(reason, images), strict=True)
           unusable = {str(i): why for i, why in reasons if why is not None}
           self.storage.write_json(_survey_key(block), unusable)
-        on_images(len(images))
+          on_images(len(images))
 
   def unusable(self, total: int) -> dict[int, str]:
     """Index to reason, when the survey is complete."""
@@ -224,8 +250,9 @@ class LatentStore:
     parts["labels"] = np.asarray(labels, np.int32)
     encoded = _encode_strings(keys, shard_rows)
     for name, part in parts.items():
-      array = self.storage.open_array(name)
-      self.storage.write_rows(array, shard * shard_rows, part)
+      if name not in self._arrays:
+        self._arrays[name] = self.storage.open_array(name)
+      self.storage.write_rows(self._arrays[name], shard * shard_rows, part)
     self.storage.write(f"keys/c/{shard}", encoded)
     checksums = {name: _sha256(part) for name, part in parts.items()}
     checksums["keys"] = hashlib.sha256(encoded).hexdigest()
@@ -320,13 +347,13 @@ def verify(
 
 def read_keys(place: storage.Storage, manifest: dict[str, Any]) -> list[str]:
   """The file names or ids of all rows."""
-  keys = []
-  for shard, record in enumerate(manifest["shards"]):
-    data = place.read(f"keys/c/{shard}")
-    if data is None:
-      raise ValueError(f"{place.path}/keys/c/{shard} is missing")
-    keys.extend(_decode_strings(data)[: record["rows"]])
-  return keys
+  shards = manifest["shards"]
+  objects = place.read_all([f"keys/c/{i}" for i in range(len(shards))])
+  return [
+    key
+    for data, shard in zip(objects, shards, strict=True)
+    for key in _decode_strings(data)[: shard["rows"]]
+  ]
 
 
 def _survey_key(block: int) -> str:

@@ -1,11 +1,10 @@
 """What an export makes rows of: crops of images, or latents of other tools.
 
-A row is a number below `len(rows)`: the image it comes from, times the crops of
-each image, plus the number of the crop.
+A row is a pair: the number of an image of the source, and that of its crop.
 """
 
-import functools
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -29,15 +28,19 @@ class Row(NamedTuple):
 
 @runtime_checkable
 class Rows(Protocol):
-  """All rows that a source could give, were all of it readable."""
+  """All rows that a source could give, were all of it readable.
+
+  Attributes:
+    per_image: rows of each image.
+  """
 
   per_image: int
 
   def reason(self, index: int) -> str | None:
     """Why an image of the source cannot be used; None where it can."""
 
-  def load(self, index: int, crop: int) -> Row:
-    """Raises for an image that has a reason."""
+  def load(self, index: int, crops: Sequence[int]) -> list[Row]:
+    """Some rows of an image; ValueError for one that has a reason."""
 
 
 class Crops:
@@ -64,10 +67,6 @@ class Crops:
     self.per_image = per_image
     self._source, self._decoding = source, decoding
     self._cropping, self._seed = cropping, seed
-    # Crops of an image come one after the other.
-    self._open = functools.lru_cache(2 if per_image > 1 else 0)(
-      lambda index: images.open_image(source, index, decoding)
-    )
 
   def reason(self, index: int) -> str | None:
     try:
@@ -78,16 +77,16 @@ class Crops:
       return str(error)
     return None
 
-  def load(self, index: int, crop: int) -> Row:
+  def load(self, index: int, crops: Sequence[int]) -> list[Row]:
     try:
-      image, label = self._open(index)
+      image, label = images.open_image(self._source, index, self._decoding)
     except (transforms.TooSmallError, images.UnusableError) as error:
-      raise ValueError(
-        f"{self._source.name(index)} could be used when the export began, and "
-        f"can no longer be ({error}); bring it back, or export to another place"
-      ) from error
-    rng = np.random.default_rng((self._seed, index, crop))
-    return Row(images.crop(image, self._cropping, rng), label)
+      raise _changed(self._source, index, error) from error
+    found = []
+    for crop in crops:
+      rng = np.random.default_rng((self._seed, index, crop))
+      found.append(Row(images.crop(image, self._cropping, rng), label))
+    return found
 
 
 class LatentFiles:
@@ -116,28 +115,47 @@ class LatentFiles:
 
   def reason(self, index: int) -> str | None:
     try:
-      self.load(index, 0)
+      self._read(index)
     except images.UnusableError as error:
       return str(error)
     return None
 
-  def load(self, index: int, crop: int) -> Row:
-    del crop
+  def load(self, index: int, crops: Sequence[int]) -> list[Row]:
+    try:
+      row = self._read(index)
+    except images.UnusableError as error:
+      raise _changed(self._source, index, error) from error
+    return [row for _ in crops]
+
+  def _read(self, index: int) -> Row:
     record = images.read_record(self._source, index)
     try:
       latent = np.load(io.BytesIO(record.encoded), allow_pickle=False)
     except Exception as error:  # whatever a damaged file makes of numpy
       raise images.UnusableError(f"no .npy file: {error}") from error
     height, width, channels = self._shape
+    if not isinstance(latent, np.ndarray):
+      raise images.UnusableError("no .npy file: an archive of several")
     if latent.shape != (channels, height, width) or latent.dtype.kind != "f":
       raise images.UnusableError(
         f"{latent.dtype} {list(latent.shape)} instead of float32 "
         f"{[channels, height, width]}"
       )
+    if not np.isfinite(latent).all():
+      raise images.UnusableError("it has values that are not finite")
     values = np.moveaxis(latent.astype(np.float32), 0, -1)
     return Row(
       values / np.float32(self._scale) + np.float32(self._shift), record.label
     )
+
+
+def _changed(
+  source: sources.Source, index: int, error: Exception
+) -> ValueError:
+  return ValueError(
+    f"{source.name(index)} could be used when the export began, and can no "
+    f"longer be ({error}); bring it back, or export to another place"
+  )
 
 
 class Group(NamedTuple):
@@ -191,12 +209,16 @@ def load_batches(
     for number, part in shards
     for i in range(0, len(part), group_size)
   ]
-  places = [place for _, part, _ in plan for place in part]
-  ahead = 2 * max(group_size * groups, threads)
+  loads = [
+    (index, [crop for _, crop in places])
+    for _, part in shards
+    for index, places in itertools.groupby(part, key=lambda place: place[0])
+  ]
+  ahead = 2 * max(-(-group_size * groups // rows.per_image), threads)
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-  loaded = iter(
-    grain.MapDataset.source(places)
-    .map(lambda place: rows.load(*place))
+  loaded = itertools.chain.from_iterable(
+    grain.MapDataset.source(loads)
+    .map(lambda load: rows.load(*load))
     .to_iter_dataset(options)
   )
   for i in range(0, len(plan), groups):

@@ -35,6 +35,11 @@ class Record(NamedTuple):
   label: int
 
 
+def limited(source: "Source", most: int) -> int:
+  """How many of its records are used; `most` of 0: all."""
+  return min(len(source), most or len(source))
+
+
 @runtime_checkable
 class Source(Protocol):
   """A random-access sequence of records; reading one may raise OSError."""
@@ -65,7 +70,7 @@ class Files:
     labels: list[int],
     keys: list[str],
     classes: list[str],
-    sizes: list[int] | None = None,
+    sizes: list[int | None] | None = None,
   ):
     """Opens nothing.
 
@@ -74,7 +79,7 @@ class Files:
       labels: of their classes.
       keys: their names, the same wherever the files are.
       classes: names, by label.
-      sizes: in bytes; None: asked when they are needed.
+      sizes: in bytes, as far as they are known.
     """
     self.classes = classes
     self._paths, self._labels = paths, labels
@@ -90,12 +95,13 @@ class Files:
     """The name, without the directory that differs from machine to machine."""
     return self._keys[index]
 
-  def label(self, index: int) -> int:
-    return self._labels[index]
-
   def fingerprint(self) -> str:
     """sha256 of names, labels and sizes of all files, which are not opened."""
-    sizes = self._sizes or [_size(path) for path in self._paths]
+    known = self._sizes or [None] * len(self)
+    sizes = [
+      _size(path) if size is None else size
+      for path, size in zip(self._paths, known, strict=True)
+    ]
     digest = hashlib.sha256()
     for entry in zip(self._keys, self._labels, sizes, strict=True):
       digest.update(f"{entry}\n".encode("utf-8", "backslashreplace"))
@@ -156,22 +162,24 @@ def _tree(path: str, suffixes: tuple[str, ...], what: str) -> Files:
     )
   root = os.fspath(root)
   walk = _remote_files if "://" in path else _local_files
-  files = sorted(
-    (name, size)
-    for name, size in walk(root)
+  sizes = walk(root)
+  paths = sorted(
+    name
+    for name in sizes
     if name.lower().endswith(suffixes)
     and not os.path.basename(name).startswith(".")
   )
-  if not files:
-    raise ValueError(f"folder {path!r} holds no {what} ({', '.join(suffixes)})")
-  paths = [name for name, _ in files]
+  if not paths:
+    raise ValueError(
+      f"{what} folder {path!r} holds no {what}s ({', '.join(suffixes)})"
+    )
   keys = [os.path.relpath(name, root) for name in paths]
   parts = [key.split("/") for key in keys]
   of_file = [part[0] if len(part) > 1 else "" for part in parts]
   classes = sorted(set(of_file))
   index = {name: i for i, name in enumerate(classes)}
-  sizes = [size for _, size in files] if "://" in path else None
-  return Files(paths, [index[name] for name in of_file], keys, classes, sizes)
+  labels = [index[name] for name in of_file]
+  return Files(paths, labels, keys, classes, [sizes[name] for name in paths])
 
 
 def pictures(path: str) -> Files:
@@ -202,25 +210,26 @@ def _unlabelled(paths: list[str], keys: list[str] | None = None) -> Files:
   return Files(paths, [0] * len(paths), keys or paths, [""])
 
 
-def _local_files(root: str) -> list[tuple[str, int]]:
-  files, visited = [], set()
+def _local_files(root: str) -> dict[str, int | None]:
+  """Paths, without their sizes, which would have to be asked for."""
+  files, visited = {}, set()
   for directory, subdirectories, names in os.walk(root, followlinks=True):
     real = os.path.realpath(directory)
     if real in visited:  # a link back to a directory above it
       subdirectories.clear()
       continue
     visited.add(real)
-    files.extend((os.path.join(directory, name), 0) for name in names)
+    files |= {os.path.join(directory, name): None for name in names}
   return files
 
 
-def _remote_files(root: str) -> list[tuple[str, int]]:
+def _remote_files(root: str) -> dict[str, int | None]:
+  """Paths and sizes, which come with the listing."""
   system, prefix = fsspec.core.url_to_fs(root)
   found = system.find(prefix, detail=True)
-  return [
-    (system.unstrip_protocol(name), info["size"])
-    for name, info in found.items()
-  ]
+  return {
+    system.unstrip_protocol(name): info["size"] for name, info in found.items()
+  }
 
 
 # Photographs inside packages of the Python package index. The two sets share no

@@ -96,15 +96,22 @@ class Storage:
     data = self.read(key)
     return None if data is None else self._parsed(key, data)
 
-  def read_all_json(self, keys: list[str]) -> list[Any]:
-    """Many at once, all of which are there."""
+  def read_all(self, keys: list[str]) -> list[bytes]:
+    """Many at once; FileNotFoundError where one is missing."""
     with self.errors():
       futures = [self._objects().read(key) for key in keys]
       found = [future.result() for future in futures]
-    return [
-      self._parsed(key, entry.value)
-      for key, entry in zip(keys, found, strict=True)
-    ]
+    for key, entry in zip(keys, found, strict=True):
+      if entry.state != "value":
+        raise FileNotFoundError(
+          errno.ENOENT, "there is no such object", f"{self.path}/{key}"
+        )
+    return [entry.value for entry in found]
+
+  def read_all_json(self, keys: list[str]) -> list[Any]:
+    """As `read_all`; ValueError where one is damaged."""
+    found = zip(keys, self.read_all(keys), strict=True)
+    return [self._parsed(key, data) for key, data in found]
 
   def write_json(self, key: str, value: Any) -> None:
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
@@ -125,12 +132,6 @@ class Storage:
       if key.decode().startswith(below + prefix)
     }
 
-  def is_empty(self) -> bool:
-    """True where there is no object yet, or nothing at all."""
-    if not self._is_remote:
-      return not os.path.exists(self.path) or not os.listdir(self.path)
-    return not self.list_keys()
-
   def free_bytes(self) -> int | None:
     """On the disk of a local path that exists; None for a bucket."""
     if self._is_remote:
@@ -138,9 +139,13 @@ class Storage:
     return shutil.disk_usage(self.path).free
 
   def check_writable(self, key: str) -> None:
-    """Writes and deletes an object; raises OSError where that fails."""
+    """Writes, lists and deletes an object; OSError where that fails."""
     self.write(key, b"this can be written")
-    self.delete(key)
+    listed = self.list_keys(key)
+    with self.errors():
+      self._objects().write(key, None).result()
+    if key not in listed:  # a listing that is refused comes back empty
+      raise _forbidden(self.path, "what is there cannot be listed")
 
   def open_array(
     self, name: str, metadata: dict[str, Any] | None = None
@@ -217,7 +222,7 @@ def _translated(path: str, message: str) -> OSError:
   status = message.partition(":")[0]
   http = re.search(r"http_response_code='(\d+)'", message)
   http = http.group(1) if http else ""
-  if status == "NOT_FOUND" and path.startswith("gs://"):
+  if status == "NOT_FOUND" and http and path.startswith("gs://"):
     bucket = path.removeprefix("gs://").partition("/")[0]
     return FileNotFoundError(
       errno.ENOENT,
@@ -227,12 +232,16 @@ def _translated(path: str, message: str) -> OSError:
   if status in ("PERMISSION_DENIED", "UNAUTHENTICATED") or http in (
     "401", "403"
   ):  # fmt: skip
-    return PermissionError(
-      errno.EACCES,
-      f"no permission for {path}: this machine's account needs the role "
-      f"roles/storage.objectUser on the bucket (`gcloud auth application-"
-      f"default login` sets the account); {message}",
-    )
+    return _forbidden(path, message)
   if status == "ABORTED":
     return OSError(errno.EIO, f"{path} does not answer: {message}")
   return OSError(errno.EIO, f"{path}: {message}")
+
+
+def _forbidden(path: str, reason: str) -> PermissionError:
+  return PermissionError(
+    errno.EACCES,
+    f"no permission for {path}: this machine's account needs the role "
+    "roles/storage.objectUser on the bucket (`gcloud auth application-default "
+    f"login` sets the account); {reason}",
+  )

@@ -39,6 +39,14 @@ class LatentStatistics:
     self._mean = self._mean + shift * (added / total)
     self.count = total
 
+  def moments(self) -> dict[str, Any]:
+    """What `update` takes as one image: mean, variance, positions."""
+    return {
+      "mean": self._mean.tolist(),
+      "variance": (self._scatter / self.count).tolist(),
+      "positions": self.count,
+    }
+
   def compute(self) -> dict[str, Any]:
     """Numbers over all channels, and under "channels" a list for each.
 

@@ -8,12 +8,10 @@ are read, anything else is measured below `compared/`.
 import contextlib
 import csv
 import functools
-import importlib.metadata
 import json
 import logging
 import os
 import pathlib
-import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -274,7 +272,7 @@ def _evaluate(
       for metric, found in metrics.found.items()
     },
     "config": wiring.resolved(config),
-    "versions": _versions(),
+    "versions": wiring.versions(),
   }
   metrics_writer.write_whole(
     workdir / "result.json", json.dumps(result, indent=2)
@@ -379,20 +377,6 @@ def _write_pictures(
   latents = figures.latent_channels(result.samples[0].latents)
   metrics_writer.write_png(folder / "latents.png", latents)
   return shown
-
-
-def _versions() -> dict[str, str]:
-  found = {}
-  for name in ("dcae_jax", "jax", "jaxlib", "flax", "numpy", "pillow"):
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = "not installed: run from a clone"
-  device = jax.devices()[0]
-  return found | {
-    "python": platform.python_version(),
-    "devices": f"{jax.device_count()} {device.device_kind}",
-  }
 
 
 def name_of(config: ConfigDict) -> str:

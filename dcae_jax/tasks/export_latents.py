@@ -6,33 +6,24 @@ images are loaded ahead and finished shards are written behind it. Started
 again, it does what is missing.
 """
 
-import collections
-import importlib.metadata
 import json
 import logging
 import os
-import time
-from collections.abc import Iterator
-from concurrent import futures
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dcae_jax import architecture, autoencoder, weights
 from dcae_jax.data import images, latent_store, rows, sources, transforms
 from dcae_jax.evaluation import latent_statistics
 from dcae_jax.models import dcae
-from dcae_jax.tasks import measuring, stopwatch, wiring
+from dcae_jax.tasks import latent_encoding, measuring, stopwatch, wiring
 from dcae_jax.training import loop, metrics_writer
 
 _LOG = logging.getLogger(__name__)
-_IN_FLIGHT = 2  # batches on the devices
-_UPLOADS = 2  # shards that are written at once, or wait for it
 
 # Smallest and largest value of each number.
 _BOUNDS = {
@@ -94,8 +85,8 @@ def check(config: ConfigDict) -> None:
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
-  """Fills the store, and writes `result.json`."""
-  watch = stopwatch.Stopwatch()
+  """Fills the store, and writes `result.json`; False if SIGTERM stopped it."""
+  watch, is_first = stopwatch.Stopwatch(), jax.process_index() == 0
   with watch.measure("start"):
     check(config)
     wiring.check_work_directory(config, workdir)
@@ -103,33 +94,37 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     output = config.output or os.fspath(workdir / "latents")
     store = latent_store.LatentStore(output, retries=config.retries)
     source = _source(config.source)
-    store.check()
+    store.check(jax.process_index())
     ae = autoencoder.load(
       config.init_from,
       scaling_factor=config.scaling_factor or None,
       dtype=config.compute_dtype,
       space_to_channel=config.space_to_channel,
     )
+    export = _Export(config, store, source, ae, watch)
     identity = _identity(config, source, ae)
     store.check_identity(identity)
     wiring.write_config(config, workdir)
     wiring.wait_for_all("latents_identity")
-    if jax.process_index() == 0:
+    if is_first:
       store.write_identity(identity)
     wiring.wait_for_all("latents_start")
-  stop = loop.Sigterm(each_alone=True)
-  export = _Export(config, store, source, ae, watch, stop)
-  manifest = store.manifest()
-  if manifest is None:
-    manifest = export.fill(identity)
-  elif jax.process_index() == 0:
-    store.remove_progress()
-  if manifest is None:
-    _LOG.info("SIGTERM: stopped; run again to go on")
+    store.check_shared()
+  if store.manifest() is not None:
+    _LOG.info("%s is finished", store.storage.path)
+    if is_first:
+      store.remove_progress()
     return True
-  wiring.wait_for_all("latents_finish")
-  if jax.process_index() == 0:
+  shards = export.fill()
+  if shards is None:
+    _LOG.info("SIGTERM: stopped; run again to go on")
+    return False
+  _LOG.info("time of this process:\n%s", watch.table())
+  if is_first:
+    manifest = export.manifest(identity, shards)
+    store.finish(manifest)
     _write_result(workdir, store.storage.path, manifest, watch)
+  wiring.wait_for_all("latents_finish")
   return True
 
 
@@ -146,8 +141,12 @@ def _source(config: ConfigDict) -> sources.Source:
 def _identity(
   config: ConfigDict, source: sources.Source, ae: autoencoder.Autoencoder
 ) -> dict[str, Any]:
-  """What must be the same for the export to go on; None: it will find out."""
-  crop = {"kind": config.crop, "images": config.crops_per_image}
+  """What must be the same for an export to go on with a store.
+
+  None stands for what it will find out itself.
+  """
+  encoder = weights.fingerprint(latent_encoding.encoder_variables(ae.variables))
+  crop = {"kind": config.crop, "per_image": config.crops_per_image}
   if config.crop == "dm_crop":
     crop["rule"] = images.EVALUATION_CROP
   else:
@@ -158,7 +157,6 @@ def _identity(
   crop["max_megapixels"] = config.max_megapixels
   if _is_import(config):
     crop = {"kind": "not known: latents of another tool"}
-  total = min(len(source), config.max_images or len(source))
   return {
     "autoencoder": {
       "variant": ae.variant,
@@ -167,7 +165,7 @@ def _identity(
       "latent_channels": ae.latent_channels,
       "space_to_channel": config.space_to_channel,
       "compute_dtype": config.compute_dtype,
-      "weights_sha256": weights.fingerprint(ae.variables),
+      "encoder_sha256": encoder,
     },
     "scaling_factor": ae.scaling_factor,
     "shift_factor": ae.shift_factor,
@@ -178,7 +176,7 @@ def _identity(
     "shard_rows": config.shard_rows or None,
     "source": {
       "kind": config.source.kind,
-      "images": total,
+      "images": sources.limited(source, config.max_images),
       "fingerprint": source.fingerprint(),
     },
   }
@@ -194,14 +192,16 @@ class _Export:
     source: sources.Source,
     ae: autoencoder.Autoencoder,
     watch: stopwatch.Stopwatch,
-    stop: loop.Sigterm,
   ):
     self._config, self._store, self._source = config, store, source
-    self._ae, self._watch, self._stop = ae, watch, stop
-    self._total = min(len(source), config.max_images or len(source))
+    self._ae, self._watch = ae, watch
+    self._stop = loop.Sigterm(each_alone=True)
+    self._total = sources.limited(source, config.max_images)
     side = config.resolution // ae.spatial_compression
     self._shape = (side, side, ae.latent_channels)
     self._views = latent_store.VIEWS[: 1 + config.flip]
+    self._dtype = latent_store.DTYPES[config.dtype]
+    self._unusable: dict[int, str] = {}
     if _is_import(config):
       self._rows = rows.LatentFiles(
         source,
@@ -222,54 +222,55 @@ class _Export:
         seed=config.seed,
       )
 
-  def fill(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """All that is missing; returns the manifest, None if it was stopped."""
+  def fill(self) -> int | None:
+    """Writes all that is missing; the number of shards, None if stopped."""
     with self._watch.measure("survey"):
-      unusable = self._survey()
-    if unusable is None:
-      return None
+      if not self._survey():
+        return None
     places = [
       (index, crop)
       for index in range(self._total)
-      if index not in unusable
+      if index not in self._unusable
       for crop in range(self._rows.per_image)
     ]
     if not places:
       raise ValueError(
         f"none of the {self._total} images can be used; the first: "
-        f"{self._source.name(0)}: {unusable[0]}"
+        f"{self._source.name(0)}: {self._unusable[0]}"
       )
-    shard_rows = self._config.shard_rows or latent_store.block_size(len(places))
-    shards = [
-      places[i : i + shard_rows] for i in range(0, len(places), shard_rows)
-    ]
+    size = self._shard_rows(len(places))
+    shards = [places[i : i + size] for i in range(0, len(places), size)]
     finished = set(self._store.finished(len(shards), self._views))
     missing = [i for i in range(len(shards)) if i not in finished]
     self._check_space(sum(len(shards[i]) for i in missing))
-    wiring.wait_for_all("latents_plan")
+    wiring.wait_for_all("latents_plan")  # nobody writes before all have looked
     if jax.process_index() == 0:
       self._store.create_arrays(
-        len(places), self._shape, self._config.dtype, self._views, shard_rows
+        len(places), self._shape, self._config.dtype, self._views, size
       )
     wiring.wait_for_all("latents_arrays")
     own = missing[jax.process_index() :: jax.process_count()]
     _LOG.info(
       "%d rows of %d images, %d unusable; %d of %d shards of %d rows are "
       "missing, %d of them for this process",
-      len(places), self._total, len(unusable), len(missing), len(shards),
-      shard_rows, len(own),
+      len(places), self._total, len(self._unusable), len(missing), len(shards),
+      size, len(own),
     )  # fmt: skip
-    if own and not self._encode({i: shards[i] for i in own}, shard_rows):
+    if own and not self._encode({i: shards[i] for i in own}, size):
       return None
     with self._watch.measure("waiting for others"):
       wiring.wait_for_all("latents_encoded")
-    manifest = self._manifest(identity, unusable, len(shards), shard_rows)
-    if jax.process_index() == 0:
-      self._store.finish(manifest)
-    return manifest
+    return len(shards)
 
-  def _survey(self) -> dict[int, str] | None:
-    progress = measuring.Progress(self._total)
+  def _shard_rows(self, total: int) -> int:
+    bytes_of_row = int(np.prod(self._shape)) * self._dtype.itemsize
+    return self._config.shard_rows or latent_store.block_size(
+      total, bytes_of_row
+    )
+
+  def _survey(self) -> bool:
+    """Finds out what cannot be used; False if stopped."""
+    progress = measuring.Progress(self._total // jax.process_count())
     _LOG.info("trying which of %d images can be used", self._total)
     self._store.survey(
       self._total,
@@ -281,17 +282,18 @@ class _Export:
       stopped=lambda: self._stop.received,
     )
     if self._stop.received:
-      return None
+      return False
     wiring.wait_for_all("latents_survey")
-    unusable = self._store.unusable(self._total)
-    for index, reason in sorted(unusable.items())[:20]:
+    self._unusable = self._store.unusable(self._total)
+    for index, reason in sorted(self._unusable.items())[:20]:
       _LOG.warning("left out %s: %s", self._source.name(index), reason)
-    return unusable
+    return True
 
   def _check_space(self, missing_rows: int) -> None:
-    size = latent_store.DTYPES[self._config.dtype].itemsize
-    needed = missing_rows * len(self._views) * int(np.prod(self._shape)) * size
-    free = self._store.storage.free_bytes()
+    values = missing_rows * len(self._views) * int(np.prod(self._shape))
+    needed, free = (
+      values * self._dtype.itemsize, self._store.storage.free_bytes()
+    )  # fmt: skip
     if free is not None and free < needed:
       raise ValueError(
         f"no space left for latents: {self._store.storage.path} has "
@@ -305,10 +307,18 @@ class _Export:
     """Encodes and writes shards; False if it was stopped before the end."""
     config, watch = self._config, self._watch
     size, devices = config.batch_size_per_device, jax.local_devices()
-    encode = self._convert
+    size = min(size, shard_rows)  # a group has rows of one shard
+    encode = latent_encoding.converted(self._views[0], self._dtype)
     if not _is_import(config):
       with watch.measure("compiling"):
-        encode = self._compiled(devices)
+        encode = latent_encoding.compiled(
+          self._ae,
+          self._views,
+          self._dtype,
+          resolution=config.resolution,
+          group_size=size,
+          devices=devices,
+        )
     progress = measuring.Progress(sum(len(part) for part in shards.values()))
     loaded = rows.load_batches(
       self._rows,
@@ -317,8 +327,10 @@ class _Export:
       groups=len(devices),
       threads=config.threads,
     )
-    with _Writer(self._store, shard_rows) as writer:
-      for batch, latents in self._encoded(loaded, encode, writer):
+    with latent_encoding.ShardWriter(self._store, shard_rows) as writer:
+      for batch, latents in latent_encoding.encoded(
+        loaded, encode, writer, watch
+      ):
         for k, group in enumerate(batch.groups):
           first, stop = k * size, k * size + len(group.labels)
           parts = {view: x[first:stop] for view, x in latents.items()}
@@ -334,176 +346,58 @@ class _Export:
     progress.finish()
     return not self._stop.received
 
-  def _encoded(
-    self, loaded: Iterator[rows.Batch], encode: Any, writer: "_Writer"
-  ) -> Iterator[tuple[rows.Batch, dict[str, np.ndarray]]]:
-    """Batches with their latents; the devices have the next one already.
+  def manifest(self, identity: dict[str, Any], shards: int) -> dict[str, Any]:
+    """Of a store whose shards are all written.
 
-    The encoder's time is that in which at least one batch was on the devices;
-    when there was none, images were missing, or the writer was too slow.
+    Raises:
+      ValueError: some are not, or all latents are zero.
     """
-
-    def fetch(latents):
-      return jax.device_get(latents), time.monotonic()
-
-    in_flight, last, waited = collections.deque(), time.monotonic(), 0.0
-    with futures.ThreadPoolExecutor(1) as fetcher:
-      batch = next(loaded, None)
-      while batch is not None or in_flight:
-        if batch is not None:
-          sent, store = time.monotonic(), writer.waited - waited
-          waited = writer.waited
-          future = fetcher.submit(fetch, encode(batch.values))
-          in_flight.append((batch, sent, store, future))
-          batch = next(loaded, None)
-        if batch is None or len(in_flight) >= _IN_FLIGHT:
-          done, sent, store, future = in_flight.popleft()
-          latents, ready = future.result()
-          idle = max(sent - last, 0.0)
-          self._watch.add("encoder", ready - max(sent, last))
-          self._watch.add("waiting for images", idle - min(idle, store))
-          self._watch.add("waiting for the store", min(idle, store))
-          last = ready
-          yield done, latents
-
-  def _convert(self, values: np.ndarray) -> dict[str, np.ndarray]:
-    with np.errstate(over="ignore"):  # the writer refuses what is not finite
-      latents = values.astype(latent_store.DTYPES[self._config.dtype])
-    return {self._views[0]: latents}
-
-  def _compiled(self, devices: list[jax.Device]) -> Any:
-    """The encoder over this process's devices, one group on each."""
-    config, ae = self._config, self._ae
-    mesh = Mesh(np.array(devices), ("data",))
-    dtype = latent_store.DTYPES[config.dtype]
-    whole = NamedSharding(mesh, PartitionSpec())
-    by_row = NamedSharding(mesh, PartitionSpec("data"))
-    batch_size = config.batch_size_per_device * len(devices)
-    variables = jax.device_put(jax.device_get(ae.variables), whole)
-
-    def encode(variables, pixels):
-      x = pixels.astype(jnp.float32) / 127.5 - 1
-      return {
-        view: ae.apply(variables, images, method="encode").astype(dtype)
-        for view, images in zip(self._views, (x, x[:, :, ::-1]), strict=False)
-      }
-
-    side = config.resolution
-    pixels = jax.ShapeDtypeStruct(
-      (batch_size, side, side, ae.image_channels), jnp.uint8, sharding=by_row
+    missing = set(range(shards)) - set(
+      self._store.finished(shards, self._views)
     )
-    program = (
-      jax.jit(encode, out_shardings=by_row).lower(variables, pixels).compile()
-    )
-    return lambda values: program(variables, jax.device_put(values, by_row))
-
-  def _manifest(
-    self,
-    identity: dict[str, Any],
-    unusable: dict[int, str],
-    shards: int,
-    shard_rows: int,
-  ) -> dict[str, Any]:
-    records = self._store.records(shards)
-    statistics = latent_statistics.LatentStatistics(self._shape[-1])
-    for record in records:
-      moments = record["moments"]
-      mean, variance = (
-        np.array([moments["mean"]]),
-        np.array([moments["variance"]]),
+    if missing:
+      raise ValueError(
+        f"{len(missing)} shards of {self._store.storage.path} are not there "
+        f"after all, the first {min(missing)}; run again"
       )
-      statistics.update(mean, variance, moments["positions"])
-    found = statistics.compute()
-    factor, origin = self._ae.scaling_factor, "the autoencoder's"
-    if factor is None:
-      factor = latent_statistics.scaling_factor(found, self._ae.shift_factor)
-      origin = "1 / RMS of these latents"
-    elif self._config.scaling_factor:
-      origin = "given"
-    if factor is None:
-      raise ValueError("all latents are zero: they have no scaling factor")
-    own = {"init_from": _found_again(self._config.init_from)}
+    records = self._store.records(shards)
+    statistics = latent_encoding.merged(records)
+    factor, origin = self._scaling_factor(statistics)
+    of_autoencoder = {
+      "init_from": _found_again(self._config.init_from),
+      "weights_sha256": weights.fingerprint(self._ae.variables),
+    }
+    count = sum(record["rows"] for record in records)
     return identity | {
-      "autoencoder": identity["autoencoder"] | own,
+      "autoencoder": identity["autoencoder"] | of_autoencoder,
       "scaling_factor": factor,
       "scaling_factor_origin": origin,
-      "statistics": found,
-      "count": sum(record["rows"] for record in records),
+      "statistics": statistics,
+      "count": count,
       "shape": list(self._shape),
       "classes": list(self._source.classes),
       "unreadable": [
         {"index": index, "key": self._source.key(index), "reason": reason}
-        for index, reason in sorted(unusable.items())
+        for index, reason in sorted(self._unusable.items())
       ],
-      "shard_rows": shard_rows,
+      "shard_rows": self._shard_rows(count),
       "shards": [
         {"rows": record["rows"], "sha256": record["sha256"]}
         for record in records
       ],
-      "versions": _versions(),
+      "versions": wiring.versions(),
     }
 
-
-class _Writer:
-  """Gathers batches into shards, and writes those behind the encoder.
-
-  Attributes:
-    waited: seconds that it made the encoder wait.
-  """
-
-  def __init__(self, store: latent_store.LatentStore, shard_rows: int):
-    self._store, self._shard_rows = store, shard_rows
-    self._pool = futures.ThreadPoolExecutor(_UPLOADS)
-    self._pending = collections.deque()
-    self.waited = 0.0
-    self._parts, self._labels = collections.defaultdict(list), []
-
-  def __enter__(self) -> "_Writer":
-    return self
-
-  def __exit__(self, *_) -> None:
-    self._pool.shutdown(cancel_futures=True)
-
-  def add(self, latents: dict[str, np.ndarray], labels: list[int]) -> None:
-    for view, values in latents.items():
-      self._parts[view].append(values)
-    self._labels += labels
-
-  def finish_shard(self, shard: int, keys: list[str]) -> None:
-    """Starts to write what was added; waits for an earlier shard, perhaps."""
-    latents = {view: np.concatenate(x) for view, x in self._parts.items()}
-    labels, self._labels = np.array(self._labels, np.int32), []
-    self._parts.clear()
-    self._pending.append(
-      self._pool.submit(self._write, shard, latents, labels, keys)
-    )
-    start = time.monotonic()
-    while len(self._pending) > _UPLOADS:
-      self._pending.popleft().result()
-    self.waited += time.monotonic() - start
-
-  def wait(self) -> None:
-    while self._pending:
-      self._pending.popleft().result()
-
-  def _write(self, shard, latents, labels, keys) -> None:
-    values = np.concatenate(list(latents.values())).astype(np.float64)
-    values = values.reshape(-1, values.shape[-1])
-    if not np.isfinite(values).all():
-      stored = next(iter(latents.values())).dtype
-      raise FloatingPointError(
-        f"latents of shard {shard} (images {keys[0]} to {keys[-1]}) are not "
-        f"finite in {stored}; where the autoencoder is sound, use "
-        "config.dtype=float32"
-      )
-    moments = {
-      "mean": values.mean(axis=0).tolist(),
-      "variance": values.var(axis=0).tolist(),
-      "positions": len(values),
-    }
-    self._store.write_shard(
-      shard, self._shard_rows, latents, labels, keys, {"moments": moments}
-    )
+  def _scaling_factor(self, statistics: dict[str, Any]) -> tuple[float, str]:
+    """And where it comes from."""
+    if self._config.scaling_factor:
+      return self._config.scaling_factor, "given"
+    if self._ae.scaling_factor is not None:
+      return self._ae.scaling_factor, "the autoencoder's"
+    factor = latent_statistics.scaling_factor(statistics, self._ae.shift_factor)
+    if factor is None:
+      raise ValueError("all latents are zero: they have no scaling factor")
+    return factor, "1 / RMS of these latents"
 
 
 def _known_scaling_factor(ae: autoencoder.Autoencoder) -> float:
@@ -521,10 +415,6 @@ def _found_again(path: str) -> str:
   return local if "://" not in path and os.path.exists(local) else path
 
 
-def _versions() -> dict[str, str]:
-  return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-
-
 def _write_result(
   workdir: epath.Path,
   output: str,
@@ -532,7 +422,7 @@ def _write_result(
   watch: stopwatch.Stopwatch,
 ) -> None:
   seconds = watch.seconds()
-  share = seconds.get("encoder", 0) / seconds["total"]
+  share = seconds.get("encoder", 0.0) / seconds["total"]
   result = {
     "latents": output,
     "count": manifest["count"],
@@ -545,8 +435,6 @@ def _write_result(
     workdir / "result.json", json.dumps(result, indent=2)
   )
   _LOG.info(
-    "%d rows in %s, %d images unreadable\ntime of this process, of which "
-    "%.1f %% in the encoder:\n%s",
+    "%d rows in %s, %d images unreadable; %.1f %% of the time in the encoder",
     manifest["count"], output, len(manifest["unreadable"]), 100 * share,
-    watch.table(),
   )  # fmt: skip

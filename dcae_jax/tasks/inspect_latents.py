@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dcae_jax import autoencoder, weights
 from dcae_jax.data import latents
 from dcae_jax.evaluation import figures, image_metrics
-from dcae_jax.tasks import measuring, wiring
+from dcae_jax.tasks import latent_encoding, measuring, wiring
 from dcae_jax.training import metrics_writer
 
 _LOG = logging.getLogger(__name__)
@@ -87,9 +87,7 @@ def summary(manifest: dict[str, Any]) -> str:
     "channels": f"RMS {min(channels['rms']):.4g} to {max(channels['rms']):.4g}",
     "resolution": f"{manifest['resolution']} px, {_plain(manifest['crop'])}",
     "source": _plain(manifest["source"]),
-    "classes": f"{len(manifest['classes'])}: "
-    + ", ".join(manifest["classes"][:8])
-    + (", ..." if len(manifest["classes"]) > 8 else ""),
+    "classes": _classes(manifest["classes"]),
     "unreadable": f"{len(manifest['unreadable'])} images",
     "versions": _plain(manifest["versions"]),
   }
@@ -99,6 +97,13 @@ def summary(manifest: dict[str, Any]) -> str:
     for image in manifest["unreadable"][:20]
   ]
   return "\n".join(table)
+
+
+def _classes(names: list[str]) -> str:
+  if names in ([], [""]):
+    return "none"
+  more = ", ..." if len(names) > 8 else ""
+  return f"{len(names)}: {', '.join(names[:8])}{more}"
 
 
 def _plain(values: dict[str, Any]) -> str:
@@ -122,10 +127,11 @@ def _autoencoder(
       f"the autoencoder {path!r} cannot be loaded ({error}); name it with "
       "config.init_from, or decode nothing with config.samples=0"
     ) from error
-  if weights.fingerprint(ae.variables) != made_with["weights_sha256"]:
+  encoder = latent_encoding.encoder_variables(ae.variables)
+  if weights.fingerprint(encoder) != made_with["encoder_sha256"]:
     raise ValueError(
-      f"{path!r} does not have the weights that these latents were made with "
-      f"(sha256 {made_with['weights_sha256']}); name those with "
+      f"{path!r} does not have the encoder that these latents were made with "
+      f"(sha256 {made_with['encoder_sha256']}); name those weights with "
       "config.init_from"
     )
   return ae

@@ -65,7 +65,7 @@ class EvaluationImages:
       threads: loader threads.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    self.total = min(len(source), max_images or len(source))
+    self.total = sources.limited(source, max_images)
     batch_size = -(-min(batch_size, self.total) // ways) * ways
     self.skipped = images.Skipped()
     self._source, self._decoding, self._mesh = source, decoding, mesh

@@ -1,9 +1,11 @@
 """From config to the objects below `tasks/`: model, sources, work directory."""
 
 import errno
+import importlib.metadata
 import json
 import math
 import os
+import platform
 from typing import Any
 
 import jax
@@ -224,6 +226,29 @@ def write_config(config: ConfigDict, workdir: epath.Path) -> None:
   if jax.process_index() == 0:
     text = json.dumps(resolved(config), indent=2) + "\n"
     metrics_writer.write_whole(workdir / "config.json", text)
+
+
+def versions() -> dict[str, str]:
+  """What computed a result."""
+  found = {}
+  for name in (
+    "dcae_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "pillow",
+    "tensorstore",
+  ):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "not installed: run from a clone"
+  device = jax.devices()[0]
+  return found | {
+    "python": platform.python_version(),
+    "devices": f"{jax.device_count()} {device.device_kind}",
+  }
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
