@@ -25,7 +25,8 @@ def source(
   # "tfds": a prepared TFDS dataset in array_record format; no TensorFlow.
   # "embedded": photographs inside installed packages, nothing to download.
   # "mixture": of `members`, drawn by their weights.
-  # "npy": latents of the authors' tools, for export_latents alone.
+  # "npy": latents of the authors' tools, one .npy per image in `path`, for
+  # export_latents alone; its resolution must be that of the files.
   c.kind = kind
   c.path = path  # folder: the directory. tfds: its data_dir, "": the default.
   c.name = name  # tfds: the dataset, such as "imagenet2012".
@@ -291,14 +292,16 @@ def export_latents() -> ConfigDict:
   c.task = "export_latents"
   # What encodes: a run, a folder or file of released weights, or a hub id.
   c.init_from = ""
-  # The store, a directory or gs:// prefix. "": `latents` in the work directory.
+  # The store, a directory or gs:// prefix, the same for all processes. "":
+  # `latents` in the work directory.
   c.output = ""
   # 0: the autoencoder's; where it has none, 1 / RMS of these latents. Latents
-  # are written without it, and read with it.
+  # are written without it, and read with it. From "npy" files it is divided out.
   c.scaling_factor = 0.0
   # Put p x p latents into the channels of one: f8 and 8 make f64.
   c.space_to_channel = 1
-  c.dtype = "float16"  # of the stored latents; "bfloat16", "float32"
+  # Of the stored latents: "float16" (up to 65504), "bfloat16", "float32".
+  c.dtype = "float16"
   # Of the layers. "bfloat16" is several times faster on TPU and GPU.
   c.compute_dtype = "float32"
   # --- the images ----------------------------------------------------------
@@ -315,11 +318,14 @@ def export_latents() -> ConfigDict:
   # --- the work ------------------------------------------------------------
   # Encoded at once by each device: rows do not depend on how many there are.
   c.batch_size_per_device = 8
-  # Rows that are written at once, by one process, and lost if it is killed; a
-  # multiple of 16. 0: 1024, fewer where the images make fewer than 64 shards.
+  # Rows that are written at once, by one process, and encoded again if it is
+  # killed; a multiple of 16, and better of the batch size. 0: up to 1024 and
+  # 64 MB, fewer where the images would make fewer than 64 shards.
   c.shard_rows = 0
-  c.threads = 8  # loader threads, in each process
-  c.retries = 10  # of each request to a bucket, at most 16 s apart
+  # Loader threads, in each process. Each image is decoded twice: first to find
+  # out which can be used.
+  c.threads = 8
+  c.retries = 10  # of each request to the store, at most 16 s apart
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c
 
