@@ -296,7 +296,7 @@ def export_latents() -> ConfigDict:
   # `latents` in the work directory.
   c.output = ""
   # 0: the autoencoder's; where it has none, 1 / RMS of these latents. Latents
-  # are written without it, and read with it. From "npy" files it is divided out.
+  # are written without it, and read with it. "npy" files were multiplied by it.
   c.scaling_factor = 0.0
   # Put p x p latents into the channels of one: f8 and 8 make f64.
   c.space_to_channel = 1
