@@ -41,12 +41,13 @@ def _fill(path: str) -> None:
       {views[0]: values.astype(np.float16)},
       np.zeros(_SHARD_ROWS, np.int32),
       [f"{shard}/{i}" for i in range(_SHARD_ROWS)],
-      {},
+      {"moments": {"mean": [0.0]}},
     )
   manifest = {
     "count": _ROWS, "shape": list(_SHAPE), "dtype": "float16",
     "views": list(views), "classes": [], "scaling_factor": 1.0,
     "shift_factor": 0.0, "shards": store.records(shards),
+    "metadata_sha256": store.metadata_checksums(views),
   }  # fmt: skip
   store.finish(manifest)
 

@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
       advice = "; make room and run again: it goes on from what is saved"
     status = _fail(f"{error}{advice}")
     if flags.FLAGS.distributed or flags.FLAGS.num_processes:
-      os._exit(status)  # at once: jax would wait for the others at exit
+      sys.stderr.flush()
+      os._exit(status)  # jax would wait for the others for minutes
     return status
   return 0
 
@@ -69,6 +70,13 @@ def _join_processes() -> None:
   missing = [name for name, value in given.items() if value is None]
   if 0 < len(missing) < len(given):
     raise ValueError(f"--{missing[0]} is missing; processes need all of them")
+  if (
+    not missing
+    and not given["coordinator_address"].rpartition(":")[2].isdigit()
+  ):
+    raise ValueError(
+      f"--coordinator_address={given['coordinator_address']} is not HOST:PORT"
+    )
   if not missing and not 0 <= given["process_id"] < given["num_processes"]:
     raise ValueError(
       f"--process_id={given['process_id']} is not from 0 to "

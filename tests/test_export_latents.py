@@ -670,9 +670,34 @@ def test_buckets_are_checked_before_an_image_is_read(
   assert not emulator.names("dcae-export")
 
 
+def test_work_directories_are_checked_before_an_image_is_read(
+  config, gs, emulator, tmp_path
+):
+  nowhere = epath.Path("gs://dcae-nowhere/run")
+  with pytest.raises(OSError, match="there is no bucket gs://dcae-nowhere"):
+    export_latents.run(config(), nowhere)
+  with pytest.raises(ValueError, match="is --workdir; use a place of its own"):
+    export_latents.run(config(output=str(tmp_path)), epath.Path(tmp_path))
+  assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_do_other_work_are_refused(tmp_path):
+  """Of two that start at once, the one that wrote last goes on."""
+  one, two = (latent_store.LatentStore(str(tmp_path)) for _ in range(2))
+  one.check_identity({"resolution": 32})
+  two.check_identity({"resolution": 64})
+  one.write_identity({"resolution": 32})
+  one.confirm_identity({"resolution": 32})
+  with pytest.raises(ValueError, match="resolution: 32 there, 64 now"):
+    two.confirm_identity({"resolution": 64})
+  two.write_identity({"resolution": 64})
+  with pytest.raises(ValueError, match="resolution: 64 there, 32 now"):
+    one.confirm_identity({"resolution": 32})
+
+
 def test_a_place_that_is_not_shared_is_refused(tmp_path):
   with pytest.raises(ValueError, match="is not the same place for all"):
-    latent_store.LatentStore(str(tmp_path)).check_shared()
+    latent_store.LatentStore(str(tmp_path)).confirm_identity({})
 
 
 @pytest.fixture(scope="module")
@@ -727,15 +752,21 @@ def test_links_to_nothing_are_listed_and_lost_files_stop(config, tmp_path):
   for i in range(3):
     Image.fromarray(smooth_image(i, 40, 40)).save(folder / f"{i}.png")
   (folder / "1_link.png").symlink_to(folder / "nothing.png")
+  os.mkfifo(folder / "1_pipe.png")
+  with (folder / "1_vast.png").open("wb") as file:
+    file.truncate(2**42)
   linked = config(**{"source.path": str(folder)})
   export_latents.run(linked, epath.Path(tmp_path / "a"))
   manifest = latents.Latents(str(tmp_path / "a/latents")).manifest
-  (listed,) = manifest["unreadable"]
-  assert listed["key"] == "1_link.png" and manifest["count"] == 3
+  listed = {x["key"]: x["reason"] for x in manifest["unreadable"]}
+  assert manifest["count"] == 3
+  assert "no regular file" in listed.pop("1_pipe.png")
+  assert "bytes are no image" in listed.pop("1_vast.png")
+  assert listed.keys() == {"1_link.png"}
   source = sources.folder(str(folder))
   (folder / "2.png").unlink()
   with pytest.raises(FileNotFoundError):
-    images.open_image(source, 3, images.Decoding())
+    images.open_image(source, 5, images.Decoding())
 
 
 def _inspect(store, workdir, **changes):
@@ -797,6 +828,10 @@ def test_inspecting_finds_damage_and_the_wrong_autoencoder(
       ["--coordinator_address=127.0.0.1:1", "--num_processes=2",
        "--process_id=2"],
       "--process_id=2 is not from 0 to 1",
+    ),
+    (
+      ["--coordinator_address=here", "--num_processes=2", "--process_id=0"],
+      "--coordinator_address=here is not HOST:PORT",
     ),
   ],
 )  # fmt: skip

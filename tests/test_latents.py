@@ -39,7 +39,7 @@ def make_store(
       {view: _values(rows, view, dtype)[part] for view in views},
       numbers.astype(np.int32),
       [f"ünicode/{i}.png" for i in numbers],
-      {"moments": {}},
+      {"moments": {"mean": [0.0]}},
     )
   assert store.finished(shards, views) == list(range(shards))
   store.finish(
@@ -47,6 +47,7 @@ def make_store(
       "resolution": 16, "count": rows, "shape": list(SHAPE), "dtype": dtype,
       "views": list(views), "classes": ["one"], "scaling_factor": 0.25,
       "shift_factor": shift_factor, "shards": store.records(shards),
+      "metadata_sha256": store.metadata_checksums(views),
     }
   )  # fmt: skip
   return store
@@ -271,12 +272,71 @@ def test_what_is_no_finished_store_is_refused(tmp_path):
     latents.Latents(str(tmp_path / "store"))
 
 
+def test_rows_that_are_not_there_are_no_zeros(tmp_path):
+  make_store(tmp_path)
+  (tmp_path / "latents/c/0/0/0/0").unlink()
+  source = latents.Latents(tmp_path)
+  with pytest.raises(OSError, match="missing"):
+    source.read([3])
+  assert source.read([20])["labels"] == [20]
+  assert source.read([])["latents"].shape == (0, *SHAPE)
+  with pytest.raises(IndexError, match="rows from -1 to 2 of 40"):
+    source.read([2, -1])
+
+
+@pytest.mark.parametrize("key", ["zarr.json", "keys/zarr.json"])
+def test_metadata_that_only_zarr_reads_is_verified(key, tmp_path):
+  make_store(tmp_path)
+  (tmp_path / key).write_text("{}")
+  (problem,) = latents.Latents(tmp_path).verify()
+  assert problem.startswith(f"{key} does not have the checksum")
+
+
+@pytest.mark.parametrize(
+  "text", ["[]", "3", "null", "{}", '{"a": 1', "[" * 9999]
+)
+def test_damaged_records_are_errors_in_one_line(text, tmp_path):
+  make_store(tmp_path / "store")
+  (tmp_path / "store/manifest.json").write_text(text)
+  with pytest.raises(ValueError, match=r"damaged|is not of dcae_jax"):
+    latents.Latents(tmp_path / "store")
+  store = latent_store.LatentStore(str(tmp_path / "begun"))
+  store.storage.write("progress/shards/000000.json", text.encode())
+  with pytest.raises(ValueError, match="damaged"):
+    store.records(1)
+  if text != "{}":  # nothing was unusable
+    store.storage.write("progress/survey/000000.json", text.encode())
+    with pytest.raises(ValueError, match="damaged"):
+      store.unusable(5)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"batch_size": 0}, {"seed": -1}, {"workers": -1}, {"threads": 0},
+   {"shuffle_shards": -1}, {"process_index": 1}],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_refused(changes, path):
+  with pytest.raises(ValueError, match=r"is below|process 1 of 1"):
+    latents.LatentBatches(
+      latents.Latents(path), **({"batch_size": 4, "seed": 0} | changes)
+    )
+  with pytest.raises(ValueError, match="cache_megabytes=-1"):
+    latents.Latents(path, cache_megabytes=-1)
+
+
 def test_a_shard_without_its_record_or_an_object_is_not_finished(tmp_path):
   store = latent_store.LatentStore(str(tmp_path))
   store.create_arrays(40, SHAPE, "float32", ["latents"], SHARD_ROWS)
   labels, zeros = np.zeros(16, np.int32), np.zeros((16, *SHAPE), np.float32)
   for shard in range(2):  # all zeros are written, too
-    store.write_shard(shard, 16, {"latents": zeros}, labels, ["a"] * 16, {})
+    store.write_shard(
+      shard,
+      16,
+      {"latents": zeros},
+      labels,
+      ["a"] * 16,
+      {"moments": {"mean": [0.0]}},
+    )
   assert store.finished(3, ["latents"]) == [0, 1]
   (tmp_path / "progress/shards/000000.json").unlink()
   (tmp_path / "labels/c/1").unlink()

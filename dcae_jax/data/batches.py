@@ -59,6 +59,8 @@ class Batches:
     return {"next_batch": self._next_batch}
 
   def set_state(self, state: dict[str, int]) -> None:
+    if not state["next_batch"] >= 0:
+      raise ValueError(f"next_batch={state['next_batch']} is below 0")
     self.close()
     self._next_batch = state["next_batch"]
 

@@ -70,7 +70,7 @@ class UnusableError(Exception):
 
 # Of files that cannot be read later, either.
 _UNUSABLE = (
-  errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENXIO,
+  errno.EACCES, errno.EPERM, errno.EFBIG, errno.ELOOP, errno.ENXIO,
 )  # fmt: skip
 
 

@@ -37,6 +37,12 @@ _SHARD_ROWS = 1024  # written at once: 16 MB of f64c128 at 512 px
 _SHARD_BYTES = 2**26
 _IDENTITY = "progress/identity.json"
 _MANIFEST = "manifest.json"
+# What readers rely on, of a manifest and of a shard's record.
+_NEEDED = (
+  "count", "shape", "dtype", "views", "classes", "shards", "scaling_factor",
+  "shift_factor", "metadata_sha256",
+)  # fmt: skip
+_OF_SHARD = ("rows", "sha256", "moments")
 
 
 def block_size(total: int, row_bytes: int = 1) -> int:
@@ -91,11 +97,12 @@ class LatentStore:
     before = self._described()
     if before is None:
       return
-    is_finished = "count" in before
-    if not is_finished and not self.storage.list_keys("progress/shards/"):
-      return
+    if "count" in before or self.storage.list_keys("progress/shards/"):
+      self._compare(before, identity)
+
+  def _compare(self, before: dict[str, Any], identity: dict[str, Any]) -> None:
     identity = FORMAT | identity
-    if is_finished:  # what it had to find out stands there
+    if "count" in before:  # what it had to find out stands there
       identity = {k: v for k, v in identity.items() if v is not None}
     there, now = _flat(before), _flat(identity)
     changes = [
@@ -120,13 +127,15 @@ class LatentStore:
         self.storage.delete(f"{name}/")
       self.storage.write_json(_IDENTITY, FORMAT | identity)
 
-  def check_shared(self) -> None:
-    """Raises ValueError where another process wrote its identity elsewhere."""
-    if self._described() is None:
+  def confirm_identity(self, identity: dict[str, Any]) -> None:
+    """Of every process: raises ValueError unless all do the same work here."""
+    before = self._described()
+    if before is None:
       raise ValueError(
         f"{self.storage.path} is not the same place for all processes; use a "
         "bucket, or a directory that all of them share, as config.output"
       )
+    self._compare(before, identity)
 
   def manifest(self) -> dict[str, Any] | None:
     """None unless the store is finished."""
@@ -262,7 +271,17 @@ class LatentStore:
 
   def records(self, shards: int) -> list[dict[str, Any]]:
     """Of all shards, which are finished."""
-    return self.storage.read_all_json([_record_key(i) for i in range(shards)])
+    keys = [_record_key(i) for i in range(shards)]
+    records = self.storage.read_all_json(keys)
+    for key, record in zip(keys, records, strict=True):
+      _check_keys(f"{self.storage.path}/{key}", record, _OF_SHARD)
+    return records
+
+  def metadata_checksums(self, views: Iterable[str]) -> dict[str, str]:
+    """Sha256 of what zarr reads first, by key."""
+    keys = _metadata_keys(views)
+    found = zip(keys, self.storage.read_all(keys), strict=True)
+    return {key: _sha256(data) for key, data in found}
 
   def finish(self, manifest: dict[str, Any]) -> None:
     """Writes the manifest, and removes what was needed until then."""
@@ -293,7 +312,18 @@ def read_manifest(place: storage.Storage) -> dict[str, Any]:
       f"{place.path}/{_MANIFEST} is not of {FORMAT['format']}, version "
       f"{FORMAT['format_version']}"
     )
+  _check_keys(f"{place.path}/{_MANIFEST}", found, _NEEDED)
+  if found["dtype"] not in DTYPES or not found["views"]:
+    raise ValueError(f"{place.path}/{_MANIFEST} is damaged: dtype or views")
   return found
+
+
+def _check_keys(
+  path: str, found: dict[str, Any], needed: tuple[str, ...]
+) -> None:
+  missing = [key for key in needed if found.get(key) is None]
+  if missing:
+    raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}")
 
 
 def verify(
@@ -306,6 +336,12 @@ def verify(
   Shapes against the manifest, and the checksum of each shard of each array.
   """
   problems, arrays, rows = [], {}, manifest["count"]
+  for key, checksum in manifest["metadata_sha256"].items():
+    data = place.read(key)
+    if data is None:
+      problems.append(f"{key} is missing")
+    elif _sha256(data) != checksum:
+      problems.append(f"{key} does not have the checksum of the manifest")
   for name in (*manifest["views"], "labels"):
     expected = (rows,) if name == "labels" else (rows, *manifest["shape"])
     try:
@@ -362,6 +398,10 @@ def _survey_key(block: int) -> str:
 
 def _record_key(shard: int) -> str:
   return f"progress/shards/{shard:06d}.json"
+
+
+def _metadata_keys(views: Iterable[str]) -> list[str]:
+  return ["zarr.json", *(f"{x}/zarr.json" for x in (*views, "labels", "keys"))]
 
 
 def _objects(shard: int, views: Iterable[str]) -> set[str]:
@@ -425,11 +465,14 @@ def _encode_strings(texts: list[str], count: int) -> bytes:
 
 
 def _decode_strings(data: bytes) -> list[str]:
-  (count,), position, texts = struct.unpack_from("<I", data), 4, []
-  for _ in range(count):
-    (length,) = struct.unpack_from("<I", data, position)
-    position += 4 + length
-    texts.append(data[position - length : position].decode())
+  try:
+    (count,), position, texts = struct.unpack_from("<I", data), 4, []
+    for _ in range(count):
+      (length,) = struct.unpack_from("<I", data, position)
+      position += 4 + length
+      texts.append(data[position - length : position].decode())
+  except (struct.error, UnicodeDecodeError) as error:
+    raise ValueError(f"keys are damaged: {error}") from error
   return texts
 
 

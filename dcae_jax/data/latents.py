@@ -4,6 +4,7 @@ What comes out is what diffusion learns from: float32, scaled by the numbers of
 the store's manifest.
 """
 
+import os
 from typing import Any
 
 import grain
@@ -26,7 +27,7 @@ class Latents:
 
   def __init__(
     self,
-    path: str,
+    path: str | os.PathLike,
     *,
     cache_megabytes: float = 64,
     retries: int = storage.RETRIES,
@@ -45,7 +46,7 @@ class Latents:
     """
     self._retries = retries
     self._place = storage.Storage(
-      path, retries=retries, cache_megabytes=cache_megabytes
+      os.fspath(path), retries=retries, cache_megabytes=cache_megabytes
     )
     self.manifest = latent_store.read_manifest(self._place)
     self.shape = tuple(self.manifest["shape"])
@@ -77,14 +78,16 @@ class Latents:
     Args:
       rows: [n] indices, in any order.
     """
-    rows = np.asarray(rows)
+    rows = np.asarray(rows, np.int64)
     latents = self.read_unscaled(rows)
     labels = self.labels()[rows % self.manifest["count"]]
     return {"latents": (latents - self._shift) * self._scale, "labels": labels}
 
   def read_unscaled(self, rows: Any) -> np.ndarray:
     """Latents as the autoencoder decodes them, float32 [n, h, w, c]."""
-    rows = np.asarray(rows)
+    rows = np.asarray(rows, np.int64)
+    if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+      raise IndexError(f"rows from {rows.min()} to {rows.max()} of {len(self)}")
     views, positions = np.divmod(rows, self.manifest["count"])
     latents = np.empty((len(rows), *self.shape), np.float32)
     with self._place.errors():
@@ -153,8 +156,17 @@ class LatentBatches(batches.Batches):
         store's cache holds as many.
 
     Raises:
-      ValueError: the store has fewer rows than a batch of all processes.
+      ValueError: a number that cannot be, or a store with fewer rows than a
+        batch of all processes.
     """
+    for name, value, least in (
+      ("batch_size", batch_size, 1), ("seed", seed, 0), ("threads", threads, 1),
+      ("workers", workers, 0), ("shuffle_shards", shuffle_shards, 0),
+    ):  # fmt: skip
+      if value < least:
+        raise ValueError(f"{name}={value} is below {least}")
+    if not 0 <= process_index < process_count:
+      raise ValueError(f"process {process_index} of {process_count}")
     order = _Order(latents, batch_size * process_count, seed, shuffle_shards)
     part = slice(process_index * batch_size, (process_index + 1) * batch_size)
     dataset = grain.MapDataset.source(order).map(

@@ -141,9 +141,10 @@ class LatentFiles:
         f"{latent.dtype} {list(latent.shape)} instead of float32 "
         f"{[channels, height, width]}"
       )
-    if not np.isfinite(latent).all():
+    with np.errstate(over="ignore"):
+      values = np.moveaxis(latent.astype(np.float32), 0, -1)
+    if not np.isfinite(values).all():
       raise images.UnusableError("it has values that are not finite")
-    values = np.moveaxis(latent.astype(np.float32), 0, -1)
     return Row(
       values / np.float32(self._scale) + np.float32(self._shift), record.label
     )

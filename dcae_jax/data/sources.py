@@ -4,11 +4,13 @@ A source is a random-access sequence of encoded images with labels; nothing is
 decoded here. All sources are picklable, since loader workers are processes.
 """
 
+import errno
 import glob
 import hashlib
 import importlib.util
 import os
 import pathlib
+import stat
 import time
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -19,6 +21,9 @@ from etils import epath
 SUFFIXES = (
   ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
 )  # fmt: skip
+
+
+_LARGEST_FILE = 2**31  # bytes
 
 
 class Record(NamedTuple):
@@ -109,11 +114,8 @@ class Files:
 
   def __getitem__(self, index: int) -> Record:
     path = self._paths[index]
-    if "://" in path:
-      encoded = _read_remote(path)
-    else:
-      encoded = pathlib.Path(path).read_bytes()
-    return Record(path, encoded, self._labels[index])
+    read = _read_remote if "://" in path else _read_local
+    return Record(path, read(path), self._labels[index])
 
 
 def _size(path: str) -> int:
@@ -123,16 +125,25 @@ def _size(path: str) -> int:
     return 0
 
 
+def _read_local(path: str) -> bytes:
+  found = os.stat(path)
+  if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+    raise OSError(errno.ENXIO, "no regular file", path)
+  if found.st_size > _LARGEST_FILE:
+    raise OSError(errno.EFBIG, f"{found.st_size} bytes are no image", path)
+  return pathlib.Path(path).read_bytes()
+
+
 def _read_remote(path: str, attempts: int = 5) -> bytes:
   """Tries again, ever later: a passing fault must not change the data."""
-  for attempt in range(attempts - 1):
+  for attempt in range(attempts):
     try:
       return epath.Path(path).read_bytes()
-    except FileNotFoundError:
-      raise
-    except OSError:
+    except Exception as error:  # the client's own kinds among them
+      if attempt == attempts - 1 or isinstance(error, FileNotFoundError):
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(errno.EIO, f"cannot be read: {text}", path) from error
       time.sleep(2**attempt)
-  return epath.Path(path).read_bytes()
 
 
 def folder(path: str) -> Files:
@@ -173,7 +184,10 @@ def _tree(path: str, suffixes: tuple[str, ...], what: str) -> Files:
     raise ValueError(
       f"{what} folder {path!r} holds no {what}s ({', '.join(suffixes)})"
     )
-  keys = [os.path.relpath(name, root) for name in paths]
+  keys = [
+    os.path.relpath(name, root).encode("utf-8", "backslashreplace").decode()
+    for name in paths
+  ]
   parts = [key.split("/") for key in keys]
   of_file = [part[0] if len(part) > 1 else "" for part in parts]
   classes = sorted(set(of_file))

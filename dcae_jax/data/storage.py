@@ -40,6 +40,11 @@ class Storage:
     Raises:
       ValueError: the path is neither.
     """
+    for name, value in (
+      ("retries", retries), ("cache_megabytes", cache_megabytes)
+    ):  # fmt: skip
+      if not value >= 0:
+        raise ValueError(f"{name}={value} is below 0")
     self._options = {"retries": retries, "cache_megabytes": cache_megabytes}
     self._place = _place(path)
     self._is_remote = self._place["driver"] != "file"
@@ -87,11 +92,11 @@ class Storage:
     if not self._is_remote and prefix.endswith("/"):
       shutil.rmtree(os.path.join(self.path, prefix), ignore_errors=True)
 
-  def read_json(self, key: str) -> Any:
+  def read_json(self, key: str) -> dict[str, Any] | None:
     """An object's JSON; None where there is none.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: it is damaged, or no mapping.
     """
     data = self.read(key)
     return None if data is None else self._parsed(key, data)
@@ -108,12 +113,12 @@ class Storage:
         )
     return [entry.value for entry in found]
 
-  def read_all_json(self, keys: list[str]) -> list[Any]:
+  def read_all_json(self, keys: list[str]) -> list[dict[str, Any]]:
     """As `read_all`; ValueError where one is damaged."""
     found = zip(keys, self.read_all(keys), strict=True)
     return [self._parsed(key, data) for key, data in found]
 
-  def write_json(self, key: str, value: Any) -> None:
+  def write_json(self, key: str, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
     self.write(key, f"{text}\n".encode())
 
@@ -150,7 +155,10 @@ class Storage:
   def open_array(
     self, name: str, metadata: dict[str, Any] | None = None
   ) -> ts.TensorStore:
-    """A zarr3 array; with metadata it is created unless it is there."""
+    """A zarr3 array; with metadata it is created unless it is there.
+
+    Reading what was never written is an error, except in one just created.
+    """
     place = dict(self._place)
     place["path"] += f"{name}/"
     spec = {"driver": "zarr3", "kvstore": place}
@@ -159,16 +167,21 @@ class Storage:
     spec["recheck_cached_data"] = "open"  # what is cached does not change
     if metadata is not None:
       spec["metadata"] = metadata
+    else:
+      spec["fill_missing_data_reads"] = False
     with self.errors():
       return ts.open(
         spec, context=self._context, open=True, create=metadata is not None
       ).result()
 
-  def _parsed(self, key: str, data: bytes) -> Any:
+  def _parsed(self, key: str, data: bytes) -> dict[str, Any]:
     try:
-      return json.loads(data)
-    except ValueError as error:
+      found = json.loads(data)
+    except (ValueError, RecursionError) as error:
       raise ValueError(f"{self.path}/{key} is damaged: {error}") from error
+    if not isinstance(found, dict):
+      raise ValueError(f"{self.path}/{key} is damaged: it is no mapping")
+    return found
 
   def write_rows(
     self, array: ts.TensorStore, start: int, rows: np.ndarray

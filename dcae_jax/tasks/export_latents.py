@@ -92,6 +92,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     wiring.check_work_directory(config, workdir)
     wiring.prepare_jax(config.compilation_cache)
     output = config.output or os.fspath(workdir / "latents")
+    if epath.Path(output).expanduser() == workdir:
+      raise ValueError(
+        f"config.output={output} is --workdir; use a place of its own for the "
+        "store"
+      )
     store = latent_store.LatentStore(output, retries=config.retries)
     source = _source(config.source)
     store.check(jax.process_index())
@@ -109,7 +114,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     if is_first:
       store.write_identity(identity)
     wiring.wait_for_all("latents_start")
-    store.check_shared()
+    store.confirm_identity(identity)
   if store.manifest() is not None:
     _LOG.info("%s is finished", store.storage.path)
     if is_first:
@@ -118,9 +123,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   shards = export.fill()
   if shards is None:
     _LOG.info("SIGTERM: stopped; run again to go on")
+    if jax.process_count() > 1:
+      wiring.leave(0)
     return False
   _LOG.info("time of this process:\n%s", watch.table())
   if is_first:
+    store.confirm_identity(identity)
     manifest = export.manifest(identity, shards)
     store.finish(manifest)
     _write_result(workdir, store.storage.path, manifest, watch)
@@ -385,6 +393,7 @@ class _Export:
         {"rows": record["rows"], "sha256": record["sha256"]}
         for record in records
       ],
+      "metadata_sha256": self._store.metadata_checksums(self._views),
       "versions": wiring.versions(),
     }
 

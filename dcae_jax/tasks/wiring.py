@@ -3,9 +3,11 @@
 import errno
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
+import sys
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dcae_jax import architecture, released
-from dcae_jax.data import sources, transforms
+from dcae_jax.data import sources, storage, transforms
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.models import dcae
 from dcae_jax.training import checkpoint, metrics_writer
@@ -163,6 +165,14 @@ def wait_for_all(name: str) -> None:
     ) from error
 
 
+def leave(status: int) -> None:
+  """Ends this process at once: jax would wait for the others for minutes."""
+  logging.shutdown()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
+
+
 def prepare_jax(compilation_cache: str) -> None:
   """Keeps compiled programs between runs; "" does not."""
   if compilation_cache:
@@ -171,7 +181,13 @@ def prepare_jax(compilation_cache: str) -> None:
 
 
 def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
-  """Raises ValueError if the directory belongs to a run of another config."""
+  """Raises ValueError if the directory belongs to a run of another config.
+
+  OSError for a bucket that is not there, or must not be written.
+  """
+  if "://" in str(workdir):
+    place = storage.Storage(os.fspath(workdir))
+    place.check_writable(f"probe_{jax.process_index()}")
   path = workdir / "config.json"
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"--workdir={workdir} is not a directory; choose another")
