@@ -69,7 +69,12 @@ RULES = {
     {"etils", "jax", "ml_collections", "optax"},
   ),
   "dcae_jax/training": (
-    {"dcae_jax.training", "dcae_jax.phases", "dcae_jax.losses"},
+    {
+      "dcae_jax.training",
+      "dcae_jax.phases",
+      "dcae_jax.losses",
+      "dcae_jax.diffusion",
+    },
     {"etils", "flax", "jax", "jaxtyping", "optax"},
   ),
   "dcae_jax/training/checkpoint.py": (
@@ -82,6 +87,8 @@ RULES = {
   ),
   "dcae_jax/phases.py": (set(), {"jax", "optax"}),
   "dcae_jax/losses.py": (set(), {"jax", "jaxtyping"}),
+  "dcae_jax/diffusion.py": (set(), {"jax", "jaxtyping"}),
+  "dcae_jax/samplers.py": ({"dcae_jax.diffusion"}, {"jax", "jaxtyping"}),
   "dcae_jax/evaluation": ({"dcae_jax.evaluation"}, {"jax", "jaxtyping"}),
   "dcae_jax/evaluation/fid.py": (set(), {"etils"}),
   "dcae_jax/evaluation/figures.py": (set(), {"PIL", "matplotlib"}),

@@ -288,10 +288,11 @@ def convolution(
 
 # Uniform in +-1/sqrt(fan in), for kernels and biases: what the convolutions of
 # the authors' framework start from.
-_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def _bias_init(fan_in: int) -> Callable:
+def bias_init(fan_in: int) -> Callable:
+  """An initializer; `kernel_init` is that of the kernel beside the bias."""
   bound = 1 / math.sqrt(fan_in)
   return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
 
@@ -325,7 +326,7 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
     shape = (self.size, self.size, x.shape[-1] // self.groups, self.channels)
-    kernel = self.param("kernel", _kernel_init, shape, jnp.float32)
+    kernel = self.param("kernel", kernel_init, shape, jnp.float32)
     y = convolution(
       x.astype(self.dtype),
       kernel.astype(self.dtype),
@@ -334,7 +335,7 @@ class Conv(nn.Module):
       self.padding,
     )
     if self.use_bias:
-      init = _bias_init(math.prod(shape[:3]))
+      init = bias_init(math.prod(shape[:3]))
       bias = self.param("bias", init, (self.channels,), jnp.float32)
       y = _add_bias(y, bias)
     return y
@@ -357,10 +358,10 @@ class DepthwiseConv(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     channels = x.shape[-1]
     shape = (self.size, self.size, 1, channels)
-    kernel = self.param("kernel", _kernel_init, shape, jnp.float32)
+    kernel = self.param("kernel", kernel_init, shape, jnp.float32)
     y = depthwise_convolution(x.astype(self.dtype), kernel.astype(self.dtype))
     if self.use_bias:
-      init = _bias_init(self.size * self.size)
+      init = bias_init(self.size * self.size)
       bias = self.param("bias", init, (channels,), jnp.float32)
       y = _add_bias(y, bias)
     return y

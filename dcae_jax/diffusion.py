@@ -1,0 +1,450 @@
+"""Latent diffusion: forward processes, training targets, guidance.
+
+Everything acts on scaled latents z and on functions model_fn(z, t) of noisy
+latents and of the number that the network sees as time. Both processes are
+z_t = alpha(t) z_0 + sigma(t) noise. Networks are elsewhere, and so are the
+samplers (`samplers.py`). Arithmetic outside the network is float32.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+Latents = Float[Array, "b h w c"]
+Output = Float[Array, "b h w outputs"]
+Mask = Float[Array, "b 1 1 c"]
+ModelFunction = Callable[[Latents, Float[Array, " b"]], Output]
+
+
+class Prediction(NamedTuple):
+  """What a network's output says about z, each of z's shape.
+
+  Attributes:
+    z_0: the expected clean latents.
+    epsilon: the expected noise.
+    velocity: dz/dt of the probability flow, t as the objective counts it.
+    score: the gradient of the log-density of z; infinite where sigma is 0.
+  """
+
+  z_0: Latents
+  epsilon: Latents
+  velocity: Latents
+  score: Latents
+
+
+class Chain(NamedTuple):
+  """A Markov chain through some times of a discrete process, as numpy tables.
+
+  Attributes:
+    times: the times kept, ascending, in 0..999.
+    alphas_cumprod: alpha^2 at these times.
+    previous: alpha^2 one step closer to the data; 1 at the first.
+    betas: the noise added by each step of the chain.
+    lower, upper: logarithms of the reverse step's variance, for data that are a
+      point and data that are white noise. The first `lower` would be minus
+      infinity; it is that of the second step.
+  """
+
+  times: np.ndarray
+  alphas_cumprod: np.ndarray
+  previous: np.ndarray
+  betas: np.ndarray
+  lower: np.ndarray
+  upper: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisePrediction:
+  """Variance preserving diffusion in discrete steps; noise is predicted.
+
+  The loss is the mean squared error of the noise (arXiv 2006.11239, equation
+  14). With `learned_variance` the output has twice the channels. Its second
+  half, v, sets the variance of the reverse step between the chain's two bounds
+  (v = -1 and 1), and the loss gains T/1000 times that step's divergence from
+  the true posterior, in bits per value. This is L_hybrid of improved DDPM
+  (arXiv 2102.09672), whose bound is a sum over T steps, weighted by 0.001: here
+  one step is drawn from T. The second term moves the variance only; no gradient
+  reaches the noise through it. At t = 0 the published code scores 8-bit pixels,
+  which latents are not: here the posterior of t = 0 has the mean z_0 and the
+  variance of t = 1. No sampler uses the variance at t = 0.
+
+  Attributes:
+    first_beta, last_beta: the noise added by the first and the last step.
+    spacing: "linear" in beta, or "scaled_linear": linear in its square root.
+    learned_variance: the network gives the variance of the reverse steps.
+    total_steps: T. Times t are 0..T-1; samplers may ask for values between,
+      where log(alpha) is linear.
+  """
+
+  first_beta: float = 1e-4
+  last_beta: float = 0.02
+  spacing: str = "linear"
+  learned_variance: bool = False
+  total_steps: int = 1000
+
+  def __post_init__(self):
+    if self.spacing not in ("linear", "scaled_linear"):
+      raise ValueError(
+        f"unknown spacing {self.spacing!r} of betas; known are linear, "
+        "scaled_linear"
+      )
+    if not 0 < self.first_beta <= self.last_beta < 1:
+      raise ValueError(
+        f"betas from {self.first_beta} to {self.last_beta} are not ascending "
+        "between 0 and 1"
+      )
+    if self.total_steps < 2:
+      raise ValueError(f"total_steps {self.total_steps} is less than 2")
+
+  def chain(self, steps: int | None = None) -> Chain:
+    """The chain of `steps` evenly spaced times, both ends kept; all if None.
+
+    Respacing keeps alpha at the times that are kept (arXiv 2102.09672, section
+    4): beta is 1 - alpha^2 / previous alpha^2. `steps` is 2 to `total_steps`.
+    """
+    steps = self.total_steps if steps is None else steps
+    times = np.round(np.linspace(0, self.total_steps - 1, steps)).astype(int)
+    if self.spacing == "linear":
+      betas = np.linspace(self.first_beta, self.last_beta, self.total_steps)
+    else:
+      ends = np.sqrt([self.first_beta, self.last_beta])
+      betas = np.linspace(*ends, self.total_steps) ** 2
+    alphas_cumprod = np.cumprod(1 - betas)[times]
+    previous = np.append(1.0, alphas_cumprod[:-1])
+    betas = 1 - alphas_cumprod / previous
+    lower = betas * (1 - previous) / (1 - alphas_cumprod)
+    lower[0] = lower[1]
+    return Chain(
+      times, alphas_cumprod, previous, betas, np.log(lower), np.log(betas)
+    )
+
+  def _log_alpha(
+    self, t: Num[Array, " b"]
+  ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """The logarithm of alpha, and its derivative by t."""
+    table = np.log(self.chain().alphas_cumprod) / 2
+    table, slopes = (
+      jnp.asarray(x, jnp.float32) for x in (table[:-1], np.diff(table))
+    )
+    index = jnp.clip(jnp.floor(t), 0, self.total_steps - 2).astype(int)
+    return table[index] + (t - index) * slopes[index], slopes[index]
+
+  def alpha(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
+    return jnp.exp(self._log_alpha(t)[0])
+
+  def sigma(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
+    return jnp.sqrt(-jnp.expm1(2 * self._log_alpha(t)[0]))
+
+  def model_time(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
+    """What the network sees: t itself, 0..999."""
+    return t.astype(jnp.float32)
+
+  def output_channels(self, channels: int) -> int:
+    """Channels of the network's output for latents of so many."""
+    return 2 * channels if self.learned_variance else channels
+
+  def sample_times(self, key: Array, b: int) -> Int[Array, " b"]:
+    """Uniform over 0..999."""
+    return jax.random.randint(key, (b,), 0, self.total_steps)
+
+  def predict(
+    self, output: Output, z: Latents, t: Num[Array, " b"]
+  ) -> Prediction:
+    """Reads the network's output at (z, t)."""
+    epsilon = output[..., : z.shape[-1]]
+    alpha, sigma = _spread(self.alpha(t)), _spread(self.sigma(t))
+    _, slope = self._log_alpha(t)
+    return Prediction(
+      z_0=(z - sigma * epsilon) / alpha,
+      epsilon=epsilon,
+      velocity=_spread(slope) * (z - epsilon / sigma),
+      score=-epsilon / sigma,
+    )
+
+  def loss(
+    self,
+    model_fn: ModelFunction,
+    key: Array,
+    z: Latents,
+    mask: Mask | None = None,
+  ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+    """The loss of each example at a random time, and its terms.
+
+    Args:
+      z: clean latents.
+      mask: see `random_channel_mask`.
+
+    Returns:
+      losses, and {"mse"} or {"mse", "variational_bound"}, the latter in bits
+      per value.
+
+    Raises:
+      ValueError: the network's output has the wrong shape.
+    """
+    t, noise, output = _noise_and_predict(self, model_fn, key, z, mask)
+    epsilon = output[..., : z.shape[-1]]
+    losses = mse = _mean(jnp.square(epsilon - noise), mask)
+    if not self.learned_variance:
+      return losses, {"mse": mse}
+    error = jax.lax.stop_gradient(epsilon) - noise
+    interpolation = output[..., z.shape[-1] :]
+    bound = _mean(self._step_divergence(error, interpolation, t), mask)
+    losses = mse + self.total_steps / 1000 * bound
+    return losses, {"mse": mse, "variational_bound": bound}
+
+  def _step_divergence(
+    self, error: Latents, interpolation: Latents, t: Int[Array, " b"]
+  ) -> Latents:
+    """KL(q(z_{t-1} | z_t, z_0), p(z_{t-1} | z_t)) of each value, in bits."""
+    chain = self.chain()
+    # The means differ by this much for each unit of difference in the noise.
+    shift = chain.betas / np.sqrt(
+      (1 - chain.betas) * (1 - chain.alphas_cumprod)
+    )
+    shift, lower, upper = (
+      _spread(jnp.asarray(table, jnp.float32)[t])
+      for table in (shift, chain.lower, chain.upper)
+    )
+    log_variance = interpolate_log_variance(interpolation, lower, upper)
+    difference = lower - log_variance
+    mean_term = jnp.square(shift * error) * jnp.exp(-log_variance)
+    divergence = jnp.expm1(difference) - difference + mean_term
+    return divergence / (2 * np.log(2))
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatching:
+  """Straight paths z_t = (1 - t) z_0 + t noise; velocity is predicted.
+
+  t = 0 is data and t = 1 is noise, as in the text of SiT (arXiv 2401.08740; its
+  code counts the other way). The target is dz/dt = noise - z_0, the loss its
+  mean squared error.
+
+  Attributes:
+    logit_normal: mean and standard deviation of logit(t) in training (SANA: 0
+      and 1); None draws t uniformly from (0, 1), as SiT does.
+    shift: moves the times of training and of the fixed-step samplers towards
+      noise: t becomes shift t / (1 + (shift - 1) t) (arXiv 2403.03206, section
+      5.3.2; SANA: 3).
+  """
+
+  logit_normal: tuple[float, float] | None = None
+  shift: float = 1.0
+
+  def __post_init__(self):
+    if not self.shift > 0:
+      raise ValueError(f"shift {self.shift} is not positive; 1 shifts nothing")
+    if self.logit_normal is not None and not self.logit_normal[1] > 0:
+      raise ValueError(
+        f"logit_normal {self.logit_normal} is no mean and positive standard "
+        "deviation; None draws times uniformly"
+      )
+
+  def alpha(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
+    return 1 - t
+
+  def sigma(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
+    return t
+
+  def model_time(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
+    """What the network sees: 1000 t."""
+    return 1000 * t.astype(jnp.float32)
+
+  def output_channels(self, channels: int) -> int:
+    """Channels of the network's output for latents of so many."""
+    return channels
+
+  def shifted(self, t: Array | np.ndarray) -> Array | np.ndarray:
+    """t in [0, 1] moved by `shift`; the ends stay."""
+    return self.shift * t / (1 + (self.shift - 1) * t)
+
+  def sample_times(self, key: Array, b: int) -> Float[Array, " b"]:
+    """Random times in (0, 1)."""
+    if self.logit_normal is None:
+      tiny = jnp.finfo(jnp.float32).tiny
+      return self.shifted(jax.random.uniform(key, (b,), minval=tiny))
+    mean, deviation = self.logit_normal
+    logits = mean + deviation * jax.random.normal(key, (b,))
+    return self.shifted(jax.nn.sigmoid(logits))
+
+  def predict(
+    self, output: Output, z: Latents, t: Float[Array, " b"]
+  ) -> Prediction:
+    """Reads the network's output at (z, t)."""
+    epsilon = z + _spread(1 - t) * output
+    return Prediction(
+      z_0=z - _spread(t) * output,
+      epsilon=epsilon,
+      velocity=output,
+      score=-epsilon / _spread(t),
+    )
+
+  def loss(
+    self,
+    model_fn: ModelFunction,
+    key: Array,
+    z: Latents,
+    mask: Mask | None = None,
+  ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+    """The loss of each example at a random time, and {"mse"}, which it is.
+
+    Args and errors are those of `NoisePrediction.loss`.
+    """
+    _, noise, output = _noise_and_predict(self, model_fn, key, z, mask)
+    mse = _mean(jnp.square(output - (noise - z)), mask)
+    return mse, {"mse": mse}
+
+
+Objective = NoisePrediction | FlowMatching
+
+
+def improved_ddpm() -> NoisePrediction:
+  """DiT's objective: linear betas, learned variance (arXiv 2212.09748)."""
+  return NoisePrediction(learned_variance=True)
+
+
+def scaled_linear() -> NoisePrediction:
+  """The objective of DC-AE's UViT: latent diffusion's betas."""
+  return NoisePrediction(0.00085, 0.012, "scaled_linear")
+
+
+def interpolate_log_variance(
+  interpolation: Float[Array, "b h w c"],
+  lower: Float[Array, "..."],
+  upper: Float[Array, "..."],
+) -> Float[Array, "b h w c"]:
+  """Between `lower` at -1 and `upper` at 1 (arXiv 2102.09672, equation 15)."""
+  fraction = (interpolation + 1) / 2
+  return fraction * upper + (1 - fraction) * lower
+
+
+def network_output(
+  objective: Objective, model_fn: ModelFunction, z: Latents, t: Num[Array, " b"]
+) -> Output:
+  """The network's output at (z, t) as float32.
+
+  Raises:
+    ValueError: it has the wrong shape.
+  """
+  output = model_fn(z, objective.model_time(t))
+  channels = z.shape[-1]
+  expected = (*z.shape[:-1], objective.output_channels(channels))
+  if output.shape != expected:
+    raise ValueError(
+      f"the network's output has shape {output.shape} at latents of {z.shape}; "
+      f"{objective} needs {expected}: give the network {expected[-1]} output "
+      "channels"
+    )
+  return output.astype(jnp.float32)
+
+
+def _noise_and_predict(objective, model_fn, key, z, mask):
+  """Random times and noise, and the output at the noisy latents."""
+  time_key, noise_key = jax.random.split(key)
+  t = objective.sample_times(time_key, len(z))
+  noise = jax.random.normal(noise_key, z.shape)
+  alpha, sigma = _spread(objective.alpha(t)), _spread(objective.sigma(t))
+  noisy = alpha * z + sigma * noise
+  noisy = noisy if mask is None else noisy * mask
+  return t, noise, network_output(objective, model_fn, noisy, t)
+
+
+def _spread(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:
+  return values[:, None, None, None]
+
+
+def _mean(values: Latents, mask: Mask | None) -> Float[Array, " b"]:
+  """The mean of each example, over the channels that the mask keeps."""
+  values = jnp.mean(values, (1, 2))
+  if mask is None:
+    return jnp.mean(values, 1)
+  mask = mask[:, 0, 0]
+  return jnp.sum(values * mask, 1) / jnp.sum(mask, 1)
+
+
+def random_channel_mask(
+  key: Array, b: int, channels: int, candidates: Sequence[int]
+) -> Mask:
+  """Masks for augmented training (DC-AE 1.5, arXiv 2508.00413).
+
+  Each example keeps its leading c' channels, c' drawn uniformly from the
+  candidates. In `loss`, the mask zeroes the trailing channels of the noisy
+  latents and leaves those of the target out, in a mean over c' channels: what
+  the released networks do by cutting their first and last layer to c' channels.
+
+  Raises:
+    ValueError: no candidates, or one that is not 1 to `channels`.
+  """
+  if not candidates or not all(1 <= c <= channels for c in candidates):
+    raise ValueError(
+      f"candidate channel numbers {tuple(candidates)} are not 1 to {channels}, "
+      "at least one of them"
+    )
+  kept = jax.random.choice(key, jnp.asarray(tuple(candidates)), (b, 1, 1, 1))
+  return (jnp.arange(channels)[None, None, None] < kept).astype(jnp.float32)
+
+
+def check_guidance(scale: float, interval: tuple[float, float] | None) -> None:
+  """Raises ValueError for a negative scale, or an empty interval."""
+  if not scale >= 0:
+    raise ValueError(
+      f"guidance scale {scale} is negative; 1 is without guidance, and larger "
+      "scales guide"
+    )
+  if interval is not None and not interval[0] < interval[1]:
+    raise ValueError(
+      f"guidance interval {interval} is empty; give (low, high) between 0 and "
+      "1000, or None for all times"
+    )
+
+
+def guided(
+  network: Callable[[Latents, Float[Array, " b"], Int[Array, " b"]], Output],
+  labels: Int[Array, " b"],
+  null_label: int,
+  scale: float,
+  interval: tuple[float, float] | None = None,
+) -> ModelFunction:
+  """Classifier-free guidance as model_fn(z, t) (arXiv 2207.12598).
+
+  The output is null + scale (conditional - null) on all latent channels (the
+  code of DiT guides the first three only); learned variances, which come after
+  them, are the conditional ones. Both halves are one call of 2b examples, each
+  with its own null beside it, so that a batch which is split over devices stays
+  where it is.
+
+  Args:
+    network: a function of (z, t, labels).
+    null_label: the label that stands for none, such as 1000.
+    scale: 1 is the conditional network alone, and costs no more; 0 the
+      unconditional one.
+    interval: the times (low, high), ends included and as the network sees them
+      (0 to 1000), within which guidance acts; outside, the output is the
+      conditional one (arXiv 2404.07724).
+
+  Raises:
+    ValueError: a negative scale, or an empty interval.
+  """
+  check_guidance(scale, interval)
+  if scale == 1:
+    return lambda z, t: network(z, t, labels)
+
+  def model_fn(z, t):
+    both = jnp.stack([labels, jnp.full_like(labels, null_label)], 1)
+    output = network(jnp.repeat(z, 2, 0), jnp.repeat(t, 2), both.reshape(-1))
+    output = output.astype(jnp.float32).reshape(len(z), 2, *output.shape[1:])
+    conditional, null = output[:, 0], output[:, 1]
+    excess = jnp.full(t.shape, scale - 1, jnp.float32)
+    if interval is not None:
+      inside = (interval[0] <= t) & (t <= interval[1])
+      excess = jnp.where(inside, excess, 0.0)
+    guides = jnp.arange(output.shape[-1]) < z.shape[-1]
+    excess = _spread(excess) * guides[None, None, None]
+    return conditional + excess * (conditional - null)
+
+  return model_fn

@@ -1,0 +1,210 @@
+"""What both denoisers are made of: patches, time, linear layers, attention.
+
+Tokens are `[b, n, d]`. Linear layers multiply in the compute dtype. Norms,
+attention and the sum that runs through the blocks are float32, as they are
+under the mixed precision that DC-AE's authors train with.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+_MAX_PERIOD = 10_000.0
+MLP_RATIO = 4
+
+
+def time_features(t: Float[Array, " b"], features: int) -> Float[Array, "b d"]:
+  """Cosines, then sines of `t` at `features / 2` frequencies, in float32.
+
+  The frequencies fall geometrically from 1 radian per unit of `t` towards
+  1/10000, which they do not reach. `features` is even.
+  """
+  half = features // 2
+  frequencies = np.exp(-math.log(_MAX_PERIOD) / half * np.arange(half))
+  frequencies = jnp.asarray(frequencies, jnp.float32)
+  angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def to_patches(
+  z: Float[Array, "b h w c"], patch_size: int
+) -> Float[Array, "b n d"]:
+  """Tokens in rows of the image; channels are the fastest axis in each."""
+  p = patch_size
+  return rearrange(z, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+
+
+def from_patches(
+  tokens: Float[Array, "b n d"], height: int, width: int, patch_size: int
+) -> Float[Array, "b h w c"]:
+  """The inverse of `to_patches`; height and width in latent positions."""
+  return rearrange(
+    tokens,
+    "b (h w) (p q c) -> b (h p) (w q) c",
+    h=height // patch_size,
+    w=width // patch_size,
+    p=patch_size,
+    q=patch_size,
+  )
+
+
+def attention(
+  q: Float[Array, "b heads n d"],
+  k: Float[Array, "b heads n d"],
+  v: Float[Array, "b heads n d"],
+) -> Float[Array, "b heads n d"]:
+  """Softmax attention over all tokens; all of it, and the result, in float32.
+
+  The products keep at least ten bits of a factor: on hardware that multiplies
+  narrower numbers by default, as TPUs do, more than one pass makes them.
+  """
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  high = jax.lax.Precision.HIGH
+  scores = jnp.einsum("bhid,bhjd->bhij", q, k, precision=high)
+  weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+  return jnp.einsum("bhij,bhjd->bhid", weights, v, precision=high)
+
+
+def normalized(
+  x: Float[Array, "b n d"], epsilon: float
+) -> Float[Array, "b n d"]:
+  """Each token with mean 0 and variance 1 over its channels, in float32."""
+  x = x.astype(jnp.float32)
+  x = x - jnp.mean(x, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(variance + epsilon)
+
+
+class Linear(nn.Module):
+  """A linear layer.
+
+  Attributes:
+    features: of the output.
+    use_bias: add a bias, in float32: its gradient sums over all tokens of the
+      batch.
+    kernel_init: of the kernel `[in, out]`.
+    bias_init: of the bias.
+    dtype: of the multiplication and of the output; parameters are float32.
+  """
+
+  features: int
+  use_bias: bool = True
+  kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  dtype: DTypeLike = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... d"]:
+    channels = x.shape[-1]
+    kernel = self.param(
+      "kernel", self.kernel_init, (channels, self.features), jnp.float32
+    )
+    # Tokens of all images as rows of one matrix: twice as fast on the CPU.
+    rows = x.reshape(-1, channels).astype(self.dtype)
+    y = jnp.dot(rows, kernel.astype(self.dtype))
+    if self.use_bias:
+      bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+      y = (y.astype(jnp.float32) + bias[None]).astype(self.dtype)
+    return y.reshape(*x.shape[:-1], self.features)
+
+
+class LayerNorm(nn.Module):
+  """`normalized`, then a scale and a bias for each channel.
+
+  Attributes:
+    epsilon: added to the variance.
+  """
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    shape = x.shape[-1:]
+    scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+    return normalized(x, self.epsilon) * scale[None, None] + bias[None, None]
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention; the projection holds q, k, v one after another.
+
+  Attributes:
+    heads: a divisor of the channels.
+    qkv_bias: the projection to q, k, v has a bias; that of the result has.
+    kernel_init: of both.
+    dtype: of both; see `attention` for what is between them.
+  """
+
+  heads: int
+  qkv_bias: bool
+  kernel_init: nn.initializers.Initializer
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    d = x.shape[-1]
+
+    def linear(name, features, use_bias):
+      return Linear(
+        features, use_bias, self.kernel_init, dtype=self.dtype, name=name
+      )
+
+    q, k, v = rearrange(
+      linear("qkv", 3 * d, self.qkv_bias)(x),
+      "b n (three heads d) -> three b heads n d",
+      three=3,
+      heads=self.heads,
+    )
+    y = rearrange(attention(q, k, v), "b heads n d -> b n (heads d)")
+    return linear("project", d, True)(y)
+
+
+class MLP(nn.Module):
+  """Two linear layers with a GELU between them, `MLP_RATIO` times as wide.
+
+  Attributes:
+    approximate: GELU by its tanh formula.
+    kernel_init: of both layers.
+    dtype: of the computation.
+  """
+
+  approximate: bool
+  kernel_init: nn.initializers.Initializer
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    d = x.shape[-1]
+    settings = {"kernel_init": self.kernel_init, "dtype": self.dtype}
+    y = Linear(MLP_RATIO * d, name="expand", **settings)(x)
+    y = jax.nn.gelu(y, approximate=self.approximate)
+    return Linear(d, name="contract", **settings)(y)
+
+
+def block_macs(tokens: int, hidden: int) -> int:
+  """Multiply-accumulates of one image in attention and MLP."""
+  linear = (4 + 2 * MLP_RATIO) * hidden**2
+  return tokens * (linear + 2 * tokens * hidden)
+
+
+def check_latents(
+  z: Float[Array, "b h w c"], channels: int, patch_size: int
+) -> None:
+  """Raises ValueError for latents that do not make whole patches."""
+  if z.shape[-1] != channels:
+    raise ValueError(
+      f"latents have {z.shape[-1]} channels; this model takes {channels}, the "
+      "latent channels of its autoencoder"
+    )
+  for side in z.shape[1:3]:
+    if side < 1 or side % patch_size:
+      raise ValueError(
+        f"latent side {side} is not divisible by {patch_size}, the patch size "
+        "of this model; use images of another size, or patch size 1"
+      )

@@ -1,0 +1,143 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dcae_jax import phases
+from dcae_jax.models import denoisers
+
+SETTINGS = {"latent_size": 16, "latent_channels": 32, "num_classes": 1000}
+# DC-AE's table 3: millions of parameters.
+PARAMETERS = {
+  "UViT-S": 44.79,
+  "UViT-H": 500.87,
+  "UViT-2B": 1580.40,
+  "DiT-XL": 674.89,
+}
+# Milliards of multiply-accumulates, by latents of f32c32 or f64c128.
+MACS = {
+  ("UViT-S", 16, 32): 12.27,
+  ("UViT-H", 16, 32): 133.25,
+  ("UViT-H", 8, 128): 33.25,
+  ("UViT-2B", 16, 32): 414.91,
+  ("UViT-2B", 8, 128): 104.65,
+  ("DiT-XL", 16, 32): 118.68,
+}
+
+
+def _create(name, **changes):
+  if name == "DiT-XL":
+    changes = {"learn_sigma": True} | changes
+  return denoisers.create(name, **SETTINGS | changes)
+
+
+def _inputs(model, images):
+  shape = (images, *model.latent_size, model.latent_channels)
+  return (
+    jax.ShapeDtypeStruct(shape, "float32"),
+    jax.ShapeDtypeStruct((images,), "float32"),
+    jax.ShapeDtypeStruct((images,), "int32"),
+  )
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_are_the_published_ones(name):
+  variables = denoisers.abstract_variables(_create(name))
+  assert set(variables) == {"params"}
+  assert round(phases.count(variables) / 1e6, 2) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("key", MACS, ids=lambda key: f"{key[0]}-{key[1]}")
+def test_multiply_accumulates_are_the_published_ones(key):
+  name, size, channels = key
+  model = _create(name, latent_size=size, latent_channels=channels)
+  assert model.forward_macs / 1e9 == pytest.approx(MACS[key], rel=2e-3)
+
+
+def _product_macs(jaxpr):
+  """Of all matrix products in a program, those in its parts too."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      sides = equation.invars[0].aval.shape
+      inner = math.prod(sides[axis] for axis in contracted)
+      total += inner * math.prod(equation.outvars[0].aval.shape)
+    if "jaxpr" in equation.params:
+      total += _product_macs(equation.params["jaxpr"])
+  return total
+
+
+@pytest.mark.parametrize("name", ["DiT-tiny", "UViT-tiny"])
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_multiply_accumulates_are_those_of_the_program(name, patch_size):
+  model = _create(name, latent_size=(8, 6), patch_size=patch_size)
+  variables = denoisers.abstract_variables(model)
+  program = jax.make_jaxpr(model.apply)(variables, *_inputs(model, 1))
+  assert _product_macs(program.jaxpr) == model.forward_macs
+
+
+def _output(model):
+  variables = denoisers.abstract_variables(model)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
+  return jax.eval_shape(model.apply, variables, *_inputs(model, 2))
+
+
+@pytest.mark.parametrize("name", denoisers.VARIANTS)
+def test_every_variant_returns_float32_of_the_shape_it_is_given(name):
+  y = _output(_create(name, latent_size=(4, 6), dtype="bfloat16"))
+  assert y.shape == (2, 4, 6, 64 if name == "DiT-XL" else 32)
+  assert y.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["DiT-tiny", "UViT-tiny"])
+def test_patches_leave_the_output_as_large_as_the_latents(name):
+  for patch_size in denoisers.PATCH_SIZES:
+    y = _output(_create(name, latent_size=(16, 24), patch_size=patch_size))
+    assert y.shape == (2, 16, 24, 32)
+
+
+def test_labels_have_one_row_more_than_there_are_classes():
+  for name in ("DiT-tiny", "UViT-tiny"):
+    params = denoisers.abstract_variables(_create(name))["params"]
+    assert params["label_embedding"]["embedding"].shape == (1001, 128)
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+  with pytest.raises(ValueError, match=r"'DiT-XXL'; known are DiT-S, .*UViT-H"):
+    denoisers.create("DiT-XXL", **SETTINGS)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (("SiT", 4, 64, 4), "'SiT' of denoisers; known are DiT, UViT"),
+    (("DiT", 4, 64, 5), "hidden=64 is not divisible by heads=5"),
+    (("DiT", 4, 64, 0), "hidden=64 is not divisible by heads=0"),
+    (("DiT", 4, 66, 2), "hidden=66 is not divisible by 4.*use 64 or 68"),
+    (("UViT", 4, 63, 3), "hidden=63 is not divisible by 2.*use 62 or 64"),
+    (("DiT", 0, 64, 4), "depth=0 of a DiT"),
+    (("UViT", 5, 64, 4), "depth=5 of a UViT.*even"),
+  ],
+)
+def test_architectures_that_cannot_be_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    denoisers.create(denoisers.Variant(*fields), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"patch_size": 3}, "patch_size=3 is not one of 1, 2, 4, 8"),
+    ({"latent_size": (16, 6), "patch_size": 4}, "side 6 is not divisible by"),
+    ({"latent_size": 0}, "side 0 is not divisible by"),
+    ({"latent_channels": 0}, "latent_channels=0 is below 1"),
+    ({"num_classes": 0}, "num_classes=0 is below 1"),
+    ({"dtype": "float16"}, "unknown dtype 'float16'"),
+    ({"learn_sigma": True}, "learn_sigma is for DiT"),
+  ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    denoisers.create("UViT-tiny", **SETTINGS | changes)
