@@ -9,7 +9,6 @@ On one device; training and evaluation over many devices are tasks of their own.
 """
 
 import functools
-import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from jax.typing import ArrayLike, DTypeLike
 from dcae_jax import architecture, arrays, released, tiling, weights
 from dcae_jax.data import images as images_lib
 from dcae_jax.data import sources, transforms
+from dcae_jax.evaluation import latent_statistics
 from dcae_jax.models import dcae, sd_vae
 from dcae_jax.training import checkpoint, metrics_writer
 
@@ -391,14 +391,19 @@ class Autoencoder:
     if isinstance(source, str | os.PathLike):
       name = f"images, centre crops of {resolution} px"
       source = self._crops(os.fspath(source), resolution, max_images)
-    total, count, images = 0.0, 0, 0
+    statistics = latent_statistics.LatentStatistics(self.latent_channels)
+    images, factor = 0, None
     for batch in source:
-      z = np.asarray(self.encode(batch)) - np.float32(self.shift_factor)
-      total += float(np.sum(np.square(z, dtype=np.float64)))
-      count, images = count + z.size, images + len(z)
-    if not count or not total:
+      z = np.asarray(self.encode(batch))
+      statistics.add(z)
+      images += len(z)
+    if images:
+      factor = latent_statistics.scaling_factor(
+        statistics.compute(), self.shift_factor
+      )
+    if factor is None:
       raise ValueError("there are no images, or their latents are all zero")
-    self.scaling_factor = math.sqrt(count / total)
+    self.scaling_factor = factor
     self._scaling_origin = f"1 / RMS of the latents of {images} {name}"
     return self.scaling_factor
 

@@ -10,7 +10,12 @@ def _compute(z, size):
   found = latent_statistics.LatentStatistics(z.shape[-1])
   for start in range(0, len(z), size):
     part = z[start : start + size]
-    found.update(part.mean((1, 2)), part.var((1, 2)), 6)
+    if start % 2:  # by the images' own moments, or by another's
+      found.update(part.mean((1, 2)), part.var((1, 2)), 6)
+    else:
+      other = latent_statistics.LatentStatistics(z.shape[-1])
+      other.add(part)
+      found.merge(json.loads(json.dumps(other.moments())))
   return found.compute()
 
 
@@ -22,7 +27,9 @@ def test_statistics_are_those_of_all_latents_for_any_batch_size(size):
   assert found["mean"] == pytest.approx(z.mean())
   assert found["std"] == pytest.approx(z.std())
   assert found["rms"] == pytest.approx(np.sqrt(np.mean(z**2)))
-  assert found["scaling_factor"] == pytest.approx(1 / found["rms"])
+  for shift in (0.0, 40.0):
+    factor = latent_statistics.scaling_factor(found, shift)
+    assert factor == pytest.approx(1 / np.sqrt(np.mean((z - shift) ** 2)))
   channels = z.reshape(-1, 3)
   for name, expected in (
     ("mean", channels.mean(0)),
@@ -34,4 +41,6 @@ def test_statistics_are_those_of_all_latents_for_any_batch_size(size):
 
 
 def test_latents_that_are_all_zero_have_no_scaling_factor():
-  assert _compute(np.zeros((2, 2, 3, 3)), 2)["scaling_factor"] is None
+  found = _compute(np.zeros((2, 2, 3, 3)), 2)
+  assert latent_statistics.scaling_factor(found, 0.0) is None
+  assert latent_statistics.scaling_factor(found, 2.0) == 0.5

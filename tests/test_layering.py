@@ -15,6 +15,7 @@ RULES = {
       "dcae_jax.architecture",
       "dcae_jax.arrays",
       "dcae_jax.data",
+      "dcae_jax.evaluation",
       "dcae_jax.models",
       "dcae_jax.released",
       "dcae_jax.tiling",

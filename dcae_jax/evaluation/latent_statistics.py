@@ -39,8 +39,19 @@ class LatentStatistics:
     self._mean = self._mean + shift * (added / total)
     self.count = total
 
+  def add(self, latents: np.ndarray) -> None:
+    """Adds images by their latents, [n, h, w, c]."""
+    flat = np.asarray(latents, np.float64)
+    flat = flat.reshape(len(flat), -1, flat.shape[-1])
+    self.update(flat.mean(axis=1), flat.var(axis=1), flat.shape[1])
+
+  def merge(self, moments: dict[str, Any]) -> None:
+    """Adds what another one's `moments` returned."""
+    mean, variance = (np.array([moments[x]]) for x in ("mean", "variance"))
+    self.update(mean, variance, moments["positions"])
+
   def moments(self) -> dict[str, Any]:
-    """What `update` takes as one image: mean, variance, positions."""
+    """Of each channel, as JSON has it; for `merge`."""
     return {
       "mean": self._mean.tolist(),
       "variance": (self._scatter / self.count).tolist(),
@@ -48,10 +59,7 @@ class LatentStatistics:
     }
 
   def compute(self) -> dict[str, Any]:
-    """Numbers over all channels, and under "channels" a list for each.
-
-    `scaling_factor` is None where all latents are zero.
-    """
+    """Numbers over all channels, and under "channels" a list for each."""
     variance = self._scatter / self.count
     square = variance + np.square(self._mean)
     mean, rms = self._mean.mean(), np.sqrt(square.mean())
@@ -59,7 +67,6 @@ class LatentStatistics:
       "mean": float(mean),
       "std": float(np.sqrt(max(square.mean() - mean**2, 0.0))),
       "rms": float(rms),
-      "scaling_factor": float(1 / rms) if rms > 0 else None,
       "channels": {
         "mean": self._mean.tolist(),
         "std": np.sqrt(variance).tolist(),

@@ -187,18 +187,15 @@ def _moments(views: list[np.ndarray]) -> dict[str, Any]:
   statistics = latent_statistics.LatentStatistics(views[0].shape[-1])
   for values in views:
     for i in range(0, len(values), _MOMENT_ROWS):
-      part = values[i : i + _MOMENT_ROWS].astype(np.float64)
-      part = part.reshape(len(part), -1, part.shape[-1])
       with np.errstate(invalid="ignore"):  # infinite ones are found after
-        statistics.update(part.mean(1), part.var(1), part.shape[1])
+        statistics.add(values[i : i + _MOMENT_ROWS])
   return statistics.moments()
 
 
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
   """Statistics of all latents, from the moments of their shards."""
-  moments = [record["moments"] for record in records]
-  statistics = latent_statistics.LatentStatistics(len(moments[0]["mean"]))
-  for found in moments:
-    mean, variance = (np.array([found[name]]) for name in ("mean", "variance"))
-    statistics.update(mean, variance, found["positions"])
+  channels = len(records[0]["moments"]["mean"])
+  statistics = latent_statistics.LatentStatistics(channels)
+  for record in records:
+    statistics.merge(record["moments"])
   return statistics.compute()
