@@ -304,19 +304,15 @@ def test_a_changed_file_is_another_source(config, pictures, tmp_path):
 
 
 def test_what_is_begun_without_a_shard_may_be_corrected(
-  whole, config, tmp_path
+  whole, config, tmp_path, monkeypatch
 ):
-  for changes, message in (
-    ({"min_size": 10**6}, "none of the 45 images"),
-    ({"max_images": 3, "dtype": "float16", "shard_rows": 32}, "disk"),
-  ):
-    fail = storage.Storage.free_bytes
-    storage.Storage.free_bytes = lambda self: 100
-    try:
-      with pytest.raises(ValueError, match=f"{message}|no space left"):
-        export_latents.run(config(**changes), epath.Path(tmp_path))
-    finally:
-      storage.Storage.free_bytes = fail
+  with pytest.raises(ValueError, match="none of the 45 images can be used"):
+    export_latents.run(config(min_size=10**6), epath.Path(tmp_path))
+  with monkeypatch.context() as patch:
+    patch.setattr(storage.Storage, "free_bytes", lambda self: 100)
+    other = config(max_images=3, dtype="float16", shard_rows=32)
+    with pytest.raises(ValueError, match="no space left for latents"):
+      export_latents.run(other, epath.Path(tmp_path))
   export_latents.run(config(), epath.Path(tmp_path))
   check_equal(str(tmp_path / "latents"), whole)
 
@@ -368,7 +364,7 @@ def test_sigterm_while_images_are_tried(whole, config, tmp_path, monkeypatch):
   check_equal(str(tmp_path / "latents"), whole)
 
 
-def test_an_image_is_decoded_once_for_all_its_crops(
+def test_an_image_is_decoded_once_for_all_its_crops_in_a_group(
   config, tmp_path, monkeypatch
 ):
   opened = []
@@ -376,9 +372,10 @@ def test_an_image_is_decoded_once_for_all_its_crops(
   monkeypatch.setattr(
     images, "open_image", lambda *a: opened.append(a[1]) or original(*a)
   )
-  changes = {"crop": "random_crop", "crops_per_image": 4, "flip": False}
+  changes = {"crop": "random_crop", "crops_per_image": 8, "flip": False}
+  changes["batch_size_per_device"] = 4
   export_latents.run(config(**changes, max_images=3), epath.Path(tmp_path))
-  assert len(opened) == 2 * 3  # to try it, and to crop it
+  assert len(opened) == 3 + 3 * 2  # to try it, and for each four of its crops
 
 
 class _Slow(latent_store.LatentStore):
@@ -623,11 +620,15 @@ def test_a_bucket_may_be_gone_for_a_while(
     deadline = time.monotonic() + 120
     identity = "dcae-export/store/progress/identity.json"
     while identity not in emulator.uploads:  # it goes on writing at once
-      assert time.monotonic() < deadline
+      assert time.monotonic() < deadline and process.poll() is None
       time.sleep(0.02)
     with emulator.gone():
       time.sleep(2)
+      written = list(emulator.uploads)
+      assert process.poll() is None  # it waits
     _end(process)
+    assert "dcae-export/store/manifest.json" in emulator.uploads
+    assert "dcae-export/store/manifest.json" not in written
   check_equal(output, whole)
   for name in emulator.names("dcae-export"):
     emulator.delete("dcae-export", name)

@@ -137,16 +137,14 @@ def test_windows_of_shards_are_read_one_after_the_other(path):
   """A cache of two shards is enough for a whole epoch."""
   source = latents.Latents(path)
   order = latents._Order(source, 8, seed=0, shuffle_shards=2)
-  starts = order._starts
-  found, seen = [], []
-  for batch in range(10):
-    for row in order[batch]:
-      shard = int(np.searchsorted(starts, row, side="right")) - 1
-      if shard not in seen:
-        seen.append(shard)
-      found.append(len(seen))
-      assert shard in seen[-2 - len(seen) % 2 :]
-  assert len(seen) == 6 and max(found[:16]) == 2
+  rows = np.concatenate([order[batch] for batch in range(10)])
+  shards = np.searchsorted([16, 32, 40, 56, 72], rows, side="right")
+  first_seen = {shard: i for i, shard in reversed(list(enumerate(shards)))}
+  in_order = sorted(first_seen, key=first_seen.get)
+  windows = [in_order.index(shard) // 2 for shard in shards]
+  assert windows == sorted(windows) and max(windows) == 2
+  assert in_order != sorted(in_order)
+  assert (np.diff(shards[:16]) != 0).any()  # rows of a window are mixed
 
 
 def test_processes_share_the_batches_of_one(path):

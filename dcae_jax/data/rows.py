@@ -210,12 +210,15 @@ def load_batches(
     for number, part in shards
     for i in range(0, len(part), group_size)
   ]
+  # An image is opened once for all its crops in a group: those of a whole shard
+  # could be more than memory holds.
   loads = [
     (index, [crop for _, crop in places])
-    for _, part in shards
+    for _, part, _ in plan
     for index, places in itertools.groupby(part, key=lambda place: place[0])
   ]
-  ahead = 2 * max(-(-group_size * groups // rows.per_image), threads)
+  together = min(rows.per_image, group_size)
+  ahead = 2 * max(-(-group_size * groups // together), threads)
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
   loaded = itertools.chain.from_iterable(
     grain.MapDataset.source(loads)
