@@ -615,6 +615,7 @@ def test_a_bucket_may_be_gone_for_a_while(
   output = f"{gs}/store"
   into = config(output=output)
   uploads = lambda method, path: path.startswith("/upload/")
+  emulator.forget()
   with emulator.fail(500, times=3, every=5, where=uploads, done=True):
     process = _start(into, tmp_path / "out", emulator.environment)
     deadline = time.monotonic() + 120

@@ -23,7 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dcae_jax.data import storage
+from dcae_jax.data import differences, storage
 
 FORMAT = {"format": "dcae_jax.latents", "format_version": 1}
 VIEWS = ("latents", "latents_flipped")
@@ -104,12 +104,9 @@ class LatentStore:
     identity = FORMAT | identity
     if "count" in before:  # what it had to find out stands there
       identity = {k: v for k, v in identity.items() if v is not None}
-    there, now = _flat(before), _flat(identity)
-    changes = [
-      f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
-      for key in sorted(now)
-      if there.get(key) != now.get(key)
-    ]
+    compared = differences.flat(identity)
+    found = differences.differences(before, identity)
+    changes = [text for key, text in found.items() if key in compared]
     if changes:
       raise ValueError(
         f"{self.storage.path} holds latents of another export ("
@@ -474,13 +471,3 @@ def _decode_strings(data: bytes) -> list[str]:
   except (struct.error, UnicodeDecodeError) as error:
     raise ValueError(f"keys are damaged: {error}") from error
   return texts
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flat(value, f"{prefix}{key}.")
-    else:
-      flat[f"{prefix}{key}"] = value
-  return flat

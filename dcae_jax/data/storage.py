@@ -174,15 +174,6 @@ class Storage:
         spec, context=self._context, open=True, create=metadata is not None
       ).result()
 
-  def _parsed(self, key: str, data: bytes) -> dict[str, Any]:
-    try:
-      found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-      raise ValueError(f"{self.path}/{key} is damaged: {error}") from error
-    if not isinstance(found, dict):
-      raise ValueError(f"{self.path}/{key} is damaged: it is no mapping")
-    return found
-
   def write_rows(
     self, array: ts.TensorStore, start: int, rows: np.ndarray
   ) -> None:
@@ -198,6 +189,15 @@ class Storage:
       yield
     except ValueError as error:
       raise _translated(self.path, str(error)) from error
+
+  def _parsed(self, key: str, data: bytes) -> dict[str, Any]:
+    try:
+      found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f"{self.path}/{key} is damaged: {error}") from error
+    if not isinstance(found, dict):
+      raise ValueError(f"{self.path}/{key} is damaged: it is no mapping")
+    return found
 
 
 def _reopen(path: str, options: dict[str, Any]) -> Storage:

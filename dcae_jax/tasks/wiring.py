@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dcae_jax import architecture, released
-from dcae_jax.data import sources, storage, transforms
+from dcae_jax.data import differences, sources, storage, transforms
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.models import dcae
 from dcae_jax.training import checkpoint, metrics_writer
@@ -32,6 +32,10 @@ _MAY_CHANGE = (
   "steps", "log_every", "compilation_cache", "profile",
   "checkpoint", "evaluation", "report", "data.workers", "data.threads",
   "data.prefetch", "data.cache_megabytes", "lpips.path",
+)  # fmt: skip
+# What results name the versions of.
+_PACKAGES = (
+  "dcae_jax", "jax", "jaxlib", "flax", "numpy", "pillow", "tensorstore"
 )  # fmt: skip
 # Tasks that go on with nothing in the work directory.
 _MADE_ANEW = (
@@ -193,7 +197,7 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
     raise ValueError(f"--workdir={workdir} is not a directory; choose another")
   if not path.exists():
     return
-  before, now = _flat(checkpoint.read_config(path)), _flat(resolved(config))
+  before, now = checkpoint.read_config(path), resolved(config)
   if before["task"] == now["task"] and now["task"] in _MADE_ANEW:
     return
   if (workdir / "result.json").exists() and not (
@@ -203,11 +207,8 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
       f"--workdir={workdir} holds a finished run without checkpoints; bring "
       "them back, or choose another directory"
     )
-  changes = [
-    f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-    for key in sorted(before.keys() | now.keys())
-    if before.get(key) != now.get(key) and not _may_change(key)
-  ]
+  found = differences.differences(before, now)
+  changes = [text for key, text in found.items() if not _may_change(key)]
   if changes:
     raise ValueError(
       f"--workdir={workdir} holds a run of another config ({'; '.join(changes)}"
@@ -247,15 +248,7 @@ def write_config(config: ConfigDict, workdir: epath.Path) -> None:
 def versions() -> dict[str, str]:
   """What computed a result."""
   found = {}
-  for name in (
-    "dcae_jax",
-    "jax",
-    "jaxlib",
-    "flax",
-    "numpy",
-    "pillow",
-    "tensorstore",
-  ):
+  for name in _PACKAGES:
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -270,13 +263,3 @@ def versions() -> dict[str, str]:
 def resolved(config: ConfigDict) -> dict[str, Any]:
   """The config as JSON has it: tuples are lists."""
   return json.loads(config.to_json_best_effort())
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flat(value, f"{prefix}{key}.")
-    else:
-      flat[f"{prefix}{key}"] = value
-  return flat

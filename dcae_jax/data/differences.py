@@ -1,0 +1,24 @@
+"""What differs between two descriptions: trees of plain values, as JSON has."""
+
+from typing import Any
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Leaves by their path, `a.b.c`."""
+  found = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      found |= flat(value, f"{prefix}{key}.")
+    else:
+      found[f"{prefix}{key}"] = value
+  return found
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+  """By path, in order: what stands there, and what now."""
+  there, here = flat(before), flat(now)
+  return {
+    key: f"{key}: {there.get(key)!r} there, {here.get(key)!r} now"
+    for key in sorted(there.keys() | here.keys())
+    if there.get(key) != here.get(key)
+  }
