@@ -82,10 +82,34 @@ def emulator():
     yield emulator
 
 
-def bucket_environment(emulator, monkeypatch) -> None:
-  """Leads this process's own requests to the emulator."""
+@pytest.fixture
+def gs(emulator, monkeypatch):
+  """An empty bucket, and this process's own requests led to it."""
   for key in ("TENSORSTORE_GCS_HTTP_URL", "NO_GCE_CHECK"):
     monkeypatch.setenv(key, emulator.environment[key])
+  emulator.forget()
+  yield emulator.create("dcae-gs")
+  emulator.heal()
+  for name in emulator.names("dcae-gs"):
+    emulator.delete("dcae-gs", name)
+
+
+def save_tiny_autoencoder(
+  folder: pathlib.Path, seed: int = 0, scaling_factor: float = 1.0
+) -> pathlib.Path:
+  """Initial values of tiny-f8, in the diffusers layout; returns the folder."""
+  import dcae_jax
+  from dcae_jax.models import dcae
+
+  variant = dcae.VARIANTS["tiny-f8"]
+  variables = jax.jit(dcae.create(variant).init)(
+    jax.random.key(seed), np.zeros((1, 8, 8, 3), "float32")
+  )
+  autoencoder = dcae_jax.Autoencoder(
+    variant, variables, scaling_factor=scaling_factor
+  )
+  autoencoder.save(folder)
+  return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy_denoisers
 import pytest
 
 from dcae_jax import phases
@@ -141,3 +143,84 @@ def test_architectures_that_cannot_be_are_refused(fields, message):
 def test_settings_that_cannot_be_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     denoisers.create("UViT-tiny", **SETTINGS | changes)
+
+
+def _small(family, **changes):
+  """A small one of a family, or of the family of another one."""
+  if not isinstance(family, str):
+    family = type(family).__name__
+  settings = {
+    "latent_size": (4, 6), "latent_channels": 5, "num_classes": 7,
+    "patch_size": 2, "learn_sigma": family == "DiT",
+  }  # fmt: skip
+  depth = {"DiT": 2, "UViT": 4}[family]
+  variant = denoisers.Variant(family, depth, 48, 3)
+  return denoisers.create(variant, **settings | changes)
+
+
+@pytest.fixture(scope="module", params=["DiT", "UViT"])
+def small(request):
+  """A model with random values everywhere, and inputs."""
+  model = _small(request.param)
+  variables = numpy_denoisers.random_variables(model)
+  return model, variables, numpy_denoisers.random_inputs(model)
+
+
+def test_each_image_has_its_own_time_and_class(small):
+  model, variables, (z, t, labels) = small
+  apply = jax.jit(model.apply)
+  y = apply(variables, z, t, labels)
+  for changed in (
+    (z, t.at[1].add(0.5), labels),
+    (z, t, labels.at[1].set(model.num_classes)),
+    (z.at[1].add(0.1), t, labels),
+  ):
+    other = apply(variables, *changed)
+    assert jnp.max(jnp.abs(other[1] - y[1])) > 1e-3
+    np.testing.assert_allclose(other[::2], y[::2], rtol=0, atol=1e-5)
+
+
+def test_training_changes_nothing(small):
+  model, variables, inputs = small
+  y = jax.jit(model.apply)(variables, *inputs)
+  rngs = {"dropout": jax.random.key(0)}
+  train = jax.jit(lambda v: model.apply(v, *inputs, train=True, rngs=rngs))
+  np.testing.assert_array_equal(train(variables), y)
+
+
+def test_rematerialisation_changes_nothing_but_the_backward_pass(small):
+  model, variables, inputs = small
+  other = _small(model, rematerialisation=True)
+  assert denoisers.abstract_variables(other) == denoisers.abstract_variables(
+    model
+  )
+
+  def gradient(model):
+    loss = lambda v: jnp.mean(jnp.square(model.apply(v, *inputs)))
+    return jax.value_and_grad(loss)
+
+  found, expected = (jax.jit(gradient(m))(variables) for m in (other, model))
+  assert "remat" not in str(jax.make_jaxpr(gradient(model))(variables))
+  jaxpr = str(jax.make_jaxpr(gradient(other))(variables))
+  blocks = [name for name in variables["params"] if "block" in name]
+  assert jaxpr.count("remat") >= len(blocks) >= model.depth
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    found,
+    expected,
+  )
+
+
+def test_gradients_in_bfloat16_are_those_of_float32_up_to_rounding(small):
+  model, variables, inputs = small
+  y = jax.eval_shape(model.apply, variables, *inputs)
+  signs = np.random.default_rng(2).choice([-1.0, 1.0], y.shape)
+
+  def gradient(model):
+    loss = lambda v: jnp.sum(signs * model.apply(v, *inputs))
+    return jax.jit(jax.grad(loss))(variables)
+
+  found, expected = gradient(_small(model, dtype="bfloat16")), gradient(model)
+  for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    assert a.dtype == jnp.float32
+    assert jnp.linalg.norm(a - b) < 0.05 * jnp.linalg.norm(b)

@@ -15,7 +15,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import skimage.metrics
-from conftest import REPOSITORY, run_main, smooth_image
+from conftest import (
+  REPOSITORY,
+  run_main,
+  save_tiny_autoencoder,
+  smooth_image,
+)
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
@@ -24,7 +29,7 @@ import dcae_jax
 from configs import base
 from dcae_jax.data import transforms
 from dcae_jax.evaluation import fid
-from dcae_jax.models import dcae, inception, lpips
+from dcae_jax.models import inception, lpips
 from dcae_jax.tasks import evaluate_autoencoder, reference_statistics
 
 RESOLUTION = 32
@@ -33,14 +38,7 @@ RESOLUTION = 32
 @pytest.fixture(scope="module")
 def weights_folder(tmp_path_factory):
   """A tiny autoencoder whose shortcuts make it reconstruct something."""
-  variant = dcae.VARIANTS["tiny-f8"]
-  model = dcae.create(variant)
-  variables = jax.jit(model.init)(
-    jax.random.key(0), np.zeros((1, 8, 8, 3), "float32")
-  )
-  folder = tmp_path_factory.mktemp("tiny") / "weights"
-  dcae_jax.Autoencoder(variant, variables, scaling_factor=1.0).save(folder)
-  return folder
+  return save_tiny_autoencoder(tmp_path_factory.mktemp("tiny") / "weights")
 
 
 @pytest.fixture(scope="module")

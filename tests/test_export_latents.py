@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from conftest import (
   REPOSITORY,
-  bucket_environment,
   run_main,
+  save_tiny_autoencoder,
   smooth_image,
 )
 from etils import epath
@@ -26,7 +26,6 @@ from PIL import Image
 import dcae_jax
 from configs import base
 from dcae_jax.data import images, latent_store, latents, rows, sources, storage
-from dcae_jax.models import dcae
 from dcae_jax.tasks import (
   export_latents,
   inspect_latents,
@@ -42,18 +41,10 @@ BAD = {
 }
 
 
-def _save_weights(folder, seed: int) -> pathlib.Path:
-  variant = dcae.VARIANTS["tiny-f8"]
-  variables = jax.jit(dcae.create(variant).init)(
-    jax.random.key(seed), np.zeros((1, 8, 8, 3), "float32")
-  )
-  dcae_jax.Autoencoder(variant, variables, scaling_factor=0.5).save(folder)
-  return folder
-
-
 @pytest.fixture(scope="module")
 def weights_folder(tmp_path_factory):
-  return _save_weights(tmp_path_factory.mktemp("tiny") / "weights", 0)
+  folder = tmp_path_factory.mktemp("tiny") / "weights"
+  return save_tiny_autoencoder(folder, scaling_factor=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +89,6 @@ def whole(config, tmp_path_factory) -> str:
   workdir = tmp_path_factory.mktemp("whole") / "out"
   assert export_latents.run(config(), epath.Path(workdir))
   return str(workdir / "latents")
-
-
-@pytest.fixture
-def gs(emulator, monkeypatch):
-  bucket_environment(emulator, monkeypatch)
-  yield emulator.create("dcae-export")
-  emulator.heal()
-  for name in emulator.names("dcae-export"):
-    emulator.delete("dcae-export", name)
 
 
 def check_equal(found: str, expected: str) -> None:
@@ -260,7 +242,7 @@ def test_stopped_before_any_write_it_ends_equal(
 def test_another_export_is_refused_and_nothing_is_touched(
   whole, config, pictures, tmp_path
 ):
-  other_weights = _save_weights(tmp_path / "weights", 1)
+  other_weights = save_tiny_autoencoder(tmp_path / "weights", seed=1)
   other_source = tmp_path / "pictures"
   for file in sorted(pictures.rglob("*.png"))[:20]:
     target = other_source / file.relative_to(pictures)
@@ -602,9 +584,9 @@ def test_two_processes_one_of_them_killed_end_equal(
   ]
   assert "1 of 3 shards" in messages[0]
   uploads = [name for name in emulator.uploads if "/latents/c/" in name]
-  assert uploads == ["dcae-export/two/store/latents/c/1/0/0/0"]
+  assert uploads == ["dcae-gs/two/store/latents/c/1/0/0/0"]
   check_equal(two.output, whole)
-  result = json.loads(emulator.read("dcae-export", "two/result.json"))
+  result = json.loads(emulator.read("dcae-gs", "two/result.json"))
   assert result["count"] == 42 and "encoder" in result["seconds"]
 
 
@@ -619,7 +601,7 @@ def test_a_bucket_may_be_gone_for_a_while(
   with emulator.fail(500, times=3, every=5, where=uploads, done=True):
     process = _start(into, tmp_path / "out", emulator.environment)
     deadline = time.monotonic() + 120
-    identity = "dcae-export/store/progress/identity.json"
+    identity = "dcae-gs/store/progress/identity.json"
     while identity not in emulator.uploads:  # it goes on writing at once
       assert time.monotonic() < deadline and process.poll() is None
       time.sleep(0.02)
@@ -628,11 +610,11 @@ def test_a_bucket_may_be_gone_for_a_while(
       written = list(emulator.uploads)
       assert process.poll() is None  # it waits
     _end(process)
-    assert "dcae-export/store/manifest.json" in emulator.uploads
-    assert "dcae-export/store/manifest.json" not in written
+    assert "dcae-gs/store/manifest.json" in emulator.uploads
+    assert "dcae-gs/store/manifest.json" not in written
   check_equal(output, whole)
-  for name in emulator.names("dcae-export"):
-    emulator.delete("dcae-export", name)
+  for name in emulator.names("dcae-gs"):
+    emulator.delete("dcae-gs", name)
   records = lambda method, path: uploads(method, path) and "shards" in path
   few = config(output=output, retries=1)
   with (
@@ -656,7 +638,7 @@ def test_buckets_are_checked_before_an_image_is_read(
   with pytest.raises(OSError, match="there is no bucket gs://dcae-nowhere"):
     export_latents.run(nowhere, epath.Path(tmp_path))
   with (
-    emulator.forbid("dcae-export"),
+    emulator.forbid("dcae-gs"),
     pytest.raises(PermissionError, match="no permission for"),
   ):
     export_latents.run(config(output=f"{gs}/x"), epath.Path(tmp_path))
@@ -669,7 +651,7 @@ def test_buckets_are_checked_before_an_image_is_read(
   ):
     export_latents.run(config(output=f"{gs}/x"), epath.Path(tmp_path))
   assert not list(tmp_path.iterdir())
-  assert not emulator.names("dcae-export")
+  assert not emulator.names("dcae-gs")
 
 
 def test_work_directories_are_checked_before_an_image_is_read(
@@ -810,7 +792,7 @@ def test_inspecting_finds_damage_and_the_wrong_autoencoder(
     _inspect(str(copy), tmp_path / "a")
   problems = json.loads((tmp_path / "a/result.json").read_text())["problems"]
   assert len(problems) == 1
-  other = _save_weights(tmp_path / "weights", 1)
+  other = save_tiny_autoencoder(tmp_path / "weights", seed=1)
   with pytest.raises(ValueError, match="does not have the encoder"):
     _inspect(whole, tmp_path / "b", init_from=str(other))
   with pytest.raises(ValueError, match="cannot be loaded"):

@@ -7,7 +7,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import zarr
-from conftest import bucket_environment
 
 from dcae_jax.data import latent_store, latents, storage
 
@@ -58,16 +57,6 @@ def path(tmp_path_factory) -> str:
   path = tmp_path_factory.mktemp("store") / "two views"
   make_store(path, views=latent_store.VIEWS, shift_factor=0.5)
   return str(path)
-
-
-@pytest.fixture
-def gs(emulator, monkeypatch):
-  """A bucket for this process's own requests."""
-  bucket_environment(emulator, monkeypatch)
-  yield emulator.create("dcae-latents")
-  emulator.heal()
-  for name in emulator.names("dcae-latents"):
-    emulator.delete("dcae-latents", name)
 
 
 @pytest.mark.parametrize("dtype", latent_store.DTYPES)
@@ -350,7 +339,7 @@ def test_a_place_with_something_else_is_refused(tmp_path, gs, emulator):
   latent_store.LatentStore(f"{gs}/b").check()
   with pytest.raises(ValueError, match=r"holds notes.txt of something else"):
     latent_store.LatentStore(f"{gs}/a").check()
-  assert emulator.names("dcae-latents") == ["a/notes.txt"]
+  assert emulator.names("dcae-gs") == ["a/notes.txt"]
 
 
 def test_what_is_wrong_with_a_bucket_is_said(gs, emulator):
@@ -359,7 +348,7 @@ def test_what_is_wrong_with_a_bucket_is_said(gs, emulator):
     store.check()
   store = latent_store.LatentStore(f"{gs}/latents", retries=1)
   with (
-    emulator.forbid("dcae-latents"),
+    emulator.forbid("dcae-gs"),
     pytest.raises(PermissionError, match="needs the role"),
   ):
     store.check()

@@ -2,30 +2,22 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
-from conftest import run_main, smooth_image
+from conftest import run_main, save_tiny_autoencoder, smooth_image
 from etils import epath
 from PIL import Image
 
 import dcae_jax
 from configs import base
 from dcae_jax import architecture, tiling
-from dcae_jax.models import dcae
 from dcae_jax.tasks import reconstruct
 
 
 @pytest.fixture(scope="module")
 def weights_folder(tmp_path_factory):
   """A tiny autoencoder with initial values, in the diffusers layout."""
-  variant = dcae.VARIANTS["tiny-f8"]
-  model = dcae.create(variant)
-  images = np.zeros((1, 8, 8, 3), "float32")
-  variables = jax.jit(model.init)(jax.random.key(0), images)
-  folder = tmp_path_factory.mktemp("tiny") / "weights"
-  dcae_jax.Autoencoder(variant, variables, scaling_factor=1.0).save(folder)
-  return folder
+  return save_tiny_autoencoder(tmp_path_factory.mktemp("tiny") / "weights")
 
 
 @pytest.fixture(scope="module")
