@@ -217,14 +217,14 @@ def test_stopped_before_any_write_it_ends_equal(
   workdir, starts = epath.Path(tmp_path / "out"), 0
   store = latent_store.LatentStore(str(workdir / "latents"))
   while store.manifest() is None:
-    limit[0], starts = 2 + starts % 9, starts + 1
+    limit[0], starts = 2 + starts, starts + 1
     written.clear()
     encoded.clear()
     before = set(store.finished(3, latent_store.VIEWS))
     try:
       export_latents.run(config(), workdir)
     except _Killed:
-      assert starts < 60
+      assert starts < 30  # a whole export writes fewer times
     assert before <= set(store.finished(3, latent_store.VIEWS)) or (
       store.manifest() is not None
     )
