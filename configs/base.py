@@ -253,6 +253,8 @@ def reference_statistics() -> ConfigDict:
   """Mean and covariance of Inception features of images, for FID."""
   c = ConfigDict()
   c.task = "reference_statistics"
+  # Images whose features are kept, for precision and recall: the first ones.
+  c.features = 10_000
   c.source = source("folder")
   c.resolutions = (256, 512)  # sides of the centre crops
   c.max_images = 0  # 0: all
@@ -306,6 +308,7 @@ def export_latents() -> ConfigDict:
   c.compute_dtype = "float32"
   # --- the images ----------------------------------------------------------
   c.source = source("folder")
+  c.class_per_image = False  # each image is a class of its own
   c.max_images = 0  # the first ones; 0: all
   c.resolution = 512  # side of the crops, in pixels
   c.crop = "dm_crop"  # or "random_crop", "random_resized_crop"
@@ -342,6 +345,182 @@ def inspect_latents() -> ConfigDict:
   c.verify = True  # read all of it, and compare checksums
   c.retries = 10  # of each request to a bucket, at most 16 s apart
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c
+
+
+def latent_diffusion() -> ConfigDict:
+  """Training of a class-conditional diffusion model on exported latents."""
+  c = ConfigDict()
+  c.task = "train_diffusion"
+  c.seed = 0  # of initial values, order, noise and samples
+  c.latents = ""  # the store, a directory or gs:// prefix
+  # What decodes samples; "": what the store's manifest names.
+  c.autoencoder = ""
+  c.batch_size = 1024  # [paper] of all devices together
+  c.steps = 500_000  # [paper] UViT-H on f64; longer: 2,000,000
+
+  # --- the model -----------------------------------------------------------
+  c.model = ConfigDict()
+  c.model.variant = "UViT-H"  # a key of dcae_jax.models.denoisers.VARIANTS
+  # [paper] 1: the autoencoder has compressed enough. SD-VAE-f8: 2.
+  c.model.patch_size = 1
+  # Those of the store, filled in by the run.
+  c.model.latent_size = 0
+  c.model.latent_channels = 0
+  c.model.num_classes = 0
+  c.model.rematerialisation = False  # recompute each block: less memory
+  c.model.dtype = "bfloat16"  # of linear layers; attention is float32
+
+  # --- what is learned -----------------------------------------------------
+  c.objective = ConfigDict()
+  # "scaled_linear": noise, betas of latent diffusion [paper: UViT].
+  # "improved_ddpm": noise and variance, linear betas [paper: DiT].
+  # "flow": velocity on straight paths [paper: USiT, SANA].
+  c.objective.kind = "scaled_linear"
+  c.objective.logit_normal = ()  # flow: mean, deviation of logit t (SANA: 0, 1)
+  c.objective.shift = 1.0  # flow: of times towards noise (SANA: 3)
+  c.label_dropout = 0.1  # [paper] for classifier-free guidance
+  # DC-AE 1.5's augmented training: numbers of leading channels, of which each
+  # example keeps one at random, such as (16, 32, 64, 128). (): all.
+  c.channel_candidates = ()
+
+  # --- the optimizer: AdamW [paper] ----------------------------------------
+  c.optimizer = ConfigDict()
+  c.optimizer.learning_rate = 2e-4  # [paper] UViT
+  c.optimizer.beta1 = 0.99  # [paper] UViT
+  c.optimizer.beta2 = 0.99  # [paper] UViT
+  c.optimizer.weight_decay = 0.03  # [paper] UViT; [ours] on kernels only
+  c.optimizer.warmup_steps = 5_000  # [paper] UViT
+  c.optimizer.clip_norm = 0.0  # 0: not clipped
+  c.ema = ConfigDict()
+  c.ema.decay = 0.9999  # [paper]
+  c.ema.ramp_steps = 0  # decay * (1 - exp(-step / ramp_steps)); 0: none
+
+  # --- the latents ---------------------------------------------------------
+  c.data = ConfigDict()
+  c.data.workers = 0  # reader processes; 0: threads of the main process
+  c.data.threads = 4  # batches that each process reads at once
+  c.data.prefetch = 2  # batches ahead, on the devices
+  c.data.cache_megabytes = 1_000.0  # of latents kept in memory, a process
+  c.data.shuffle_shards = 0  # 0: all rows with each other; a bucket: 16
+  c.data.retries = 10  # of each request to a bucket
+
+  # --- pictures of samples during training, of the averages ----------------
+  c.samples = ConfigDict()
+  c.samples.every = 10_000  # steps; 0: at the end only
+  c.samples.count = 8  # a class each; 0: none
+  c.samples.guidance = (1.0, 3.0)  # a row for each scale; 1: without
+  c.sampler = sampler()
+
+  # --- the machine ---------------------------------------------------------
+  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = 5_000  # steps; also at the end and on SIGTERM
+  c.checkpoint.keep = 2  # latest ones
+  c.log_every = 100  # steps
+  c.profile = ConfigDict({"start": 100, "steps": 0})  # trace; 0 steps: never
+  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c
+
+
+def uvit(variant: str) -> ConfigDict:
+  """UViT: noise prediction, DPM-Solver++ [paper]."""
+  c = latent_diffusion()
+  c.model.variant = variant
+  return c
+
+
+def usit(variant: str) -> ConfigDict:
+  """A UViT with SiT's objective: velocity, dopri5 [paper]."""
+  c = uvit(variant)
+  c.objective.kind = "flow"
+  c.optimizer.learning_rate = 1e-4  # [paper]
+  c.optimizer.weight_decay = 0.0  # [paper]
+  c.sampler.kind = "dopri5"
+  c.sampler.steps = 1_000  # at most
+  return c
+
+
+def dit(variant: str) -> ConfigDict:
+  """DiT: noise and its variance, 250 steps of DDPM [paper]."""
+  c = latent_diffusion()
+  c.model.variant = variant
+  c.objective.kind = "improved_ddpm"
+  c.batch_size = 256  # [paper]; 1024 with a rate of 2e-4
+  c.steps = 3_000_000  # [paper]
+  c.optimizer.learning_rate = 1e-4  # [paper] constant
+  c.optimizer.beta1 = 0.9  # [paper]
+  c.optimizer.beta2 = 0.999  # [paper]
+  c.optimizer.weight_decay = 0.0  # [paper]
+  c.optimizer.warmup_steps = 0
+  c.sampler.kind = "ddpm"
+  c.sampler.steps = 250  # [paper]
+  return c
+
+
+def evaluate_diffusion() -> ConfigDict:
+  """Samples of a diffusion model, decoded, written and measured."""
+  c = ConfigDict()
+  c.task = "evaluate_diffusion"
+  c.init_from = ""  # a run of train_diffusion, whose averages are used
+  # What decodes; "": what the latents were made with.
+  c.autoencoder = ""
+  c.seed = 0  # of noise and classes
+  c.samples = 50_000  # [paper] of each guidance scale
+  # Numbers of classes, in turn; (): all, at random with replacement [paper].
+  c.classes = ()
+  # Scales; 1: without. Several make a sweep, with the same noise and classes.
+  c.guidance = (1.0,)
+  c.sampler = sampler()
+  c.sampler.kind = ""  # "": the whole sampler of the training run
+  # Drawn at once by each process over its devices, and drawn again if it is
+  # killed; samples depend on it, and not on the number of devices.
+  c.batch_size = 64
+  # Of the decoder's layers. "bfloat16" is several times faster on TPU and GPU.
+  c.compute_dtype = "float32"
+  # "png": a file for each sample; "npz": one for each batch, with images arr_0
+  # and classes arr_1; "": none.
+  c.images = "png"
+  # --- what is measured ----------------------------------------------------
+  c.metrics = ("gfid", "inception_score", "precision_recall")
+  c.weights = ""  # of the FID Inception; "": the cache
+  # An .npz of the task reference_statistics [paper: of the training images].
+  c.reference = ""
+  # --- a picture of samples, with the same noise at each scale --------------
+  c.picture = ConfigDict()
+  c.picture.classes = 8  # rows; 0: no picture
+  c.picture.columns = 4  # for each scale
+  # The store that was trained on: an image of each class is shown, too.
+  c.picture.latents = ""
+  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c
+
+
+def export_and_diffuse() -> ConfigDict:
+  """Latents, a diffusion model on them and its samples, one after the other.
+
+  The store, the run and the evaluation of samples are `latents`, `training` and
+  `samples` in the work directory.
+  """
+  c = ConfigDict()
+  c.task = "export_and_diffuse"
+  c.export = export_latents()
+  c.training = latent_diffusion()
+  c.samples = evaluate_diffusion()
+  return c
+
+
+def sampler() -> ConfigDict:
+  """How samples are drawn."""
+  c = ConfigDict()
+  # "dpm_solver" [paper: UViT, 30 steps], "ddpm" [paper: DiT, 250], "ddim";
+  # of flows "euler", "heun", "dopri5" [paper: USiT].
+  c.kind = "dpm_solver"
+  c.steps = 30  # dopri5: at most
+  c.eta = 0.0  # ddim: 0 deterministic to 1 ancestral
+  c.atol = 1e-6  # dopri5
+  c.rtol = 1e-3  # dopri5
+  c.interval = ()  # guidance between these times only, of 0 to 1000; (): all
   return c
 
 

@@ -17,7 +17,8 @@ from ml_collections import config_flags
 TASKS = (
   "train_autoencoder", "train_phases", "report", "reconstruct",
   "evaluate_autoencoder", "reference_statistics", "export_latents",
-  "inspect_latents",
+  "inspect_latents", "train_diffusion", "evaluate_diffusion",
+  "export_and_diffuse",
 )  # fmt: skip
 
 

@@ -113,6 +113,108 @@ def save_tiny_autoencoder(
 
 
 @pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory) -> pathlib.Path:
+  """A converted file, with random values."""
+  from dcae_jax.models import inception
+
+  rng = np.random.default_rng(0)
+  file = tmp_path_factory.mktemp("inception") / "random.npz"
+  arrays = {}
+  for name, shape in inception.parameter_shapes().items():
+    if name.endswith("running_var") or name.endswith("bn.weight"):
+      arrays[name] = rng.uniform(0.5, 1.5, shape)
+    else:
+      arrays[name] = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
+  np.savez(file, **{k: v.astype("float32") for k, v in arrays.items()})
+  return file
+
+
+@pytest.fixture(scope="session")
+def tiny_autoencoder(tmp_path_factory) -> pathlib.Path:
+  """A folder with initial values of tiny-f8."""
+  folder = tmp_path_factory.mktemp("tiny") / "weights"
+  return save_tiny_autoencoder(folder, scaling_factor=0.5)
+
+
+@pytest.fixture(scope="session")
+def tiny_latents(tiny_autoencoder, tmp_path_factory) -> str:
+  """A store of 48 latents [2, 2, 16] in three classes, filled by hand."""
+  labels = np.arange(48, dtype=np.int32) % 3
+  path = tmp_path_factory.mktemp("store") / "latents"
+  return fill_store(path, tiny_autoencoder, labels, classes=3)
+
+
+def fill_store(
+  path: pathlib.Path, folder: pathlib.Path, labels: np.ndarray, classes: int
+) -> str:
+  """Latents of classes that each have a mean of their own; returns the path."""
+  import dcae_jax
+  from dcae_jax import weights
+  from dcae_jax.data import latent_store
+  from dcae_jax.tasks import latent_encoding
+
+  rows, shape, views = len(labels), (2, 2, 16), ["latents"]
+  store = latent_store.LatentStore(str(path))
+  store.check()
+  store.write_identity({})
+  store.create_arrays(rows, shape, "float32", views, rows)
+  rng = np.random.default_rng(0)
+  means = rng.normal(size=(int(labels.max()) + 1, *shape))
+  values = 2 * means[labels] + 0.1 * rng.normal(size=(rows, *shape))
+  store.write_shard(
+    0,
+    rows,
+    {"latents": values.astype(np.float32)},
+    labels,
+    ["a"] * rows,
+    {"moments": {"mean": [0.0]}},
+  )
+  encoder = latent_encoding.encoder_variables(dcae_jax.load(folder).variables)
+  made_with = {
+    "init_from": str(folder),
+    "space_to_channel": 1,
+    "encoder_sha256": weights.fingerprint(encoder),
+  }
+  store.finish(
+    {
+      "autoencoder": made_with,
+      "count": rows,
+      "shape": list(shape),
+      "dtype": "float32",
+      "views": views,
+      "classes": [f"class {i}" for i in range(classes)],
+      "scaling_factor": 0.5,
+      "shift_factor": 0.0,
+      "shards": store.records(1),
+      "metadata_sha256": store.metadata_checksums(views),
+    }
+  )
+  return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_diffusion(tiny_latents, compilation_cache):
+  """A function: four steps of UViT-tiny."""
+
+  def create(**changes):
+    c = base.latent_diffusion()
+    c.latents = tiny_latents
+    c.model.variant, c.model.dtype = "UViT-tiny", "float32"
+    c.batch_size, c.steps = 16, 4
+    c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-3, 2
+    c.ema.decay = 0.9
+    c.data.threads = 1
+    c.samples.count, c.sampler.steps = 0, 4
+    c.samples.every = c.checkpoint.every = 0
+    c.log_every = 1
+    c.compilation_cache = compilation_cache
+    c.update_from_flattened_dict(changes)
+    return c
+
+  return create
+
+
+@pytest.fixture(scope="session")
 def tiny_config(photographs, compilation_cache):
   """A function of the phase: a run of four steps of tiny-f8, without LPIPS."""
 

@@ -32,6 +32,9 @@ DEFAULTS = {
   "reference_statistics": base.reference_statistics,
   "export_latents": base.export_latents,
   "inspect_latents": base.inspect_latents,
+  "train_diffusion": base.latent_diffusion,
+  "evaluate_diffusion": base.evaluate_diffusion,
+  "export_and_diffuse": base.export_and_diffuse,
 }
 
 

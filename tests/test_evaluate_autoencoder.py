@@ -55,21 +55,6 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory):
-  """A converted file, with random values."""
-  rng = np.random.default_rng(0)
-  file = tmp_path_factory.mktemp("inception") / "random.npz"
-  arrays = {}
-  for name, shape in inception.parameter_shapes().items():
-    if name.endswith("running_var") or name.endswith("bn.weight"):
-      arrays[name] = rng.uniform(0.5, 1.5, shape)
-    else:
-      arrays[name] = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
-  np.savez(file, **{k: v.astype("float32") for k, v in arrays.items()})
-  return file
-
-
-@pytest.fixture(scope="module")
 def config(pictures, weights_folder, compilation_cache):
   """A function: the evaluation of the tiny one, PSNR and SSIM alone."""
 
@@ -407,7 +392,9 @@ def test_reference_statistics_are_computed_saved_and_read(
   c.compilation_cache = compilation_cache
   reference_statistics.run(c, epath.Path(tmp_path / "reference"))
   file = tmp_path / "reference" / f"inception_{RESOLUTION}px.npz"
-  mean, covariance, _ = fid.load_statistics(file, 2048)
+  mean, covariance, features, _ = fid.load_statistics(file, 2048)
+  assert features.shape == (11, 2048)
+  np.testing.assert_allclose(features.mean(0), mean, rtol=1e-5)
   assert mean.shape == (2048,)
   # The rank of 2048 columns is that of a few mixtures of them.
   mixtures = np.random.default_rng(0).normal(size=(2048, 20))

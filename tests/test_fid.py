@@ -118,7 +118,7 @@ def test_statistics_are_saved_and_read(tmp_path):
   fid.save_statistics(file, moments.mean, moments.covariance)
   with np.load(file) as archive:
     assert sorted(archive.files) == ["mu", "sigma"]
-  mean, covariance, digest = fid.load_statistics(file, 12)
+  mean, covariance, _, digest = fid.load_statistics(file, 12)
   assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
   np.testing.assert_array_equal(mean, moments.mean)
   np.testing.assert_array_equal(covariance, moments.covariance)
@@ -128,7 +128,7 @@ def test_statistics_of_others_may_be_float32_and_hold_more(tmp_path):
   file = tmp_path / "others.npz"
   values = {"mu": np.zeros(3, "f4"), "sigma": np.eye(3, dtype="f4")}
   np.savez_compressed(file, **values, arr_0=np.zeros((2, 8, 8, 3)))
-  mean, _, _ = fid.load_statistics(str(file), 3)
+  mean, *_ = fid.load_statistics(str(file), 3)
   assert mean.dtype == np.float64
 
 

@@ -108,11 +108,12 @@ class _Counter:
 
 def test_prefetch_remembers_the_batch_handed_out_not_the_one_read():
   mesh = sharding.create_mesh(8, 1, 1)
-  batches = sharding.Prefetch(_Counter(), mesh, depth=3)
+  put = lambda batch: sharding.put_images(batch["images"], mesh)
+  batches = sharding.Prefetch(_Counter(), put, depth=3)
   values = [int(next(batches)[0, 0, 0, 0]) for _ in range(4)]
   assert values == [1, 2, 3, 4]
   state = batches.get_state()
   assert state == {"next": 4}
-  other = sharding.Prefetch(_Counter(), mesh, depth=2)
+  other = sharding.Prefetch(_Counter(), put, depth=2)
   other.set_state(state)
   assert int(next(other)[0, 0, 0, 0]) == 5

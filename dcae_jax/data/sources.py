@@ -333,6 +333,35 @@ def embedded(split: str) -> Files:
   return _unlabelled(paths, keys)
 
 
+class ClassPerImage:
+  """Another source, with each image as a class of its own.
+
+  Attributes:
+    classes: the images' keys.
+  """
+
+  def __init__(self, source: Source):
+    self._source = source
+    self.classes = [source.key(i) for i in range(len(source))]
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Record:
+    return self._source[index]._replace(label=index)
+
+  def name(self, index: int) -> str:
+    return self._source.name(index)
+
+  def key(self, index: int) -> str:
+    return self._source.key(index)
+
+  def fingerprint(self) -> str:
+    """sha256 of the other one's, and of what is different here."""
+    text = f"class per image of {self._source.fingerprint()}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class TensorFlowDataset:
   """Images of a prepared TFDS dataset in array_record format.
 

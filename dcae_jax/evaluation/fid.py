@@ -7,6 +7,7 @@ here: with the FID Inception the distance is FID (rFID for reconstructions).
 
 import hashlib
 import io
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -127,14 +128,24 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
 
 
 def save_statistics(
-  path: epath.PathLike, mean: np.ndarray, covariance: np.ndarray
+  path: epath.PathLike,
+  mean: np.ndarray,
+  covariance: np.ndarray,
+  features: np.ndarray | None = None,
 ) -> None:
   """Writes an `.npz` with `mu` and `sigma`, the layout of pytorch-fid.
 
   Locally the file appears whole, in place of an older one.
+
+  Args:
+    path: of the file.
+    mean: [d].
+    covariance: [d, d].
+    features: [n, d] of some of the images, for precision and recall.
   """
   buffer = io.BytesIO()
-  np.savez(buffer, mu=mean, sigma=covariance)
+  arrays = {} if features is None else {"features": features}
+  np.savez(buffer, mu=mean, sigma=covariance, **arrays)
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   if "://" in str(path):  # objects appear whole
@@ -145,13 +156,24 @@ def save_statistics(
   part.replace(path)
 
 
-def load_statistics(
-  path: epath.PathLike, dimensions: int
-) -> tuple[np.ndarray, np.ndarray, str]:
-  """Reads `mu` [d] and `sigma` [d, d] of an `.npz`, ours or others'.
+class Statistics(NamedTuple):
+  """Of features of reference images.
 
-  Returns:
-    Both in float64, and the sha256 of the file.
+  Attributes:
+    mean: float64 [d].
+    covariance: float64 [d, d].
+    features: [n, d] of some of the images, or None where the file has none.
+    sha256: of the file.
+  """
+
+  mean: np.ndarray
+  covariance: np.ndarray
+  features: np.ndarray | None
+  sha256: str
+
+
+def load_statistics(path: epath.PathLike, dimensions: int) -> Statistics:
+  """Reads `mu` [d] and `sigma` [d, d] of an `.npz`, ours or others'.
 
   Raises:
     ValueError: no such file, or not statistics of so many dimensions.
@@ -165,6 +187,7 @@ def load_statistics(
       mean, covariance = (
         np.asarray(archive[name], np.float64) for name in ("mu", "sigma")
       )
+      features = archive.get("features")
   except Exception as error:  # whatever a damaged file makes of numpy
     raise ValueError(
       f"reference statistics: {path} is not an .npz with mu and sigma ({error})"
@@ -175,10 +198,16 @@ def load_statistics(
       f"{list(covariance.shape)}, not [{dimensions}] and [{dimensions}, "
       f"{dimensions}]"
     )
+  if features is not None and features.shape[1:] != (dimensions,):
+    raise ValueError(
+      f"reference statistics: {path} has features {list(features.shape)}, not "
+      f"[n, {dimensions}]"
+    )
   if not np.isfinite(mean).all():
     raise ValueError(f"reference statistics: mu in {path} is not finite")
   try:
     _factor(covariance)
   except ValueError as error:
     raise ValueError(f"reference statistics: {path}: {error}") from error
-  return mean, covariance, hashlib.sha256(data).hexdigest()
+  digest = hashlib.sha256(data).hexdigest()
+  return Statistics(mean, covariance, features, digest)

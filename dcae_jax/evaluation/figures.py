@@ -11,25 +11,38 @@ MOST_CHANNELS = 64  # of latents, in a picture
 
 
 def grid(
-  rows: Sequence[np.ndarray], labels: Sequence[str] | None = None
+  rows: Sequence[np.ndarray],
+  labels: Sequence[str] | None = None,
+  headings: Mapping[int, str] | None = None,
 ) -> np.ndarray:
-  """One row per array uint8 [n, h, w, c]; labels stand on the left.
+  """One row per array uint8 [n, h, w, c].
 
-  Returns uint8 [height, width, 3].
+  Args:
+    rows: of one shape.
+    labels: of the rows, on the left.
+    headings: of columns, by their numbers; each may reach over those behind.
+
+  Returns:
+    uint8 [height, width, 3].
   """
   n, height, width, _ = rows[0].shape
   font = ImageFont.load_default(size=max(11, height // 10))
-  margin = 0
+  margin = head = 0
   if labels is not None:
     margin = max(int(font.getlength(label)) for label in labels) + 2 * _GAP
+  if headings is not None:
+    head = 2 * int(font.size)
   shape = (
     margin + n * (width + _GAP) + _GAP,
-    len(rows) * (height + _GAP) + _GAP,
+    head + len(rows) * (height + _GAP) + _GAP,
   )
   canvas = Image.new("RGB", shape, "white")
   draw = ImageDraw.Draw(canvas)
+  for column, text in (headings or {}).items():
+    left = margin + _GAP + column * (width + _GAP)
+    draw.text((left, head // 2), text, fill="black", font=font, anchor="lm")
   for i, row in enumerate(rows):
-    top = _GAP + i * (height + _GAP)
+    top = head + _GAP + i * (height + _GAP)
     if labels is not None:
       middle = top + height // 2
       draw.text((_GAP, middle), labels[i], fill="black", font=font, anchor="lm")
@@ -64,6 +77,17 @@ def side_by_side(
 
 def _picture(pixels: np.ndarray) -> Image.Image:
   return Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
+
+
+def reduced(image: np.ndarray, side: int) -> np.ndarray:
+  """A square image uint8 [h, h, c], with `side` pixels a side at most."""
+  if len(image) <= side:
+    return image
+  channels = [
+    Image.fromarray(image[..., i]).resize((side, side), Image.Resampling.BOX)
+    for i in range(image.shape[-1])
+  ]
+  return np.stack(channels, axis=-1)
 
 
 def error_map(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
@@ -126,19 +150,41 @@ def loss_curves(
     runs: name to the lines of its metrics.jsonl.
     metrics: to draw, where a run has them.
   """
+  panels = {
+    name: {
+      metric: [(x["step"], x[metric]) for x in lines if metric in x]
+      for metric in metrics
+    }
+    for name, lines in runs.items()
+  }
+  return curves(panels, "step")
+
+
+def curves(
+  panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+  x_label: str,
+  marker: str = "",
+) -> bytes:
+  """A PNG with a panel per title, and a curve per name.
+
+  Args:
+    panels: by title, curves by name, of points (x, y); empty ones are left out.
+    x_label: of all panels.
+    marker: of the points, as matplotlib names them.
+  """
   from matplotlib.backends import backend_agg  # slow to import; reports only
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(4.5 * len(runs), 3.2), layout="constrained")
+  figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
   backend_agg.FigureCanvasAgg(figure)
-  panels = figure.subplots(1, len(runs), squeeze=False)[0]
-  for panel, (name, lines) in zip(panels, runs.items(), strict=True):
-    for metric in metrics:
-      points = [(x["step"], x[metric]) for x in lines if metric in x]
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for panel, (title, lines) in zip(axes, panels.items(), strict=True):
+    for name, points in lines.items():
       if points:
-        panel.plot(*zip(*points, strict=True), label=metric, linewidth=1)
-    panel.set_title(name)
-    panel.set_xlabel("step")
+        xs, ys = zip(*points, strict=True)
+        panel.plot(xs, ys, label=name, linewidth=1, marker=marker)
+    panel.set_title(title)
+    panel.set_xlabel(x_label)
     panel.grid(alpha=0.3)
     if panel.lines:
       panel.legend(fontsize="small")

@@ -98,7 +98,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
         "store"
       )
     store = latent_store.LatentStore(output, retries=config.retries)
-    source = _source(config.source)
+    source = _source(config)
     store.check(jax.process_index())
     ae = autoencoder.load(
       config.init_from,
@@ -141,9 +141,11 @@ def _is_import(config: ConfigDict) -> bool:
 
 
 def _source(config: ConfigDict) -> sources.Source:
-  if config.kind == "npy":
-    return sources.latent_files(config.path)
-  return wiring.single_source(config)
+  if _is_import(config):
+    source = sources.latent_files(config.source.path)
+  else:
+    source = wiring.single_source(config.source)
+  return sources.ClassPerImage(source) if config.class_per_image else source
 
 
 def _identity(

@@ -9,10 +9,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax import autoencoder, weights
+from dcae_jax import autoencoder
 from dcae_jax.data import latents
-from dcae_jax.evaluation import figures, image_metrics
-from dcae_jax.tasks import latent_encoding, measuring, wiring
+from dcae_jax.evaluation import figures
+from dcae_jax.tasks import latent_decoding, measuring, wiring
 from dcae_jax.training import metrics_writer
 
 _LOG = logging.getLogger(__name__)
@@ -43,7 +43,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   wiring.prepare_jax(config.compilation_cache)
   store = latents.Latents(config.latents, retries=config.retries)
   _LOG.info("%s\n%s", store.path, summary(store.manifest))
-  ae = _autoencoder(config, store.manifest) if config.samples else None
+  ae = None
+  if config.samples:
+    ae = latent_decoding.load_autoencoder(
+      store.manifest,
+      config.init_from,
+      "name it with config.init_from, or decode nothing with config.samples=0",
+    )
   wiring.write_config(config, workdir)
   problems = _verify(store) if config.verify else []
   rows = _sample(config, len(store)) if not problems else []
@@ -110,33 +116,6 @@ def _plain(values: dict[str, Any]) -> str:
   return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
-def _autoencoder(
-  config: ConfigDict, manifest: dict[str, Any]
-) -> autoencoder.Autoencoder:
-  """What the latents were made with; ValueError if it is another one."""
-  made_with = manifest["autoencoder"]
-  path = config.init_from or made_with["init_from"]
-  try:
-    ae = autoencoder.load(
-      path,
-      scaling_factor=manifest["scaling_factor"],
-      space_to_channel=made_with["space_to_channel"],
-    )
-  except (ValueError, OSError) as error:
-    raise ValueError(
-      f"the autoencoder {path!r} cannot be loaded ({error}); name it with "
-      "config.init_from, or decode nothing with config.samples=0"
-    ) from error
-  encoder = latent_encoding.encoder_variables(ae.variables)
-  if weights.fingerprint(encoder) != made_with["encoder_sha256"]:
-    raise ValueError(
-      f"{path!r} does not have the encoder that these latents were made with "
-      f"(sha256 {made_with['encoder_sha256']}); name those weights with "
-      "config.init_from"
-    )
-  return ae
-
-
 def _verify(store: latents.Latents) -> list[str]:
   progress = measuring.Progress(store.manifest["count"])
   problems = store.verify(progress.add)
@@ -165,8 +144,7 @@ def _write_samples(
     old.unlink()
   keys, count, pictures = store.keys(), store.manifest["count"], []
   for row in rows:  # one at a time: they may be large
-    z = store.read_unscaled([row])
-    pixels = np.asarray(image_metrics.quantise(ae.decode(z)), np.uint8)[0]
+    (pixels,) = latent_decoding.to_pixels(ae, store.read_unscaled([row]))
     metrics_writer.write_png(folder / f"row_{row:08d}.png", pixels)
     pictures.append(pixels)
     view = ", mirrored" if row >= count else ""

@@ -92,8 +92,8 @@ def open_all(config: ConfigDict) -> Opened:
   for resolution in config.resolutions if config.reference else ():
     path = config.reference.replace("{resolution}", str(resolution))
     statistics = fid.load_statistics(path, inception.FEATURES)
-    references[resolution] = {"rfid": statistics[:2]}
-    files[str(resolution)] = {"file": path, "sha256": statistics[2]}
+    references[resolution] = {"rfid": (statistics.mean, statistics.covariance)}
+    files[str(resolution)] = {"file": path, "sha256": statistics.sha256}
   return Opened(found, absent, references, files)
 
 

@@ -1,7 +1,8 @@
 """Mean and covariance of Inception features of images, for FID.
 
 Writes `inception_<side>px.npz` in the layout of pytorch-fid, which evaluations
-read as their `config.reference`.
+read as their `config.reference`; with features of some of the images, for
+precision and recall of samples.
 """
 
 import json
@@ -24,6 +25,8 @@ _LOG = logging.getLogger(__name__)
 def check(config: ConfigDict) -> None:
   """Raises ValueError for a config that cannot be run."""
   measuring.check_reading(config)
+  if config.features < 0:
+    raise ValueError(f"config.features={config.features} is below 0")
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
@@ -59,9 +62,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   counts = {}
   for resolution in config.resolutions:
     progress = measuring.Progress(reader.total)
-    moments = fid.Moments(inception.FEATURES)
+    moments, kept = fid.Moments(inception.FEATURES), []
     for batch in reader.batches(resolution):
       rows, mask = jax.device_get(features(parameters, batch))
+      room = config.features - min(moments.count, config.features)
+      kept.append(rows[mask][:room])
       moments.update(rows[mask])
       progress.add(int(np.sum(mask)))
     progress.finish()
@@ -74,7 +79,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     counts[str(resolution)] = moments.count
     file = workdir / f"inception_{resolution}px.npz"
     if jax.process_index() == 0:
-      fid.save_statistics(file, moments.mean, covariance)
+      fid.save_statistics(file, moments.mean, covariance, np.concatenate(kept))
       _LOG.info("statistics of %d images: %s", moments.count, file)
   if jax.process_index() == 0:
     result = {

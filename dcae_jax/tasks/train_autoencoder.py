@@ -135,7 +135,11 @@ def run(
       state, step = loop.run(
         _compile(config, setup, perceptual_parameters),
         state,
-        sharding.Prefetch(batches, setup.mesh, config.data.prefetch),
+        sharding.Prefetch(
+          batches,
+          lambda batch: sharding.put_images(batch["images"], setup.mesh),
+          config.data.prefetch,
+        ),
         first_step=first_step,
         last_step=last_step,
         images_per_step=config.batch_size,

@@ -31,7 +31,8 @@ MODEL_KEYS = (
 _MAY_CHANGE = (
   "steps", "log_every", "compilation_cache", "profile",
   "checkpoint", "evaluation", "report", "data.workers", "data.threads",
-  "data.prefetch", "data.cache_megabytes", "lpips.path",
+  "data.prefetch", "data.cache_megabytes", "data.retries", "lpips.path",
+  "samples", "sampler",
 )  # fmt: skip
 # What results name the versions of.
 _PACKAGES = (
@@ -40,7 +41,7 @@ _PACKAGES = (
 # Tasks that go on with nothing in the work directory.
 _MADE_ANEW = (
   "report", "reconstruct", "evaluate_autoencoder", "reference_statistics",
-  "export_latents", "inspect_latents",
+  "export_latents", "inspect_latents", "evaluate_diffusion",
 )  # fmt: skip
 
 

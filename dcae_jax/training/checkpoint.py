@@ -152,8 +152,10 @@ def is_run(path: str) -> bool:
   return config.is_file() and b'"task"' in config.read_bytes()
 
 
-def read_run_config(run: str) -> dict[str, Any]:
-  """The config of an earlier run that has a checkpoint.
+def read_run_config(
+  run: str, task: str = "train_autoencoder"
+) -> dict[str, Any]:
+  """The config of an earlier run of a task, that has a checkpoint.
 
   Raises:
     ValueError: there is no such run, or it has no checkpoint yet.
@@ -162,7 +164,7 @@ def read_run_config(run: str) -> dict[str, Any]:
   if not (path / "config.json").exists():
     raise ValueError(
       f"{run!r} is not the work directory of an earlier run: it has no "
-      "config.json; train that phase first, or correct the path"
+      "config.json; train it first, or correct the path"
     )
   config = read_config(path / "config.json")
   if config["task"] == "train_phases":
@@ -170,12 +172,12 @@ def read_run_config(run: str) -> dict[str, Any]:
       f"{run!r} holds the runs of three phases; name one of them, such as "
       f"{str(path / 'phase3')!r}"
     )
-  if config["task"] != "train_autoencoder":
+  if config["task"] != task:
     raise ValueError(
       f"{run!r} is the work directory of {config['task']!r}; name that of a "
-      "training run"
+      f"run of {task!r}"
     )
-  if "architecture" not in config["model"]:
+  if task == "train_autoencoder" and "architecture" not in config["model"]:
     raise ValueError(f"{run!r} is a run of an earlier version; train it again")
   steps = path / "checkpoints"
   names = [entry.name for entry in steps.iterdir()] if steps.exists() else []

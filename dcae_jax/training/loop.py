@@ -26,7 +26,7 @@ State = Any
 class DeviceBatches(Protocol):
   """A checkpointable iterator over batches on the devices."""
 
-  def __next__(self) -> jax.Array: ...
+  def __next__(self) -> Any: ...
 
   def get_state(self) -> dict[str, Any]: ...
 
@@ -86,7 +86,7 @@ class Cadence:
 
 
 def run(
-  step_fn: Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]],
+  step_fn: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
   state: State,
   batches: DeviceBatches,
   *,
@@ -115,7 +115,7 @@ def run(
     peak_flops: per second, of all devices.
     cadence: of logs, evaluations and checkpoints.
     save: `(step, state, position of the data)`; may return early.
-    evaluate: `(step, state) -> metrics`.
+    evaluate: `(step, state) -> metrics`, or none.
     writer: of the metrics.
     sigterm: asks the loop to save and leave.
     profile: steps to trace.
@@ -163,11 +163,10 @@ def run(
         if evaluates:
           values = evaluate(step, state)
           _check_finite(step, values)
-          writer.scalars(step, values)
-          _LOG.info(
-            "evaluated  %s",
-            "  ".join(f"{k} {v:.4g}" for k, v in values.items()),
-          )
+          if values:
+            writer.scalars(step, values)
+            text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+            _LOG.info("evaluated  %s", text)
         if saves:
           save(step, state, batches.get_state())
     if stop and step < last_step:

@@ -7,7 +7,7 @@ is `jax.jit` over global arrays.
 
 import collections
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -115,28 +115,45 @@ class Batches(Protocol):
   def set_state(self, state: dict[str, Any]) -> None: ...
 
 
+def put_rows(values: np.ndarray, mesh: Mesh) -> jax.Array:
+  """As `put_images`, for arrays of which only the first axis is split."""
+  sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  return jax.make_array_from_process_local_data(sharding, values)
+
+
 class Prefetch:
-  """Batches of images on the devices, `depth` of them ahead of the step.
+  """Batches on the devices, `depth` of them ahead of the step.
 
   Its state is that of the last batch handed out, not of the last one read.
   """
 
-  def __init__(self, batches: Batches, mesh: Mesh, depth: int):
-    self._batches, self._mesh = batches, mesh
+  def __init__(
+    self,
+    batches: Batches,
+    put: Callable[[dict[str, np.ndarray]], Any],
+    depth: int,
+  ):
+    """Reads nothing yet.
+
+    Args:
+      batches: on the host.
+      put: from there to the devices.
+      depth: batches ahead.
+    """
+    self._batches, self._put = batches, put
     self._depth = depth
     self._queue = collections.deque()
     self._state = batches.get_state()
 
-  def __iter__(self) -> Iterator[jax.Array]:
+  def __iter__(self) -> Iterator[Any]:
     return self
 
-  def __next__(self) -> jax.Array:
+  def __next__(self) -> Any:
     while len(self._queue) <= self._depth:
-      images = next(self._batches)["images"]
-      state = self._batches.get_state()
-      self._queue.append((put_images(images, self._mesh), state))
-    images, self._state = self._queue.popleft()
-    return images
+      batch = next(self._batches)
+      self._queue.append((self._put(batch), self._batches.get_state()))
+    batch, self._state = self._queue.popleft()
+    return batch
 
   def get_state(self) -> dict[str, Any]:
     return self._state

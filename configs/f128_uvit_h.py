@@ -1,0 +1,14 @@
+r"""UViT-H on latents of f128c512, 64 tokens of a 1024 px image.
+
+  python -m dcae_jax.main --config=configs/f128_uvit_h.py --workdir=out \
+    --config.latents=gs://bucket/f128_1024px
+
+Meant for a pod slice (batch 1024). The authors give no number for it.
+Here: not yet measured.
+"""
+
+from configs import base
+
+
+def get_config():
+  return base.uvit("UViT-H")

@@ -1,0 +1,39 @@
+r"""A latent diffusion model of 38 photographs, on a CPU, in minutes.
+
+  python -m dcae_jax.main --config=configs/quickstart_diffusion.py \
+    --workdir=runs/quickstart_diffusion
+
+Needs the autoencoder of launch/quickstart.sh, runs/quickstart/phase3. Each
+photograph is a class: random crops of it are encoded, a small UViT learns them,
+and samples.png in samples/ shows what it draws of some, without guidance and
+with. Time and picture: README, "Diffusion"; no other number is measured.
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.export_and_diffuse()
+  c = config.export
+  c.init_from = "runs/quickstart/phase3"
+  c.source = base.source("embedded", split="train")
+  c.class_per_image = True
+  c.crop, c.min_area = "random_resized_crop", 0.5
+  c.resolution, c.crops_per_image, c.flip = 64, 64, True
+  c.threads = 2
+  c = config.training
+  c.model.variant, c.model.dtype = "UViT-tiny", "float32"
+  c.batch_size, c.steps = 64, 3000
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.warmup_steps = 100
+  c.ema.decay, c.ema.ramp_steps = 0.999, 500
+  c.data.threads = 1
+  c.samples.every = 1000
+  c.checkpoint.every = 500
+  c.log_every = 50
+  c = config.samples
+  c.samples, c.batch_size = 76, 38
+  c.classes = tuple(range(38))
+  c.guidance = (1.0, 3.0)
+  c.metrics = ()
+  return config

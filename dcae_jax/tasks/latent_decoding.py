@@ -1,0 +1,117 @@
+"""Latents of a store back to images, by the autoencoder that made them.
+
+A diffusion model's work directory keeps what is needed for that in
+`latents.json`, so that samples are decoded without the store.
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from dcae_jax import autoencoder, weights
+from dcae_jax.data import differences
+from dcae_jax.evaluation import image_metrics
+from dcae_jax.tasks import latent_encoding
+from dcae_jax.training import metrics_writer
+
+_FILE = "latents.json"
+# Of the manifest.
+_KEPT = (
+  "autoencoder", "scaling_factor", "shift_factor", "shape", "classes", "count",
+  "views",
+)  # fmt: skip
+# Other than these, latents have another meaning.
+_DECISIVE = ("scaling_factor", "shift_factor", "shape", "classes")
+
+
+def load_autoencoder(
+  manifest: dict[str, Any], path: str, advice: str, dtype: str = "float32"
+) -> autoencoder.Autoencoder:
+  """What a store's latents were made with.
+
+  Args:
+    manifest: of the store.
+    path: where the weights are; "": where the manifest says.
+    advice: what to do where they are not there.
+    dtype: of the computation.
+
+  Raises:
+    ValueError: it cannot be loaded, or has another encoder.
+  """
+  made_with = manifest["autoencoder"]
+  path = path or made_with["init_from"]
+  try:
+    ae = autoencoder.load(
+      path,
+      scaling_factor=manifest["scaling_factor"],
+      dtype=dtype,
+      space_to_channel=made_with["space_to_channel"],
+    )
+  except (ValueError, OSError) as error:
+    raise ValueError(
+      f"the autoencoder {path!r} cannot be loaded ({error}); {advice}"
+    ) from error
+  encoder = latent_encoding.encoder_variables(ae.variables)
+  if weights.fingerprint(encoder) != made_with["encoder_sha256"]:
+    raise ValueError(
+      f"{path!r} does not have the encoder that these latents were made with "
+      f"(sha256 {made_with['encoder_sha256']}); {advice}"
+    )
+  return ae
+
+
+def to_pixels(ae: autoencoder.Autoencoder, z: np.ndarray) -> np.ndarray:
+  """Latents [n, h, w, c] as they are stored, to uint8 images."""
+  return np.asarray(image_metrics.quantise(ae.decode(z)), np.uint8)
+
+
+def unscaled(manifest: dict[str, Any], z: Any) -> Any:
+  """What diffusion works with, as the autoencoder decodes it."""
+  scale, shift = manifest["scaling_factor"], manifest["shift_factor"]
+  return z / np.float32(scale) + np.float32(shift)
+
+
+def write_description(workdir: epath.Path, manifest: dict[str, Any]) -> None:
+  """Writes what a run needs to know of its latents, on the first process."""
+  if jax.process_index() == 0:
+    kept = {key: manifest[key] for key in _KEPT}
+    metrics_writer.write_whole(workdir / _FILE, json.dumps(kept, indent=2))
+
+
+def read_description(run: str) -> dict[str, Any]:
+  """What `write_description` wrote; `load_autoencoder` and `unscaled` use it.
+
+  Raises:
+    ValueError: it is not there, or damaged.
+  """
+  path = epath.Path(run).expanduser() / _FILE
+  try:
+    found = json.loads(path.read_bytes())
+    return {key: found[key] for key in _KEPT}
+  except (OSError, ValueError, KeyError) as error:
+    raise ValueError(
+      f"{path}, which a run of train_diffusion writes, cannot be read "
+      f"({type(error).__name__}); bring it back, or start that run again"
+    ) from error
+
+
+def check_same_latents(workdir: epath.Path, manifest: dict[str, Any]) -> None:
+  """Raises ValueError if a run began with latents of another meaning."""
+  if not (workdir / _FILE).exists():
+    return
+  before = read_description(str(workdir))
+  meaning = [
+    {key: x[key] for key in _DECISIVE}
+    | {"encoder": x["autoencoder"]["encoder_sha256"]}
+    for x in (before, manifest)
+  ]
+  found = differences.differences(*meaning)
+  if found:
+    raise ValueError(
+      f"the run in {workdir} began with other latents "
+      f"({'; '.join(found.values())}); bring them back, or choose another "
+      "--workdir"
+    )

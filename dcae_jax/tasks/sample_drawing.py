@@ -1,0 +1,250 @@
+"""The work of an evaluation of samples: draw, decode, describe, write.
+
+Samples come in parts, batches of one guidance scale. A part depends on its
+number and the batch size alone, so that any process may draw it, on any number
+of devices, and what is written stays valid.
+"""
+
+import collections
+import io
+import os
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dcae_jax import autoencoder
+from dcae_jax.evaluation import image_metrics
+from dcae_jax.models import inception
+from dcae_jax.tasks import latent_decoding, measuring
+from dcae_jax.training import metrics_writer
+
+IMAGES = ("png", "npz", "")
+_PARTS, _PICTURE = 0, 1  # what the seed is for
+_IN_FLIGHT = 2  # parts on the devices
+
+
+class Part(NamedTuple):
+  """A batch of samples of a scale, of which the first `rows` are wanted."""
+
+  scale: float
+  number: int
+  first: int  # sample
+  rows: int
+
+  def record(self, workdir: epath.Path) -> epath.Path:
+    """The file that is there once the part is written."""
+    name = f"{self.number:06d}_{self.rows}.npz"
+    return workdir / "parts" / scale_name(self.scale) / name
+
+
+def scale_name(scale: float) -> str:
+  return f"guidance_{scale:g}"
+
+
+def parts(scale: float, samples: int, batch_size: int) -> list[Part]:
+  """All of a scale."""
+  return [
+    Part(scale, number, first, min(batch_size, samples - first))
+    for number, first in enumerate(range(0, samples, batch_size))
+  ]
+
+
+class Drawing:
+  """The programs that draw, decode and describe, over this process's devices.
+
+  Attributes:
+    num_classes: that the denoiser knows.
+  """
+
+  def __init__(
+    self,
+    samplers: dict[float, Callable[..., jax.Array]],
+    variables: Any,
+    ae: autoencoder.Autoencoder,
+    description: dict[str, Any],
+    inception_parameters: Any,
+    *,
+    batch_size: int,
+    num_classes: int,
+    classes: tuple[int, ...],
+    seed: int,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      samplers: by guidance scale, `(variables, key, labels) -> latents`.
+      variables: of the denoiser.
+      ae: what decodes.
+      description: of the latents.
+      inception_parameters: None: images are not described.
+      batch_size: of a part.
+      num_classes: that the denoiser knows.
+      classes: of the samples, in turn; empty: all, at random.
+      seed: of noise and classes.
+    """
+    whole, self._by_row = shardings()
+    put = lambda tree: jax.device_put(jax.device_get(tree), whole)
+    self._variables, self._decoder = put(variables), put(ae.variables)
+    self._inception = put(inception_parameters)
+    self._batch_size, self.num_classes = batch_size, num_classes
+    self._classes = np.array(classes, np.int32)
+    self._seed = seed
+    self._samplers = {
+      scale: jax.jit(sampler, out_shardings=self._by_row)
+      for scale, sampler in samplers.items()
+    }
+
+    def show(variables, parameters, z):
+      unscaled = latent_decoding.unscaled(description, z)
+      pixels = image_metrics.quantise(
+        ae.apply(variables, unscaled, method="decode")
+      )
+      shown = {
+        "images": pixels.astype(jnp.uint8),
+        "latent_rms": jnp.sqrt(jnp.mean(jnp.square(z), axis=(1, 2, 3))),
+      }
+      if parameters is not None:
+        features, logits = inception.features(parameters, pixels)
+        shown |= {"features": features, "logits": logits}
+      return shown
+
+    self._show = jax.jit(show, out_shardings=self._by_row)
+
+  def part(self, part: Part) -> dict[str, Any]:
+    """Its arrays [batch_size, ...], still being computed."""
+    labels = self._labels(part.number)
+    return self._draw(part.scale, (_PARTS, part.number), labels)
+
+  def images(self, scale: float, labels: np.ndarray) -> np.ndarray:
+    """Uint8 [n, h, w, c] of these classes; the same noise at each scale."""
+    size, found = self._batch_size, []
+    for first in range(0, len(labels), size):
+      batch = np.resize(labels[first : first + size], size).astype(np.int32)
+      found.append(self._draw(scale, (_PICTURE, first), batch)["images"])
+    return np.concatenate(jax.device_get(found))[: len(labels)]
+
+  def _labels(self, number: int) -> np.ndarray:
+    size = self._batch_size
+    if len(self._classes):
+      places = np.arange(number * size, (number + 1) * size)
+      return self._classes[places % len(self._classes)]
+    rng = np.random.default_rng((self._seed, number))
+    return rng.integers(self.num_classes, size=size, dtype=np.int32)
+
+  def _draw(
+    self, scale: float, purpose: tuple[int, int], labels: np.ndarray
+  ) -> dict[str, Any]:
+    key = jax.random.key(self._seed)
+    for number in purpose:
+      key = jax.random.fold_in(key, number)
+    placed = jax.device_put(labels, self._by_row)
+    z = self._samplers[scale](self._variables, key, placed)
+    return self._show(self._decoder, self._inception, z) | {"labels": labels}
+
+
+def shardings() -> tuple[NamedSharding, NamedSharding]:
+  """Over this process's devices: whole on each, and split by rows."""
+  mesh = Mesh(np.array(jax.local_devices()), ("data",))
+  return (
+    NamedSharding(mesh, PartitionSpec()),
+    NamedSharding(mesh, PartitionSpec("data")),
+  )
+
+
+def fill(
+  drawing: Drawing,
+  missing: list[Part],
+  workdir: epath.Path,
+  images: str,
+  stopped: Callable[[], bool],
+) -> None:
+  """Draws parts and writes them: images first, then the record.
+
+  Args:
+    drawing: draws.
+    missing: the parts.
+    workdir: below which they are written.
+    images: a kind of `IMAGES`.
+    stopped: asked between parts.
+
+  Raises:
+    FloatingPointError: latents are not finite.
+  """
+  progress = measuring.Progress(sum(part.rows for part in missing))
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for part, arrays in _fetched(drawing, missing, stopped):
+      if not np.isfinite(arrays["latent_rms"]).all():
+        raise FloatingPointError(
+          f"samples at guidance {part.scale:g} are not finite (part "
+          f"{part.number}); the model has diverged, or the scale is too large"
+        )
+      _write(part, arrays, workdir, images, pool)
+      progress.add(part.rows)
+  if missing:
+    progress.finish()
+
+
+def _fetched(
+  drawing: Drawing, missing: list[Part], stopped: Callable[[], bool]
+) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
+  """Parts with the arrays of their rows; the devices have the next one."""
+  waiting, in_flight = collections.deque(missing), collections.deque()
+  while waiting or in_flight:
+    if stopped():
+      waiting.clear()
+    if waiting:
+      part = waiting.popleft()
+      in_flight.append((part, drawing.part(part)))
+    if in_flight and (not waiting or len(in_flight) >= _IN_FLIGHT):
+      part, arrays = in_flight.popleft()
+      arrays = jax.device_get(arrays)
+      yield part, {name: x[: part.rows] for name, x in arrays.items()}
+
+
+def _write(
+  part: Part,
+  arrays: dict[str, np.ndarray],
+  workdir: epath.Path,
+  images: str,
+  pool: futures.Executor,
+) -> None:
+  pixels, labels = arrays.pop("images"), arrays["labels"]
+  folder = workdir / "images" / scale_name(part.scale)
+  if images == "npz":
+    _write_npz(
+      folder / f"{part.number:06d}.npz", {"arr_0": pixels, "arr_1": labels}
+    )
+  if images == "png":
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [
+      folder / f"{part.first + i:07d}_class_{label}.png"
+      for i, label in enumerate(labels)
+    ]
+    list(pool.map(metrics_writer.write_png, files, pixels))
+  _write_npz(part.record(workdir), arrays)
+
+
+def _write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)
+  metrics_writer.write_whole(path, buffer.getvalue())
+
+
+def read_records(
+  workdir: epath.Path, wanted: list[Part]
+) -> Iterator[dict[str, np.ndarray]]:
+  """What `fill` wrote beside the images, part by part.
+
+  `labels` and `latent_rms` [rows]; `features` and `logits` where images were
+  described.
+  """
+  for part in wanted:
+    data = part.record(workdir).read_bytes()
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+      yield {name: archive[name] for name in archive.files}

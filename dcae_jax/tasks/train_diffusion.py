@@ -1,0 +1,335 @@
+"""Trains a class-conditional diffusion model on exported latents.
+
+Everything that can be wrong with the config, the store, the autoencoder or the
+disk is found before anything is compiled or written.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dcae_jax import autoencoder, diffusion, phases, samplers
+from dcae_jax.data import latents
+from dcae_jax.evaluation import figures
+from dcae_jax.models import denoisers
+from dcae_jax.tasks import denoising, latent_decoding, wiring
+from dcae_jax.training import (
+  checkpoint,
+  diffusion_step,
+  hardware,
+  loop,
+  metrics_writer,
+  optimizer,
+  sharding,
+)
+from dcae_jax.training import state as state_lib
+from dcae_jax.training import step as step_lib
+
+_LOG = logging.getLogger(__name__)
+_INITIAL, _SAMPLES = 0, 2  # what the seed is for; 1 is the steps
+
+# Smallest and largest value of each number.
+_BOUNDS = {
+  "seed": (0, 2**31 - 1),
+  "batch_size": (1, 2**24),
+  "steps": (1, 2**31 - 1),
+  "log_every": (1, 2**31 - 1),
+  "label_dropout": (0, 1),
+  "optimizer.learning_rate": (0, 1e3),
+  "optimizer.beta1": (0, 1 - 1e-12),
+  "optimizer.beta2": (0, 1 - 1e-12),
+  "optimizer.weight_decay": (0, 1e3),
+  "optimizer.warmup_steps": (0, 2**31 - 1),
+  "optimizer.clip_norm": (0, 1e6),
+  "ema.decay": (0, 1 - 1e-12),
+  "ema.ramp_steps": (0, 2**31 - 1),
+  "data.workers": (0, 1000),
+  "data.threads": (1, 1000),
+  "data.prefetch": (1, 100),
+  "data.cache_megabytes": (0, 1e7),
+  "data.shuffle_shards": (0, 2**31 - 1),
+  "data.retries": (0, 1000),
+  "samples.every": (0, 2**31 - 1),
+  "samples.count": (0, 1000),
+  "sampler.steps": (1, 10**6),
+  "checkpoint.every": (0, 2**31 - 1),
+  "checkpoint.keep": (1, 1000),
+  "profile.start": (0, 2**31 - 1),
+  "profile.steps": (0, 2**31 - 1),
+}
+
+
+class _Setup(NamedTuple):
+  """What is known before anything is compiled."""
+
+  denoiser: denoising.Denoiser
+  objective: diffusion.Objective
+  sampler: samplers.Sampler
+  mesh: Mesh
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+  abstract: state_lib.TrainState
+  shardings: Any
+
+
+def check(config: ConfigDict) -> None:
+  """Raises ValueError for a config that no latents can be trained with."""
+  for key, (least, most) in _BOUNDS.items():
+    value = config
+    for part in key.split("."):
+      value = value[part]
+    if not least <= value <= most:  # also for NaN
+      raise ValueError(f"config.{key}={value} is not from {least} to {most}")
+  if config.samples.count and not config.samples.guidance:
+    raise ValueError(
+      "config.samples.guidance is empty; name at least one scale, or set "
+      "config.samples.count=0"
+    )
+  denoisers.check_variant(config.model.variant)
+  objective = denoising.objective(config.objective)
+  denoising.sampler(config.sampler, objective, config.samples.guidance)
+
+
+def run(
+  config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm | None = None
+) -> bool:
+  """Trains, or goes on with it; False if SIGTERM ended it early."""
+  sigterm = sigterm or loop.Sigterm()
+  check(config)
+  if not config.latents:
+    raise ValueError(
+      "config.latents is empty; name a latent store (configs/f64_export.py "
+      "writes one)"
+    )
+  store = latents.Latents(
+    config.latents,
+    cache_megabytes=config.data.cache_megabytes,
+    retries=config.data.retries,
+  )
+  config = denoising.with_store(config, store)
+  wiring.check_work_directory(config, workdir)
+  latent_decoding.check_same_latents(workdir, store.manifest)
+  wiring.prepare_jax(config.compilation_cache)
+  setup = _setup(config)
+  batches = _batches(config, store)
+  ae = None
+  if config.samples.count:
+    ae = latent_decoding.load_autoencoder(
+      store.manifest,
+      config.autoencoder,
+      "name it with config.autoencoder, or draw no samples with "
+      "config.samples.count=0",
+    )
+  checkpoint.check_space(workdir, setup.abstract, config.checkpoint.keep)
+  _LOG.info(
+    "%s on %d latents of %s: %s parameters, %d devices",
+    config.model.variant, len(store), store.path,
+    f"{phases.count(setup.abstract.params):,}", setup.mesh.size,
+  )  # fmt: skip
+  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+  first_step = checkpoints.latest_step() or 0
+  if first_step:
+    state, data_state = checkpoints.restore(
+      first_step, setup.abstract, setup.shardings
+    )
+    batches.set_state(data_state)
+    _LOG.info("going on from step %d in %s", first_step, workdir)
+  else:
+    key = jax.random.fold_in(jax.random.key(config.seed), _INITIAL)
+    state = jax.jit(_initial(setup), out_shardings=setup.shardings)(key)
+  wiring.write_config(config, workdir)
+  latent_decoding.write_description(workdir, store.manifest)
+  writer = metrics_writer.MetricsWriter(
+    workdir, first_step, enabled=jax.process_index() == 0
+  )
+  last_step = max(config.steps, first_step)
+  step = first_step
+  try:
+    if first_step < last_step:
+      state, step = loop.run(
+        _compile(config, setup),
+        state,
+        sharding.Prefetch(
+          batches,
+          lambda batch: {
+            name: sharding.put_rows(values, setup.mesh)
+            for name, values in batch.items()
+          },
+          config.data.prefetch,
+        ),
+        first_step=first_step,
+        last_step=last_step,
+        images_per_step=config.batch_size,
+        # A multiply-accumulate is two; backward costs twice forward.
+        flops_per_step=6.0 * setup.denoiser.forward_macs * config.batch_size,
+        peak_flops=hardware.peak_flops(),
+        cadence=loop.Cadence(
+          config.log_every, config.samples.every, config.checkpoint.every
+        ),
+        save=checkpoints.save,
+        evaluate=_sample(config, setup, store, ae, writer),
+        writer=writer,
+        sigterm=sigterm,
+        profile=loop.Profile(
+          config.profile.start, config.profile.steps, str(workdir / "profile")
+        ),
+      )
+    checkpoints.wait()
+    if step == last_step and jax.process_index() == 0:
+      _finish(workdir, step, setup)
+  finally:
+    batches.close()
+    writer.close()
+    checkpoints.close()
+  return step == last_step
+
+
+def _setup(config: ConfigDict) -> _Setup:
+  objective = denoising.objective(config.objective)
+  sampler = denoising.sampler(
+    config.sampler, objective, config.samples.guidance
+  )
+  denoiser = denoising.model(
+    config.model, objective, remat=config.model.rematerialisation
+  )
+  if config.channel_candidates:
+    diffusion.random_channel_mask(
+      jax.random.key(0), 1, config.model.latent_channels,
+      config.channel_candidates,
+    )  # fmt: skip
+  mesh = sharding.create_mesh(**config.mesh)
+  if mesh.shape["spatial"] != 1:
+    raise ValueError(
+      f"config.mesh.spatial={mesh.shape['spatial']} splits images; latents are "
+      "small: use 1"
+    )
+  sharding.check_batch(config.batch_size, 1, 1, mesh)
+  adamw, schedule = optimizer.create(**config.optimizer.to_dict())
+  setup = _Setup(
+    denoiser, objective, sampler, mesh, adamw, schedule, None, None
+  )
+  abstract = jax.eval_shape(_initial(setup), jax.random.key(0))
+  return setup._replace(
+    abstract=abstract, shardings=sharding.shardings(abstract, mesh)
+  )
+
+
+def _initial(setup: _Setup) -> Callable[[jax.Array], state_lib.TrainState]:
+  """A function of a key: the state at step 0."""
+
+  def create(key):
+    denoiser = setup.denoiser
+    shape = (1, *denoiser.latent_size, denoiser.latent_channels)
+    variables = denoiser.init(
+      key, jnp.zeros(shape), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    )
+    mask = jax.tree.map(lambda _: True, variables["params"])
+    return state_lib.create(
+      {"batch_stats": {}} | variables, mask, setup.optimizer
+    )
+
+  return create
+
+
+def _batches(
+  config: ConfigDict, store: latents.Latents
+) -> latents.LatentBatches:
+  return latents.LatentBatches(
+    store,
+    batch_size=config.batch_size // jax.process_count(),
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    workers=config.data.workers,
+    threads=config.data.threads,
+    shuffle_shards=config.data.shuffle_shards,
+  )
+
+
+def _compile(config: ConfigDict, setup: _Setup) -> Callable:
+  _LOG.info("compiling the training step")
+  step = diffusion_step.create(
+    apply=setup.denoiser.apply,
+    objective=setup.objective,
+    num_classes=config.model.num_classes,
+    label_dropout=config.label_dropout,
+    channel_candidates=config.channel_candidates,
+    optimizer=setup.optimizer,
+    schedule=setup.schedule,
+    ema=step_lib.Ema(config.ema.decay, config.ema.ramp_steps),
+    seed=config.seed,
+  )
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(setup.shardings, sharding.replicated(setup.mesh)),
+  )
+
+
+def _sample(
+  config: ConfigDict,
+  setup: _Setup,
+  store: latents.Latents,
+  ae: autoencoder.Autoencoder | None,
+  writer: metrics_writer.MetricsWriter,
+) -> Callable[[int, state_lib.TrainState], dict[str, float]]:
+  """Pictures of a few classes: the same noise at each guidance scale."""
+  labels = np.arange(config.samples.count) % config.model.num_classes
+  labels = labels.astype(np.int32)
+  key = jax.random.fold_in(jax.random.key(config.seed), _SAMPLES)
+  functions = {
+    scale: jax.jit(
+      denoising.sample_function(
+        setup.denoiser,
+        setup.objective,
+        setup.sampler,
+        config.sampler,
+        scale,
+        sharding.replicated(setup.mesh),
+      ),
+      out_shardings=sharding.replicated(setup.mesh),
+    )
+    for scale in config.samples.guidance
+  }
+
+  def evaluate(step, state):
+    if ae is None:
+      return {}
+    values, rows = {}, []
+    for scale, function in functions.items():
+      z = jax.device_get(function({"params": state.ema["params"]}, key, labels))
+      values[f"eval/latent_rms/guidance_{scale:g}"] = float(
+        np.sqrt(np.mean(np.square(z)))
+      )
+      z = latent_decoding.unscaled(store.manifest, z)
+      rows.append(latent_decoding.to_pixels(ae, z))
+    names = [f"{scale:g}" for scale in functions]
+    writer.image(step, "samples", figures.grid(rows, names))
+    return values
+
+  return evaluate
+
+
+def _finish(workdir: epath.Path, step: int, setup: _Setup) -> None:
+  """Writes `result.json`: the last of each metric."""
+  result = {}
+  for line in metrics_writer.read_lines(workdir / "metrics.jsonl"):
+    result |= line
+  result |= {
+    "step": step,
+    "parameters": phases.count(setup.abstract.params),
+    "forward_macs": setup.denoiser.forward_macs,
+  }
+  metrics_writer.write_whole(
+    workdir / "result.json", json.dumps(result, indent=2)
+  )
+  _LOG.info("result in %s", workdir)

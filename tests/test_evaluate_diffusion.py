@@ -1,0 +1,325 @@
+"""Samples of a diffusion model: drawn, written, measured, and drawn once."""
+
+import contextlib
+import itertools
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import run_main, save_tiny_autoencoder
+from etils import epath
+from PIL import Image
+
+from configs import base
+from dcae_jax.evaluation import fid, sample_metrics
+from dcae_jax.models import inception
+from dcae_jax.tasks import evaluate_diffusion, sample_drawing, train_diffusion
+from dcae_jax.training import metrics_writer
+
+SAMPLES, BATCH, SCALES = 12, 8, (1.0, 2.5)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_diffusion, tmp_path_factory) -> pathlib.Path:
+  workdir = tmp_path_factory.mktemp("trained") / "run"
+  train_diffusion.run(tiny_diffusion(steps=2), epath.Path(workdir))
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> pathlib.Path:
+  """Statistics of features such as no image has."""
+  file = tmp_path_factory.mktemp("reference") / "random.npz"
+  features = np.random.default_rng(1).normal(size=(20, inception.FEATURES))
+  covariance = np.cov(features, rowvar=False)
+  fid.save_statistics(file, features.mean(0), covariance, features)
+  return file
+
+
+@pytest.fixture(scope="module")
+def config(trained, compilation_cache):
+  """A function: twelve samples at each of two scales, not measured."""
+
+  def create(**changes):
+    c = base.evaluate_diffusion()
+    c.init_from = str(trained)
+    c.samples, c.batch_size, c.guidance = SAMPLES, BATCH, SCALES
+    c.metrics = ()
+    c.picture.classes = 0
+    c.compilation_cache = compilation_cache
+    c.update_from_flattened_dict(changes)
+    return c
+
+  return create
+
+
+def _run(config, workdir) -> dict:
+  assert evaluate_diffusion.run(config, epath.Path(workdir))
+  return json.loads((pathlib.Path(workdir) / "result.json").read_text())
+
+
+def _images(workdir, scale) -> dict[str, np.ndarray]:
+  folder = pathlib.Path(workdir) / "images" / f"guidance_{scale:g}"
+  return {
+    file.name: np.asarray(Image.open(file))
+    for file in sorted(folder.glob("*.png"))
+  }
+
+
+def _bytes(workdir) -> dict[str, bytes]:
+  """What was drawn, by path."""
+  root = pathlib.Path(workdir)
+  files = itertools.chain(
+    root.glob("images/*/*.png"), root.glob("parts/*/*.npz")
+  )
+  return {str(file.relative_to(root)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def measured(
+  config, inception_weights, reference, tiny_latents, tmp_path_factory
+):
+  """All metrics, and a picture."""
+  workdir = tmp_path_factory.mktemp("measured") / "out"
+  c = config(
+    metrics=("gfid", "inception_score", "precision_recall"),
+    weights=str(inception_weights),
+    reference=str(reference),
+    **{"picture.classes": 2, "picture.latents": tiny_latents},
+  )
+  return workdir, _run(c, workdir)
+
+
+def test_metrics_are_those_of_the_written_images(
+  measured, inception_weights, reference
+):
+  workdir, result = measured
+  parameters = inception.load(str(inception_weights)).parameters
+  described = jax.jit(lambda x: inception.features(parameters, x))
+  statistics = fid.load_statistics(reference, inception.FEATURES)
+  for scale in SCALES:
+    images = _images(workdir, scale)
+    pixels = np.stack(list(images.values())).astype(np.float32)
+    assert pixels.shape == (SAMPLES, 16, 16, 3)
+    features, logits = jax.device_get(described(pixels))
+    found = result["guidance"][f"{scale:g}"]
+    moments = fid.Moments(inception.FEATURES)
+    moments.update(features)
+    distance = fid.frechet_distance(
+      moments.mean, moments.covariance,
+      statistics.mean, statistics.covariance,
+    )  # fmt: skip
+    assert found["gfid"] == pytest.approx(distance, rel=1e-4)
+    score = sample_metrics.InceptionScore(inception.CLASSES)
+    score.update(logits)
+    assert found["inception_score"] == pytest.approx(
+      score.compute()[0], rel=1e-4
+    )
+    part = sample_metrics.precision_recall(statistics.features, features)
+    assert (found["precision"], found["recall"]) == part
+  assert result["guidance"]["1"] != result["guidance"]["2.5"]
+  assert result["samples"] == SAMPLES and result["step"] == 2
+  assert not result["inception_is_published"]
+
+
+def test_classes_are_random_and_the_same_at_each_scale(measured):
+  workdir, _ = measured
+  names = [list(_images(workdir, scale)) for scale in SCALES]
+  assert names[0] == names[1]
+  labels = [int(name[:-4].rpartition("_")[2]) for name in names[0]]
+  expected = [
+    np.random.default_rng((0, part)).integers(3, size=BATCH, dtype=np.int32)
+    for part in range(2)
+  ]
+  assert labels == np.concatenate(expected)[:SAMPLES].tolist()
+  pixels = [_images(workdir, scale) for scale in SCALES]
+  assert any((pixels[0][name] != pixels[1][name]).any() for name in names[0])
+
+
+def test_there_is_a_picture_and_a_plot(measured):
+  workdir, _ = measured
+  picture = np.asarray(Image.open(workdir / "samples.png"))
+  assert picture.shape[2] == 3
+  # Two rows of 16 px; a column of training images, four for each scale.
+  assert picture.shape[0] > 2 * 16 and picture.shape[1] > 9 * 16
+  with Image.open(workdir / "guidance.png") as plot:
+    assert plot.size[0] > 3 * 300  # three panels
+
+
+def test_the_command_line_draws_the_same_on_one_device(
+  measured, config, tmp_path
+):
+  file = tmp_path / "evaluate.py"
+  c = config(guidance=(2.5,), images="npz")
+  file.write_text(
+    "from configs import base\n\n\ndef get_config():\n"
+    "  c = base.evaluate_diffusion()\n"
+    f"  c.update({ {k: v for k, v in c.to_dict().items() if k in _PLAIN}!r})\n"
+    "  c.picture.classes = 0\n  return c\n"
+  )
+  found = run_main(str(file), f"--workdir={tmp_path / 'out'}")
+  assert found.returncode == 0, found.stderr[-2000:]
+  folder = tmp_path / "out" / "images" / "guidance_2.5"
+  parts = [np.load(path) for path in sorted(folder.glob("*.npz"))]
+  pixels = np.concatenate([part["arr_0"] for part in parts])
+  labels = np.concatenate([part["arr_1"] for part in parts])
+  images = _images(measured[0], 2.5)
+  names = [f"{i:07d}_class_{label}.png" for i, label in enumerate(labels)]
+  assert names == list(images)
+  difference = pixels.astype(int) - np.stack(list(images.values()))
+  assert abs(difference).max() <= 1
+
+
+_PLAIN = (
+  "init_from", "samples", "batch_size", "guidance", "metrics", "images",
+  "compilation_cache",
+)  # fmt: skip
+
+
+class _Killed(BaseException):
+  pass
+
+
+def test_killed_anywhere_it_goes_on_and_ends_equal(
+  config, tmp_path, monkeypatch
+):
+  """Each start dies at a later write; what is written is not drawn again."""
+  whole = tmp_path / "whole"
+  _run(config(guidance=(2.5,)), whole)
+  written, limit, drawn = [], [0], []
+
+  def limited(original):
+    def write(*arguments):
+      written.append(arguments[0])
+      if len(written) > limit[0]:
+        raise _Killed
+      original(*arguments)
+
+    return write
+
+  for name in ("write_whole", "write_png"):
+    original = getattr(metrics_writer, name)
+    monkeypatch.setattr(metrics_writer, name, limited(original))
+  part = sample_drawing.Drawing.part
+  monkeypatch.setattr(
+    sample_drawing.Drawing, "part", lambda *a: drawn.append(a[1]) or part(*a)
+  )
+  workdir, starts = tmp_path / "out", 0
+  while not (workdir / "result.json").exists():
+    assert starts < 10  # 12 images, two records, and four others
+    limit[0], starts = 4 * starts, starts + 1
+    written.clear()
+    drawn.clear()
+    there = len(list(workdir.glob("parts/*/*.npz")))
+    with contextlib.suppress(_Killed):
+      evaluate_diffusion.run(config(guidance=(2.5,)), epath.Path(workdir))
+    assert len(drawn) <= 2 - there
+  assert starts > 3
+  assert _bytes(workdir) == _bytes(whole)
+
+
+def test_more_samples_and_scales_draw_only_what_is_missing(
+  config, tmp_path, monkeypatch
+):
+  drawn = []
+  part = sample_drawing.Drawing.part
+  monkeypatch.setattr(
+    sample_drawing.Drawing, "part", lambda *a: drawn.append(a[1]) or part(*a)
+  )
+  _run(config(guidance=(2.5,)), tmp_path)
+  assert len(drawn) == 2
+  before = _bytes(tmp_path)
+  drawn.clear()
+  result = _run(config(samples=20), tmp_path)
+  assert [(x.scale, x.number, x.rows) for x in drawn] == [
+    (1.0, 0, 8), (1.0, 1, 8), (1.0, 2, 4), (2.5, 1, 8), (2.5, 2, 4)
+  ]  # fmt: skip
+  after = _bytes(tmp_path)
+  assert {k: after[k] for k in before} == before
+  assert len(_images(tmp_path, 1.0)) == len(_images(tmp_path, 2.5)) == 20
+  assert set(result["guidance"]) == {"1", "2.5"}
+
+
+def test_chosen_classes_come_in_turn(config, tmp_path):
+  _run(config(classes=(2, 0, 2), guidance=(1.0,)), tmp_path)
+  labels = [int(n[:-4].rpartition("_")[2]) for n in _images(tmp_path, 1.0)]
+  assert labels == [2, 0, 2] * 4
+
+
+def test_other_weights_do_not_mix_with_samples_that_are_there(
+  config, trained, tiny_diffusion, tmp_path
+):
+  run = tmp_path / "run"
+  shutil.copytree(trained, run)
+  c = config(init_from=str(run), guidance=(1.0,))
+  _run(c, tmp_path / "out")
+  train_diffusion.run(tiny_diffusion(steps=3), epath.Path(run))
+  with pytest.raises(ValueError, match=r"drawn otherwise \(weights_sha256"):
+    evaluate_diffusion.run(c, epath.Path(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"init_from": ""}, "not the work directory of an earlier run"),
+    ({"guidance": (1.0, -0.5)}, "guidance scale -0.5 is negative"),
+    ({"guidance": ()}, "config.guidance=.* is empty"),
+    ({"guidance": (1.0, 1.0)}, "names a scale twice"),
+    ({"classes": (0, 3)}, "class 3 in config.classes is not from 0 to 2"),
+    ({"classes": (-1,)}, "class -1 in config.classes"),
+    ({"samples": 0}, "config.samples=0 is not from 1"),
+    ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8"),
+    ({"images": "jpg"}, "config.images='jpg' is not among 'png', 'npz', ''"),
+    ({"metrics": ("fid",)}, "unknown metric 'fid'.*gfid, inception_score"),
+    ({"metrics": ("gfid",)}, "config.reference is empty"),
+    (
+      {"metrics": ("gfid",), "reference": "no.npz", "weights": "no.npz"},
+      "no.npz",
+    ),
+    (
+      {"metrics": ("inception_score",), "samples": 9},
+      "config.samples=9 is below 10",
+    ),
+    ({"sampler.kind": "dpm_solver", "sampler.steps": 1}, "1 steps are too few"),
+    ({"sampler.kind": "euler"}, "Euler does not sample"),
+    ({"autoencoder": "/nowhere"}, "cannot be loaded"),
+    ({"compute_dtype": "float8"}, "float8"),
+    (
+      {"picture.classes": 1, "picture.latents": "/nowhere"},
+      "is no latent store",
+    ),
+    ({"picture.columns": 0}, "config.picture.columns=0"),
+  ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+  changes, message, config, tmp_path
+):
+  with pytest.raises(ValueError, match=message):
+    evaluate_diffusion.run(config(**changes), epath.Path(tmp_path / "out"))
+  assert not (tmp_path / "out").exists()
+
+
+def test_another_autoencoder_is_refused(config, tmp_path):
+  other = save_tiny_autoencoder(tmp_path / "other", seed=1)
+  with pytest.raises(ValueError, match="does not have the encoder"):
+    evaluate_diffusion.run(
+      config(autoencoder=str(other)), epath.Path(tmp_path / "out")
+    )
+
+
+def test_precision_needs_features_of_single_images(
+  config, inception_weights, reference, tmp_path
+):
+  statistics = fid.load_statistics(reference, inception.FEATURES)
+  file = tmp_path / "moments.npz"
+  fid.save_statistics(file, statistics.mean, statistics.covariance)
+  c = config(
+    metrics=("precision_recall",),
+    weights=str(inception_weights),
+    reference=str(file),
+  )
+  with pytest.raises(ValueError, match="features of 0 single images"):
+    evaluate_diffusion.run(c, epath.Path(tmp_path / "out"))

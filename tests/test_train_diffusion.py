@@ -1,0 +1,216 @@
+"""Training of a latent diffusion model, on a store that is filled by hand."""
+
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from conftest import fill_store
+from etils import epath
+
+from configs import base
+from dcae_jax import diffusion
+from dcae_jax.data import latents
+from dcae_jax.models import denoisers
+from dcae_jax.tasks import denoising, train_diffusion
+from dcae_jax.training import checkpoint, diffusion_step, optimizer
+from dcae_jax.training import state as state_lib
+from dcae_jax.training import step as step_lib
+
+SHAPE, ROWS, CLASSES = (2, 2, 16), 48, 3
+
+
+@pytest.fixture(scope="module")
+def config(tiny_diffusion):
+  return tiny_diffusion
+
+
+def _losses(workdir):
+  text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  return [x["train/loss/mse"] for x in lines if "train/loss/mse" in x]
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  assert train_diffusion.run(config(), epath.Path(workdir))
+  return workdir
+
+
+def _params(workdir):
+  """Step and tree of the last checkpoint: parameters, then averages."""
+  settings = json.loads((workdir / "config.json").read_text())
+  c = base.latent_diffusion()
+  c.model.update(settings["model"])
+  model = denoising.model(
+    c.model, denoising.objective(c.objective), remat=False
+  )
+  abstract = {"batch_stats": {}} | denoisers.abstract_variables(model)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  placed = jax.tree.map(lambda _: device, abstract)
+  found = checkpoint.restore_variables(str(workdir), "params", abstract, placed)
+  return found, denoising.averages(str(workdir), model)
+
+
+def test_interrupted_training_goes_on_bit_for_bit(whole, config, tmp_path):
+  """And the numbers of the model are the store's."""
+  workdir = tmp_path / "run"
+  train_diffusion.run(config(steps=2), epath.Path(workdir))
+  train_diffusion.run(config(steps=4), epath.Path(workdir))
+  for one, two in zip(_params(whole), _params(workdir), strict=True):
+    assert one[0] == two[0] == 4
+    jax.tree.map(np.testing.assert_array_equal, one[1], two[1])
+  losses = [_losses(w) for w in (whole, workdir)]
+  assert losses[0] == losses[1] and len(losses[0]) == 4
+  model = json.loads((whole / "config.json").read_text())["model"]
+  found = model["latent_size"], model["latent_channels"], model["num_classes"]
+  assert found == (2, 16, 3)
+  result = json.loads((whole / "result.json").read_text())
+  assert result["step"] == 4 and result["parameters"] > 1_000_000
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1)])
+def test_any_mesh_has_the_same_losses(mesh, whole, config, tmp_path):
+  names = ("mesh.data", "mesh.fsdp", "mesh.spatial")
+  sizes = dict(zip(names, mesh, strict=True))
+  train_diffusion.run(config(**sizes), epath.Path(tmp_path))
+  assert _losses(tmp_path) == pytest.approx(_losses(whole), rel=1e-4)
+
+
+def test_it_learns_the_classes_and_shows_samples(
+  config, tiny_latents, tmp_path
+):
+  """Samples of a class come out nearer to its latents than to others'."""
+  c = config(
+    steps=150,
+    batch_size=32,
+    log_every=50,
+    **{
+      "samples.count": 3, "sampler.steps": 12, "ema.decay": 0.98,
+      "optimizer.learning_rate": 2e-3, "samples.guidance": (1.0, 2.0),
+    },
+  )  # fmt: skip
+  train_diffusion.run(c, epath.Path(tmp_path))
+  assert _losses(tmp_path)[-1] < 0.3
+  (picture,) = (tmp_path / "samples").glob("samples_*.png")
+  assert picture.stat().st_size > 500
+  c = denoising.with_store(c, latents.Latents(tiny_latents))
+  objective = denoising.objective(c.objective)
+  sampler = denoising.sampler(c.sampler, objective, (1.0,))
+  model = denoising.model(c.model, objective, remat=False)
+  whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sample = denoising.sample_function(
+    model, objective, sampler, c.sampler, 2.0, whole
+  )
+  _, ema = _params(tmp_path)[1]
+  labels = np.arange(12, dtype=np.int32) % CLASSES
+  z = np.asarray(jax.jit(sample)(ema, jax.random.key(5), labels))
+  found = latents.Latents(tiny_latents).read(np.arange(ROWS))
+  means = np.stack(
+    [found["latents"][found["labels"] == i].mean(0) for i in range(CLASSES)]
+  )
+  distance = np.square(z[:, None] - means[None]).mean((2, 3, 4))
+  assert (distance.argmin(1) == labels).mean() > 0.9
+  assert np.median(distance.min(1)) < 0.3
+
+
+def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
+  """All dropped: labels do not matter. None: they do."""
+  c = denoising.with_store(config(), latents.Latents(tiny_latents))
+  objective = diffusion.scaled_linear()
+  model = denoising.model(c.model, objective, remat=False)
+  variables = jax.jit(model.init)(
+    jax.random.key(0), np.zeros((1, *SHAPE), "float32"),
+    np.zeros(1, "float32"), np.zeros(1, "int32"),
+  )  # fmt: skip
+  adamw, schedule = optimizer.create(**c.optimizer.to_dict())
+  mask = jax.tree.map(lambda _: True, variables["params"])
+  batch = latents.Latents(tiny_latents).read(np.arange(16))
+  others = batch | {"labels": (batch["labels"] + 1) % CLASSES}
+  totals = {}
+  for dropout, candidates in ((0.0, ()), (1.0, ()), (0.0, (4, 16))):
+    step = jax.jit(
+      diffusion_step.create(
+        apply=model.apply,
+        objective=objective,
+        num_classes=CLASSES,
+        label_dropout=dropout,
+        channel_candidates=candidates,
+        optimizer=adamw,
+        schedule=schedule,
+        ema=step_lib.Ema(0.5, 0),
+        seed=0,
+      )
+    )
+    state = state_lib.create({"batch_stats": {}} | variables, mask, adamw)
+    after, metrics = step(state, batch)
+    _, changed = step(state, others)
+    equal = metrics["loss/total"] == changed["loss/total"]
+    assert bool(equal) == (dropout == 1.0)
+    totals[dropout, candidates] = float(metrics["loss/total"])
+    half = jax.tree.map(lambda a, b: (a + b) / 2, state.params, after.params)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
+      after.ema["params"], half,
+    )  # fmt: skip
+  assert len(set(totals.values())) == 3
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"latents": ""}, "config.latents is empty"),
+    ({"latents": "/nowhere"}, "is no latent store"),
+    ({"model.variant": "UViT-G"}, "unknown denoiser 'UViT-G'"),
+    ({"model.patch_size": 4}, "latent side 2 is not divisible"),
+    ({"model.latent_channels": 8}, "config.model.latent_channels=8, but"),
+    ({"model.latent_size": 4}, "config.model.latent_size=4, but"),
+    ({"objective.kind": "ddpm"}, "unknown config.objective.kind='ddpm'"),
+    ({"objective.kind": "flow"}, "Euler, Heun, Dopri5 do"),
+    ({"sampler.kind": "dpm"}, "unknown config.sampler.kind='dpm'"),
+    ({"sampler.steps": 1}, "1 steps are too few for DPMSolver"),
+    ({"samples.guidance": (1.0, -0.5)}, "guidance scale -0.5 is negative"),
+    ({"sampler.interval": (500.0, 100.0)}, "interval"),
+    ({"channel_candidates": (32,)}, "candidate channel numbers"),
+    ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8"),
+    ({"batch_size": 64}, "48 rows, and a batch of all processes 64"),
+    ({"mesh.spatial": 2, "mesh.data": 4}, "splits images"),
+    ({"label_dropout": 1.5}, "label_dropout=1.5 is not from 0 to 1"),
+    ({"autoencoder": "/nowhere", "samples.count": 1}, "cannot be loaded"),
+  ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+  changes, message, config, tmp_path
+):
+  with pytest.raises(ValueError, match=message):
+    train_diffusion.run(config(**changes), epath.Path(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_labels_out_of_range_are_refused(tiny_autoencoder, config, tmp_path):
+  labels = np.arange(ROWS, dtype=np.int32) % 5
+  path = fill_store(tmp_path / "store", tiny_autoencoder, labels, classes=3)
+  with pytest.raises(ValueError, match="labels from 0 to 4, and 3 classes"):
+    train_diffusion.run(config(latents=path), epath.Path(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["f32_dit_xl", "f32_usit_2b", "f32_uvit_h", "f64_uvit_h", "f128_uvit_h",
+   "sd_vae_f8_uvit_h"],
+)  # fmt: skip
+def test_recipes_build(name):
+  c = importlib.import_module(f"configs.{name}").get_config()
+  size, channels = {
+    "f32": (16, 32), "f64": (8, 128), "f128": (8, 512), "sd": (64, 4),
+  }[name.split("_")[0]]  # fmt: skip
+  c.model.latent_size, c.model.latent_channels = size, channels
+  c.model.num_classes = 1000
+  setup = train_diffusion._setup(c)
+  expected = {"f32": 256, "f64": 64, "f128": 64, "sd": 1024}
+  tokens = (size // c.model.patch_size) ** 2
+  assert tokens == expected[name.split("_")[0]]
+  assert setup.abstract.step.shape == ()
