@@ -6,7 +6,7 @@ r"""A latent diffusion model of 38 photographs, on a CPU, in minutes.
 Needs the autoencoder of launch/quickstart.sh, runs/quickstart/phase3. Each
 photograph is a class: random crops of it are encoded, a small UViT learns them,
 and samples.png in samples/ shows what it draws of some, without guidance and
-with. Time and picture: README, "Diffusion"; no other number is measured.
+with. The measured time and the picture are in README.
 """
 
 from configs import base

@@ -79,7 +79,7 @@ def test_config_is_short_and_its_docstring_holds_the_command(name):
   text = (DIRECTORY / f"{name}.py").read_text()
   assert f"--config=configs/{name}.py" in text
   assert "measured" in text or name == "quickstart"
-  if name != "quickstart":
+  if not name.startswith("quickstart"):
     assert len(text.splitlines()) <= 25
 
 

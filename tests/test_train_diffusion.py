@@ -89,17 +89,18 @@ def test_it_learns_the_classes_and_shows_samples(
     batch_size=32,
     log_every=50,
     **{
-      "samples.count": 3, "sampler.steps": 12, "ema.decay": 0.98,
+      "samples.count": 3, "sampler.steps": 12, "ema.decay": 0.95,
       "optimizer.learning_rate": 2e-3, "samples.guidance": (1.0, 2.0),
+      "objective.kind": "flow", "sampler.kind": "euler",
     },
   )  # fmt: skip
   train_diffusion.run(c, epath.Path(tmp_path))
-  assert _losses(tmp_path)[-1] < 0.3
+  assert _losses(tmp_path)[-1] < 0.7
   (picture,) = (tmp_path / "samples").glob("samples_*.png")
   assert picture.stat().st_size > 500
   c = denoising.with_store(c, latents.Latents(tiny_latents))
   objective = denoising.objective(c.objective)
-  sampler = denoising.sampler(c.sampler, objective, (1.0,))
+  sampler = denoising.sampler(c.sampler, objective, (2.0,))
   model = denoising.model(c.model, objective, remat=False)
   whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   sample = denoising.sample_function(
@@ -113,8 +114,8 @@ def test_it_learns_the_classes_and_shows_samples(
     [found["latents"][found["labels"] == i].mean(0) for i in range(CLASSES)]
   )
   distance = np.square(z[:, None] - means[None]).mean((2, 3, 4))
-  assert (distance.argmin(1) == labels).mean() > 0.9
-  assert np.median(distance.min(1)) < 0.3
+  assert (distance.argmin(1) == labels).all()
+  assert np.median(distance.min(1)) < 0.5
 
 
 def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
@@ -198,19 +199,44 @@ def test_labels_out_of_range_are_refused(tiny_autoencoder, config, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name",
-  ["f32_dit_xl", "f32_usit_2b", "f32_uvit_h", "f64_uvit_h", "f128_uvit_h",
-   "sd_vae_f8_uvit_h"],
-)  # fmt: skip
-def test_recipes_build(name):
+  ("name", "tokens", "macs"),
+  [
+    ("f32_dit_xl", 256, 118.68),
+    ("f32_usit_2b", 256, 414.91),
+    ("f32_uvit_h", 256, 133.25),
+    ("f64_uvit_h", 64, 33.25),
+    ("f128_uvit_h", 64, None),
+    ("sd_vae_f8_uvit_h", 1024, None),
+  ],
+)
+def test_recipes_are_the_papers(name, tokens, macs):
+  """On latents of 512 px images, of f128 1024 px; GMACs where they are known."""
   c = importlib.import_module(f"configs.{name}").get_config()
   size, channels = {
     "f32": (16, 32), "f64": (8, 128), "f128": (8, 512), "sd": (64, 4),
   }[name.split("_")[0]]  # fmt: skip
   c.model.latent_size, c.model.latent_channels = size, channels
   c.model.num_classes = 1000
-  setup = train_diffusion._setup(c)
-  expected = {"f32": 256, "f64": 64, "f128": 64, "sd": 1024}
-  tokens = (size // c.model.patch_size) ** 2
-  assert tokens == expected[name.split("_")[0]]
-  assert setup.abstract.step.shape == ()
+  train_diffusion.check(c)
+  denoiser = denoising.model(
+    c.model, denoising.objective(c.objective), remat=False
+  )
+  assert (size // c.model.patch_size) ** 2 == tokens
+  if macs:
+    assert denoiser.forward_macs == pytest.approx(macs * 1e9, rel=0.01)
+  o, objective, sampler = c.optimizer, c.objective.kind, c.sampler
+  found = (
+    o.learning_rate, o.beta1, o.beta2, o.weight_decay, o.warmup_steps,
+    c.batch_size, c.steps, objective, sampler.kind,
+  )  # fmt: skip
+  family = name.split("_")[-2]
+  assert found == {
+    "uvit": (
+      2e-4, 0.99, 0.99, 0.03, 5000, 1024, 500_000, "scaled_linear",
+      "dpm_solver",
+    ),
+    "usit": (1e-4, 0.99, 0.99, 0.0, 5000, 1024, 500_000, "flow", "dopri5"),
+    "dit": (1e-4, 0.9, 0.999, 0.0, 0, 256, 3_000_000, "improved_ddpm", "ddpm"),
+  }[family]  # fmt: skip
+  assert c.ema.decay == 0.9999 and c.label_dropout == 0.1
+  assert sampler.steps == {"uvit": 30, "usit": 1000, "dit": 250}[family]

@@ -1,0 +1,427 @@
+"""Diffusion on SD-VAE's and DC-AE's latents: the speed-up of table 3.
+
+  python -m benchmarks.diffusion_throughput [--decode]
+
+UViT-H trains and samples on latents of 512 px images: f8 in patches of 2, f32
+and f64 in patches of 1. A training step is forward, backward and AdamW, without
+the encoder: latents are stored. Sampling is DPM-Solver++(2M), 30 steps, with
+guidance, so 60 network calls an image. Ratios are throughputs over that of f8.
+
+1. Measured: UViT-H with `depth` and `hidden` made smaller, equally for all
+   latents, with heads as wide as UViT-H's. Programs of all latents alternate;
+   the least time of each counts. No decoding. On a CPU that others use, short
+   programs find quiet moments and long ones do not; so there is the ratio of
+   the core seconds, too.
+2. Computed: FLOPs and bytes of the real UViT-H and of the real decoders, as XLA
+   counts them in programs for the TPU that are lowered, not run. A guided call
+   counts 30 times; the solver's own arithmetic is left out. Bytes are those
+   before fusion: an upper bound.
+3. With --decode, measured: one decode by each real autoencoder, float32.
+
+A small denoiser with a real decoder would compare nothing. So sampling with
+decoding is computed only.
+
+The measured ratios are not the paper's, for these reasons:
+- Attention between tokens is 2n / 12d of the linear layers' cost. It is 0.15 on
+  f8 in UViT-H, and twice that at half its width. That favours f64.
+- AdamW costs the same on all latents. With a small batch it is a larger part of
+  a step on f64. That favours f8.
+- So does what each operation costs besides its arithmetic.
+- Attention writes its n^2 weights to memory in float32. On a CPU it runs at
+  less than half of the linear layers' rate on f8. That favours f64.
+- The paper's are an H100's in half precision, with TensorRT for sampling.
+"""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dcae_jax import architecture, diffusion, samplers
+from dcae_jax.models import dcae, denoisers, uvit
+from dcae_jax.training import optimizer
+
+_IMAGE_SIDE = 512
+_CLASSES = 1000
+_STEPS = 30
+_GUIDANCE = 1.5
+_FULL_SIZE = denoisers.VARIANTS["UViT-H"]
+
+
+class Latents(NamedTuple):
+  """A row of table 3.
+
+  Attributes:
+    autoencoder: a key of `architecture.VARIANTS`.
+    patch_size: of the denoiser.
+    training: the paper's throughput over f8's.
+    sampling: the paper's throughput over f8's.
+  """
+
+  autoencoder: str
+  patch_size: int
+  training: str
+  sampling: str
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    variant = architecture.check_variant(self.autoencoder)
+    side = _IMAGE_SIDE // variant.spatial_compression
+    return side, side, variant.latent_channels
+
+  @property
+  def tokens(self) -> int:
+    return (self.shape[0] // self.patch_size) ** 2
+
+
+# Images per second: UViT-H, and on f32 DiT-XL for want of UViT-H.
+LATENTS = {
+  "f8 p2": Latents("sd-vae-f8c4", 2, "1 (55/s)", "1 (5.85/s)"),
+  "f32 p1": Latents(
+    "f32c32", 1, f"DiT-XL: {241 / 54:.1f}", f"DiT-XL: {4.03 / 0.85:.1f}"
+  ),
+  "f64 p1": Latents(
+    "f64c128", 1, f"{984 / 55:.1f} (984/s)", f"{111.77 / 5.85:.1f} (111.77/s)"
+  ),
+}
+
+
+class Cost(NamedTuple):
+  """What XLA counts in a program, for one image."""
+
+  flops: float
+  bytes: float
+
+
+class Programs(NamedTuple):
+  """A denoiser's programs, to be compiled, and the shapes of their arguments.
+
+  Attributes:
+    train: parameters, optimizer's state, key, latents and labels to the first
+      two, updated.
+    call: parameters, noisy latents, times and labels to a guided prediction.
+    sample: parameters, noise and labels to latents.
+  """
+
+  train: Callable
+  train_arguments: tuple
+  call: Callable
+  call_arguments: tuple
+  sample: Callable
+  sample_arguments: tuple
+
+
+def _denoiser(
+  latents: Latents, depth: int, hidden: int, dtype: str
+) -> uvit.UViT:
+  heads = hidden * _FULL_SIZE.heads // _FULL_SIZE.hidden
+  side, _, channels = latents.shape
+  return denoisers.create(
+    denoisers.Variant("UViT", depth, hidden, heads),
+    latent_size=side,
+    latent_channels=channels,
+    num_classes=_CLASSES,
+    patch_size=latents.patch_size,
+    dtype=dtype,
+  )
+
+
+def _programs(
+  model: uvit.UViT, train_batch: int, sample_batch: int
+) -> Programs:
+  objective = diffusion.scaled_linear()
+  adamw, _ = optimizer.create(
+    learning_rate=2e-4,
+    warmup_steps=0,
+    beta1=0.99,
+    beta2=0.99,
+    weight_decay=0.03,
+    clip_norm=0,
+  )
+
+  def network(parameters, labels):
+    return lambda z, t: model.apply({"params": parameters}, z, t, labels)
+
+  def guided(parameters, labels):
+    apply = lambda z, t, labels: network(parameters, labels)(z, t)
+    return diffusion.guided(apply, labels, _CLASSES, _GUIDANCE)
+
+  def train(parameters, state, key, z, labels):
+    def loss(parameters):
+      losses, _ = objective.loss(network(parameters, labels), key, z)
+      return jnp.mean(losses)
+
+    gradients = jax.grad(loss)(parameters)
+    updates, state = adamw.update(gradients, state, parameters)
+    return optax.apply_updates(parameters, updates), state
+
+  def call(parameters, z, t, labels):
+    return guided(parameters, labels)(z, t)
+
+  def sample(parameters, z, labels):
+    model_fn = guided(parameters, labels)
+    key = jax.random.key(0)  # the solver is deterministic
+    return samplers.DPMSolver().sample(objective, model_fn, key, z, _STEPS)
+
+  parameters = denoisers.abstract_variables(model)["params"]
+  state = jax.eval_shape(adamw.init, parameters)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  shape = (*model.latent_size, model.latent_channels)
+  z = lambda b: jax.ShapeDtypeStruct((b, *shape), "float32")
+  labels = lambda b: jax.ShapeDtypeStruct((b,), "int32")
+  t = jax.ShapeDtypeStruct((sample_batch,), "float32")
+  b = sample_batch
+  return Programs(
+    train,
+    (parameters, state, key, z(train_batch), labels(train_batch)),
+    call,
+    (parameters, z(b), t, labels(b)),
+    sample,
+    (parameters, z(b), labels(b)),
+  )
+
+
+def _cost(program: Callable, arguments: tuple, images: int) -> Cost:
+  """Of one image; nothing is compiled or allocated."""
+  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    traced = jax.jit(program).trace(*arguments)
+    # As other platforms compute it: the fast convolutions of the CPU are loops,
+    # whose body would be counted once.
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    counted = lowered.cost_analysis()
+  return Cost(counted["flops"] / images, counted["bytes accessed"] / images)
+
+
+def _decoder(latents: Latents, dtype: str) -> tuple[Callable, tuple]:
+  model = architecture.create(latents.autoencoder, dtype=dtype)
+  decode = lambda variables, z: model.apply(variables, z, method="decode")
+  z = jax.ShapeDtypeStruct((1, *latents.shape), "float32")
+  return decode, (dcae.abstract_variables(model, 3), z)
+
+
+def _filled(arguments: Any) -> Any:
+  """Arguments of these shapes: small numbers, not negative, and labels."""
+  keys = iter(jax.random.split(jax.random.key(0), 10_000))
+
+  def fill(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return next(keys)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+      return jax.random.randint(next(keys), x.shape, 0, _CLASSES, x.dtype)
+    return 0.02 * jnp.abs(jax.random.normal(next(keys), x.shape, x.dtype))
+
+  return jax.tree.map(fill, arguments)
+
+
+class Times(NamedTuple):
+  """What a program took: seconds, and those of all cores together."""
+
+  seconds: float
+  core_seconds: float
+
+
+def _timed(f: Callable, *arguments) -> tuple[Times, Any]:
+  start, core_start = time.perf_counter(), time.process_time()
+  result = jax.block_until_ready(f(*arguments))
+  seconds = time.perf_counter() - start
+  return Times(seconds, time.process_time() - core_start), result
+
+
+def _least(times: list[Times]) -> Times:
+  return Times(*map(min, zip(*times, strict=True)))
+
+
+def _table(columns: dict[str, Iterable[str]]) -> None:
+  rows = zip(*columns.values(), strict=True)
+  for cells in (columns, ["---"] * len(columns), *rows):
+    print(f"| {' | '.join(cells)} |")
+  print(flush=True)
+
+
+def _over_first(costs: list[float]) -> list[str]:
+  """Throughput ratios: the first cost divided by each."""
+  return [f"{costs[0] / cost:.1f}" for cost in costs]
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+  """Trains and samples with small denoisers on this machine."""
+  compiled, times, flops = {}, {}, {}
+  train_batch, sample_batch = arguments.train_batch, arguments.sample_batch
+  for name, latents in LATENTS.items():
+    model = _denoiser(
+      latents, arguments.depth, arguments.hidden, arguments.dtype
+    )
+    p = _programs(model, train_batch, sample_batch)
+    train = jax.jit(p.train, donate_argnums=(0, 1))
+    compiled[name] = (
+      train.lower(*p.train_arguments).compile(),
+      list(_filled(p.train_arguments)),
+      jax.jit(p.sample).lower(*p.sample_arguments).compile(),
+      _filled(p.sample_arguments[1:]),
+    )
+    times[name] = ([], [])
+    flops[name] = (
+      _cost(p.train, p.train_arguments, train_batch).flops,
+      _cost(p.call, p.call_arguments, sample_batch).flops,
+    )
+  for _ in range(arguments.rounds):
+    for name, (train, state, sample, noise_and_labels) in compiled.items():
+      for _ in range(arguments.train_steps):
+        taken, state[:2] = _timed(train, *state)
+        times[name][0].append(taken)
+      taken, _ = _timed(sample, state[0], *noise_and_labels)
+      times[name][1].append(taken)
+  print(
+    f"Measured: UViT of depth {arguments.depth}, hidden {arguments.hidden}, "
+    f"{arguments.dtype}; batch {train_batch} in training, {sample_batch} in "
+    f"sampling; least of {arguments.rounds * arguments.train_steps} steps and "
+    f"{arguments.rounds} samplings; without decoding.\n"
+  )
+  for i, (part, batch) in enumerate(
+    (("training", train_batch), ("sampling", sample_batch))
+  ):
+    least = [_least(x[i]) for x in times.values()]
+    columns = {
+      "latents": LATENTS,
+      "patches": [str(x.tokens) for x in LATENTS.values()],
+      f"{part}, s": [f"{x.seconds:.3f}" for x in least],
+      "images/s": [f"{batch / x.seconds:.3f}" for x in least],
+      "ratio": _over_first([x.seconds for x in least]),
+      "by core seconds": _over_first([x.core_seconds for x in least]),
+      "by FLOPs at this size": _over_first([x[i] for x in flops.values()]),
+      "paper's": [getattr(x, part) for x in LATENTS.values()],
+    }
+    if jax.default_backend() != "cpu":
+      del columns["by core seconds"]
+    _table(columns)
+
+
+def _compute(batch: int) -> None:
+  """Counts the real denoisers and decoders; nothing runs."""
+  training, calls, decodes = [], [], []
+  for latents in LATENTS.values():
+    model = _denoiser(latents, _FULL_SIZE.depth, _FULL_SIZE.hidden, "bfloat16")
+    p = _programs(model, batch, batch)
+    training.append(_cost(p.train, p.train_arguments, batch))
+    calls.append(_cost(p.call, p.call_arguments, batch))
+    decodes.append(_cost(*_decoder(latents, "bfloat16"), 1))
+  print(
+    f"Computed: UViT-H of depth {_FULL_SIZE.depth}, hidden "
+    f"{_FULL_SIZE.hidden}, bfloat16; for one image of a batch of {batch}; "
+    "decoders, bfloat16, for one image; bytes before fusion.\n"
+  )
+  _table(
+    {
+      "latents": LATENTS,
+      "patches": [str(x.tokens) for x in LATENTS.values()],
+      "training, GFLOP": [f"{x.flops / 1e9:.0f}" for x in training],
+      "ratio": _over_first([x.flops for x in training]),
+      "training, GB": [f"{x.bytes / 1e9:.1f}" for x in training],
+      "ratio by bytes": _over_first([x.bytes for x in training]),
+      "paper's": [x.training for x in LATENTS.values()],
+    }
+  )
+  # A guided call is two network calls for each image.
+  networks = [_STEPS * x.flops for x in calls]
+  totals = [x + y.flops for x, y in zip(networks, decodes, strict=True)]
+  _table(
+    {
+      "latents": LATENTS,
+      "network call, GFLOP": [f"{x.flops / 2e9:.1f}" for x in calls],
+      f"{2 * _STEPS} calls, TFLOP": [f"{x / 1e12:.2f}" for x in networks],
+      "ratio": _over_first(networks),
+      "ratio by bytes": _over_first([x.bytes for x in calls]),
+      "decode, TFLOP": [f"{x.flops / 1e12:.2f}" for x in decodes],
+      "with decode, TFLOP": [f"{x / 1e12:.2f}" for x in totals],
+      "ratio with decode": _over_first(totals),
+      "paper's": [x.sampling for x in LATENTS.values()],
+    }
+  )
+
+
+def _measure_decoding(rounds: int) -> None:
+  """One image by each real decoder on this machine, float32."""
+  compiled = {}
+  for name, latents in LATENTS.items():
+    decode, arguments = _decoder(latents, "float32")
+    decode = jax.jit(decode).lower(*arguments).compile()
+    compiled[name] = (decode, _filled(arguments))
+  times = {name: [] for name in LATENTS}
+  for _ in range(rounds):
+    for name, (decode, arguments) in compiled.items():
+      times[name].append(_timed(decode, *arguments)[0])
+  least = [_least(x).seconds for x in times.values()]
+  print(
+    f"Measured: one {_IMAGE_SIDE} px image decoded by the real autoencoders, "
+    f"float32; least of {rounds}.\n"
+  )
+  _table(
+    {
+      "latents": LATENTS,
+      "autoencoder": [x.autoencoder for x in LATENTS.values()],
+      "decode, s": [f"{seconds:.1f}" for seconds in least],
+      "ratio": _over_first(least),
+    }
+  )
+
+
+def _hardware() -> str:
+  device = jax.devices()[0]
+  if device.platform != "cpu":
+    return f"{jax.device_count()} x {device.device_kind}"
+  lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  names = [x.partition(":")[2] for x in lines if x.startswith("model name")]
+  cores = len(os.sched_getaffinity(0))
+  return f"{names[0].strip() if names else 'CPU'}, {cores} cores"
+
+
+def _commit() -> str:
+  command = ["git", "describe", "--always", "--dirty"]
+  folder = pathlib.Path(__file__).parent
+  return subprocess.run(
+    command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+  ).stdout.strip()
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--depth", type=int, default=2, help="blocks; even")
+  parser.add_argument("--hidden", type=int, default=576, help="72 a head")
+  parser.add_argument("--dtype", default="float32")
+  parser.add_argument("--train_batch", type=int, default=8)
+  parser.add_argument("--sample_batch", type=int, default=2)
+  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--train_steps", type=int, default=2, help="in a round")
+  parser.add_argument(
+    "--full_size_batch", type=int, default=256, help="of what is computed"
+  )
+  parser.add_argument(
+    "--decode", action="store_true", help="measure the real decoders, too"
+  )
+  arguments = parser.parse_args()
+  head = _FULL_SIZE.hidden // _FULL_SIZE.heads
+  if arguments.hidden % head:
+    parser.error(f"--hidden={arguments.hidden} is not a multiple of {head}")
+  print(f"Diffusion on latents of {_IMAGE_SIDE} px images.")
+  print(f"Commit {_commit()}; jax {jax.__version__}; {_hardware()}.\n")
+  _compute(arguments.full_size_batch)
+  loads = [os.getloadavg()[0]]
+  _measure(arguments)
+  if arguments.decode:
+    _measure_decoding(arguments.rounds)
+  loads.append(os.getloadavg()[0])
+  print("Load of the machine before and after what is measured (it adds 1 for")
+  print(f"each core it keeps busy): {loads[0]:.1f}, {loads[1]:.1f}.")
+
+
+if __name__ == "__main__":
+  main()
