@@ -210,7 +210,7 @@ def test_labels_out_of_range_are_refused(tiny_autoencoder, config, tmp_path):
   ],
 )
 def test_recipes_are_the_papers(name, tokens, macs):
-  """On latents of 512 px images, of f128 1024 px; GMACs where they are known."""
+  """On latents of 512 px images, of f128 1024 px; GMACs where published."""
   c = importlib.import_module(f"configs.{name}").get_config()
   size, channels = {
     "f32": (16, 32), "f64": (8, 128), "f128": (8, 512), "sd": (64, 4),
