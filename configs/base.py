@@ -9,6 +9,7 @@ numbers. Any key can be changed on the command line, `--config.batch_size=8`.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def source(
@@ -253,7 +254,7 @@ def reference_statistics() -> ConfigDict:
   """Mean and covariance of Inception features of images, for FID."""
   c = ConfigDict()
   c.task = "reference_statistics"
-  # Images whose features are kept, for precision and recall: the first ones.
+  # Images whose features are kept, for precision and recall; evenly spaced.
   c.features = 10_000
   c.source = source("folder")
   c.resolutions = (256, 512)  # sides of the centre crops
@@ -353,6 +354,8 @@ def latent_diffusion() -> ConfigDict:
   c = ConfigDict()
   c.task = "train_diffusion"
   c.seed = 0  # of initial values, order, noise and samples
+  # A run of the same model to start from, at its averages; "": initial values.
+  c.init_from = ""
   c.latents = ""  # the store, a directory or gs:// prefix
   # What decodes samples; "": what the store's manifest names.
   c.autoencoder = ""
@@ -471,8 +474,10 @@ def evaluate_diffusion() -> ConfigDict:
   c.classes = ()
   # Scales; 1: without. Several make a sweep, with the same noise and classes.
   c.guidance = (1.0,)
-  c.sampler = sampler()
-  c.sampler.kind = ""  # "": the whole sampler of the training run
+  # As in `sampler()`; None: that of the training run.
+  c.sampler = ConfigDict(
+    {key: placeholder(type(value)) for key, value in sampler().items()}
+  )
   # Drawn at once by each process over its devices, and drawn again if it is
   # killed; samples depend on it, and not on the number of devices.
   c.batch_size = 64

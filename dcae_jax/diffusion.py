@@ -391,9 +391,10 @@ def random_channel_mask(
 
 def check_guidance(scale: float, interval: tuple[float, float] | None) -> None:
   """Raises ValueError for a negative scale, or an empty interval."""
-  if not scale >= 0:
+  if not 0 <= scale < np.inf:
+    what = "negative" if scale < 0 else "not a finite number"
     raise ValueError(
-      f"guidance scale {scale} is negative; 1 is without guidance, and larger "
+      f"guidance scale {scale} is {what}; 1 is without guidance, and larger "
       "scales guide"
     )
   if interval is not None and not interval[0] < interval[1]:

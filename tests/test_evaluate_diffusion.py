@@ -3,13 +3,15 @@
 import contextlib
 import itertools
 import json
+import os
 import pathlib
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
-from conftest import run_main, save_tiny_autoencoder
+from conftest import fill_store, run_main, save_tiny_autoencoder
 from etils import epath
 from PIL import Image
 
@@ -17,7 +19,7 @@ from configs import base
 from dcae_jax.evaluation import fid, sample_metrics
 from dcae_jax.models import inception
 from dcae_jax.tasks import evaluate_diffusion, sample_drawing, train_diffusion
-from dcae_jax.training import metrics_writer
+from dcae_jax.training import loop, metrics_writer
 
 SAMPLES, BATCH, SCALES = 12, 8, (1.0, 2.5)
 
@@ -114,7 +116,7 @@ def test_metrics_are_those_of_the_written_images(
     )  # fmt: skip
     assert found["gfid"] == pytest.approx(distance, rel=1e-4)
     score = sample_metrics.InceptionScore(inception.CLASSES)
-    score.update(logits)
+    score.update(logits[np.random.default_rng(0).permutation(SAMPLES)])
     assert found["inception_score"] == pytest.approx(
       score.compute()[0], rel=1e-4
     )
@@ -238,9 +240,21 @@ def test_more_samples_and_scales_draw_only_what_is_missing(
     (1.0, 0, 8), (1.0, 1, 8), (1.0, 2, 4), (2.5, 1, 8), (2.5, 2, 4)
   ]  # fmt: skip
   after = _bytes(tmp_path)
+  del before["parts/guidance_2.5/000001_4.npz"]  # 000001_8.npz is in its place
   assert {k: after[k] for k in before} == before
+  assert len(after) == 2 * (20 + 3)
   assert len(_images(tmp_path, 1.0)) == len(_images(tmp_path, 2.5)) == 20
   assert set(result["guidance"]) == {"1", "2.5"}
+
+
+def test_fewer_samples_are_refused(config, tmp_path):
+  """An outsider's tool would measure other images than ours."""
+  _run(config(guidance=(2.5,), images="npz"), tmp_path)
+  with pytest.raises(ValueError, match=r"more than config\.samples=8"):
+    _run(config(guidance=(2.5,), images="npz", samples=8), tmp_path)
+  _run(config(guidance=(2.5,), images="npz", samples=20), tmp_path)
+  files = sorted(tmp_path.glob("images/*/*.npz"))
+  assert [len(np.load(file)["arr_0"]) for file in files] == [8, 8, 4]
 
 
 def test_chosen_classes_come_in_turn(config, tmp_path):
@@ -259,6 +273,43 @@ def test_other_weights_do_not_mix_with_samples_that_are_there(
   train_diffusion.run(tiny_diffusion(steps=3), epath.Path(run))
   with pytest.raises(ValueError, match=r"drawn otherwise \(weights_sha256"):
     evaluate_diffusion.run(c, epath.Path(tmp_path / "out"))
+
+
+def test_classes_that_were_not_learned_are_not_drawn(
+  tiny_autoencoder, tiny_diffusion, config, tmp_path
+):
+  labels = np.where(np.arange(48) % 2, 0, 2).astype(np.int32)  # none of 1
+  store = fill_store(tmp_path / "store", tiny_autoencoder, labels, classes=3)
+  run = tmp_path / "run"
+  train_diffusion.run(tiny_diffusion(latents=store, steps=1), epath.Path(run))
+  settings = {"init_from": str(run), "guidance": (1.0,), "images": "npz"}
+  pictured = {"picture.classes": 3, "picture.latents": store}
+  _run(config(**settings, **pictured), tmp_path / "out")
+  files = (tmp_path / "out").glob("images/*/*.npz")
+  drawn = np.concatenate([np.load(file)["arr_1"] for file in files])
+  assert set(drawn.tolist()) == {0, 2}
+  with pytest.raises(ValueError, match=r"class 1 in config\.classes had no"):
+    _run(config(**settings, classes=(0, 1)), tmp_path / "other")
+
+
+def test_sigterm_stops_between_parts(config, tmp_path, monkeypatch):
+  whole = tmp_path / "whole"
+  _run(config(guidance=(2.5,)), whole)
+  sigterm = loop.Sigterm(each_alone=True)
+  part = sample_drawing.Drawing.part
+
+  def interrupted(self, wanted):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return part(self, wanted)
+
+  monkeypatch.setattr(sample_drawing.Drawing, "part", interrupted)
+  workdir = epath.Path(tmp_path / "out")
+  c = config(guidance=(2.5,))
+  assert not evaluate_diffusion.run(c, workdir, sigterm)
+  assert len(list(workdir.glob("parts/*/*.npz"))) == 1
+  monkeypatch.undo()
+  _run(c, workdir)
+  assert _bytes(workdir) == _bytes(whole)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +334,10 @@ def test_other_weights_do_not_mix_with_samples_that_are_there(
       {"metrics": ("inception_score",), "samples": 9},
       "config.samples=9 is below 10",
     ),
-    ({"sampler.kind": "dpm_solver", "sampler.steps": 1}, "1 steps are too few"),
+    ({"sampler.steps": 1}, "1 steps are too few for DPMSolver"),
+    ({"sampler.interval": (9.0, 1.0)}, "interval"),
+    ({"sampler.interval": (9.0,)}, "config.sampler.interval=.* two numbers"),
+    ({"guidance": (float("inf"),)}, "inf is not a finite number"),
     ({"sampler.kind": "euler"}, "Euler does not sample"),
     ({"autoencoder": "/nowhere"}, "cannot be loaded"),
     ({"compute_dtype": "float8"}, "float8"),
@@ -321,5 +375,5 @@ def test_precision_needs_features_of_single_images(
     weights=str(inception_weights),
     reference=str(file),
   )
-  with pytest.raises(ValueError, match="features of 0 single images"):
+  with pytest.raises(ValueError, match=r"has features \[0, 2048\]"):
     evaluate_diffusion.run(c, epath.Path(tmp_path / "out"))

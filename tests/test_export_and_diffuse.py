@@ -1,6 +1,8 @@
 """Latents, a diffusion model and samples, one after the other."""
 
 import json
+import os
+import signal
 
 import pytest
 from etils import epath
@@ -42,6 +44,24 @@ def test_images_become_classes_and_samples_of_them(config, tmp_path):
   assert set(result["guidance"]) == {"1", "3"}
 
 
+def test_sigterm_stops_in_any_stage(config, tmp_path, monkeypatch):
+  """The stage that gets it leaves, and no other starts."""
+  for stage in ("export_latents", "train_diffusion"):
+    task = getattr(export_and_diffuse, stage)
+    run = task.run
+
+    def interrupted(config, workdir, sigterm, run=run):
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert sigterm.received
+      return run(config, workdir, sigterm)
+
+    monkeypatch.setattr(task, "run", interrupted)
+    assert not export_and_diffuse.run(config, epath.Path(tmp_path))
+    monkeypatch.undo()
+    assert not (tmp_path / "samples").exists()
+  assert export_and_diffuse.run(config, epath.Path(tmp_path))
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -50,6 +70,10 @@ def test_images_become_classes_and_samples_of_them(config, tmp_path):
     ({"training.label_dropout": 2.0}, "label_dropout=2.0 is not from 0 to 1"),
     ({"training.sampler.steps": 1}, "1 steps are too few"),
     ({"training.model.variant": "UViT-G"}, "unknown denoiser 'UViT-G'"),
+    ({"training.model.patch_size": 4}, "latent side 2 is not divisible"),
+    ({"training.batch_size": 9}, "config.batch_size=9 is not divisible by 8"),
+    ({"samples.classes": (12,)}, "class 12 in config.classes is not from 0"),
+    ({"samples.metrics": ("gfid",)}, "config.reference is empty"),
     ({"export.crop": "crop"}, "crop"),
   ],
 )

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ from dcae_jax import diffusion
 from dcae_jax.data import latents
 from dcae_jax.models import denoisers
 from dcae_jax.tasks import denoising, train_diffusion
-from dcae_jax.training import checkpoint, diffusion_step, optimizer
+from dcae_jax.training import checkpoint, diffusion_step, loop, optimizer
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
 
@@ -40,7 +42,7 @@ def whole(config, tmp_path_factory):
   return workdir
 
 
-def _params(workdir):
+def _variables(workdir):
   """Step and tree of the last checkpoint: parameters, then averages."""
   settings = json.loads((workdir / "config.json").read_text())
   c = base.latent_diffusion()
@@ -52,7 +54,7 @@ def _params(workdir):
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   placed = jax.tree.map(lambda _: device, abstract)
   found = checkpoint.restore_variables(str(workdir), "params", abstract, placed)
-  return found, denoising.averages(str(workdir), model)
+  return found, denoising.averages(str(workdir), model, device)
 
 
 def test_interrupted_training_goes_on_bit_for_bit(whole, config, tmp_path):
@@ -60,7 +62,7 @@ def test_interrupted_training_goes_on_bit_for_bit(whole, config, tmp_path):
   workdir = tmp_path / "run"
   train_diffusion.run(config(steps=2), epath.Path(workdir))
   train_diffusion.run(config(steps=4), epath.Path(workdir))
-  for one, two in zip(_params(whole), _params(workdir), strict=True):
+  for one, two in zip(_variables(whole), _variables(workdir), strict=True):
     assert one[0] == two[0] == 4
     jax.tree.map(np.testing.assert_array_equal, one[1], two[1])
   losses = [_losses(w) for w in (whole, workdir)]
@@ -106,7 +108,7 @@ def test_it_learns_the_classes_and_shows_samples(
   sample = denoising.sample_function(
     model, objective, sampler, c.sampler, 2.0, whole
   )
-  _, ema = _params(tmp_path)[1]
+  _, ema = _variables(tmp_path)[1]
   labels = np.arange(12, dtype=np.int32) % CLASSES
   z = np.asarray(jax.jit(sample)(ema, jax.random.key(5), labels))
   found = latents.Latents(tiny_latents).read(np.arange(ROWS))
@@ -160,6 +162,74 @@ def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
   assert len(set(totals.values())) == 3
 
 
+def test_it_starts_from_the_averages_of_another_run(whole, config, tmp_path):
+  c = config(init_from=str(whole), steps=1, **{"optimizer.learning_rate": 0.0})
+  train_diffusion.run(c, epath.Path(tmp_path / "run"))
+  _, (_, before) = _variables(whole)
+  (_, after), _ = _variables(tmp_path / "run")
+  jax.tree.map(np.testing.assert_array_equal, before["params"], after["params"])
+  other = config(init_from=str(whole), **{"model.patch_size": 2})
+  with pytest.raises(ValueError, match=r"is another one \(patch_size: 1 there"):
+    train_diffusion.run(other, epath.Path(tmp_path / "other"))
+
+
+def test_samples_that_are_not_finite_do_not_stop_training(
+  config, tmp_path, caplog
+):
+  """As those of dopri5, where the steps do not suffice."""
+  c = config(
+    steps=2,
+    **{
+      "objective.kind": "flow", "sampler.kind": "dopri5", "sampler.steps": 8,
+      "samples.count": 2,
+    },
+  )  # fmt: skip
+  assert train_diffusion.run(c, epath.Path(tmp_path))
+  assert "samples at guidance 3 are not finite, and left out" in caplog.text
+  assert (tmp_path / "checkpoints" / "2").exists()
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
+  whole, config, tmp_path, monkeypatch
+):
+  saved = loop.run
+
+  def interrupted(step_fn, *args, **kwargs):
+    def step(*arguments):
+      os.kill(os.getpid(), signal.SIGTERM)
+      return step_fn(*arguments)
+
+    return saved(step, *args, **kwargs)
+
+  monkeypatch.setattr(loop, "run", interrupted)
+  assert not train_diffusion.run(config(), epath.Path(tmp_path))
+  monkeypatch.undo()
+  assert (tmp_path / "checkpoints" / "1").exists()
+  assert train_diffusion.run(config(), epath.Path(tmp_path))
+  for one, two in zip(_variables(whole), _variables(tmp_path), strict=True):
+    jax.tree.map(np.testing.assert_array_equal, one[1], two[1])
+
+
+def test_other_latents_are_refused_on_resume(
+  tiny_autoencoder, config, tmp_path
+):
+  labels = np.arange(48, dtype=np.int32) % 3
+  paths = [
+    fill_store(tmp_path / f"{rows}", tiny_autoencoder, labels[:rows], classes=3)
+    for rows in (48, 33)
+  ]
+  run = epath.Path(tmp_path / "run")
+  train_diffusion.run(config(latents=paths[0], steps=1), run)
+  (tmp_path / "48").rename(tmp_path / "moved")  # a store may move
+  moved = str(tmp_path / "moved")
+  train_diffusion.run(config(latents=moved, steps=2), run)
+  with pytest.raises(ValueError, match=r"began with other latents \(count: 48"):
+    train_diffusion.run(config(latents=paths[1], steps=3), run)
+  (run / "latents.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"latents\.json.*cannot be read"):
+    train_diffusion.run(config(latents=moved, steps=3), run)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -175,6 +245,9 @@ def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
     ({"sampler.steps": 1}, "1 steps are too few for DPMSolver"),
     ({"samples.guidance": (1.0, -0.5)}, "guidance scale -0.5 is negative"),
     ({"sampler.interval": (500.0, 100.0)}, "interval"),
+    ({"sampler.interval": (500.0,)}, "is not two numbers"),
+    ({"objective.logit_normal": (0.0,), "objective.kind": "flow"}, "not two"),
+    ({"init_from": "/nowhere"}, "not the work directory of an earlier run"),
     ({"channel_candidates": (32,)}, "candidate channel numbers"),
     ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8"),
     ({"batch_size": 64}, "48 rows, and a batch of all processes 64"),

@@ -334,18 +334,18 @@ def embedded(split: str) -> Files:
 
 
 class ClassPerImage:
-  """Another source, with each image as a class of its own.
+  """The first images of another source, each a class of its own.
 
   Attributes:
     classes: the images' keys.
   """
 
-  def __init__(self, source: Source):
+  def __init__(self, source: Source, count: int):
     self._source = source
-    self.classes = [source.key(i) for i in range(len(source))]
+    self.classes = [source.key(i) for i in range(count)]
 
   def __len__(self) -> int:
-    return len(self._source)
+    return len(self.classes)
 
   def __getitem__(self, index: int) -> Record:
     return self._source[index]._replace(label=index)
@@ -358,7 +358,7 @@ class ClassPerImage:
 
   def fingerprint(self) -> str:
     """sha256 of the other one's, and of what is different here."""
-    text = f"class per image of {self._source.fingerprint()}"
+    text = f"{len(self)} classes of {self._source.fingerprint()}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -162,7 +162,8 @@ class Statistics(NamedTuple):
   Attributes:
     mean: float64 [d].
     covariance: float64 [d, d].
-    features: [n, d] of some of the images, or None where the file has none.
+    features: [n, d] of some of the images, as they stand there; None where the
+      file has none.
     sha256: of the file.
   """
 
@@ -197,11 +198,6 @@ def load_statistics(path: epath.PathLike, dimensions: int) -> Statistics:
       f"reference statistics: {path} has mu {list(mean.shape)} and sigma "
       f"{list(covariance.shape)}, not [{dimensions}] and [{dimensions}, "
       f"{dimensions}]"
-    )
-  if features is not None and features.shape[1:] != (dimensions,):
-    raise ValueError(
-      f"reference statistics: {path} has features {list(features.shape)}, not "
-      f"[n, {dimensions}]"
     )
   if not np.isfinite(mean).all():
     raise ValueError(f"reference statistics: mu in {path} is not finite")

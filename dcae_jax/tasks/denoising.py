@@ -1,24 +1,31 @@
 """From config to a latent diffusion model: denoiser, objective, sampler."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from dcae_jax import diffusion, samplers
-from dcae_jax.data import latents
+from dcae_jax.data import differences, latents
 from dcae_jax.models import denoisers, dit, uvit
 from dcae_jax.training import checkpoint
 
 Denoiser = dit.DiT | uvit.UViT
+_LOG = logging.getLogger(__name__)
+# What makes parameters of one model fit another.
+_SHAPING = (
+  "variant", "patch_size", "latent_size", "latent_channels", "num_classes"
+)  # fmt: skip
 
 _OBJECTIVES = {
   "scaled_linear": lambda c: diffusion.scaled_linear(),
   "improved_ddpm": lambda c: diffusion.improved_ddpm(),
   "flow": lambda c: diffusion.FlowMatching(
-    tuple(c.logit_normal) or None, c.shift
+    _pair(c, "objective", "logit_normal"), c.shift
   ),
 }
 _SAMPLERS = {
@@ -29,6 +36,18 @@ _SAMPLERS = {
   "heun": lambda c: samplers.Heun(),
   "dopri5": lambda c: samplers.Dopri5(c.atol, c.rtol),
 }
+
+
+def _pair(
+  config: ConfigDict, name: str, key: str
+) -> tuple[float, float] | None:
+  """Two numbers, or None for an empty tuple."""
+  values = tuple(config[key])
+  if len(values) not in (0, 2) or not np.isfinite(values).all():
+    raise ValueError(
+      f"config.{name}.{key}={values} is not two numbers; () leaves it out"
+    )
+  return values or None
 
 
 def _chosen(known: dict[str, Callable], config: ConfigDict, key: str) -> Any:
@@ -55,8 +74,9 @@ def sampler(
   """
   found = _chosen(_SAMPLERS, config, "sampler")
   samplers.check(found, objective, config.steps)
+  interval = _pair(config, "sampler", "interval")
   for scale in guidance:
-    diffusion.check_guidance(scale, tuple(config.interval) or None)
+    diffusion.check_guidance(scale, interval)
   return found
 
 
@@ -66,27 +86,51 @@ def with_store(config: ConfigDict, store: latents.Latents) -> ConfigDict:
   Raises:
     ValueError: the config has others, or a label is out of range.
   """
-  height, width, channels = store.shape
-  if height != width:
-    raise ValueError(f"{store.path} has latents that are not square")
-  labels = store.labels()
-  if labels.min() < 0 or (store.classes and labels.max() >= len(store.classes)):
+  labels, classes = store.labels(), len(store.classes)
+  if labels.min() < 0 or (classes and labels.max() >= classes):
     raise ValueError(
       f"{store.path} has labels from {labels.min()} to {labels.max()}, and "
-      f"{len(store.classes)} classes; export it again"
+      f"{classes} classes; labels count from 0: export it again"
+    )
+  classes = classes or int(labels.max()) + 1
+  empty = classes - len(np.unique(labels))
+  if empty:
+    _LOG.warning(
+      "%d of %d classes of %s have no latents", empty, classes, store.path
+    )
+  return with_numbers(config, store.path, store.shape, classes)
+
+
+def with_numbers(
+  config: ConfigDict, path: str, shape: tuple[int, int, int], classes: int
+) -> ConfigDict:
+  """The config, with the model's numbers filled in.
+
+  Args:
+    config: of the training.
+    path: of the store, for messages.
+    shape: [h, w, c] of a latent.
+    classes: number of classes.
+
+  Raises:
+    ValueError: the config has others, or latents are not square.
+  """
+  height, width, channels = shape
+  if height != width:
+    raise ValueError(
+      f"{path} has latents of {height} x {width}, and only square ones can be "
+      "trained on; export square crops"
     )
   found = {
-    "latent_size": height,
-    "latent_channels": channels,
-    "num_classes": len(store.classes) or int(labels.max()) + 1,
-  }
+    "latent_size": height, "latent_channels": channels, "num_classes": classes
+  }  # fmt: skip
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for key, value in found.items():
       if config.model[key] not in (0, value):
         raise ValueError(
-          f"config.model.{key}={config.model[key]}, but {store.path} has "
-          f"{value}; leave it 0, or name another config.latents"
+          f"config.model.{key}={config.model[key]}, but {path} has {value}; "
+          "leave it 0, or name another config.latents"
         )
       config.model[key] = value
   return config
@@ -121,7 +165,7 @@ def sample_function(
 
   `sharding` is of the latents while they are drawn; values do not depend on it.
   """
-  interval = tuple(config.interval) or None
+  interval = _pair(config, "sampler", "interval")
   shape = (*denoiser.latent_size, denoiser.latent_channels)
 
   def sample(variables, key, labels):
@@ -137,10 +181,28 @@ def sample_function(
   return sample
 
 
-def averages(run: str, denoiser: Denoiser) -> tuple[int, Any]:
-  """Step, and `{"params": ...}` on one device, of a run's last checkpoint."""
+def check_same_model(run: str, config: ConfigDict) -> None:
+  """Raises ValueError unless a training run has parameters of this model."""
+  before = checkpoint.read_run_config(run, "train_diffusion")
+  models = [
+    {key: x["model"][key] for key in _SHAPING} | {"objective": x["objective"]}
+    for x in (before, config.to_dict())
+  ]
+  for model in models:
+    model["objective"] = model["objective"]["kind"] == "improved_ddpm"
+  found = differences.differences(*models)
+  if found:
+    raise ValueError(
+      f"the model of config.init_from={run} is another one "
+      f"({'; '.join(found.values())}); name another run, or the same model"
+    )
+
+
+def averages(
+  run: str, denoiser: Denoiser, sharding: jax.sharding.Sharding
+) -> tuple[int, Any]:
+  """Step, and `{"params": ...}`, of a run's last checkpoint."""
   abstract = {"batch_stats": {}} | denoisers.abstract_variables(denoiser)
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  placed = jax.tree.map(lambda _: device, abstract)
+  placed = jax.tree.map(lambda _: sharding, abstract)
   step, found = checkpoint.restore_variables(run, "ema", abstract, placed)
   return step, {"params": found["params"]}

@@ -57,13 +57,14 @@ def check(config: ConfigDict) -> None:
       "weights, or a hub id, or a config.variant for its initial values"
     )
   measuring.check_reading(config)
-  for key, least in (
-    ("samples", 1), ("extremes", 0), ("space_to_channel", 1), ("seed", 0)
-  ):  # fmt: skip
-    if not least <= config[key] < 2**31:
-      raise ValueError(
-        f"config.{key}={config[key]} is not from {least} to 2**31 - 1"
-      )
+  most = 2**31 - 1
+  wiring.check_bounds(
+    config,
+    {
+      "samples": (1, most), "extremes": (0, most),
+      "space_to_channel": (1, most), "seed": (0, most),
+    },
+  )  # fmt: skip
   dcae.check_dtype(config.dtype)
   metric_networks.check(config)
   if config.init_from:

@@ -1,6 +1,6 @@
 """Draws samples from a diffusion model, decodes them and measures them.
 
-As in the paper's table 3: Frechet distance, Inception Score, precision and
+Frechet distance (as in the paper's table 3), Inception Score, precision and
 recall of samples, at one or several guidance scales. What is written is not
 drawn again, however often the task is killed and started.
 """
@@ -31,14 +31,16 @@ _SPLITS = 10  # of the Inception Score
 _LEAST = {
   "gfid": 2, "inception_score": _SPLITS, "precision_recall": _NEIGHBOURS + 1
 }  # fmt: skip
+_PICTURE, _PLOT = "samples.png", "guidance.png"
 _PICTURE_SIDE = 128  # pixels of an image in the picture, at most
 _IDENTITY = "parts/identity.json"
+_MOST = 2**31 - 1
+_GROWS = ("samples", "guidance")  # of the identity: what may become more
 
 
 class _Model(NamedTuple):
   """What a training run left, and how it is sampled."""
 
-  description: dict[str, Any]  # of its latents
   denoiser: denoising.Denoiser
   objective: diffusion.Objective
   sampler: samplers.Sampler
@@ -47,15 +49,13 @@ class _Model(NamedTuple):
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no samples can be drawn with."""
-  for key, least in (
-    ("samples", 1), ("batch_size", 1), ("seed", 0), ("picture.classes", 0),
-    ("picture.columns", 1),
-  ):  # fmt: skip
-    value = config
-    for part in key.split("."):
-      value = value[part]
-    if not least <= value < 2**31:
-      raise ValueError(f"config.{key}={value} is not from {least} to 2**31 - 1")
+  wiring.check_bounds(
+    config,
+    {
+      "samples": (1, _MOST), "batch_size": (1, 2**20), "seed": (0, _MOST),
+      "picture.classes": (0, 1000), "picture.columns": (1, 1000),
+    },
+  )  # fmt: skip
   ways = jax.local_device_count()
   if config.batch_size % ways:
     raise ValueError(
@@ -98,19 +98,25 @@ def run(
   """Writes samples and `result.json`; False if SIGTERM stopped it."""
   sigterm = sigterm or loop.Sigterm(each_alone=True)
   check(config)
-  model = _open_model(config)
+  model = open_model(
+    config,
+    checkpoint.read_run_config(config.init_from, "train_diffusion"),
+  )
+  description = latent_decoding.read_description(config.init_from)
+  labels = _labels(config, description)
   wiring.check_work_directory(config, workdir)
-  wiring.check_nothing_foreign(workdir, ("parts", "images"))
+  wiring.check_nothing_foreign(workdir, ("parts", "images", _PICTURE, _PLOT))
   wiring.prepare_jax(config.compilation_cache)
-  store = _open_store(config, model)
-  network, reference = _open_metrics(config)
+  store = _open_store(config)
+  network, reference = open_metrics(config)
   ae = latent_decoding.load_autoencoder(
-    model.description,
+    description,
     config.autoencoder,
     "name it with config.autoencoder",
     config.compute_dtype,
   )
-  step, variables = denoising.averages(config.init_from, model.denoiser)
+  whole, by_row = sample_drawing.shardings()
+  step, variables = denoising.averages(config.init_from, model.denoiser, whole)
   identity = {
     "weights_sha256": weights.fingerprint(variables),
     "decoder_sha256": weights.fingerprint(ae.variables),
@@ -123,9 +129,22 @@ def run(
     "classes": list(config.classes),
     "batch_size": config.batch_size,
     "images": config.images,
+    "samples": config.samples,
+    "guidance": sorted(config.guidance),
   }
-  _check_identity(workdir, identity)
-  _, by_row = sample_drawing.shardings()
+  _check_identity(workdir, identity, may_grow=True)
+  for scale in config.guidance:
+    sample_drawing.check_not_fewer(
+      workdir, scale, config.samples, config.batch_size
+    )
+  wiring.wait_for_all("samples_checked")  # before anything is written
+  wiring.write_config(config, workdir)
+  if jax.process_index() == 0:
+    metrics_writer.write_whole(
+      workdir / _IDENTITY, json.dumps(identity, indent=2)
+    )
+  wiring.wait_for_all("samples_identity")
+  _check_identity(workdir, identity, may_grow=False)  # all draw the same
   drawing = sample_drawing.Drawing(
     {
       scale: denoising.sample_function(
@@ -136,38 +155,25 @@ def run(
     },
     variables,
     ae,
-    model.description,
+    description,
     network.parameters if network else None,
     batch_size=config.batch_size,
-    num_classes=model.denoiser.num_classes,
-    classes=tuple(config.classes),
+    classes=tuple(labels),
+    at_random=not config.classes,
     seed=config.seed,
   )  # fmt: skip
-  wiring.wait_for_all("samples_checked")  # before anything is written
-  wiring.write_config(config, workdir)
-  if jax.process_index() == 0:
-    metrics_writer.write_whole(
-      workdir / _IDENTITY, json.dumps(identity, indent=2)
-    )
   if not _draw_missing(config, workdir, drawing, sigterm):
     return False
   if jax.process_index() == 0:
-    if config.picture.classes:
-      picture = _picture(config, drawing, model.description, store, ae)
-      metrics_writer.write_png(workdir / "samples.png", picture)
-    measured = {
-      f"{scale:g}": _measure(config, workdir, scale, reference)
-      for scale in config.guidance
-    }
-    if config.metrics:
-      metrics_writer.write_whole(workdir / "guidance.png", _plot(measured))
     result = {
       "init_from": config.init_from,
       "step": step,
-      "samples": config.samples,
-      "guidance": measured,
       "objective": str(model.objective),
       **identity,
+      "guidance": {
+        f"{scale:g}": _measure(config, workdir, scale, reference)
+        for scale in config.guidance
+      },
       "reference": {
         "file": config.reference,
         "sha256": reference.sha256 if reference else None,
@@ -175,21 +181,49 @@ def run(
       "inception_is_published": network.is_published if network else None,
       "versions": wiring.versions(),
     }
-    metrics_writer.write_whole(
-      workdir / "result.json", json.dumps(result, indent=2)
-    )
-    _LOG.info("%s\nin %s", _table(measured), workdir)
+    _finish(config, workdir, result, drawing, description, labels, store, ae)
   wiring.wait_for_all("samples_measured")
   return True
 
 
-def _open_model(config: ConfigDict) -> _Model:
-  """Reads descriptions alone."""
-  trained = ConfigDict(
-    checkpoint.read_run_config(config.init_from, "train_diffusion")
+def _finish(
+  config: ConfigDict,
+  workdir: epath.Path,
+  result: dict[str, Any],
+  drawing: sample_drawing.Drawing,
+  description: dict[str, Any],
+  labels: list[int],
+  store: latents.Latents | None,
+  ae: autoencoder.Autoencoder,
+) -> None:
+  """Writes `result.json`, the plot and the picture."""
+  for name in (_PICTURE, _PLOT):  # of an earlier start
+    (workdir / name).unlink(missing_ok=True)
+  metrics_writer.write_whole(
+    workdir / "result.json", json.dumps(result, indent=2)
   )
-  description = latent_decoding.read_description(config.init_from)
-  sampling = config.sampler if config.sampler.kind else trained.sampler
+  if config.metrics:
+    metrics_writer.write_whole(workdir / _PLOT, _plot(result["guidance"]))
+  if config.picture.classes:
+    spread = np.linspace(
+      0, len(set(labels)) - 1, min(config.picture.classes, len(set(labels)))
+    )
+    chosen = [sorted(set(labels))[int(i)] for i in spread]
+    picture = _picture(config, drawing, description, chosen, store, ae)
+    metrics_writer.write_png(workdir / _PICTURE, picture)
+  _LOG.info("%s\nin %s", _table(result["guidance"]), workdir)
+
+
+def open_model(config: ConfigDict, trained: dict[str, Any]) -> _Model:
+  """Of the config of a training run, and how it is sampled.
+
+  Raises:
+    ValueError: a sampler or guidance scales that do not fit.
+  """
+  trained = ConfigDict(trained)
+  sampling = trained.sampler.copy_and_resolve_references()
+  with sampling.unlocked(), sampling.ignore_type():
+    sampling.update({k: v for k, v in config.sampler.items() if v is not None})
   objective = denoising.objective(trained.objective)
   sampler = denoising.sampler(sampling, objective, config.guidance)
   denoiser = denoising.model(trained.model, objective, remat=False)
@@ -197,25 +231,32 @@ def _open_model(config: ConfigDict) -> _Model:
     if type(label) is not int or not 0 <= label < denoiser.num_classes:
       raise ValueError(
         f"class {label!r} in config.classes is not from 0 to "
-        f"{denoiser.num_classes - 1}, the classes of {config.init_from}"
+        f"{denoiser.num_classes - 1}, the classes of the model"
       )
-  return _Model(description, denoiser, objective, sampler, sampling)
+  return _Model(denoiser, objective, sampler, sampling)
 
 
-def _open_store(config: ConfigDict, model: _Model) -> latents.Latents | None:
+def _labels(config: ConfigDict, description: dict[str, Any]) -> list[int]:
+  """The classes that are drawn: those that were learned."""
+  rows = description["rows_of_classes"]
+  for label in config.classes:
+    if not rows[label]:
+      raise ValueError(
+        f"class {label} in config.classes had no latents: {config.init_from} "
+        "did not learn it"
+      )
+  return list(config.classes) or np.flatnonzero(rows).tolist()
+
+
+def _open_store(config: ConfigDict) -> latents.Latents | None:
   if not (config.picture.classes and config.picture.latents):
     return None
   store = latents.Latents(config.picture.latents)
-  if list(store.shape) != model.description["shape"]:
-    raise ValueError(
-      f"config.picture.latents={store.path} has latents {list(store.shape)}, "
-      f"and the model {model.description['shape']}; name the store that was "
-      "trained on"
-    )
+  latent_decoding.check_same_meaning(config.init_from, store)
   return store
 
 
-def _open_metrics(
+def open_metrics(
   config: ConfigDict,
 ) -> tuple[pretrained.Pretrained | None, fid.Statistics | None]:
   """The FID Inception and the reference, where they are needed.
@@ -230,27 +271,44 @@ def _open_metrics(
   if config.reference:
     reference = fid.load_statistics(config.reference, inception.FEATURES)
   if "precision_recall" in config.metrics:
-    kept = 0 if reference.features is None else len(reference.features)
-    if kept <= _NEIGHBOURS:
+    features = reference.features
+    shape = (0, inception.FEATURES) if features is None else features.shape
+    if (
+      shape[1:] != (inception.FEATURES,)
+      or shape[0] <= _NEIGHBOURS
+      or not np.isfinite(features).all()
+    ):
       raise ValueError(
-        f"config.reference={config.reference} has features of {kept} single "
-        f"images, and precision and recall need more than {_NEIGHBOURS}; make "
-        "one with configs/reference_statistics.py, or leave precision_recall "
-        "out of config.metrics"
+        f"config.reference={config.reference} has features {list(shape)} of "
+        f"single images, and precision and recall need more than {_NEIGHBOURS} "
+        f"times {inception.FEATURES} finite numbers; make one with "
+        "configs/reference_statistics.py, or leave precision_recall out of "
+        "config.metrics"
       )
   return network, reference
 
 
-def _check_identity(workdir: epath.Path, identity: dict[str, Any]) -> None:
+def _check_identity(
+  workdir: epath.Path, identity: dict[str, Any], *, may_grow: bool
+) -> None:
   """Raises ValueError where a work directory holds other samples."""
   path = workdir / _IDENTITY
   if not path.exists():
     return
-  found = differences.differences(json.loads(path.read_bytes()), identity)
+  try:
+    before = dict(json.loads(path.read_bytes()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f"{path} is damaged ({error}); choose another --workdir"
+    ) from error
+  if may_grow:
+    before |= {key: identity[key] for key in _GROWS}
+  found = differences.differences(before, identity)
   if found:
     raise ValueError(
       f"--workdir={workdir} holds samples that were drawn otherwise "
-      f"({'; '.join(found.values())}); choose another directory"
+      f"({'; '.join(found.values())}); choose another directory, or the same "
+      "config to go on (inception_sha256 is None without config.metrics)"
     )
 
 
@@ -266,7 +324,9 @@ def _draw_missing(
 ) -> bool:
   """Draws and writes what is not there; False if it was stopped."""
   wanted = [part for scale in config.guidance for part in _parts(config, scale)]
-  missing = [part for part in wanted if not part.record(workdir).exists()]
+  missing = [
+    part for part in wanted if not part.file(workdir, "parts").exists()
+  ]
   wiring.wait_for_all("samples_plan")  # nobody writes before all have looked
   own = missing[jax.process_index() :: jax.process_count()]
   _LOG.info(
@@ -293,14 +353,13 @@ def _measure(
 ) -> dict[str, float]:
   """The metrics of one scale."""
   moments = fid.Moments(inception.FEATURES)
-  score = sample_metrics.InceptionScore(inception.CLASSES, _SPLITS)
-  features, squares = [], 0.0
+  features, logits, squares = [], [], 0.0
   for record in sample_drawing.read_records(workdir, _parts(config, scale)):
     squares += float(np.sum(np.square(record["latent_rms"], dtype=np.float64)))
     if "gfid" in config.metrics:
       moments.update(record["features"])
     if "inception_score" in config.metrics:
-      score.update(record["logits"])
+      logits.append(record["logits"])
     if "precision_recall" in config.metrics:
       features.append(record["features"])
   found = {"latent_rms": (squares / config.samples) ** 0.5}
@@ -314,6 +373,9 @@ def _measure(
       moments.mean, moments.covariance, reference.mean, reference.covariance
     )
   if "inception_score" in config.metrics:
+    score = sample_metrics.InceptionScore(inception.CLASSES, _SPLITS)
+    logits = np.concatenate(logits)  # may come class after class
+    score.update(logits[np.random.default_rng(0).permutation(len(logits))])
     mean, deviation = score.compute()
     found |= {"inception_score": mean, "inception_score_deviation": deviation}
   if "precision_recall" in config.metrics:
@@ -356,29 +418,24 @@ def _picture(
   config: ConfigDict,
   drawing: sample_drawing.Drawing,
   description: dict[str, Any],
+  classes: list[int],
   store: latents.Latents | None,
   ae: autoencoder.Autoencoder,
 ) -> np.ndarray:
   """A row for each of some classes, samples at each scale side by side."""
-  names = description["classes"]
-  count, columns = config.picture.classes, config.picture.columns
-  known = sorted(set(config.classes)) or range(drawing.num_classes)
-  spread = np.linspace(0, len(known) - 1, min(count, len(known)))
-  chosen = [known[int(i)] for i in spread]
+  names, columns = description["classes"], config.picture.columns
   blocks, headings = [], {}
   if store is not None:
-    rows = [np.flatnonzero(store.labels() == label)[:1] for label in chosen]
+    rows = [np.flatnonzero(store.labels() == i)[:1] for i in classes]
     z = store.read_unscaled(np.concatenate(rows))
     blocks.append(latent_decoding.to_pixels(ae, z)[:, None])
     headings[0] = "training"
   for scale in config.guidance:
-    headings[len(blocks) and sum(b.shape[1] for b in blocks)] = (
-      f"guidance {scale:g}"
-    )
-    pixels = drawing.images(scale, np.repeat(chosen, columns))
-    blocks.append(pixels.reshape(len(chosen), columns, *pixels.shape[1:]))
+    headings[sum(block.shape[1] for block in blocks)] = f"guidance {scale:g}"
+    pixels = drawing.images(scale, np.repeat(classes, columns))
+    blocks.append(pixels.reshape(len(classes), columns, *pixels.shape[1:]))
   labels = [
-    pathlib.PurePath(names[i]).stem[:16] if names else f"{i}" for i in chosen
+    pathlib.PurePath(names[i]).stem[:16] if names else f"{i}" for i in classes
   ]
   grid = [
     np.stack([figures.reduced(image, _PICTURE_SIDE) for image in row])

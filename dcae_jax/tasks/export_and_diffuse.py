@@ -1,9 +1,11 @@
 """Exports latents, trains a diffusion model on them, and draws samples."""
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax.tasks import (
+  denoising,
   evaluate_diffusion,
   export_latents,
   train_diffusion,
@@ -15,21 +17,50 @@ from dcae_jax.training import loop
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Runs, or goes on with, the stages; False if SIGTERM ended it early.
 
-  Each has its own work directory below `workdir`. Their numbers are checked
-  before the first starts.
+  Each has its own work directory below `workdir`. All are checked before the
+  first starts.
   """
-  sigterm = loop.Sigterm()
   config = chained(config, workdir)
+  trained = check(config)
   wiring.check_work_directory(config, workdir)
+  wiring.check_work_directory(trained, workdir / "training")
+  wiring.write_config(config, workdir)
+  sigterm = loop.Sigterm(each_alone=True)
+  for run_stage, stage, name in (
+    (export_latents.run, config.export, "export"),
+    (train_diffusion.run, config.training, "training"),
+    (evaluate_diffusion.run, config.samples, "samples"),
+  ):
+    finished = run_stage(stage, workdir / name, sigterm)
+    if not finished or sigterm.received:
+      return False
+  return True
+
+
+def check(config: ConfigDict) -> ConfigDict:
+  """The training's config, with the numbers that latents will have.
+
+  Raises:
+    ValueError: a stage that cannot be run, or does not fit the others.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(
+      "export_and_diffuse runs in one process; on a pod, run export_latents, "
+      "train_diffusion and evaluate_diffusion one after the other"
+    )
   export_latents.check(config.export)
   train_diffusion.check(config.training)
   evaluate_diffusion.check(config.samples)
-  wiring.write_config(config, workdir)
-  return (
-    export_latents.run(config.export, workdir / "export")
-    and train_diffusion.run(config.training, workdir / "training", sigterm)
-    and evaluate_diffusion.run(config.samples, workdir / "samples", sigterm)
+  trained = denoising.with_numbers(
+    config.training,
+    config.training.latents,
+    export_latents.latent_shape(config.export),
+    max(1, len(export_latents.open_source(config.export).classes)),
   )
+  train_diffusion.check_model(trained)
+  evaluate_diffusion.open_model(config.samples, wiring.resolved(trained))
+  evaluate_diffusion.open_metrics(config.samples)
+  return trained
 
 
 def chained(config: ConfigDict, workdir: epath.Path) -> ConfigDict:

@@ -50,11 +50,7 @@ def check(config: ConfigDict) -> None:
       "config.init_from is empty; name a run, a folder or file of released "
       "weights, or a hub id"
     )
-  for key, (least, most) in _BOUNDS.items():
-    if not least <= config[key] <= most:  # also for NaN
-      raise ValueError(
-        f"config.{key}={config[key]} is not from {least} to {most}"
-      )
+  wiring.check_bounds(config, _BOUNDS)
   if config.dtype not in latent_store.DTYPES:
     raise ValueError(
       f"config.dtype={config.dtype!r} is not among "
@@ -77,16 +73,26 @@ def check(config: ConfigDict) -> None:
       "config.flip and config.crops_per_image need images; the source is of "
       "kind 'npy', latents"
     )
+  transforms.check_channels(wiring.model_of(config.init_from)["image_channels"])
+  latent_shape(config)
+
+
+def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
+  """[h, w, c] of the latents; ValueError for a resolution that does not fit."""
   model = wiring.model_of(config.init_from)
-  transforms.check_channels(model["image_channels"])
   variant = architecture.of_model(model["variant"], model["architecture"])
   compression = variant.spatial_compression * config.space_to_channel
   dcae.check_side(config.resolution, compression)
+  side = config.resolution // compression
+  return side, side, variant.latent_channels * config.space_to_channel**2
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> bool:
+def run(
+  config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm | None = None
+) -> bool:
   """Fills the store, and writes `result.json`; False if SIGTERM stopped it."""
   watch, is_first = stopwatch.Stopwatch(), jax.process_index() == 0
+  sigterm = sigterm or loop.Sigterm(each_alone=True)
   with watch.measure("start"):
     check(config)
     wiring.check_work_directory(config, workdir)
@@ -98,7 +104,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
         "store"
       )
     store = latent_store.LatentStore(output, retries=config.retries)
-    source = _source(config)
+    source = open_source(config)
     store.check(jax.process_index())
     ae = autoencoder.load(
       config.init_from,
@@ -106,7 +112,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       dtype=config.compute_dtype,
       space_to_channel=config.space_to_channel,
     )
-    export = _Export(config, store, source, ae, watch)
+    export = _Export(config, store, source, ae, watch, sigterm)
     identity = _identity(config, source, ae)
     store.check_identity(identity)
     wiring.write_config(config, workdir)
@@ -140,12 +146,17 @@ def _is_import(config: ConfigDict) -> bool:
   return config.source.kind == "npy"
 
 
-def _source(config: ConfigDict) -> sources.Source:
+def open_source(config: ConfigDict) -> sources.Source:
+  """The images, or latents, that are exported."""
   if _is_import(config):
     source = sources.latent_files(config.source.path)
   else:
     source = wiring.single_source(config.source)
-  return sources.ClassPerImage(source) if config.class_per_image else source
+  if not config.class_per_image:
+    return source
+  return sources.ClassPerImage(
+    source, sources.limited(source, config.max_images)
+  )
 
 
 def _identity(
@@ -202,10 +213,11 @@ class _Export:
     source: sources.Source,
     ae: autoencoder.Autoencoder,
     watch: stopwatch.Stopwatch,
+    sigterm: loop.Sigterm,
   ):
     self._config, self._store, self._source = config, store, source
     self._ae, self._watch = ae, watch
-    self._stop = loop.Sigterm(each_alone=True)
+    self._stop = sigterm
     self._total = sources.limited(source, config.max_images)
     side = config.resolution // ae.spatial_compression
     self._shape = (side, side, ae.latent_channels)

@@ -25,9 +25,10 @@ def check(config: ConfigDict) -> None:
       "config.latents is empty; name a latent store, a directory or gs:// "
       "prefix"
     )
-  for key, most in (("samples", 1000), ("seed", 2**31 - 1), ("retries", 1000)):
-    if not 0 <= config[key] <= most:
-      raise ValueError(f"config.{key}={config[key]} is not from 0 to {most}")
+  wiring.check_bounds(
+    config,
+    {"samples": (0, 1000), "seed": (0, 2**31 - 1), "retries": (0, 1000)},
+  )
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from dcae_jax import autoencoder, weights
-from dcae_jax.data import differences
+from dcae_jax.data import differences, latents
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.tasks import latent_encoding
 from dcae_jax.training import metrics_writer
@@ -23,8 +23,9 @@ _KEPT = (
   "autoencoder", "scaling_factor", "shift_factor", "shape", "classes", "count",
   "views",
 )  # fmt: skip
-# Other than these, latents have another meaning.
-_DECISIVE = ("scaling_factor", "shift_factor", "shape", "classes")
+# With others, latents have another meaning, or batches other rows.
+_MEANING = ("encoder", "scaling_factor", "shift_factor", "shape", "classes")
+_ORDER = ("count", "views", "rows_of_shards")
 
 
 def load_autoencoder(
@@ -74,44 +75,74 @@ def unscaled(manifest: dict[str, Any], z: Any) -> Any:
   return z / np.float32(scale) + np.float32(shift)
 
 
-def write_description(workdir: epath.Path, manifest: dict[str, Any]) -> None:
-  """Writes what a run needs to know of its latents, on the first process."""
+def description(store: latents.Latents) -> dict[str, Any]:
+  """What a run needs to know of its latents."""
+  manifest = store.manifest
+  return {key: manifest[key] for key in _KEPT} | {
+    "encoder": manifest["autoencoder"]["encoder_sha256"],
+    "rows_of_shards": [shard["rows"] for shard in manifest["shards"]],
+    "rows_of_classes": np.bincount(
+      store.labels(), minlength=len(store.classes)
+    ).tolist(),
+  }
+
+
+def write_description(workdir: epath.Path, store: latents.Latents) -> None:
+  """Writes `description` on the first process."""
   if jax.process_index() == 0:
-    kept = {key: manifest[key] for key in _KEPT}
-    metrics_writer.write_whole(workdir / _FILE, json.dumps(kept, indent=2))
+    text = json.dumps(description(store), indent=2)
+    metrics_writer.write_whole(workdir / _FILE, text)
 
 
 def read_description(run: str) -> dict[str, Any]:
-  """What `write_description` wrote; `load_autoencoder` and `unscaled` use it.
+  """What `write_description` wrote; a manifest for the functions above.
 
   Raises:
     ValueError: it is not there, or damaged.
   """
   path = epath.Path(run).expanduser() / _FILE
+  needed = (*_KEPT, *_MEANING, *_ORDER, "rows_of_classes")
   try:
     found = json.loads(path.read_bytes())
-    return {key: found[key] for key in _KEPT}
-  except (OSError, ValueError, KeyError) as error:
+    return {key: found[key] for key in needed}
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"{path}, which a run of train_diffusion writes, cannot be read "
       f"({type(error).__name__}); bring it back, or start that run again"
     ) from error
 
 
-def check_same_latents(workdir: epath.Path, manifest: dict[str, Any]) -> None:
-  """Raises ValueError if a run began with latents of another meaning."""
+def check_same_latents(workdir: epath.Path, store: latents.Latents) -> None:
+  """Raises ValueError if a run began with other latents than the store's."""
   if not (workdir / _FILE).exists():
     return
   before = read_description(str(workdir))
-  meaning = [
-    {key: x[key] for key in _DECISIVE}
-    | {"encoder": x["autoencoder"]["encoder_sha256"]}
-    for x in (before, manifest)
-  ]
-  found = differences.differences(*meaning)
+  found = _differences(before, description(store), (*_MEANING, *_ORDER))
   if found:
     raise ValueError(
-      f"the run in {workdir} began with other latents "
-      f"({'; '.join(found.values())}); bring them back, or choose another "
-      "--workdir"
+      f"the run in {workdir} began with other latents ({found}); bring them "
+      "back, or choose another --workdir"
     )
+
+
+def check_same_meaning(run: str, store: latents.Latents) -> None:
+  """Raises ValueError if a store has other latents than a run learned from."""
+  found = _differences(read_description(run), description(store), _MEANING)
+  if found:
+    raise ValueError(
+      f"{store.path} holds other latents than {run} was trained on ({found}); "
+      "name the store that it was trained on"
+    )
+
+
+def _differences(
+  before: dict[str, Any], now: dict[str, Any], keys: tuple[str, ...]
+) -> str:
+  """Of these keys, in words that are not too long."""
+  found = differences.differences(
+    *({key: x[key] for key in keys} for x in (before, now))
+  )
+  return "; ".join(
+    text if len(text) <= 200 else f"{key} differs"
+    for key, text in found.items()
+  )

@@ -48,7 +48,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
 
   def pooled(parameters, batch):
     pixels = batch.images.astype("float32")
-    return inception.features(parameters, pixels)[0], batch.mask
+    rows, _ = inception.features(parameters, pixels)
+    return rows, batch.mask, batch.indices
 
   features = jax.jit(pooled, out_shardings=sharding.replicated(mesh))
   reader = measuring.EvaluationImages(
@@ -59,14 +60,17 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     max_images=config.max_images,
     threads=config.threads,
   )
+  # Sources are in the order of their classes: all of them shall be there.
+  chosen = np.linspace(
+    0, reader.total - 1, min(config.features, reader.total)
+  ).astype(int)
   counts = {}
   for resolution in config.resolutions:
     progress = measuring.Progress(reader.total)
     moments, kept = fid.Moments(inception.FEATURES), []
     for batch in reader.batches(resolution):
-      rows, mask = jax.device_get(features(parameters, batch))
-      room = config.features - min(moments.count, config.features)
-      kept.append(rows[mask][:room])
+      rows, mask, indices = jax.device_get(features(parameters, batch))
+      kept.append(rows[mask & np.isin(indices, chosen)])
       moments.update(rows[mask])
       progress.add(int(np.sum(mask)))
     progress.finish()
@@ -84,6 +88,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   if jax.process_index() == 0:
     result = {
       "images": counts,
+      "features": f"of {len(chosen)} images, evenly spaced",
       "crop": images.EVALUATION_CROP,
       "source": wiring.resolved(config.source) | {"files": len(source)},
       "weights_sha256": weights.sha256,

@@ -37,10 +37,10 @@ class Part(NamedTuple):
   first: int  # sample
   rows: int
 
-  def record(self, workdir: epath.Path) -> epath.Path:
-    """The file that is there once the part is written."""
+  def file(self, workdir: epath.Path, folder: str) -> epath.Path:
+    """`images/...` or `parts/...`; the latter is there once it is written."""
     name = f"{self.number:06d}_{self.rows}.npz"
-    return workdir / "parts" / scale_name(self.scale) / name
+    return workdir / folder / scale_name(self.scale) / name
 
 
 def scale_name(scale: float) -> str:
@@ -56,11 +56,7 @@ def parts(scale: float, samples: int, batch_size: int) -> list[Part]:
 
 
 class Drawing:
-  """The programs that draw, decode and describe, over this process's devices.
-
-  Attributes:
-    num_classes: that the denoiser knows.
-  """
+  """The programs that draw, decode and describe, over a process's devices."""
 
   def __init__(
     self,
@@ -71,28 +67,28 @@ class Drawing:
     inception_parameters: Any,
     *,
     batch_size: int,
-    num_classes: int,
     classes: tuple[int, ...],
+    at_random: bool,
     seed: int,
   ):
     """Compiles nothing yet.
 
     Args:
       samplers: by guidance scale, `(variables, key, labels) -> latents`.
-      variables: of the denoiser.
-      ae: what decodes.
+      variables: of the denoiser, on all devices.
+      ae: what decodes; its variables go to all devices.
       description: of the latents.
       inception_parameters: None: images are not described.
       batch_size: of a part.
-      num_classes: that the denoiser knows.
-      classes: of the samples, in turn; empty: all, at random.
+      classes: of the samples.
+      at_random: with replacement, instead of in turn.
       seed: of noise and classes.
     """
     whole, self._by_row = shardings()
-    put = lambda tree: jax.device_put(jax.device_get(tree), whole)
-    self._variables, self._decoder = put(variables), put(ae.variables)
-    self._inception = put(inception_parameters)
-    self._batch_size, self.num_classes = batch_size, num_classes
+    ae.variables = jax.device_put(jax.device_get(ae.variables), whole)
+    self._variables, self._decoder = variables, ae.variables
+    self._inception = jax.device_put(inception_parameters, whole)
+    self._batch_size, self._at_random = batch_size, at_random
     self._classes = np.array(classes, np.int32)
     self._seed = seed
     self._samplers = {
@@ -131,11 +127,11 @@ class Drawing:
 
   def _labels(self, number: int) -> np.ndarray:
     size = self._batch_size
-    if len(self._classes):
-      places = np.arange(number * size, (number + 1) * size)
-      return self._classes[places % len(self._classes)]
-    rng = np.random.default_rng((self._seed, number))
-    return rng.integers(self.num_classes, size=size, dtype=np.int32)
+    places = np.arange(number * size, (number + 1) * size)
+    if self._at_random:
+      rng = np.random.default_rng((self._seed, number))
+      places = rng.integers(len(self._classes), size=size)
+    return self._classes[places % len(self._classes)]
 
   def _draw(
     self, scale: float, purpose: tuple[int, int], labels: np.ndarray
@@ -182,7 +178,8 @@ def fill(
       if not np.isfinite(arrays["latent_rms"]).all():
         raise FloatingPointError(
           f"samples at guidance {part.scale:g} are not finite (part "
-          f"{part.number}); the model has diverged, or the scale is too large"
+          f"{part.number}): the scale is too large, the model has diverged, or "
+          "config.sampler.steps do not suffice for dopri5"
         )
       _write(part, arrays, workdir, images, pool)
       progress.add(part.rows)
@@ -215,19 +212,39 @@ def _write(
   pool: futures.Executor,
 ) -> None:
   pixels, labels = arrays.pop("images"), arrays["labels"]
-  folder = workdir / "images" / scale_name(part.scale)
+  for folder in (
+    "parts",
+    "images",
+  ):  # with fewer samples, from an earlier start
+    file = part.file(workdir, folder)
+    if file.parent.exists():
+      for shorter in file.parent.glob(f"{part.number:06d}_*.npz"):
+        shorter.unlink()
   if images == "npz":
-    _write_npz(
-      folder / f"{part.number:06d}.npz", {"arr_0": pixels, "arr_1": labels}
-    )
+    _write_npz(part.file(workdir, "images"), {"arr_0": pixels, "arr_1": labels})
   if images == "png":
+    folder = part.file(workdir, "images").parent
     folder.mkdir(parents=True, exist_ok=True)
     files = [
       folder / f"{part.first + i:07d}_class_{label}.png"
       for i, label in enumerate(labels)
     ]
     list(pool.map(metrics_writer.write_png, files, pixels))
-  _write_npz(part.record(workdir), arrays)
+  _write_npz(part.file(workdir, "parts"), arrays)
+
+
+def check_not_fewer(
+  workdir: epath.Path, scale: float, samples: int, batch_size: int
+) -> None:
+  """Raises ValueError if more samples of a scale are there than are wanted."""
+  folder = workdir / "parts" / scale_name(scale)
+  for file in folder.glob("*_*.npz") if folder.exists() else ():
+    number, rows = map(int, file.stem.split("_"))
+    if number * batch_size + rows > samples:
+      raise ValueError(
+        f"--workdir={workdir} holds more than config.samples={samples} samples "
+        f"at guidance {scale:g}; choose another directory, or as many"
+      )
 
 
 def _write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
@@ -245,6 +262,6 @@ def read_records(
   described.
   """
   for part in wanted:
-    data = part.record(workdir).read_bytes()
+    data = part.file(workdir, "parts").read_bytes()
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
       yield {name: archive[name] for name in archive.files}

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from dcae_jax import autoencoder, diffusion, phases, samplers
 from dcae_jax.data import latents
 from dcae_jax.evaluation import figures
-from dcae_jax.models import denoisers
 from dcae_jax.tasks import denoising, latent_decoding, wiring
 from dcae_jax.training import (
   checkpoint,
@@ -83,20 +82,17 @@ class _Setup(NamedTuple):
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for a config that no latents can be trained with."""
-  for key, (least, most) in _BOUNDS.items():
-    value = config
-    for part in key.split("."):
-      value = value[part]
-    if not least <= value <= most:  # also for NaN
-      raise ValueError(f"config.{key}={value} is not from {least} to {most}")
+  wiring.check_bounds(config, _BOUNDS)
   if config.samples.count and not config.samples.guidance:
     raise ValueError(
       "config.samples.guidance is empty; name at least one scale, or set "
       "config.samples.count=0"
     )
-  denoisers.check_variant(config.model.variant)
-  objective = denoising.objective(config.objective)
-  denoising.sampler(config.sampler, objective, config.samples.guidance)
+
+
+def check_model(config: ConfigDict) -> None:
+  """Raises ValueError if the model, its numbers filled in, cannot be made."""
+  _setup(config)
 
 
 def run(
@@ -116,8 +112,10 @@ def run(
     retries=config.data.retries,
   )
   config = denoising.with_store(config, store)
+  if config.init_from:
+    denoising.check_same_model(config.init_from, config)
   wiring.check_work_directory(config, workdir)
-  latent_decoding.check_same_latents(workdir, store.manifest)
+  latent_decoding.check_same_latents(workdir, store)
   wiring.prepare_jax(config.compilation_cache)
   setup = _setup(config)
   batches = _batches(config, store)
@@ -144,10 +142,9 @@ def run(
     batches.set_state(data_state)
     _LOG.info("going on from step %d in %s", first_step, workdir)
   else:
-    key = jax.random.fold_in(jax.random.key(config.seed), _INITIAL)
-    state = jax.jit(_initial(setup), out_shardings=setup.shardings)(key)
+    state = _start(config, setup)
   wiring.write_config(config, workdir)
-  latent_decoding.write_description(workdir, store.manifest)
+  latent_decoding.write_description(workdir, store)
   writer = metrics_writer.MetricsWriter(
     workdir, first_step, enabled=jax.process_index() == 0
   )
@@ -223,6 +220,26 @@ def _setup(config: ConfigDict) -> _Setup:
   )
 
 
+def _start(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
+  """Step 0: initial values, or the averages of `init_from`."""
+  if not config.init_from:
+    key = jax.random.fold_in(jax.random.key(config.seed), _INITIAL)
+    return jax.jit(_initial(setup), out_shardings=setup.shardings)(key)
+  step, variables = denoising.averages(
+    config.init_from, setup.denoiser, sharding.replicated(setup.mesh)
+  )
+  _LOG.info("starting from step %d of %s", step, config.init_from)
+  create = lambda variables: _state(setup, variables)
+  return jax.jit(create, out_shardings=setup.shardings)(variables)
+
+
+def _state(setup: _Setup, variables: Any) -> state_lib.TrainState:
+  mask = jax.tree.map(lambda _: True, variables["params"])
+  return state_lib.create(
+    {"batch_stats": {}} | variables, mask, setup.optimizer
+  )
+
+
 def _initial(setup: _Setup) -> Callable[[jax.Array], state_lib.TrainState]:
   """A function of a key: the state at step 0."""
 
@@ -232,10 +249,7 @@ def _initial(setup: _Setup) -> Callable[[jax.Array], state_lib.TrainState]:
     variables = denoiser.init(
       key, jnp.zeros(shape), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     )
-    mask = jax.tree.map(lambda _: True, variables["params"])
-    return state_lib.create(
-      {"batch_stats": {}} | variables, mask, setup.optimizer
-    )
+    return _state(setup, variables)
 
   return create
 
@@ -304,16 +318,24 @@ def _sample(
   def evaluate(step, state):
     if ae is None:
       return {}
-    values, rows = {}, []
+    values, rows = {}, {}
     for scale, function in functions.items():
       z = jax.device_get(function({"params": state.ema["params"]}, key, labels))
+      if not np.isfinite(z).all():  # a matter of the sampler, not of training
+        _LOG.warning(
+          "step %d: samples at guidance %g are not finite, and left out (%s, "
+          "config.sampler.steps=%d)",
+          step, scale, setup.sampler, config.sampler.steps,
+        )  # fmt: skip
+        continue
       values[f"eval/latent_rms/guidance_{scale:g}"] = float(
         np.sqrt(np.mean(np.square(z)))
       )
       z = latent_decoding.unscaled(store.manifest, z)
-      rows.append(latent_decoding.to_pixels(ae, z))
-    names = [f"{scale:g}" for scale in functions]
-    writer.image(step, "samples", figures.grid(rows, names))
+      rows[f"{scale:g}"] = latent_decoding.to_pixels(ae, z)
+    if rows:
+      picture = figures.grid(list(rows.values()), list(rows))
+      writer.image(step, "samples", picture)
     return values
 
   return evaluate

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,17 +33,33 @@ _MAY_CHANGE = (
   "steps", "log_every", "compilation_cache", "profile",
   "checkpoint", "evaluation", "report", "data.workers", "data.threads",
   "data.prefetch", "data.cache_megabytes", "data.retries", "lpips.path",
-  "samples", "sampler",
+  "samples", "sampler", "latents", "autoencoder",
 )  # fmt: skip
 # What results name the versions of.
 _PACKAGES = (
   "dcae_jax", "jax", "jaxlib", "flax", "numpy", "pillow", "tensorstore"
 )  # fmt: skip
-# Tasks that go on with nothing in the work directory.
+# Tasks that make all anew, or find out themselves what they can go on with.
 _MADE_ANEW = (
   "report", "reconstruct", "evaluate_autoencoder", "reference_statistics",
   "export_latents", "inspect_latents", "evaluate_diffusion",
+  "export_and_diffuse",
 )  # fmt: skip
+
+
+def check_bounds(
+  config: ConfigDict, bounds: Mapping[str, tuple[float, float]]
+) -> None:
+  """Raises ValueError for a number that is not from the least to the most.
+
+  Keys of `bounds` may be paths, `optimizer.beta1`.
+  """
+  for key, (least, most) in bounds.items():
+    value = config
+    for part in key.split("."):
+      value = value[part]
+    if not least <= value <= most:  # also for NaN
+      raise ValueError(f"config.{key}={value} is not from {least} to {most}")
 
 
 def model(config: ConfigDict) -> architecture.Model:
