@@ -237,8 +237,10 @@ class FlowMatching:
   shift: float = 1.0
 
   def __post_init__(self):
-    if not self.shift > 0:
-      raise ValueError(f"shift {self.shift} is not positive; 1 shifts nothing")
+    if not 0 < self.shift <= 1000:
+      raise ValueError(
+        f"shift {self.shift} is not above 0 and at most 1000; 1 shifts nothing"
+      )
     if self.logit_normal is not None and not self.logit_normal[1] > 0:
       raise ValueError(
         f"logit_normal {self.logit_normal} is no mean and positive standard "
@@ -380,10 +382,12 @@ def random_channel_mask(
   Raises:
     ValueError: no candidates, or one that is not 1 to `channels`.
   """
-  if not candidates or not all(1 <= c <= channels for c in candidates):
+  if not candidates or not all(
+    type(c) is int and 1 <= c <= channels for c in candidates
+  ):
     raise ValueError(
-      f"candidate channel numbers {tuple(candidates)} are not 1 to {channels}, "
-      "at least one of them"
+      f"candidate channel numbers {tuple(candidates)} are not whole numbers "
+      f"from 1 to {channels}, at least one of them"
     )
   kept = jax.random.choice(key, jnp.asarray(tuple(candidates)), (b, 1, 1, 1))
   return (jnp.arange(channels)[None, None, None] < kept).astype(jnp.float32)
@@ -397,10 +401,10 @@ def check_guidance(scale: float, interval: tuple[float, float] | None) -> None:
       f"guidance scale {scale} is {what}; 1 is without guidance, and larger "
       "scales guide"
     )
-  if interval is not None and not interval[0] < interval[1]:
+  if interval is not None and not 0 <= interval[0] < interval[1] <= 1000:
     raise ValueError(
-      f"guidance interval {interval} is empty; give (low, high) between 0 and "
-      "1000, or None for all times"
+      f"guidance interval {interval} is not (low, high) between 0 and 1000; "
+      "None is for all times"
     )
 
 

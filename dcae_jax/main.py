@@ -37,11 +37,31 @@ def main(argv: list[str]) -> int:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
       advice = "; make room and run again: it goes on from what is saved"
     status = _fail(f"{error}{advice}")
-    if flags.FLAGS.distributed or flags.FLAGS.num_processes:
-      sys.stderr.flush()
-      os._exit(status)  # jax would wait for the others for minutes
+    if _is_one_of_many():
+      _leave(status)
     return status
+  except RuntimeError as error:
+    if not _is_one_of_many():
+      raise
+    traceback.print_exc()
+    first = f"{error}".strip().partition("\n")[0]
+    _leave(
+      _fail(
+        f"{first}; if another process has ended, see its log, and start all of "
+        "them again: they go on from what is saved"
+      )
+    )
   return 0
+
+
+def _is_one_of_many() -> bool:
+  return bool(flags.FLAGS.distributed or flags.FLAGS.num_processes)
+
+
+def _leave(status: int) -> None:
+  """At once: jax would wait for the others for minutes."""
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def _run(config, workdir: str) -> None:

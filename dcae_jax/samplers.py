@@ -251,9 +251,10 @@ class Dopri5:
   least_steps: ClassVar[int] = 3
 
   def __post_init__(self):
-    if not (self.atol > 0 and self.rtol >= 0):
+    if not (0 < self.atol < np.inf and 0 <= self.rtol < np.inf):
       raise ValueError(
-        f"atol {self.atol} is not positive or rtol {self.rtol} is negative"
+        f"atol {self.atol} is not positive, rtol {self.rtol} negative, or one "
+        "of them not finite"
       )
 
   def sample(

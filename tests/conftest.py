@@ -185,6 +185,8 @@ def fill_store(
       "classes": [f"class {i}" for i in range(classes)],
       "scaling_factor": 0.5,
       "shift_factor": 0.0,
+      "crop": {"kind": "dm_crop"},
+      "source": {"kind": "folder", "fingerprint": f"{rows}"},
       "shards": store.records(1),
       "metadata_sha256": store.metadata_checksums(views),
     }

@@ -292,6 +292,49 @@ def test_classes_that_were_not_learned_are_not_drawn(
     _run(config(**settings, classes=(0, 1)), tmp_path / "other")
 
 
+def test_what_is_gone_or_damaged_is_drawn_anew_or_named(config, tmp_path):
+  c = config(guidance=(2.5,))
+  _run(c, tmp_path)
+  before = _bytes(tmp_path)
+  next(tmp_path.glob("images/*/0000003_*.png")).unlink()
+  _run(c, tmp_path)
+  assert _bytes(tmp_path) == before
+  record = next(tmp_path.glob("parts/*/000000_8.npz"))
+  record.write_bytes(record.read_bytes()[:100])
+  with pytest.raises(
+    ValueError, match=r"000000_8\.npz is damaged .* remove it"
+  ):
+    _run(c, tmp_path)
+  record.unlink()
+  _run(c, tmp_path)
+  assert _bytes(tmp_path) == before
+  identity = tmp_path / "parts" / "identity.json"
+  identity.write_text("[1]")
+  with pytest.raises(ValueError, match=r"identity\.json is damaged"):
+    _run(c, tmp_path)
+  identity.unlink()
+  with pytest.raises(ValueError, match=r"identity\.json is gone"):
+    _run(config(guidance=(2.5,), seed=5), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("file", "text", "message"),
+  [
+    ("latents.json", "[]", "latents.json.*cannot be read"),
+    ("latents.json", '{"shape": 1}', "latents.json.*cannot be read"),
+    ("config.json", '{"task": "train_diffusion"}', "config.json of .* damaged"),
+  ],
+)
+def test_a_damaged_run_is_named(file, text, message, trained, config, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(trained, run)
+  (run / file).write_text(text)
+  with pytest.raises(ValueError, match=message):
+    evaluate_diffusion.run(
+      config(init_from=str(run)), epath.Path(tmp_path / "out")
+    )
+
+
 def test_sigterm_stops_between_parts(config, tmp_path, monkeypatch):
   whole = tmp_path / "whole"
   _run(config(guidance=(2.5,)), whole)
@@ -338,6 +381,7 @@ def test_sigterm_stops_between_parts(config, tmp_path, monkeypatch):
     ({"sampler.interval": (9.0, 1.0)}, "interval"),
     ({"sampler.interval": (9.0,)}, "config.sampler.interval=.* two numbers"),
     ({"guidance": (float("inf"),)}, "inf is not a finite number"),
+    ({"guidance": ("a",)}, "'a' is not a finite number"),
     ({"sampler.kind": "euler"}, "Euler does not sample"),
     ({"autoencoder": "/nowhere"}, "cannot be loaded"),
     ({"compute_dtype": "float8"}, "float8"),

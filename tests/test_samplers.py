@@ -348,7 +348,7 @@ def test_the_least_steps_suffice_and_fewer_are_an_error(sampler, objective):
   [
     (lambda: samplers.DDIM(eta=1.5), "eta 1.5 is not 0"),
     (lambda: samplers.Dopri5(atol=0.0), "atol 0.0 is not positive"),
-    (lambda: samplers.Dopri5(rtol=-1.0), "rtol -1.0 is negative"),
+    (lambda: samplers.Dopri5(rtol=-1.0), "rtol -1.0 negative"),
   ],
 )
 def test_settings_out_of_range_are_errors(create, message):

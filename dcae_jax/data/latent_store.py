@@ -323,22 +323,28 @@ def _check_keys(
     raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}")
 
 
-def verify(
-  place: storage.Storage,
-  manifest: dict[str, Any],
-  on_rows: Callable[[int], None] = lambda count: None,
-) -> list[str]:
-  """Reads all of a finished store; returns what is wrong with it.
+def check_arrays(place: storage.Storage, manifest: dict[str, Any]) -> None:
+  """Raises ValueError unless arrays and numbers fit each other.
 
-  Shapes against the manifest, and the checksum of each shard of each array.
+  No row is read; `verify` reads all.
   """
-  problems, arrays, rows = [], {}, manifest["count"]
-  for key, checksum in manifest["metadata_sha256"].items():
-    data = place.read(key)
-    if data is None:
-      problems.append(f"{key} is missing")
-    elif _sha256(data) != checksum:
-      problems.append(f"{key} does not have the checksum of the manifest")
+  _, problems = _open_arrays(place, manifest)
+  rows = sum(shard["rows"] for shard in manifest["shards"])
+  if rows != manifest["count"]:
+    problems.append(
+      f"the shards have {rows} rows, and the manifest {manifest['count']}"
+    )
+  if not 0 < manifest["scaling_factor"] < np.inf:
+    problems.append(f"the scaling factor is {manifest['scaling_factor']}")
+  if problems:
+    raise ValueError(f"{place.path} is damaged: {'; '.join(problems)}")
+
+
+def _open_arrays(
+  place: storage.Storage, manifest: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+  """Arrays of the shapes that they should have, and what is wrong."""
+  arrays, problems, rows = {}, [], manifest["count"]
   for name in (*manifest["views"], "labels"):
     expected = (rows,) if name == "labels" else (rows, *manifest["shape"])
     try:
@@ -351,6 +357,27 @@ def verify(
         f"{name} has the shape {tuple(arrays[name].shape)}, not {expected}"
       )
       del arrays[name]
+  return arrays, problems
+
+
+def verify(
+  place: storage.Storage,
+  manifest: dict[str, Any],
+  on_rows: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+  """Reads all of a finished store; returns what is wrong with it.
+
+  Shapes against the manifest, and the checksum of each shard of each array.
+  """
+  problems, rows = [], manifest["count"]
+  for key, checksum in manifest["metadata_sha256"].items():
+    data = place.read(key)
+    if data is None:
+      problems.append(f"{key} is missing")
+    elif _sha256(data) != checksum:
+      problems.append(f"{key} does not have the checksum of the manifest")
+  arrays, found = _open_arrays(place, manifest)
+  problems += found
   start = 0
   for shard, record in enumerate(manifest["shards"]):
     stop = start + record["rows"]

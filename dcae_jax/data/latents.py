@@ -111,6 +111,10 @@ class Latents:
     """File names or ids of all images."""
     return latent_store.read_keys(self._place, self.manifest)
 
+  def check(self) -> None:
+    """Raises ValueError unless the arrays are those of the manifest."""
+    latent_store.check_arrays(self._place, self.manifest)
+
   def verify(self, on_rows: Any = lambda count: None) -> list[str]:
     """What is wrong with the store; see `latent_store.verify`."""
     place = storage.Storage(self.path, retries=self._retries)  # without cache

@@ -14,8 +14,8 @@ class InceptionScore:
   """Inception Score (arXiv 1606.03498) of logits in batches of any size.
 
   Image i goes to split i modulo `splits`, where torch-fidelity shuffles and
-  takes parts one after the other: as random, and in a stream. The score is the
-  mean over splits. Memory does not grow with the number of images.
+  takes parts one after the other: the same, if they come in random order. The
+  score is the mean over splits. Memory does not grow with the number of images.
   """
 
   def __init__(self, classes: int, splits: int = 10):

@@ -1,7 +1,8 @@
 """From config to a latent diffusion model: denoiser, objective, sampler."""
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,11 +44,25 @@ def _pair(
 ) -> tuple[float, float] | None:
   """Two numbers, or None for an empty tuple."""
   values = tuple(config[key])
-  if len(values) not in (0, 2) or not np.isfinite(values).all():
+  if len(values) not in (0, 2) or not all(map(_is_number, values)):
     raise ValueError(
       f"config.{name}.{key}={values} is not two numbers; () leaves it out"
     )
   return values or None
+
+
+def _is_number(value: Any) -> bool:
+  return type(value) in (int, float) and math.isfinite(value)
+
+
+def check_guidance(key: str, scales: Sequence[Any]) -> None:
+  """Raises ValueError for scales that cannot be, or that stand twice."""
+  for scale in scales:
+    if not _is_number(scale):
+      raise ValueError(f"{key}={scales}: {scale!r} is not a finite number")
+    diffusion.check_guidance(scale, None)
+  if len({f"{scale:g}" for scale in scales}) < len(scales):
+    raise ValueError(f"{key}={scales} names a scale twice (six digits count)")
 
 
 def _chosen(known: dict[str, Callable], config: ConfigDict, key: str) -> Any:
@@ -86,6 +101,7 @@ def with_store(config: ConfigDict, store: latents.Latents) -> ConfigDict:
   Raises:
     ValueError: the config has others, or a label is out of range.
   """
+  store.check()
   labels, classes = store.labels(), len(store.classes)
   if labels.min() < 0 or (classes and labels.max() >= classes):
     raise ValueError(

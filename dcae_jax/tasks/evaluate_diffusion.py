@@ -65,12 +65,9 @@ def check(config: ConfigDict) -> None:
   if config.images not in sample_drawing.IMAGES:
     known = ", ".join(map(repr, sample_drawing.IMAGES))
     raise ValueError(f"config.images={config.images!r} is not among {known}")
-  names = [sample_drawing.scale_name(scale) for scale in config.guidance]
-  if not names or len(set(names)) < len(names):
-    raise ValueError(
-      f"config.guidance={config.guidance} is empty, or names a scale twice "
-      "(six digits count)"
-    )
+  denoising.check_guidance("config.guidance", config.guidance)
+  if not config.guidance:
+    raise ValueError("config.guidance is empty; name at least one scale")
   for metric in config.metrics:
     if metric not in _METRICS:
       raise ValueError(
@@ -87,8 +84,6 @@ def check(config: ConfigDict) -> None:
         f"config.samples={config.samples} is below {_LEAST[metric]}, the least "
         f"for {metric}; draw more, or choose other config.metrics"
       )
-  for scale in config.guidance:
-    diffusion.check_guidance(scale, None)
   dcae.check_dtype(config.compute_dtype)
 
 
@@ -105,7 +100,9 @@ def run(
   description = latent_decoding.read_description(config.init_from)
   labels = _labels(config, description)
   wiring.check_work_directory(config, workdir)
-  wiring.check_nothing_foreign(workdir, ("parts", "images", _PICTURE, _PLOT))
+  wiring.check_nothing_foreign(
+    workdir, ("parts", "images", _PICTURE, _PLOT, "manifest.json")
+  )
   wiring.prepare_jax(config.compilation_cache)
   store = _open_store(config)
   network, reference = open_metrics(config)
@@ -220,13 +217,18 @@ def open_model(config: ConfigDict, trained: dict[str, Any]) -> _Model:
   Raises:
     ValueError: a sampler or guidance scales that do not fit.
   """
-  trained = ConfigDict(trained)
-  sampling = trained.sampler.copy_and_resolve_references()
-  with sampling.unlocked(), sampling.ignore_type():
-    sampling.update({k: v for k, v in config.sampler.items() if v is not None})
-  objective = denoising.objective(trained.objective)
-  sampler = denoising.sampler(sampling, objective, config.guidance)
-  denoiser = denoising.model(trained.model, objective, remat=False)
+  try:
+    trained = ConfigDict(trained)
+    given = {k: v for k, v in config.sampler.items() if v is not None}
+    sampling = ConfigDict(trained.sampler.to_dict() | given)
+    objective = denoising.objective(trained.objective)
+    sampler = denoising.sampler(sampling, objective, config.guidance)
+    denoiser = denoising.model(trained.model, objective, remat=False)
+  except (AttributeError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"config.json of {config.init_from} is damaged, or of an earlier version "
+      f"({error}); bring it back, or train again"
+    ) from error
   for label in config.classes:
     if type(label) is not int or not 0 <= label < denoiser.num_classes:
       raise ValueError(
@@ -294,6 +296,11 @@ def _check_identity(
   """Raises ValueError where a work directory holds other samples."""
   path = workdir / _IDENTITY
   if not path.exists():
+    if (workdir / "parts").exists() and any((workdir / "parts").iterdir()):
+      raise ValueError(
+        f"{path} is gone, so that it is not known what the samples there are "
+        "of; bring it back, or choose another --workdir"
+      )
     return
   try:
     before = dict(json.loads(path.read_bytes()))
@@ -324,9 +331,7 @@ def _draw_missing(
 ) -> bool:
   """Draws and writes what is not there; False if it was stopped."""
   wanted = [part for scale in config.guidance for part in _parts(config, scale)]
-  missing = [
-    part for part in wanted if not part.file(workdir, "parts").exists()
-  ]
+  missing = sample_drawing.missing(wanted, workdir, config.images)
   wiring.wait_for_all("samples_plan")  # nobody writes before all have looked
   own = missing[jax.process_index() :: jax.process_count()]
   _LOG.info(
@@ -354,7 +359,9 @@ def _measure(
   """The metrics of one scale."""
   moments = fid.Moments(inception.FEATURES)
   features, logits, squares = [], [], 0.0
-  for record in sample_drawing.read_records(workdir, _parts(config, scale)):
+  needed = ("latent_rms", *(("features", "logits") if config.metrics else ()))
+  parts = _parts(config, scale)
+  for record in sample_drawing.read_records(workdir, parts, needed):
     squares += float(np.sum(np.square(record["latent_rms"], dtype=np.float64)))
     if "gfid" in config.metrics:
       moments.update(record["features"])

@@ -58,6 +58,9 @@ def check(config: ConfigDict) -> ConfigDict:
     max(1, len(export_latents.open_source(config.export).classes)),
   )
   train_diffusion.check_model(trained)
+  for path in (config.training.autoencoder, config.samples.autoencoder):
+    if path:
+      wiring.model_of(path)
   evaluate_diffusion.open_model(config.samples, wiring.resolved(trained))
   evaluate_diffusion.open_metrics(config.samples)
   return trained

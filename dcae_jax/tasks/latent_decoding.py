@@ -5,6 +5,7 @@ A diffusion model's work directory keeps what is needed for that in
 """
 
 import json
+import os
 from typing import Any
 
 import jax
@@ -21,11 +22,11 @@ _FILE = "latents.json"
 # Of the manifest.
 _KEPT = (
   "autoencoder", "scaling_factor", "shift_factor", "shape", "classes", "count",
-  "views",
+  "views", "crop", "source",
 )  # fmt: skip
 # With others, latents have another meaning, or batches other rows.
 _MEANING = ("encoder", "scaling_factor", "shift_factor", "shape", "classes")
-_ORDER = ("count", "views", "rows_of_shards")
+_ORDER = ("count", "views", "rows_of_shards", "crop", "source")
 
 
 def load_autoencoder(
@@ -76,8 +77,18 @@ def unscaled(manifest: dict[str, Any], z: Any) -> Any:
 
 
 def description(store: latents.Latents) -> dict[str, Any]:
-  """What a run needs to know of its latents."""
+  """What a run needs to know of its latents.
+
+  Raises:
+    ValueError: the manifest does not say it.
+  """
   manifest = store.manifest
+  missing = [key for key in _KEPT if key not in manifest]
+  if missing:
+    raise ValueError(
+      f"the manifest of {store.path} has no {', '.join(missing)}: it is "
+      "damaged, or not of export_latents"
+    )
   return {key: manifest[key] for key in _KEPT} | {
     "encoder": manifest["autoencoder"]["encoder_sha256"],
     "rows_of_shards": [shard["rows"] for shard in manifest["shards"]],
@@ -87,10 +98,10 @@ def description(store: latents.Latents) -> dict[str, Any]:
   }
 
 
-def write_description(workdir: epath.Path, store: latents.Latents) -> None:
-  """Writes `description` on the first process."""
+def write_description(workdir: epath.Path, described: dict[str, Any]) -> None:
+  """Writes what `description` found, on the first process."""
   if jax.process_index() == 0:
-    text = json.dumps(description(store), indent=2)
+    text = json.dumps(described, indent=2)
     metrics_writer.write_whole(workdir / _FILE, text)
 
 
@@ -104,7 +115,12 @@ def read_description(run: str) -> dict[str, Any]:
   needed = (*_KEPT, *_MEANING, *_ORDER, "rows_of_classes")
   try:
     found = json.loads(path.read_bytes())
-    return {key: found[key] for key in needed}
+    found = {key: found[key] for key in needed}
+    made_with = found["autoencoder"]
+    _ = os.fspath(made_with["init_from"]), made_with["space_to_channel"]
+    _ = len(found["classes"]), sum(found["rows_of_classes"])
+    _, _, _ = found["shape"]
+    return found
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"{path}, which a run of train_diffusion writes, cannot be read "
@@ -112,12 +128,12 @@ def read_description(run: str) -> dict[str, Any]:
     ) from error
 
 
-def check_same_latents(workdir: epath.Path, store: latents.Latents) -> None:
-  """Raises ValueError if a run began with other latents than the store's."""
+def check_same_latents(workdir: epath.Path, described: dict[str, Any]) -> None:
+  """Raises ValueError if a run began with other latents than these."""
   if not (workdir / _FILE).exists():
     return
   before = read_description(str(workdir))
-  found = _differences(before, description(store), (*_MEANING, *_ORDER))
+  found = _differences(before, described, (*_MEANING, *_ORDER))
   if found:
     raise ValueError(
       f"the run in {workdir} began with other latents ({found}); bring them "

@@ -55,6 +55,32 @@ def parts(scale: float, samples: int, batch_size: int) -> list[Part]:
   ]
 
 
+def missing(wanted: list[Part], workdir: epath.Path, images: str) -> list[Part]:
+  """The parts of which a record or an image is not there."""
+  names = {}
+  for folder in {part.file(workdir, "images").parent for part in wanted}:
+    found = folder.iterdir() if folder.exists() else ()
+    names[folder] = {file.name.partition("_class_")[0] for file in found}
+
+  def has_images(part):
+    file = part.file(workdir, "images")
+    needed = {"npz": [file.name], "": []}.get(images)
+    if needed is None:
+      needed = [_png_name(part, i) for i in range(part.rows)]
+    return names[file.parent].issuperset(needed)
+
+  return [
+    part
+    for part in wanted
+    if not (part.file(workdir, "parts").exists() and has_images(part))
+  ]
+
+
+def _png_name(part: Part, row: int) -> str:
+  """Without the class."""
+  return f"{part.first + row:07d}"
+
+
 class Drawing:
   """The programs that draw, decode and describe, over a process's devices."""
 
@@ -226,7 +252,7 @@ def _write(
     folder = part.file(workdir, "images").parent
     folder.mkdir(parents=True, exist_ok=True)
     files = [
-      folder / f"{part.first + i:07d}_class_{label}.png"
+      folder / f"{_png_name(part, i)}_class_{label}.png"
       for i, label in enumerate(labels)
     ]
     list(pool.map(metrics_writer.write_png, files, pixels))
@@ -254,14 +280,24 @@ def _write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def read_records(
-  workdir: epath.Path, wanted: list[Part]
+  workdir: epath.Path, wanted: list[Part], needed: tuple[str, ...]
 ) -> Iterator[dict[str, np.ndarray]]:
   """What `fill` wrote beside the images, part by part.
 
   `labels` and `latent_rms` [rows]; `features` and `logits` where images were
   described.
+
+  Raises:
+    ValueError: a record is damaged.
   """
   for part in wanted:
-    data = part.file(workdir, "parts").read_bytes()
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-      yield {name: archive[name] for name in archive.files}
+    file = part.file(workdir, "parts")
+    try:
+      with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
+        arrays = {name: found[name] for name in needed}
+    except Exception as error:  # whatever a damaged file makes of numpy
+      raise ValueError(
+        f"{file} is damaged ({error}); remove it and run again: these samples "
+        "are drawn anew"
+      ) from error
+    yield arrays

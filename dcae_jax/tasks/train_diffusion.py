@@ -83,6 +83,7 @@ class _Setup(NamedTuple):
 def check(config: ConfigDict) -> None:
   """Raises ValueError for a config that no latents can be trained with."""
   wiring.check_bounds(config, _BOUNDS)
+  denoising.check_guidance("config.samples.guidance", config.samples.guidance)
   if config.samples.count and not config.samples.guidance:
     raise ValueError(
       "config.samples.guidance is empty; name at least one scale, or set "
@@ -115,7 +116,9 @@ def run(
   if config.init_from:
     denoising.check_same_model(config.init_from, config)
   wiring.check_work_directory(config, workdir)
-  latent_decoding.check_same_latents(workdir, store)
+  wiring.check_nothing_foreign(workdir, ("manifest.json",))
+  described = latent_decoding.description(store)
+  latent_decoding.check_same_latents(workdir, described)
   wiring.prepare_jax(config.compilation_cache)
   setup = _setup(config)
   batches = _batches(config, store)
@@ -144,7 +147,7 @@ def run(
   else:
     state = _start(config, setup)
   wiring.write_config(config, workdir)
-  latent_decoding.write_description(workdir, store)
+  latent_decoding.write_description(workdir, described)
   writer = metrics_writer.MetricsWriter(
     workdir, first_step, enabled=jax.process_index() == 0
   )

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ _MAY_CHANGE = (
 _PACKAGES = (
   "dcae_jax", "jax", "jaxlib", "flax", "numpy", "pillow", "tensorstore"
 )  # fmt: skip
+_SECONDS_FOR_OTHERS = 5  # to leave after SIGTERM
 # Tasks that make all anew, or find out themselves what they can go on with.
 _MADE_ANEW = (
   "report", "reconstruct", "evaluate_autoencoder", "reference_statistics",
@@ -188,7 +190,12 @@ def wait_for_all(name: str) -> None:
 
 
 def leave(status: int) -> None:
-  """Ends this process at once: jax would wait for the others for minutes."""
+  """Ends this process at once: jax would wait for the others for minutes.
+
+  The first one, without which jax aborts the others, gives them time to leave.
+  """
+  if jax.process_index() == 0:
+    time.sleep(_SECONDS_FOR_OTHERS)
   logging.shutdown()
   sys.stdout.flush()
   sys.stderr.flush()
