@@ -360,7 +360,7 @@ def test_sigterm_stops_between_parts(config, tmp_path, monkeypatch):
   [
     ({"init_from": ""}, "not the work directory of an earlier run"),
     ({"guidance": (1.0, -0.5)}, "guidance scale -0.5 is negative"),
-    ({"guidance": ()}, "config.guidance=.* is empty"),
+    ({"guidance": ()}, "config.guidance is empty"),
     ({"guidance": (1.0, 1.0)}, "names a scale twice"),
     ({"classes": (0, 3)}, "class 3 in config.classes is not from 0 to 2"),
     ({"classes": (-1,)}, "class -1 in config.classes"),
