@@ -114,21 +114,7 @@ def run(
   )
   whole, by_row = sample_drawing.shardings()
   step, variables = denoising.averages(config.init_from, model.denoiser, whole)
-  identity = {
-    "weights_sha256": weights.fingerprint(variables),
-    "decoder_sha256": weights.fingerprint(ae.variables),
-    "compute_dtype": config.compute_dtype,
-    "inception_sha256": network.sha256 if network else None,
-    "sampler": str(model.sampler),
-    "steps": model.sampling.steps,
-    "interval": list(model.sampling.interval),
-    "seed": config.seed,
-    "classes": list(config.classes),
-    "batch_size": config.batch_size,
-    "images": config.images,
-    "samples": config.samples,
-    "guidance": sorted(config.guidance),
-  }
+  identity = _identity(config, model, variables, ae, network)
   _check_identity(workdir, identity, may_grow=True)
   for scale in config.guidance:
     sample_drawing.check_not_fewer(
@@ -202,10 +188,10 @@ def _finish(
   if config.metrics:
     metrics_writer.write_whole(workdir / _PLOT, _plot(result["guidance"]))
   if config.picture.classes:
-    spread = np.linspace(
-      0, len(set(labels)) - 1, min(config.picture.classes, len(set(labels)))
-    )
-    chosen = [sorted(set(labels))[int(i)] for i in spread]
+    known = sorted(set(labels))
+    count = min(config.picture.classes, len(known))
+    spread = np.linspace(0, len(known) - 1, count)
+    chosen = [known[int(i)] for i in spread]
     picture = _picture(config, drawing, description, chosen, store, ae)
     metrics_writer.write_png(workdir / _PICTURE, picture)
   _LOG.info("%s\nin %s", _table(result["guidance"]), workdir)
@@ -288,6 +274,31 @@ def open_metrics(
         "config.metrics"
       )
   return network, reference
+
+
+def _identity(
+  config: ConfigDict,
+  model: _Model,
+  variables: Any,
+  ae: autoencoder.Autoencoder,
+  network: pretrained.Pretrained | None,
+) -> dict[str, Any]:
+  """What samples depend on; must be the same to go on with a directory."""
+  return {
+    "weights_sha256": weights.fingerprint(variables),
+    "decoder_sha256": weights.fingerprint(ae.variables),
+    "compute_dtype": config.compute_dtype,
+    "inception_sha256": network.sha256 if network else None,
+    "sampler": str(model.sampler),
+    "steps": model.sampling.steps,
+    "interval": list(model.sampling.interval),
+    "seed": config.seed,
+    "classes": list(config.classes),
+    "batch_size": config.batch_size,
+    "images": config.images,
+    "samples": config.samples,
+    "guidance": sorted(config.guidance),
+  }
 
 
 def _check_identity(
