@@ -401,6 +401,11 @@ def test_reference_statistics_are_computed_saved_and_read(
   assert np.linalg.matrix_rank(covariance @ mixtures) == 10  # 11 images
   record = json.loads((tmp_path / "reference/result.json").read_text())
   assert record["images"] == {str(RESOLUTION): 11}
+  c.features = 3  # of the first, the middle and the last image of 13 files
+  reference_statistics.run(c, epath.Path(tmp_path / "few"))
+  few = fid.load_statistics(tmp_path / "few" / file.name, 2048).features
+  np.testing.assert_allclose(few[0], features[0], rtol=1e-5)
+  assert 1 <= len(few) < 3  # some of the three cannot be read
   settings = {"metrics": ("rfid",), "weights.rfid": str(inception_weights)}
   path = str(file).replace(str(RESOLUTION), "{resolution}")
   with_reference = _run(config(**settings, reference=path), tmp_path / "a")

@@ -17,9 +17,14 @@ from PIL import Image
 
 from configs import base
 from dcae_jax.evaluation import fid, sample_metrics
-from dcae_jax.models import inception
-from dcae_jax.tasks import evaluate_diffusion, sample_drawing, train_diffusion
-from dcae_jax.training import loop, metrics_writer
+from dcae_jax.models import denoisers, inception
+from dcae_jax.tasks import (
+  denoising,
+  evaluate_diffusion,
+  sample_drawing,
+  train_diffusion,
+)
+from dcae_jax.training import checkpoint, loop, metrics_writer
 
 SAMPLES, BATCH, SCALES = 12, 8, (1.0, 2.5)
 
@@ -179,6 +184,26 @@ _PLAIN = (
   "init_from", "samples", "batch_size", "guidance", "metrics", "images",
   "compilation_cache",
 )  # fmt: skip
+
+
+def test_each_device_draws_its_own_samples(trained):
+  """The program of a device has an eighth of the work."""
+  c = base.evaluate_diffusion()
+  run = checkpoint.read_run_config(str(trained), "train_diffusion")
+  model = evaluate_diffusion.open_model(c, run)
+  whole, by_row = sample_drawing.shardings()
+  variables = denoisers.abstract_variables(model.denoiser)
+  flops = []
+  for placed in (whole, by_row):
+    sample = denoising.sample_function(
+      model.denoiser, model.objective, model.sampler, model.sampling, 2.0,
+      placed,
+    )  # fmt: skip
+    labels = jax.ShapeDtypeStruct((BATCH,), "int32", sharding=placed)
+    arguments = (variables, jax.random.key(0), labels)
+    program = jax.jit(sample, out_shardings=placed).lower(*arguments)
+    flops.append(program.compile().cost_analysis()["flops"])
+  assert flops[1] < 0.2 * flops[0]
 
 
 class _Killed(BaseException):

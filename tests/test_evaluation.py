@@ -233,6 +233,24 @@ def test_grey_images_make_a_grid():
   assert figures.grid([np.zeros((1, 8, 8, 1), np.uint8)]).shape == (16, 16, 3)
 
 
+def test_headings_stand_above_their_columns():
+  rows = [np.zeros((3, 40, 40, 3), np.uint8)] * 2
+  plain, headed = figures.grid(rows), figures.grid(rows, headings={1: "title"})
+  head = len(headed) - len(plain)
+  np.testing.assert_array_equal(headed[head:], plain)
+  dark = np.flatnonzero((headed[:head] < 128).any(axis=(0, 2)))
+  assert head and 40 < dark.min() < 60  # where the second column begins
+
+
+def test_reduced_images_keep_their_means_and_small_ones_their_pixels():
+  image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+  found = figures.reduced(image, 16)
+  assert found.shape == (16, 16, 3)
+  means = image.reshape(16, 4, 16, 4, 3).mean((1, 3))
+  np.testing.assert_allclose(found, means, atol=1.01)  # rounded twice
+  assert figures.reduced(image, 64) is image
+
+
 def test_loss_curves_are_a_png_and_skip_what_is_missing():
   lines = [{"step": 1, "train/a": 1.0}, {"step": 2, "eval/psnr": 20.0}]
   found = figures.loss_curves({"one": lines, "two": []}, ("train/a", "x"))

@@ -127,3 +127,18 @@ def test_names_labels_and_sizes_make_the_fingerprint():
     )
     == 4
   )
+
+
+def test_each_of_the_first_images_is_a_class(photographs):
+  folder = sources.folder(str(photographs))
+  found = pickle.loads(pickle.dumps(sources.ClassPerImage(folder, 5)))
+  assert len(found) == 5
+  assert found.classes == [folder.key(i) for i in range(5)]
+  assert [found[i].label for i in range(5)] == list(range(5))
+  assert found[3].encoded == folder[3].encoded
+  assert found.name(3) == folder.name(3) and found.key(3) == folder.key(3)
+  fingerprints = {
+    source.fingerprint()
+    for source in (folder, found, sources.ClassPerImage(folder, 6))
+  }
+  assert len(fingerprints) == 3
