@@ -62,18 +62,16 @@ def missing(wanted: list[Part], workdir: epath.Path, images: str) -> list[Part]:
     found = folder.iterdir() if folder.exists() else ()
     names[folder] = {file.name.partition("_class_")[0] for file in found}
 
-  def has_images(part):
-    file = part.file(workdir, "images")
-    needed = {"npz": [file.name], "": []}.get(images)
-    if needed is None:
+  def is_whole(part):
+    file, needed = part.file(workdir, "images"), []
+    if images == "npz":
+      needed = [file.name]
+    if images == "png":
       needed = [_png_name(part, i) for i in range(part.rows)]
-    return names[file.parent].issuperset(needed)
+    record = part.file(workdir, "parts")
+    return record.exists() and names[file.parent].issuperset(needed)
 
-  return [
-    part
-    for part in wanted
-    if not (part.file(workdir, "parts").exists() and has_images(part))
-  ]
+  return [part for part in wanted if not is_whole(part)]
 
 
 def _png_name(part: Part, row: int) -> str:

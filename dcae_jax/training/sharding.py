@@ -56,10 +56,11 @@ def check_batch(
   """Raises ValueError unless the batch divides over the mesh."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size < 1 or accumulation < 1 or batch_size % (ways * accumulation):
+    times = f" times config.accumulation={accumulation}"
     raise ValueError(
       f"config.batch_size={batch_size} is not divisible by "
       f"{ways * accumulation}: {ways} ways of data parallelism (mesh axes data "
-      f"x fsdp) times config.accumulation={accumulation}; use a multiple"
+      f"x fsdp){times if accumulation != 1 else ''}; use a multiple"
     )
   check_images(resolution, mesh)
 
