@@ -15,12 +15,15 @@ from conftest import fill_store, run_main, save_tiny_autoencoder
 from etils import epath
 from PIL import Image
 
+import dcae_jax
 from configs import base
+from dcae_jax.data import latents
 from dcae_jax.evaluation import fid, sample_metrics
 from dcae_jax.models import denoisers, inception
 from dcae_jax.tasks import (
   denoising,
   evaluate_diffusion,
+  latent_decoding,
   sample_drawing,
   train_diffusion,
 )
@@ -286,6 +289,35 @@ def test_chosen_classes_come_in_turn(config, tmp_path):
   _run(config(classes=(2, 0, 2), guidance=(1.0,)), tmp_path)
   labels = [int(n[:-4].rpartition("_")[2]) for n in _images(tmp_path, 1.0)]
   assert labels == [2, 0, 2] * 4
+  images = list(_images(tmp_path, 1.0).values())
+  assert (images[0] != images[BATCH]).any()  # each part has noise of its own
+
+
+def test_latents_are_decoded_as_the_autoencoder_has_them(
+  tiny_autoencoder, tiny_latents
+):
+  """With what the store's manifest multiplies and subtracts taken back."""
+  store = latents.Latents(tiny_latents)
+  description = latent_decoding.description(store) | {"shift_factor": 0.25}
+  z = store.read(np.arange(BATCH))["latents"]
+  drawing = sample_drawing.Drawing(
+    {1.0: lambda variables, key, labels: z},
+    {},
+    dcae_jax.load(tiny_autoencoder),
+    description,
+    None,
+    batch_size=BATCH,
+    classes=(0,),
+    at_random=False,
+    seed=0,
+  )
+  found = drawing.part(sample_drawing.parts(1.0, BATCH, BATCH)[0])
+  unscaled = z / description["scaling_factor"] + 0.25
+  decoded = dcae_jax.load(tiny_autoencoder).decode(unscaled)
+  expected = np.clip(np.round(np.asarray(decoded) * 127.5 + 127.5), 0, 255)
+  difference = np.asarray(found["images"]).astype(float) - expected
+  assert abs(difference).max() <= 1
+  assert np.abs(expected - expected.mean()).max() > 10  # no flat pictures
 
 
 def test_other_weights_do_not_mix_with_samples_that_are_there(

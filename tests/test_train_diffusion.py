@@ -165,7 +165,9 @@ def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
 def test_it_starts_from_the_averages_of_another_run(whole, config, tmp_path):
   c = config(init_from=str(whole), steps=1, **{"optimizer.learning_rate": 0.0})
   train_diffusion.run(c, epath.Path(tmp_path / "run"))
-  _, (_, before) = _variables(whole)
+  (_, parameters), (_, before) = _variables(whole)
+  same = jax.tree.map(np.array_equal, parameters["params"], before["params"])
+  assert not all(jax.tree.leaves(same))
   (_, after), _ = _variables(tmp_path / "run")
   jax.tree.map(np.testing.assert_array_equal, before["params"], after["params"])
   other = config(init_from=str(whole), **{"model.patch_size": 2})
