@@ -87,26 +87,27 @@ def test_it_learns_the_classes_and_shows_samples(
 ):
   """Samples of a class come out nearer to its latents than to others'."""
   c = config(
-    steps=150,
+    steps=130,
     batch_size=32,
     log_every=50,
     **{
       "samples.count": 3, "sampler.steps": 12, "ema.decay": 0.95,
-      "optimizer.learning_rate": 2e-3, "samples.guidance": (1.0, 2.0),
+      "optimizer.learning_rate": 2e-3, "samples.guidance": (1.0,),
+      "model.variant": "DiT-tiny",
       "objective.kind": "flow", "sampler.kind": "euler",
     },
   )  # fmt: skip
   train_diffusion.run(c, epath.Path(tmp_path))
-  assert _losses(tmp_path)[-1] < 0.7
+  assert _losses(tmp_path)[-1] < 0.6
   (picture,) = (tmp_path / "samples").glob("samples_*.png")
   assert picture.stat().st_size > 500
   c = denoising.with_store(c, latents.Latents(tiny_latents))
   objective = denoising.objective(c.objective)
-  sampler = denoising.sampler(c.sampler, objective, (2.0,))
+  sampler = denoising.sampler(c.sampler, objective, (1.0,))
   model = denoising.model(c.model, objective, remat=False)
   whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   sample = denoising.sample_function(
-    model, objective, sampler, c.sampler, 2.0, whole
+    model, objective, sampler, c.sampler, 1.0, whole
   )
   _, ema = _variables(tmp_path)[1]
   labels = np.arange(12, dtype=np.int32) % CLASSES
