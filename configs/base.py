@@ -136,7 +136,13 @@ def autoencoder() -> ConfigDict:
   c.evaluation.max_images = 5_000  # 0: all
   c.evaluation.samples = 8  # images in the sample grids
 
-  # --- the machine ---------------------------------------------------------
+  c.update(training_machine())
+  return c
+
+
+def training_machine() -> ConfigDict:
+  """Of a training run: devices, checkpoints, logs."""
+  c = ConfigDict()
   # Sizes of the mesh axes; -1: what is left. `data` splits the batch, `fsdp`
   # the batch and the parameters, `spatial` the rows of each image.
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
@@ -414,15 +420,7 @@ def latent_diffusion() -> ConfigDict:
   c.samples.count = 8  # a class each; 0: none
   c.samples.guidance = (1.0, 3.0)  # a row for each scale; 1: without
   c.sampler = sampler()
-
-  # --- the machine ---------------------------------------------------------
-  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
-  c.checkpoint = ConfigDict()
-  c.checkpoint.every = 5_000  # steps; also at the end and on SIGTERM
-  c.checkpoint.keep = 2  # latest ones
-  c.log_every = 100  # steps
-  c.profile = ConfigDict({"start": 100, "steps": 0})  # trace; 0 steps: never
-  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  c.update(training_machine())
   return c
 
 

@@ -27,7 +27,7 @@ from dcae_jax.tasks import (
   sample_drawing,
   train_diffusion,
 )
-from dcae_jax.training import checkpoint, loop, metrics_writer
+from dcae_jax.training import checkpoint, loop, metrics_writer, sharding
 
 SAMPLES, BATCH, SCALES = 12, 8, (1.0, 2.5)
 
@@ -194,7 +194,8 @@ def test_each_device_draws_its_own_samples(trained):
   c = base.evaluate_diffusion()
   run = checkpoint.read_run_config(str(trained), "train_diffusion")
   model = evaluate_diffusion.open_model(c, run)
-  whole, by_row = sample_drawing.shardings()
+  mesh = sharding.local_mesh()
+  whole, by_row = sharding.replicated(mesh), sharding.by_rows(mesh)
   variables = denoisers.abstract_variables(model.denoiser)
   flops = []
   for placed in (whole, by_row):

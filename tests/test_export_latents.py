@@ -42,12 +42,6 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def weights_folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("tiny") / "weights"
-  return save_tiny_autoencoder(folder, scaling_factor=0.5)
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
   """42 images in three classes, and three files that are none."""
   root = tmp_path_factory.mktemp("pictures")
@@ -63,12 +57,12 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(pictures, weights_folder, compilation_cache):
+def config(pictures, tiny_autoencoder, compilation_cache):
   """A function: the export of the pictures, three shards."""
 
   def create(**changes):
     c = base.export_latents()
-    c.init_from = str(weights_folder)
+    c.init_from = str(tiny_autoencoder)
     c.source = base.source("folder", str(pictures))
     c.resolution = SIDE
     c.dtype = "float32"
@@ -104,7 +98,7 @@ def check_equal(found: str, expected: str) -> None:
   assert manifests[0] == manifests[1]
 
 
-def test_rows_are_the_latents_of_the_images(whole, pictures, weights_folder):
+def test_rows_are_the_latents_of_the_images(whole, pictures, tiny_autoencoder):
   source = latents.Latents(whole)
   manifest = source.manifest
   names = [
@@ -120,7 +114,7 @@ def test_rows_are_the_latents_of_the_images(whole, pictures, weights_folder):
   unreadable = {x["key"]: x["reason"] for x in manifest["unreadable"]}
   assert unreadable.keys() == BAD.keys() and all(unreadable.values())
   assert [names[x["index"]] for x in manifest["unreadable"]] == list(BAD)
-  ae = dcae_jax.load(weights_folder)
+  ae = dcae_jax.load(tiny_autoencoder)
   for row in (0, 17, 41):
     file = sources.pictures(str(pictures / good[row]))
     image, _ = images.open_image(file, 0, images.Decoding())
@@ -139,7 +133,7 @@ def test_rows_are_the_latents_of_the_images(whole, pictures, weights_folder):
   np.testing.assert_allclose(channels["rms"], rms)
   assert manifest["scaling_factor"] == 0.5
   assert manifest["autoencoder"]["variant"] == "tiny-f8"
-  assert manifest["autoencoder"]["init_from"] == str(weights_folder)
+  assert manifest["autoencoder"]["init_from"] == str(tiny_autoencoder)
   assert manifest["resolution"] == SIDE
   assert "halved by boxes" in manifest["crop"]["rule"]
 
@@ -300,10 +294,10 @@ def test_what_is_begun_without_a_shard_may_be_corrected(
 
 
 def test_a_refined_decoder_goes_on_with_the_latents(
-  whole, config, weights_folder, tmp_path
+  whole, config, tiny_autoencoder, tmp_path
 ):
   """The third phase leaves the encoder, and so the latents, as they are."""
-  ae = dcae_jax.load(weights_folder)
+  ae = dcae_jax.load(tiny_autoencoder)
   head = ae.variables["params"]["decoder"]["project_out"]["conv"]
   head["kernel"] = head["kernel"] * 0.9
   ae.save(tmp_path / "refined")
@@ -313,11 +307,11 @@ def test_a_refined_decoder_goes_on_with_the_latents(
 
 
 def test_an_unknown_scaling_factor_is_measured(
-  config, weights_folder, tmp_path
+  config, tiny_autoencoder, tmp_path
 ):
   folder = tmp_path / "weights"
   folder.mkdir()
-  (file,) = weights_folder.glob("*.safetensors")  # and no config
+  (file,) = tiny_autoencoder.glob("*.safetensors")  # and no config
   shutil.copy(file, folder)
   unknown = config(init_from=str(folder))
   export_latents.run(unknown, epath.Path(tmp_path))
@@ -762,7 +756,7 @@ def _inspect(store, workdir, **changes):
 
 
 def test_inspecting_decodes_rows_as_they_are(
-  whole, weights_folder, tmp_path, caplog
+  whole, tiny_autoencoder, tmp_path, caplog
 ):
   with caplog.at_level("INFO"):
     assert _inspect(whole, tmp_path)
@@ -771,7 +765,7 @@ def test_inspecting_decodes_rows_as_they_are(
     assert text in caplog.text
   files = sorted((tmp_path / "samples").glob("row_*.png"))
   assert len(files) == 3 and (tmp_path / "samples/rows.png").exists()
-  ae, source = dcae_jax.load(weights_folder), latents.Latents(whole)
+  ae, source = dcae_jax.load(tiny_autoencoder), latents.Latents(whole)
   for file in files:
     row = int(file.stem.removeprefix("row_"))
     decoded = np.asarray(ae.decode(source.read_unscaled([row])))[0]

@@ -47,9 +47,7 @@ def _variables(workdir):
   settings = json.loads((workdir / "config.json").read_text())
   c = base.latent_diffusion()
   c.model.update(settings["model"])
-  model = denoising.model(
-    c.model, denoising.objective(c.objective), remat=False
-  )
+  model = denoising.model(c.model, denoising.objective(c.objective))
   abstract = {"batch_stats": {}} | denoisers.abstract_variables(model)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   placed = jax.tree.map(lambda _: device, abstract)
@@ -103,8 +101,8 @@ def test_it_learns_the_classes_and_shows_samples(
   assert picture.stat().st_size > 500
   c = denoising.with_store(c, latents.Latents(tiny_latents))
   objective = denoising.objective(c.objective)
-  sampler = denoising.sampler(c.sampler, objective, (1.0,))
-  model = denoising.model(c.model, objective, remat=False)
+  sampler = denoising.sampler(c.sampler, objective)
+  model = denoising.model(c.model, objective)
   whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   sample = denoising.sample_function(
     model, objective, sampler, c.sampler, 1.0, whole
@@ -125,7 +123,7 @@ def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
   """All dropped: labels do not matter. None: they do."""
   c = denoising.with_store(config(), latents.Latents(tiny_latents))
   objective = diffusion.scaled_linear()
-  model = denoising.model(c.model, objective, remat=False)
+  model = denoising.model(c.model, objective)
   variables = jax.jit(model.init)(
     jax.random.key(0), np.zeros((1, *SHAPE), "float32"),
     np.zeros(1, "float32"), np.zeros(1, "int32"),
@@ -294,9 +292,7 @@ def test_recipes_are_the_papers(name, tokens, macs):
   c.model.latent_size, c.model.latent_channels = size, channels
   c.model.num_classes = 1000
   train_diffusion.check(c)
-  denoiser = denoising.model(
-    c.model, denoising.objective(c.objective), remat=False
-  )
+  denoiser = denoising.model(c.model, denoising.objective(c.objective))
   assert (size // c.model.patch_size) ** 2 == tokens
   if macs:
     assert denoiser.forward_macs == pytest.approx(macs * 1e9, rel=0.01)

@@ -79,19 +79,17 @@ def objective(config: ConfigDict) -> diffusion.Objective:
 
 
 def sampler(
-  config: ConfigDict, objective: diffusion.Objective, guidance: tuple
+  config: ConfigDict, objective: diffusion.Objective
 ) -> samplers.Sampler:
   """Of `config.sampler`.
 
   Raises:
-    ValueError: it does not fit the objective, has too few steps, or a guidance
-      scale is negative.
+    ValueError: it does not fit the objective, has too few steps, or an interval
+      of guidance that is none.
   """
   found = _chosen(_SAMPLERS, config, "sampler")
   samplers.check(found, objective, config.steps)
-  interval = _pair(config, "sampler", "interval")
-  for scale in guidance:
-    diffusion.check_guidance(scale, interval)
+  diffusion.check_guidance(1.0, _pair(config, "sampler", "interval"))
   return found
 
 
@@ -152,9 +150,7 @@ def with_numbers(
   return config
 
 
-def model(
-  config: ConfigDict, objective: diffusion.Objective, *, remat: bool
-) -> Denoiser:
+def model(config: ConfigDict, objective: diffusion.Objective) -> Denoiser:
   """The denoiser of `config.model`, whose numbers are filled in."""
   channels = config.latent_channels
   return denoisers.create(
@@ -164,7 +160,7 @@ def model(
     num_classes=config.num_classes,
     patch_size=config.patch_size,
     learn_sigma=objective.output_channels(channels) > channels,
-    rematerialisation=remat,
+    rematerialisation=config.rematerialisation,
     dtype=config.dtype,
   )
 

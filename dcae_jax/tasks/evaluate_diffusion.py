@@ -20,7 +20,7 @@ from dcae_jax.data import differences, latents
 from dcae_jax.evaluation import fid, figures, sample_metrics
 from dcae_jax.models import dcae, inception, pretrained
 from dcae_jax.tasks import denoising, latent_decoding, sample_drawing, wiring
-from dcae_jax.training import checkpoint, loop, metrics_writer
+from dcae_jax.training import checkpoint, loop, metrics_writer, sharding
 
 _LOG = logging.getLogger(__name__)
 _METRICS = ("gfid", "inception_score", "precision_recall")
@@ -112,8 +112,10 @@ def run(
     "name it with config.autoencoder",
     config.compute_dtype,
   )
-  whole, by_row = sample_drawing.shardings()
-  step, variables = denoising.averages(config.init_from, model.denoiser, whole)
+  mesh = sharding.local_mesh()
+  step, variables = denoising.averages(
+    config.init_from, model.denoiser, sharding.replicated(mesh)
+  )
   identity = _identity(config, model, variables, ae, network)
   _check_identity(workdir, identity, may_grow=True)
   for scale in config.guidance:
@@ -132,7 +134,7 @@ def run(
     {
       scale: denoising.sample_function(
         model.denoiser, model.objective, model.sampler, model.sampling, scale,
-        by_row,
+        sharding.by_rows(mesh),
       )
       for scale in config.guidance
     },
@@ -201,15 +203,15 @@ def open_model(config: ConfigDict, trained: dict[str, Any]) -> _Model:
   """Of the config of a training run, and how it is sampled.
 
   Raises:
-    ValueError: a sampler or guidance scales that do not fit.
+    ValueError: a sampler or classes that do not fit.
   """
   try:
     trained = ConfigDict(trained)
     given = {k: v for k, v in config.sampler.items() if v is not None}
     sampling = ConfigDict(trained.sampler.to_dict() | given)
     objective = denoising.objective(trained.objective)
-    sampler = denoising.sampler(sampling, objective, config.guidance)
-    denoiser = denoising.model(trained.model, objective, remat=False)
+    sampler = denoising.sampler(sampling, objective)
+    denoiser = denoising.model(trained.model, objective)
   except (AttributeError, KeyError, TypeError) as error:
     raise ValueError(
       f"config.json of {config.init_from} is damaged, or of an earlier version "

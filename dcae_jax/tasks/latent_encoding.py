@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dcae_jax import autoencoder
 from dcae_jax.data import latent_store, rows
 from dcae_jax.evaluation import latent_statistics
 from dcae_jax.tasks import stopwatch
+from dcae_jax.training import sharding
 
 Encode = Callable[[np.ndarray], dict[str, Any]]  # rows to latents, by view
 
@@ -55,9 +55,8 @@ def compiled(
     group_size: images of a group.
     devices: of this process.
   """
-  mesh = Mesh(np.array(devices), ("data",))
-  whole = NamedSharding(mesh, PartitionSpec())
-  by_row = NamedSharding(mesh, PartitionSpec("data"))
+  mesh = sharding.create_mesh(-1, 1, 1, devices)
+  whole, by_row = sharding.replicated(mesh), sharding.by_rows(mesh)
   variables = jax.device_get(encoder_variables(ae.variables))
   variables = jax.device_put(variables, whole)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax.data import images, sources
@@ -80,16 +80,12 @@ class EvaluationImages:
 
   def batches(self, resolution: int) -> Iterator[reconstruction.Batch]:
     """All images, in order, as squares of that side."""
-    by_batch = NamedSharding(self._mesh, PartitionSpec(("data", "fsdp")))
-    put = jax.make_array_from_process_local_data
     for batch in images.evaluation_batches(
       self._source, self._decoding, resolution, **self._reading
     ):
-      yield reconstruction.Batch(
-        sharding.put_images(batch["images"], self._mesh),
-        put(by_batch, batch["mask"]),
-        put(by_batch, batch["indices"]),
-      )
+      images_of_batch = sharding.put_images(batch.pop("images"), self._mesh)
+      rows = sharding.put_rows(batch, self._mesh)
+      yield reconstruction.Batch(images_of_batch, rows["mask"], rows["indices"])
 
 
 class Evaluation:

@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dcae_jax import autoencoder
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.models import inception
 from dcae_jax.tasks import latent_decoding, measuring
-from dcae_jax.training import metrics_writer
+from dcae_jax.training import metrics_writer, sharding
 
 IMAGES = ("png", "npz", "")
 _PARTS, _PICTURE = 0, 1  # what the seed is for
@@ -108,7 +107,8 @@ class Drawing:
       at_random: with replacement, instead of in turn.
       seed: of noise and classes.
     """
-    whole, self._by_row = shardings()
+    mesh = sharding.local_mesh()
+    whole, self._by_row = sharding.replicated(mesh), sharding.by_rows(mesh)
     ae.variables = jax.device_put(jax.device_get(ae.variables), whole)
     self._variables, self._decoder = variables, ae.variables
     self._inception = jax.device_put(inception_parameters, whole)
@@ -166,15 +166,6 @@ class Drawing:
     placed = jax.device_put(labels, self._by_row)
     z = self._samplers[scale](self._variables, key, placed)
     return self._show(self._decoder, self._inception, z) | {"labels": labels}
-
-
-def shardings() -> tuple[NamedSharding, NamedSharding]:
-  """Over this process's devices: whole on each, and split by rows."""
-  mesh = Mesh(np.array(jax.local_devices()), ("data",))
-  return (
-    NamedSharding(mesh, PartitionSpec()),
-    NamedSharding(mesh, PartitionSpec("data")),
-  )
 
 
 def fill(
@@ -236,10 +227,7 @@ def _write(
   pool: futures.Executor,
 ) -> None:
   pixels, labels = arrays.pop("images"), arrays["labels"]
-  for folder in (
-    "parts",
-    "images",
-  ):  # with fewer samples, from an earlier start
+  for folder in ("parts", "images"):  # of fewer samples, by an earlier start
     file = part.file(workdir, folder)
     if file.parent.exists():
       for shorter in file.parent.glob(f"{part.number:06d}_*.npz"):

@@ -22,10 +22,9 @@ from dcae_jax import architecture, phases, released, weights
 from dcae_jax.data import images, sources
 from dcae_jax.evaluation import figures
 from dcae_jax.models import dcae, lpips, patchgan, pretrained, sd_vae
-from dcae_jax.tasks import checks, measuring, wiring
+from dcae_jax.tasks import checks, measuring, training_run, wiring
 from dcae_jax.training import (
   checkpoint,
-  hardware,
   loop,
   metrics_writer,
   optimizer,
@@ -111,60 +110,32 @@ def run(
   )
   checkpoint.check_space(workdir, setup.abstract, config.checkpoint.keep)
   _describe(config, setup, len(inputs.held_out))
+  batches, held_out = _batches(config, inputs), _held_out(config, setup, inputs)
 
-  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  batches = _batches(config, inputs)
-  first_step = checkpoints.latest_step() or 0
-  if first_step:
-    state, data_state = checkpoints.restore(
-      first_step, setup.abstract, setup.shardings
+  def prepare(writer):
+    return training_run.Program(
+      _compile(config, setup, perceptual_parameters),
+      _model_flops(config, setup, perceptual_parameters),
+      _evaluate(config, setup, held_out, writer),
     )
-    batches.set_state(data_state)
-    _LOG.info("going on from step %d in %s", first_step, workdir)
-  else:
-    state = _initial_state(config, setup)
-  wiring.write_config(config, workdir)
-  writer = metrics_writer.MetricsWriter(
-    workdir, first_step, enabled=jax.process_index() == 0
+
+  def finish(step):
+    skipped = wiring.total(len(batches.skipped) + len(held_out.skipped))
+    _finish(workdir, step, skipped, setup)
+
+  return training_run.run(
+    config,
+    workdir,
+    sigterm,
+    abstract=setup.abstract,
+    shardings=setup.shardings,
+    batches=batches,
+    put=lambda batch: sharding.put_images(batch["images"], setup.mesh),
+    begin=lambda: _initial_state(config, setup),
+    prepare=prepare,
+    evaluate_every=config.evaluation.every,
+    finish=finish,
   )
-  held_out = _held_out(config, setup, inputs)
-  last_step = max(config.steps, first_step)
-  step = first_step
-  try:
-    if first_step < last_step:
-      state, step = loop.run(
-        _compile(config, setup, perceptual_parameters),
-        state,
-        sharding.Prefetch(
-          batches,
-          lambda batch: sharding.put_images(batch["images"], setup.mesh),
-          config.data.prefetch,
-        ),
-        first_step=first_step,
-        last_step=last_step,
-        images_per_step=config.batch_size,
-        flops_per_step=_model_flops(config, setup, perceptual_parameters),
-        peak_flops=hardware.peak_flops(),
-        cadence=loop.Cadence(
-          config.log_every, config.evaluation.every, config.checkpoint.every
-        ),
-        save=checkpoints.save,
-        evaluate=_evaluate(config, setup, held_out, writer),
-        writer=writer,
-        sigterm=sigterm,
-        profile=loop.Profile(
-          config.profile.start, config.profile.steps, str(workdir / "profile")
-        ),
-      )
-    checkpoints.wait()
-    if step == last_step:
-      skipped = wiring.total(len(batches.skipped) + len(held_out.skipped))
-      _finish(workdir, step, skipped, setup)
-  finally:
-    batches.close()
-    writer.close()
-    checkpoints.close()
-  return step == last_step
 
 
 def _setup(config: ConfigDict) -> _Setup:
@@ -413,8 +384,7 @@ def _finish(
     return
   learning, _ = phases.partition(setup.abstract.params, setup.mask)
   result = {"images_skipped": skipped}
-  for line in metrics_writer.read_lines(workdir / "metrics.jsonl"):
-    result |= line
+  result |= metrics_writer.last_values(workdir / "metrics.jsonl")
   result |= {
     "step": step,
     "scaling_factor": 1 / result["eval/latent_rms"],

@@ -20,11 +20,10 @@ from ml_collections import ConfigDict
 from dcae_jax import autoencoder, diffusion, phases, samplers
 from dcae_jax.data import latents
 from dcae_jax.evaluation import figures
-from dcae_jax.tasks import denoising, latent_decoding, wiring
+from dcae_jax.tasks import denoising, latent_decoding, training_run, wiring
 from dcae_jax.training import (
   checkpoint,
   diffusion_step,
-  hardware,
   loop,
   metrics_writer,
   optimizer,
@@ -136,71 +135,35 @@ def run(
     config.model.variant, len(store), store.path,
     f"{phases.count(setup.abstract.params):,}", setup.mesh.size,
   )  # fmt: skip
-  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  first_step = checkpoints.latest_step() or 0
-  if first_step:
-    state, data_state = checkpoints.restore(
-      first_step, setup.abstract, setup.shardings
-    )
-    batches.set_state(data_state)
-    _LOG.info("going on from step %d in %s", first_step, workdir)
-  else:
-    state = _start(config, setup)
-  wiring.write_config(config, workdir)
   latent_decoding.write_description(workdir, described)
-  writer = metrics_writer.MetricsWriter(
-    workdir, first_step, enabled=jax.process_index() == 0
+
+  def prepare(writer):
+    return training_run.Program(
+      _compile(config, setup),
+      # A multiply-accumulate is two; backward costs twice forward.
+      6.0 * setup.denoiser.forward_macs * config.batch_size,
+      _sample(config, setup, store, ae, writer),
+    )
+
+  return training_run.run(
+    config,
+    workdir,
+    sigterm,
+    abstract=setup.abstract,
+    shardings=setup.shardings,
+    batches=batches,
+    put=lambda batch: sharding.put_rows(batch, setup.mesh),
+    begin=lambda: _start(config, setup),
+    prepare=prepare,
+    evaluate_every=config.samples.every,
+    finish=lambda step: _finish(workdir, step, setup),
   )
-  last_step = max(config.steps, first_step)
-  step = first_step
-  try:
-    if first_step < last_step:
-      state, step = loop.run(
-        _compile(config, setup),
-        state,
-        sharding.Prefetch(
-          batches,
-          lambda batch: {
-            name: sharding.put_rows(values, setup.mesh)
-            for name, values in batch.items()
-          },
-          config.data.prefetch,
-        ),
-        first_step=first_step,
-        last_step=last_step,
-        images_per_step=config.batch_size,
-        # A multiply-accumulate is two; backward costs twice forward.
-        flops_per_step=6.0 * setup.denoiser.forward_macs * config.batch_size,
-        peak_flops=hardware.peak_flops(),
-        cadence=loop.Cadence(
-          config.log_every, config.samples.every, config.checkpoint.every
-        ),
-        save=checkpoints.save,
-        evaluate=_sample(config, setup, store, ae, writer),
-        writer=writer,
-        sigterm=sigterm,
-        profile=loop.Profile(
-          config.profile.start, config.profile.steps, str(workdir / "profile")
-        ),
-      )
-    checkpoints.wait()
-    if step == last_step and jax.process_index() == 0:
-      _finish(workdir, step, setup)
-  finally:
-    batches.close()
-    writer.close()
-    checkpoints.close()
-  return step == last_step
 
 
 def _setup(config: ConfigDict) -> _Setup:
   objective = denoising.objective(config.objective)
-  sampler = denoising.sampler(
-    config.sampler, objective, config.samples.guidance
-  )
-  denoiser = denoising.model(
-    config.model, objective, remat=config.model.rematerialisation
-  )
+  sampler = denoising.sampler(config.sampler, objective)
+  denoiser = denoising.model(config.model, objective)
   if config.channel_candidates:
     diffusion.random_channel_mask(
       jax.random.key(0), 1, config.model.latent_channels,
@@ -346,10 +309,9 @@ def _sample(
 
 def _finish(workdir: epath.Path, step: int, setup: _Setup) -> None:
   """Writes `result.json`: the last of each metric."""
-  result = {}
-  for line in metrics_writer.read_lines(workdir / "metrics.jsonl"):
-    result |= line
-  result |= {
+  if jax.process_index():
+    return
+  result = metrics_writer.last_values(workdir / "metrics.jsonl") | {
     "step": step,
     "parameters": phases.count(setup.abstract.params),
     "forward_macs": setup.denoiser.forward_macs,

@@ -83,6 +83,14 @@ def read_lines(path: epath.Path) -> list[dict[str, float]]:
   return lines
 
 
+def last_values(path: epath.Path) -> dict[str, float]:
+  """The last value of each metric of a metrics.jsonl."""
+  found = {}
+  for line in read_lines(path):
+    found |= line
+  return found
+
+
 def write_whole(path: epath.Path, text: str | bytes) -> None:
   """Writes a small file so that it is never seen, or left, half-written.
 

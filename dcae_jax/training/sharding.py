@@ -50,6 +50,11 @@ def create_mesh(
   return Mesh(np.array(devices).reshape(sizes), ("data", "fsdp", "spatial"))
 
 
+def local_mesh() -> Mesh:
+  """Over this process's devices, for work that each process does alone."""
+  return create_mesh(-1, 1, 1, jax.local_devices())
+
+
 def check_batch(
   batch_size: int, accumulation: int, resolution: int, mesh: Mesh
 ) -> None:
@@ -99,6 +104,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def by_rows(mesh: Mesh) -> NamedSharding:
+  """The first axis is split over the devices."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def put_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """As `put_images`, for arrays of which only the first axis is split."""
+  return {
+    name: jax.make_array_from_process_local_data(by_rows(mesh), values)
+    for name, values in batch.items()
+  }
+
+
 def put_images(images: np.ndarray, mesh: Mesh) -> jax.Array:
   """This process's share of a batch to its devices, as one global array."""
   sharding = NamedSharding(mesh, IMAGES)
@@ -114,12 +132,6 @@ class Batches(Protocol):
   def get_state(self) -> dict[str, Any]: ...
 
   def set_state(self, state: dict[str, Any]) -> None: ...
-
-
-def put_rows(values: np.ndarray, mesh: Mesh) -> jax.Array:
-  """As `put_images`, for arrays of which only the first axis is split."""
-  sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-  return jax.make_array_from_process_local_data(sharding, values)
 
 
 class Prefetch:

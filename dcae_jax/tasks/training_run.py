@@ -1,0 +1,114 @@
+"""A training run in its work directory: begins or goes on, saves, ends.
+
+The same for every model; what differs comes as functions.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from dcae_jax.tasks import wiring
+from dcae_jax.training import (
+  checkpoint,
+  hardware,
+  loop,
+  metrics_writer,
+  sharding,
+)
+from dcae_jax.training import state as state_lib
+
+_LOG = logging.getLogger(__name__)
+
+
+class Program(NamedTuple):
+  """What the loop calls.
+
+  Attributes:
+    step: jitted, `(state, batch) -> (state, metrics)`.
+    flops_per_step: of the model, over all devices.
+    evaluate: `(step, state) -> metrics`.
+  """
+
+  step: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
+  flops_per_step: float
+  evaluate: Callable[[int, state_lib.TrainState], dict[str, float]]
+
+
+def run(
+  config: ConfigDict,
+  workdir: epath.Path,
+  sigterm: loop.Sigterm,
+  *,
+  abstract: state_lib.TrainState,
+  shardings: Any,
+  batches: sharding.Batches,
+  put: Callable[[dict[str, Any]], Any],
+  begin: Callable[[], state_lib.TrainState],
+  prepare: Callable[[metrics_writer.MetricsWriter], Program],
+  evaluate_every: int,
+  finish: Callable[[int], None],
+) -> bool:
+  """Trains to `config.steps`; False if SIGTERM ended it early.
+
+  Args:
+    config: of the run, whose keys for the machine are read.
+    workdir: of the run.
+    sigterm: asks to save and leave.
+    abstract: shapes of the state.
+    shardings: where its leaves live.
+    batches: on the host; closed at the end.
+    put: from there to the devices.
+    begin: the state at step 0; called where there is no checkpoint.
+    prepare: what the loop calls; called where there are steps to do.
+    evaluate_every: steps; 0: at the end only.
+    finish: called with the last step, on every process.
+  """
+  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+  first_step = checkpoints.latest_step() or 0
+  if first_step:
+    state, data_state = checkpoints.restore(first_step, abstract, shardings)
+    batches.set_state(data_state)
+    _LOG.info("going on from step %d in %s", first_step, workdir)
+  else:
+    state = begin()
+  wiring.write_config(config, workdir)
+  writer = metrics_writer.MetricsWriter(
+    workdir, first_step, enabled=jax.process_index() == 0
+  )
+  last_step = max(config.steps, first_step)
+  step = first_step
+  try:
+    if first_step < last_step:
+      program = prepare(writer)
+      state, step = loop.run(
+        program.step,
+        state,
+        sharding.Prefetch(batches, put, config.data.prefetch),
+        first_step=first_step,
+        last_step=last_step,
+        images_per_step=config.batch_size,
+        flops_per_step=program.flops_per_step,
+        peak_flops=hardware.peak_flops(),
+        cadence=loop.Cadence(
+          config.log_every, evaluate_every, config.checkpoint.every
+        ),
+        save=checkpoints.save,
+        evaluate=program.evaluate,
+        writer=writer,
+        sigterm=sigterm,
+        profile=loop.Profile(
+          config.profile.start, config.profile.steps, str(workdir / "profile")
+        ),
+      )
+    checkpoints.wait()
+    if step == last_step:
+      finish(step)
+  finally:
+    batches.close()
+    writer.close()
+    checkpoints.close()
+  return step == last_step
