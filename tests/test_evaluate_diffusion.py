@@ -106,6 +106,7 @@ def measured(
 def test_metrics_are_those_of_the_written_images(
   measured, inception_weights, reference
 ):
+  """The records are the network's of the PNGs, the metrics of the records."""
   workdir, result = measured
   parameters = inception.load(str(inception_weights)).parameters
   described = jax.jit(lambda x: inception.features(parameters, x))
@@ -114,25 +115,75 @@ def test_metrics_are_those_of_the_written_images(
     images = _images(workdir, scale)
     pixels = np.stack(list(images.values())).astype(np.float32)
     assert pixels.shape == (SAMPLES, 16, 16, 3)
-    features, logits = jax.device_get(described(pixels))
+    records = sample_drawing.read_records(
+      epath.Path(workdir),
+      sample_drawing.parts(scale, SAMPLES, BATCH),
+      ("features", "logits"),
+    )
+    rows = list(records)
+    features = np.concatenate([row["features"] for row in rows])
+    logits = np.concatenate([row["logits"] for row in rows])
+    for recorded, direct in zip(
+      (features, logits), jax.device_get(described(pixels)), strict=True
+    ):
+      spread = direct.std(axis=0).mean()  # over images
+      assert abs(recorded - direct).max() < 0.3 * spread
     found = result["guidance"][f"{scale:g}"]
     moments = fid.Moments(inception.FEATURES)
     moments.update(features)
-    distance = fid.frechet_distance(
-      moments.mean, moments.covariance,
-      statistics.mean, statistics.covariance,
+    assert found["gfid"] == pytest.approx(
+      fid.frechet_distance(
+        moments.mean, moments.covariance,
+        statistics.mean, statistics.covariance,
+      ),
+      rel=1e-9,
     )  # fmt: skip
-    assert found["gfid"] == pytest.approx(distance, rel=1e-4)
     score = sample_metrics.InceptionScore(inception.CLASSES)
     score.update(logits[np.random.default_rng(0).permutation(SAMPLES)])
-    assert found["inception_score"] == pytest.approx(
-      score.compute()[0], rel=1e-4
-    )
+    mean, deviation = score.compute()
+    assert found["inception_score"] == pytest.approx(mean, rel=1e-9)
+    assert found["inception_score_deviation"] == pytest.approx(deviation)
     part = sample_metrics.precision_recall(statistics.features, features)
     assert (found["precision"], found["recall"]) == part
-  assert result["guidance"]["1"] != result["guidance"]["2.5"]
+  distances = [found["gfid"] for found in result["guidance"].values()]
+  assert distances[0] != distances[1]
   assert result["samples"] == SAMPLES and result["step"] == 2
   assert not result["inception_is_published"]
+
+
+def test_the_order_of_classes_does_not_matter_to_the_metrics(tmp_path):
+  """Ten classes one after the other, each sure: an Inception Score of ten."""
+  c = base.evaluate_diffusion()
+  c.samples, c.batch_size = 1000, 300
+  rng = np.random.default_rng(0)
+  features = rng.normal(size=(2, 1000, inception.FEATURES)).astype(np.float32)
+  labels = np.arange(1000) % 10
+  logits = 100 * np.eye(inception.CLASSES, dtype=np.float32)[labels]
+  for part in sample_drawing.parts(1.0, 1000, 300):
+    rows = slice(part.first, part.first + part.rows)
+    file = part.file(epath.Path(tmp_path), "parts")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+      file,
+      latent_rms=np.full(part.rows, 2.0),
+      features=features[0, rows],
+      logits=logits[rows],
+    )
+  mean, covariance = features[1].mean(0), np.cov(features[1], rowvar=False)
+  reference = fid.Statistics(mean, covariance, features[1], "")
+  found = evaluate_diffusion._measure(c, epath.Path(tmp_path), 1.0, reference)
+  assert found["latent_rms"] == pytest.approx(2.0)
+  assert 9.5 < found["inception_score"] <= 10
+  assert found["gfid"] == pytest.approx(
+    fid.frechet_distance(
+      features[0].mean(0, dtype="f8"), np.cov(features[0], rowvar=False),
+      mean, covariance,
+    ),
+    rel=1e-6,
+  )  # fmt: skip
+  assert (found["precision"], found["recall"]) == (
+    sample_metrics.precision_recall(features[1], features[0])
+  )
 
 
 def test_classes_are_random_and_the_same_at_each_scale(measured):
