@@ -70,6 +70,9 @@ def autoencoder() -> ConfigDict:
   c.model.image_channels = 3  # 1: grey
   c.model.residual_autoencoding = True  # False: the paper's ablation
   c.model.rematerialisation = True  # recompute each block: less memory
+  # Compile the equal blocks of a DC-AE's stage once, as a loop, where all of
+  # them learn or none: faster to compile, not slower to run.
+  c.model.scan = True
   # Of the layers; norms, attention, losses and the state are float32.
   c.model.dtype = "bfloat16"
 
@@ -150,8 +153,29 @@ def training_machine() -> ConfigDict:
   c.checkpoint.every = 5_000  # steps; also at the end and on SIGTERM
   c.checkpoint.keep = 2  # latest ones
   c.log_every = 100  # steps
-  c.profile = ConfigDict({"start": 100, "steps": 0})  # trace; 0 steps: never
+  # Trace `steps` steps after `start` ones (0: never), and `on_signal` steps
+  # whenever a process gets SIGUSR1.
+  c.profile = ConfigDict({"start": 100, "steps": 0, "on_signal": 3})
   # Compiled programs, kept between runs. "": not kept.
+  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  return c
+
+
+def plan() -> ConfigDict:
+  """What a training step needs of chips that need not be there."""
+  c = ConfigDict()
+  c.task = "plan"
+  c.of = ""  # config files of training runs, separated by commas
+  # TPU slices, separated by commas: "v5e:4x4,v5p:2x2x4"; v4, v5e, v5p, v6e.
+  # "": the devices that are here.
+  c.topology = ""
+  # Images for each chip; (): as the config has it. Several make a row each.
+  c.batch_size_per_chip = ()
+  # Keys of the planned config, such as {'mesh.spatial': 4}.
+  c.changes = ConfigDict()
+  # Of XLA. {'exec_time_optimization_effort': -1.0} compiles many times faster,
+  # to a program that fits in about the same memory, and would be slower.
+  c.compiler_options = ConfigDict()
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c
 

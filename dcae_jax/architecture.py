@@ -36,6 +36,7 @@ def create(
   image_channels: int = 3,
   residual_autoencoding: bool = True,
   rematerialisation: bool = False,
+  scan: bool = False,
   dtype: DTypeLike = "float32",
   space_to_channel: int = 1,
 ) -> Model:
@@ -47,6 +48,7 @@ def create(
     residual_autoencoding: False removes DC-AE's shortcuts, the paper's
       ablation.
     rematerialisation: trade time for memory, block by block.
+    scan: compile the blocks of DC-AE's stages as loops.
     dtype: of the computation; attention and norms stay float32.
     space_to_channel: side of the squares of latent positions that are moved
       into channels; 1: none.
@@ -63,7 +65,9 @@ def create(
     "space_to_channel": space_to_channel,
   }
   if isinstance(v, dcae.Variant):
-    return dcae.create(v, residual_autoencoding=residual_autoencoding, **shared)
+    return dcae.create(
+      v, residual_autoencoding=residual_autoencoding, scan=scan, **shared
+    )
   if not residual_autoencoding:
     raise ValueError(
       "residual_autoencoding=False is DC-AE's ablation, and SD-VAE has no "

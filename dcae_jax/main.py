@@ -18,8 +18,9 @@ TASKS = (
   "train_autoencoder", "train_phases", "report", "reconstruct",
   "evaluate_autoencoder", "reference_statistics", "export_latents",
   "inspect_latents", "train_diffusion", "evaluate_diffusion",
-  "export_and_diffuse",
+  "export_and_diffuse", "plan",
 )  # fmt: skip
+_WITHOUT_WORKDIR = ("plan",)  # they can do without
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +56,12 @@ def main(argv: list[str]) -> int:
 
 
 def _is_one_of_many() -> bool:
-  return bool(flags.FLAGS.distributed or flags.FLAGS.num_processes)
+  return bool(
+    flags.FLAGS.distributed
+    or flags.FLAGS.num_processes
+    or _is_slurm_step()
+    or _is_tpu_host()
+  )
 
 
 def _leave(status: int) -> None:
@@ -64,25 +70,31 @@ def _leave(status: int) -> None:
   os._exit(status)
 
 
-def _run(config, workdir: str) -> None:
+def _run(config, workdir: str | None) -> None:
   logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
   logging.getLogger("dcae_jax").setLevel(logging.INFO)
   if config.task not in TASKS:
     raise ValueError(
       f"unknown config.task {config.task!r}; known are {', '.join(TASKS)}"
     )
+  if workdir is None and config.task not in _WITHOUT_WORKDIR:
+    raise ValueError(
+      "--workdir is missing; name a directory, local or gs://, for what is "
+      "written"
+    )
   from etils import epath  # loader workers import this file, and need no more
 
   _join_processes()
   task = importlib.import_module(f"dcae_jax.tasks.{config.task}")
-  task.run(config, epath.Path(workdir).expanduser())
+  task.run(config, workdir and epath.Path(workdir).expanduser())
 
 
 def _join_processes() -> None:
-  """Of a pod or a SLURM job, which jax knows; or of those that flags describe.
+  """Of a pod or a SLURM step, which jax finds; or of those that flags describe.
 
   Raises:
-    ValueError: some of the flags are missing, or do not fit each other.
+    ValueError: some of the flags are missing, do not fit each other, or the
+      others are not there in time.
   """
   given = {
     name: flags.FLAGS[name].value
@@ -103,10 +115,40 @@ def _join_processes() -> None:
       f"--process_id={given['process_id']} is not from 0 to "
       f"{given['num_processes'] - 1}"
     )
-  if flags.FLAGS.distributed or not missing:
-    import jax
+  if not _is_one_of_many():
+    return
+  import jax
 
+  try:
     jax.distributed.initialize(**given)
+  except ValueError as error:
+    raise ValueError(
+      f"jax cannot find the other processes of this run ({error}); name them "
+      "with --coordinator_address, --num_processes and --process_id"
+    ) from error
+  except RuntimeError as error:
+    first = f"{error}".strip().partition("\n")[0]
+    raise ValueError(
+      f"the other processes of this run are not there ({first}); start all of "
+      "them, with the same --coordinator_address and --num_processes"
+    ) from error
+
+
+def _is_slurm_step() -> bool:
+  """Whether `srun` started several processes, of which this is one."""
+  return (
+    "SLURM_STEP_NODELIST" in os.environ
+    and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+  )
+
+
+def _is_tpu_host() -> bool:
+  """Whether this machine has TPUs, maybe with others of the same slice."""
+  if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+    return False
+  import jax  # on a Cloud TPU VM it prefers its TPUs
+
+  return (jax.config.jax_platforms or "").split(",")[0] == "tpu"
 
 
 def _is_ours(error: Exception) -> bool:
@@ -141,11 +183,16 @@ if __name__ == "__main__":
     "config", None, "The run: a file of configs/."
   )
   flags.DEFINE_string("workdir", None, "Where it is written; local or gs://.")
-  flags.DEFINE_bool("distributed", False, "One of many processes: pods, SLURM.")
+  flags.DEFINE_bool(
+    "distributed",
+    False,
+    "One of many processes that jax can find. Cloud TPUs and SLURM steps need "
+    "not say so; Open MPI and Kubernetes do.",
+  )
   flags.DEFINE_string(
     "coordinator_address", None, "Elsewhere: HOST:PORT of the first process."
   )
   flags.DEFINE_integer("num_processes", None, "Elsewhere: how many there are.")
   flags.DEFINE_integer("process_id", None, "Elsewhere: which one this is.")
-  flags.mark_flags_as_required(["config", "workdir"])
+  flags.mark_flag_as_required("config")
   app.run(main, flags_parser=_parse)

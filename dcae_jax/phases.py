@@ -124,6 +124,18 @@ def _matches(path: str, pattern: str) -> bool:
   )
 
 
+def blocks_learn_alike(mask: Tree) -> bool:
+  """Whether all blocks of a stage have the same frozen parameters."""
+  for part in mask.values():
+    for stage in part.values():
+      blocks = [
+        jax.tree.leaves(x) for name, x in stage.items() if "block_" in name
+      ]
+      if any(block != blocks[0] for block in blocks):
+        return False
+  return True
+
+
 def partition(parameters: Tree, mask: Tree) -> tuple[Tree, Tree]:
   """Splits into (trainable, frozen), with `optax.MaskedNode` for the others.
 

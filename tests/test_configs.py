@@ -35,6 +35,7 @@ DEFAULTS = {
   "train_diffusion": base.latent_diffusion,
   "evaluate_diffusion": base.evaluate_diffusion,
   "export_and_diffuse": base.export_and_diffuse,
+  "plan": base.plan,
 }
 
 

@@ -72,23 +72,54 @@ class ResBlock(nn.Module):
     return x + normalization.NORMS[self.norm](name="norm")(y)
 
 
-def _blocks(
-  stage: Stage, rematerialisation: bool, dtype: DTypeLike
-) -> list[nn.Module]:
-  """The blocks of a stage, to be called inside the stage's module."""
-  wrap = nn.remat if rematerialisation else lambda module: module
-  names = [f"block_{i}" for i in range(stage.depth)]
-  if stage.block == "res":
-    return [
-      wrap(ResBlock)(stage.norm, stage.activation, dtype, name=name)
-      for name in names
-    ]
-  return [
-    wrap(efficientvit.EfficientViTBlock)(
-      stage.scales, stage.norm, stage.head_dim, dtype, name=name
+def _apply_blocks(
+  module: nn.Module,
+  stage: Stage,
+  scan: bool,
+  rematerialisation: bool,
+  dtype: DTypeLike,
+  x: Float[Array, "b h w c"],
+) -> Float[Array, "b h w c"]:
+  """The blocks of a stage, one after the other, inside the stage's `module`.
+
+  Their variables are apart, `block_0`, `block_1` and so on. With `scan` they
+  are stacked for the length of the call, and the compiler sees one block in a
+  loop, not each of them: it is faster, and the program is smaller.
+  """
+  wrap = nn.remat if rematerialisation else lambda block: block
+
+  def create(**options):
+    if stage.block == "res":
+      return wrap(ResBlock)(stage.norm, stage.activation, dtype, **options)
+    return wrap(efficientvit.EfficientViTBlock)(
+      stage.scales, stage.norm, stage.head_dim, dtype, **options
     )
-    for name in names
+
+  names = [f"block_{i}" for i in range(stage.depth)]
+  if not scan or stage.depth < 2 or module.is_initializing():
+    for name in names:
+      x = create(name=name)(x)
+    return x
+  block = create(parent=None)
+  mutable = [
+    collection
+    for collection in module.variables
+    if module.is_mutable_collection(collection)
   ]
+  stacked = {
+    collection: jax.tree.map(
+      lambda *leaves: jnp.stack(leaves), *(found[name] for name in names)
+    )
+    for collection, found in module.variables.items()
+  }
+  x, moved = jax.lax.scan(
+    lambda x, variables: block.apply(variables, x, mutable=mutable), x, stacked
+  )
+  for collection, found in moved.items():
+    for i, name in enumerate(names):
+      one = jax.tree.map(lambda leaves, i=i: leaves[i], found)
+      module.put_variable(collection, name, one)
+  return x
 
 
 class EncoderStage(nn.Module):
@@ -99,12 +130,14 @@ class EncoderStage(nn.Module):
   downsample: str
   residual_autoencoding: bool
   rematerialisation: bool
+  scan: bool
   dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-    for block in _blocks(self.stage, self.rematerialisation, self.dtype):
-      x = block(x)
+    x = _apply_blocks(
+      self, self.stage, self.scan, self.rematerialisation, self.dtype, x
+    )
     if self.deeper_width is not None:
       x = residual_autoencoding.Downsample(
         self.deeper_width,
@@ -124,6 +157,7 @@ class DecoderStage(nn.Module):
   upsample: str
   residual_autoencoding: bool
   rematerialisation: bool
+  scan: bool
   dtype: DTypeLike
 
   @nn.compact
@@ -136,9 +170,9 @@ class DecoderStage(nn.Module):
         self.dtype,
         name="upsample",
       )(x)
-    for block in _blocks(self.stage, self.rematerialisation, self.dtype):
-      x = block(x)
-    return x
+    return _apply_blocks(
+      self, self.stage, self.scan, self.rematerialisation, self.dtype, x
+    )
 
 
 class LatentProjection(nn.Module):
@@ -201,6 +235,7 @@ class Encoder(nn.Module):
     latent_shortcut: averaging shortcut around the projection to latents.
     residual_autoencoding: False removes every shortcut.
     rematerialisation: recompute each block's activations in the backward pass.
+    scan: compile the blocks of a stage as a loop over one.
     dtype: of the computation; attention and norms are float32.
   """
 
@@ -210,6 +245,7 @@ class Encoder(nn.Module):
   latent_shortcut: bool = True
   residual_autoencoding: bool = True
   rematerialisation: bool = False
+  scan: bool = False
   dtype: DTypeLike = "float32"
 
   @nn.compact
@@ -239,6 +275,7 @@ class Encoder(nn.Module):
           self.downsample,
           self.residual_autoencoding,
           self.rematerialisation,
+          self.scan,
           self.dtype,
           name=f"stage_{i}",
         )(x)
@@ -261,6 +298,7 @@ class Decoder(nn.Module):
     head_activation: before the last convolution, a key of `ACTIVATIONS`.
     residual_autoencoding: False removes every shortcut.
     rematerialisation: recompute each block's activations in the backward pass.
+    scan: compile the blocks of a stage as a loop over one.
     dtype: of the computation; attention and norms are float32.
   """
 
@@ -271,6 +309,7 @@ class Decoder(nn.Module):
   head_activation: str = "relu"
   residual_autoencoding: bool = True
   rematerialisation: bool = False
+  scan: bool = False
   dtype: DTypeLike = "float32"
 
   @nn.compact
@@ -289,6 +328,7 @@ class Decoder(nn.Module):
           self.upsample,
           self.residual_autoencoding,
           self.rematerialisation,
+          self.scan,
           self.dtype,
           name=f"stage_{i}",
         )(x)
@@ -541,6 +581,7 @@ def create(
   image_channels: int = 3,
   residual_autoencoding: bool = True,
   rematerialisation: bool = False,
+  scan: bool = False,
   dtype: DTypeLike = "float32",
   space_to_channel: int = 1,
 ) -> DCAE:
@@ -551,6 +592,8 @@ def create(
     image_channels: 3, 1 for grey images, or any other number.
     residual_autoencoding: False removes every shortcut, the paper's ablation.
     rematerialisation: trade time for memory, block by block.
+    scan: compile the blocks of a stage as a loop over one; no parameter
+      changes.
     dtype: of the computation; attention and norms stay float32.
     space_to_channel: side of the squares of latent positions that are moved
       into channels.
@@ -564,6 +607,7 @@ def create(
   shared = {
     "residual_autoencoding": residual_autoencoding,
     "rematerialisation": rematerialisation,
+    "scan": scan,
     "dtype": dtype,
   }
   return DCAE(

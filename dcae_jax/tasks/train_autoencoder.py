@@ -7,6 +7,7 @@ is found before anything is compiled or written.
 import functools
 import json
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,7 +116,10 @@ def run(
   def prepare(writer):
     return training_run.Program(
       _compile(config, setup, perceptual_parameters),
-      _model_flops(config, setup, perceptual_parameters),
+      # Without what rematerialisation repeats.
+      _flops(
+        _changed(config, rematerialisation=False), setup, perceptual_parameters
+      ),
       _evaluate(config, setup, held_out, writer),
     )
 
@@ -138,10 +142,43 @@ def run(
   )
 
 
-def _setup(config: ConfigDict) -> _Setup:
+def abstract_step(
+  config: ConfigDict, devices: list[jax.Device]
+) -> training_run.AbstractStep:
+  """What a run compiles, for devices that need not be there.
+
+  Raises:
+    ValueError: what `run` raises for a config; data, weights and directories
+      are not looked at.
+  """
+  config = wiring.with_model(config)
+  with config.unlocked():
+    config.init_from = config.init_from or "another run"
+  checks.check_autoencoder(config, predecessor_is_pending=True)
+  setup = _setup(config, devices)
+  shapes = {}
+  if config.lpips.weight:
+    shapes = lpips.parameter_shapes(config.lpips.network)
+  perceptual_parameters = {
+    name: jax.ShapeDtypeStruct(
+      shape, np.float32, sharding=sharding.replicated(setup.mesh)
+    )
+    for name, shape in shapes.items()
+  }
+  return training_run.AbstractStep(
+    _jitted(config, setup),
+    (*_abstract_arguments(config, setup), perceptual_parameters),
+    setup.mesh,
+    _flops(config, setup, perceptual_parameters),
+  )
+
+
+def _setup(
+  config: ConfigDict, devices: list[jax.Device] | None = None
+) -> _Setup:
   autoencoder = wiring.model(config.model)
   phase = phases.create(config.phase, config.trainable)
-  mesh = sharding.create_mesh(**config.mesh)
+  mesh = sharding.create_mesh(**config.mesh, devices=devices)
   for resolution in (config.resolution, *config.evaluation.resolutions):
     sharding.check_batch(
       config.batch_size, config.accumulation, resolution, mesh
@@ -150,6 +187,9 @@ def _setup(config: ConfigDict) -> _Setup:
   autoencoder_optimizer, schedule = optimizer.create(**settings)
   variables = dcae.abstract_variables(autoencoder, config.model.image_channels)
   mask = phases.trainable_mask(variables["params"], phase.trainable)
+  if config.model.scan and not phases.blocks_learn_alike(mask):
+    # Stacked blocks are differentiated together, frozen ones too.
+    autoencoder = wiring.model(_changed(config, scan=False).model)
   discriminator = adversarial = None
   if phase.adversarial:
     c = config.discriminator
@@ -244,7 +284,10 @@ def _batches(config: ConfigDict, inputs: Inputs) -> images.TrainingImages:
 
 
 def _step(
-  config: ConfigDict, setup: _Setup, autoencoder: architecture.Model
+  config: ConfigDict,
+  setup: _Setup,
+  autoencoder: architecture.Model,
+  gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable:
   network = config.lpips.network
   perceptual = lambda p, x, y: lpips.distance(p, x, y, network)
@@ -267,6 +310,7 @@ def _step(
     adversarial=setup.adversarial,
     variational=variational,
     accumulation=config.accumulation,
+    gather=gather,
   )
 
 
@@ -277,35 +321,40 @@ def _abstract_arguments(config: ConfigDict, setup: _Setup) -> tuple[Any, Any]:
     np.uint8,
     sharding=jax.sharding.NamedSharding(setup.mesh, sharding.IMAGES),
   )
-  state = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    setup.abstract,
-    setup.shardings,
+  return training_run.placed(setup.abstract, setup.shardings), pixels
+
+
+def _jitted(config: ConfigDict, setup: _Setup) -> Any:
+  gather = sharding.gather(setup.shardings.params, setup.mesh)
+  return jax.jit(
+    _step(config, setup, setup.autoencoder, gather),
+    donate_argnums=0,
+    out_shardings=(setup.shardings, sharding.replicated(setup.mesh)),
   )
-  return state, pixels
 
 
 def _compile(config: ConfigDict, setup: _Setup, perceptual_parameters: Any):
   _LOG.info("compiling the training step")
-  jitted = jax.jit(
-    _step(config, setup, setup.autoencoder),
-    donate_argnums=0,
-    out_shardings=(setup.shardings, sharding.replicated(setup.mesh)),
-  )
+  start = time.perf_counter()
   arguments = _abstract_arguments(config, setup)
-  compiled = jitted.lower(*arguments, perceptual_parameters).compile()
+  lowered = _jitted(config, setup).lower(*arguments, perceptual_parameters)
+  compiled = lowered.compile()
+  _LOG.info("compiled in %.1f s", time.perf_counter() - start)
   return lambda state, x: compiled(state, x, perceptual_parameters)
 
 
-def _model_flops(
+def _changed(config: ConfigDict, **model: bool) -> ConfigDict:
+  """A copy, with other settings of its model."""
+  config = config.copy_and_resolve_references()
+  config.model.update(model)
+  return config
+
+
+def _flops(
   config: ConfigDict, setup: _Setup, perceptual_parameters: Any
 ) -> float:
-  """Of one step over all devices, without what rematerialisation repeats.
-
-  0 where they cannot be counted.
-  """
-  config = config.copy_and_resolve_references()
-  config.model.rematerialisation = False
+  """Of one step over all devices; 0 where they cannot be counted."""
+  config = _changed(config, scan=False)
   config.accumulation = 1  # the parts of a loop are counted once
   step = _step(config, setup, wiring.model(config.model))
   arguments = (*_abstract_arguments(config, setup), perceptual_parameters)

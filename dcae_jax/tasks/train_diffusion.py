@@ -139,7 +139,7 @@ def run(
 
   def prepare(writer):
     return training_run.Program(
-      _compile(config, setup),
+      _jitted(config, setup),
       # A multiply-accumulate is two; backward costs twice forward.
       6.0 * setup.denoiser.forward_macs * config.batch_size,
       _sample(config, setup, store, ae, writer),
@@ -160,7 +160,45 @@ def run(
   )
 
 
-def _setup(config: ConfigDict) -> _Setup:
+def abstract_step(
+  config: ConfigDict, devices: list[jax.Device]
+) -> training_run.AbstractStep:
+  """What a run compiles, for devices that need not be there.
+
+  Raises:
+    ValueError: what `run` raises for a config. The numbers of the latents are
+      those of its store; without one, those of `config.model`.
+  """
+  check(config)
+  if config.latents:
+    config = denoising.with_store(config, latents.Latents(config.latents))
+  for key in ("latent_size", "latent_channels", "num_classes"):
+    if not config.model[key]:
+      raise ValueError(
+        f"config.model.{key}=0 is filled in from the latents, and config."
+        "latents is empty; name a store, or set model.latent_size, "
+        "model.latent_channels and model.num_classes"
+      )
+  setup = _setup(config, devices)
+  rows = sharding.by_rows(setup.mesh)
+  size, channels = config.model.latent_size, config.model.latent_channels
+  shape = (config.batch_size, size, size, channels)
+  batch = {
+    "latents": jax.ShapeDtypeStruct(shape, np.float32, sharding=rows),
+    "labels": jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=rows),
+  }
+  forwards = 4 if config.model.rematerialisation else 3
+  return training_run.AbstractStep(
+    _jitted(config, setup),
+    (training_run.placed(setup.abstract, setup.shardings), batch),
+    setup.mesh,
+    2.0 * forwards * setup.denoiser.forward_macs * config.batch_size,
+  )
+
+
+def _setup(
+  config: ConfigDict, devices: list[jax.Device] | None = None
+) -> _Setup:
   objective = denoising.objective(config.objective)
   sampler = denoising.sampler(config.sampler, objective)
   denoiser = denoising.model(config.model, objective)
@@ -169,7 +207,7 @@ def _setup(config: ConfigDict) -> _Setup:
       jax.random.key(0), 1, config.model.latent_channels,
       config.channel_candidates,
     )  # fmt: skip
-  mesh = sharding.create_mesh(**config.mesh)
+  mesh = sharding.create_mesh(**config.mesh, devices=devices)
   if mesh.shape["spatial"] != 1:
     raise ValueError(
       f"config.mesh.spatial={mesh.shape['spatial']} splits images; latents are "
@@ -235,8 +273,7 @@ def _batches(
   )
 
 
-def _compile(config: ConfigDict, setup: _Setup) -> Callable:
-  _LOG.info("compiling the training step")
+def _jitted(config: ConfigDict, setup: _Setup) -> Any:
   step = diffusion_step.create(
     apply=setup.denoiser.apply,
     objective=setup.objective,
@@ -247,6 +284,7 @@ def _compile(config: ConfigDict, setup: _Setup) -> Callable:
     schedule=setup.schedule,
     ema=step_lib.Ema(config.ema.decay, config.ema.ramp_steps),
     seed=config.seed,
+    gather=sharding.gather(setup.shardings.params, setup.mesh),
   )
   return jax.jit(
     step,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax.tasks import wiring
@@ -36,6 +37,32 @@ class Program(NamedTuple):
   step: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
   flops_per_step: float
   evaluate: Callable[[int, state_lib.TrainState], dict[str, float]]
+
+
+class AbstractStep(NamedTuple):
+  """A training step and what it is called with, nothing of it allocated.
+
+  Attributes:
+    step: jitted.
+    arguments: shapes with their shardings; the first is the state.
+    mesh: of the devices that it is for.
+    flops: of one step over all devices, with what is computed twice; 0: not
+      known.
+  """
+
+  step: Any
+  arguments: tuple[Any, ...]
+  mesh: Mesh
+  flops: float
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+  """Shapes, with where they live."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
 
 
 def run(

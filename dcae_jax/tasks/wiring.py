@@ -72,6 +72,7 @@ def model(config: ConfigDict) -> architecture.Model:
     image_channels=config.image_channels,
     residual_autoencoding=config.residual_autoencoding,
     rematerialisation=config.rematerialisation,
+    scan=config.scan,
     dtype=config.dtype,
   )
 

@@ -26,6 +26,7 @@ def create(
   schedule: optax.Schedule,
   ema: step_lib.Ema,
   seed: int,
+  gather: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
   """The step `(state, batch) -> (state, metrics)`.
 
@@ -42,6 +43,7 @@ def create(
     schedule: its learning rate, for the metrics.
     ema: decay of the averages.
     seed: of all that is random.
+    gather: of parameters that are split over devices (`sharding.gather`).
   """
 
   def loss(params, key, batch):
@@ -54,8 +56,9 @@ def create(
       mask = diffusion.random_channel_mask(
         mask_key, len(z), z.shape[-1], channel_candidates
       )
+    variables = {"params": gather(params)}
     losses, terms = objective.loss(
-      lambda z, t: apply({"params": params}, z, t, labels), loss_key, z, mask
+      lambda z, t: apply(variables, z, t, labels), loss_key, z, mask
     )
     metrics = {f"loss/{name}": jnp.mean(x) for name, x in terms.items()}
     return jnp.mean(losses), metrics

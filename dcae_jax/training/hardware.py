@@ -1,36 +1,141 @@
-"""Peak rates of devices, for model FLOPs utilisation."""
+"""Chips: their published rates, and descriptions of TPU slices to compile for.
 
+Rates are dense bfloat16 matrix products, memory and interconnect in one
+direction, from the vendors' data sheets; a figure here counts one jax device.
+"""
+
+import importlib.util
+import math
+import os
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 
-# Published dense bfloat16 rates per jax device, in FLOP/s.
-_PEAK = {
-  "TPU v2": 22.5e12,
-  "TPU v3": 61.5e12,
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
+_GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """Published figures of one jax device.
+
+  Attributes:
+    flops: FLOP/s in bfloat16.
+    memory: bytes.
+    bandwidth: of its memory, in bytes/s.
+    interconnect: to the other chips, in bytes/s; 0: none given.
+  """
+
+  flops: float
+  memory: float
+  bandwidth: float
+  interconnect: float
+
+
+# By the start of `device_kind`; the longest one that fits counts. On v2 and v3
+# each of a chip's two cores is a jax device.
+CHIPS = {
+  "TPU v2": Chip(22.5e12, 8 * _GIB, 350e9, 31e9),
+  "TPU v3": Chip(61.5e12, 16 * _GIB, 450e9, 41e9),
+  "TPU v4": Chip(275e12, 32 * _GIB, 1228e9, 300e9),
+  "TPU v5 lite": Chip(197e12, 16 * _GIB, 819e9, 200e9),
+  "TPU v5": Chip(459e12, 95 * _GIB, 2765e9, 600e9),
+  "TPU v6 lite": Chip(918e12, 32 * _GIB, 1640e9, 448e9),
+  "NVIDIA A100": Chip(312e12, 80e9, 2039e9, 300e9),
+  "NVIDIA H100": Chip(989e12, 80e9, 3350e9, 450e9),
+  "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9),
 }
 
 
-def peak_flops() -> float:
-  """FLOP/s of all devices: published, else that of a matrix product here.
+class _Generation(NamedTuple):
+  """TPUs of which slices can be described: sides, chips at most, settings."""
 
-  The longest known name that starts the device's kind counts.
+  dimensions: int
+  chips: int
+  configuration: str
+
+
+_GENERATIONS = {  # "megacore": both cores of a chip are one jax device
+  "v4": _Generation(3, 4096, "megacore"),
+  "v5e": _Generation(2, 256, "default"),
+  "v5p": _Generation(3, 8960, "megacore"),
+  "v6e": _Generation(2, 256, "default"),
+}
+
+
+def chip(device: jax.Device) -> Chip | None:
+  """The published figures of a device, or None."""
+  names = [name for name in CHIPS if device.device_kind.startswith(name)]
+  return CHIPS[max(names, key=len)] if names else None
+
+
+def usable_memory(chip: Chip | None) -> float:
+  """Bytes that a program can have; 0 where nothing is known.
+
+  XLA:TPU keeps a quarter of a GiB: it offers 15.75 of v5e's 16.
   """
+  return chip.memory - _GIB / 4 if chip is not None else 0.0
+
+
+def describe_slice(topology: str) -> list[jax.Device]:
+  """The chips of a TPU slice that need not be there, to compile programs for.
+
+  Args:
+    topology: generation and sides, "v5e:4x4" or "v5p:2x2x4".
+
+  Raises:
+    ValueError: an unknown generation, sides that no slice has, or libtpu, the
+      compiler, is not installed.
+  """
+  generation, _, sides = topology.partition(":")
+  lengths = [int(side) for side in sides.split("x") if side.isdigit()]
+  if (
+    generation not in _GENERATIONS
+    or "x".join(map(str, lengths)) != sides
+    or len(lengths) != _GENERATIONS[generation].dimensions
+  ):
+    raise ValueError(
+      f"unknown topology {topology!r}; write v5e:4x4 or v6e:4x4 (two sides), "
+      "v4:2x2x4 or v5p:2x2x4 (three), or nothing for the devices that are here"
+    )
+  most = _GENERATIONS[generation].chips
+  if not 1 <= math.prod(lengths) <= most:
+    raise ValueError(
+      f"topology {topology!r} has {math.prod(lengths):,} chips; a slice of "
+      f"{generation} has up to {most:,}"
+    )
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      "compiling for a TPU needs libtpu, which is an ordinary package and "
+      'needs no TPU: pip install "jax[tpu]"'
+    )
+  # Of another process that compiles, or of a TPU that is here.
+  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  bounds = {}
+  if math.prod(lengths) < 4:
+    bounds["chips_per_host_bounds"] = tuple(lengths + [1] * (3 - len(lengths)))
+  try:
+    found = topologies.get_topology_desc(
+      topology_name=topology,
+      platform="tpu",
+      chip_config_name=_GENERATIONS[generation].configuration,
+      **bounds,
+    )
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f"libtpu does not know the topology {topology!r}: {error}"
+    ) from error
+  return list(found.devices)
+
+
+def peak_flops() -> float:
+  """FLOP/s of all devices: published, else that of a matrix product here."""
   device = jax.devices()[0]
-  names = [name for name in _PEAK if device.device_kind.startswith(name)]
-  if names:
-    return _PEAK[max(names, key=len)] * jax.device_count()
+  known = chip(device)
+  if known is not None:
+    return known.flops * jax.device_count()
   hosts_share = jax.device_count() if device.platform != "cpu" else 1
   return _measured() * hosts_share
 

@@ -16,10 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Tree = Any
 
-# Path pattern, then the dimension that `fsdp` splits (where it divides it).
+# Path pattern, then the dimensions that `fsdp` may split: the first of them
+# that it divides.
 RULES = (
-  ("*/kernel", -1),  # output channels
-  ("*", None),  # norms, biases, counters: whole on every device
+  ("*/kernel", (-1, -2)),  # output channels, else input channels
+  ("*", ()),  # norms, biases, counters: whole on every device
 )
 IMAGES = PartitionSpec(("data", "fsdp"), "spatial")
 
@@ -29,10 +30,14 @@ def create_mesh(
 ) -> Mesh:
   """A mesh over all devices; one axis may be -1, the rest of the devices.
 
+  The devices of a process are neighbours in it, on the last axes first, so that
+  `spatial` splits an image over one process's devices where they are enough.
+
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
+  devices = sorted(devices, key=lambda device: device.process_index)
   sizes = [data, fsdp, spatial]
   text = f"data={data}, fsdp={fsdp}, spatial={spatial}"
   known = int(np.prod([size for size in sizes if size != -1]))
@@ -73,11 +78,11 @@ def check_batch(
 def check_images(resolution: int, mesh: Mesh) -> None:
   """Raises ValueError unless processes hold whole images, parts whole rows."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if ways % jax.process_count():
+  processes = len({device.process_index for device in mesh.devices.flat})
+  if ways % processes:
     raise ValueError(
-      f"config.mesh splits batches {ways} ways over {jax.process_count()} "
-      "processes; use a smaller spatial axis, so that each process reads whole "
-      "images"
+      f"config.mesh splits batches {ways} ways over {processes} processes; use "
+      "a smaller spatial axis, so that each process reads whole images"
     )
   if resolution % mesh.shape["spatial"]:
     raise ValueError(
@@ -91,13 +96,41 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
 
   def of_leaf(keys, leaf):
     path = jax.tree_util.keystr(keys, simple=True, separator="/")
-    axis = next(axis for rule, axis in RULES if fnmatch.fnmatch(path, rule))
+    axes = next(axes for rule, axes in RULES if fnmatch.fnmatch(path, rule))
     spec = [None] * len(leaf.shape)
-    if axis is not None and leaf.shape[axis] % mesh.shape["fsdp"] == 0:
-      spec[axis] = "fsdp"
+    for axis in axes:
+      if leaf.shape[axis] % mesh.shape["fsdp"] == 0:
+        spec[axis] = "fsdp"
+        break
     return NamedSharding(mesh, PartitionSpec(*spec))
 
   return jax.tree.map_with_path(of_leaf, tree)
+
+
+def gather(shardings: Tree, mesh: Mesh) -> Callable[[Tree], Tree]:
+  """A function that makes split arrays whole on each device, where it is called.
+
+  Gradients through it are split again. Without it XLA would be free to split
+  activations over channels, as `fsdp` splits the parameters, and move those.
+
+  Args:
+    shardings: of the arrays, where they are kept.
+    mesh: of these.
+  """
+  if mesh.shape["fsdp"] == 1:
+    return lambda tree: tree
+
+  @jax.custom_vjp
+  def whole(tree):
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+  whole.defvjp(
+    lambda tree: (whole(tree), None),
+    lambda _, cotangent: (
+      jax.lax.with_sharding_constraint(cotangent, shardings),
+    ),
+  )
+  return whole
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -91,6 +91,7 @@ def create(
   adversarial: Adversarial | None = None,
   variational: Variational | None = None,
   accumulation: int = 1,
+  gather: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[..., tuple[state_lib.TrainState, Metrics]]:
   """The step `(state, images, perceptual_parameters) -> (state, metrics)`.
 
@@ -107,6 +108,7 @@ def create(
     variational: of an SD-VAE, else None.
     accumulation: parts of the batch whose gradients are averaged before the
       update; each normalises by its own batch statistics.
+    gather: of parameters that are split over devices (`sharding.gather`).
 
   `images` are uint8 [b, h, w, c]; metrics are float32 scalars.
   """
@@ -121,7 +123,7 @@ def create(
     return (reconstructions, None), moved
 
   def reconstruct(trainable, frozen, batch_stats, images, key):
-    params = phases.combine(trainable, frozen)
+    params = gather(phases.combine(trainable, frozen))
     variables = {"params": params, "batch_stats": batch_stats}
     if not phase.moves_batch_statistics:
       return forward(variables, images, key), batch_stats

@@ -1,0 +1,376 @@
+"""What a training step needs of the chips that it is meant for.
+
+Compiles the step of a config for a TPU slice that need not be there, or for the
+devices that are, and reads memory, FLOPs, bytes and collectives off the
+program. The time is that of a roofline: a bound from published peak rates.
+"""
+
+import json
+import logging
+import pathlib
+import re
+import runpy
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from dcae_jax.tasks import train_autoencoder, train_diffusion, wiring
+from dcae_jax.training import hardware, metrics_writer, program_cost
+
+_LOG = logging.getLogger(__name__)
+_GIB = 2**30
+_STEPS = {
+  "train_autoencoder": train_autoencoder.abstract_step,
+  "train_diffusion": train_diffusion.abstract_step,
+}
+_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Plan(NamedTuple):
+  """Of one config on one topology; bytes, FLOPs and seconds are of one chip.
+
+  Attributes:
+    config: its name.
+    topology: of the chips.
+    chips: their number.
+    mesh: sizes of the axes data, fsdp and spatial.
+    batch_size: of all chips together.
+    parameters: bytes, with running statistics.
+    averages: bytes of the EMA.
+    optimizer: bytes of its state, and of the discriminator's.
+    state: bytes of all that the step is called with.
+    temporaries: bytes, above all activations; NaN: it does not fit, and the
+      compiler does not say.
+    program: bytes of instructions.
+    needed: bytes in all.
+    available: bytes; 0: not known.
+    flops: of one step.
+    bytes_accessed: read from and written to main memory.
+    collectives: kind to number and bytes.
+    seconds: name of a limit to the least time that it allows: compute, memory,
+      interconnect. Empty: no rates are published.
+    compile_seconds: on this machine.
+    advice: what to change; empty where it fits.
+  """
+
+  config: str
+  topology: str
+  chips: int
+  mesh: dict[str, int]
+  batch_size: int
+  parameters: int
+  averages: int
+  optimizer: int
+  state: int
+  temporaries: float
+  program: int
+  needed: float
+  available: float
+  flops: float
+  bytes_accessed: float
+  collectives: dict[str, tuple[int, float]]
+  seconds: dict[str, float]
+  compile_seconds: float
+  advice: str
+
+  @property
+  def fits(self) -> bool:
+    return not self.available or self.needed <= self.available
+
+  @property
+  def step_seconds(self) -> float:
+    """The roofline: the slowest of the limits; NaN: not known."""
+    return max(self.seconds.values(), default=float("nan"))
+
+  @property
+  def images_per_second(self) -> float:
+    return self.batch_size / self.step_seconds
+
+
+def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
+  """Prints a table; into `workdir`, if there is one, goes `result.json`.
+
+  Raises:
+    ValueError: a config file, topology, batch or change that cannot be.
+  """
+  wiring.prepare_jax(config.compilation_cache)
+  options = config.compiler_options.to_dict()
+  # All that can be wrong is found before the first of them is compiled.
+  jobs = list(_jobs(config))
+  plans = []
+  for name, topology, step, batch_size in jobs:
+    _LOG.info("compiling %s for %s", name, topology or "the devices here")
+    plans.append(measure(name, topology, step, batch_size, options))
+    print(details(plans[-1]), flush=True)
+  print(table(plans), flush=True)
+  if workdir is not None:
+    wiring.write_config(config, workdir)
+    rows = [
+      plan._asdict() | {"fits": plan.fits, "step_seconds": plan.step_seconds}
+      for plan in plans
+    ]
+    metrics_writer.write_whole(
+      workdir / "result.json", json.dumps({"plans": rows}, indent=2)
+    )
+  return True
+
+
+class _Job(NamedTuple):
+  name: str
+  topology: str
+  step: Any
+  batch_size: int
+
+
+def _jobs(config: ConfigDict) -> Iterator[_Job]:
+  names = [name.strip() for name in config.of.split(",") if name.strip()]
+  if not names:
+    raise ValueError(
+      "config.of is empty; name the config of a training run, such as "
+      "configs/f64_phase2.py"
+    )
+  for name in names:
+    for topology in config.topology.split(","):
+      devices = devices_of(topology.strip())
+      for batch in config.batch_size_per_chip or (None,):
+        for part, planned in load(name, config.changes.to_dict()).items():
+          if batch is not None:
+            set_batch_size(planned, batch, len(devices))
+          step = _STEPS[planned.task](planned, devices)
+          yield _Job(
+            f"{pathlib.Path(name).stem}{part}", topology.strip(), step,
+            planned.batch_size,
+          )  # fmt: skip
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+  """The chips of a slice, or with "" those that are here."""
+  return hardware.describe_slice(topology) if topology else jax.devices()
+
+
+def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
+  """The training runs of a config file, by what tells them apart.
+
+  Args:
+    path: of a file with `get_config`.
+    changes: of keys, such as {"mesh.spatial": 4}.
+
+  Raises:
+    ValueError: no such file, no training run, or an unknown key.
+  """
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f"config.of={path!r} is not a file; see configs/")
+  config = runpy.run_path(path).get("get_config", ConfigDict)()
+  task = config.get("task", "nothing")
+  if task == "train_phases":
+    found = {f" phase {i}": config[f"phase{i}"] for i in (1, 2, 3)}
+  elif task in _STEPS:
+    found = {"": config}
+  else:
+    raise ValueError(
+      f"config.of={path!r} is of the task {task!r}; plans are of "
+      f"{', '.join(_STEPS)} and train_phases"
+    )
+  for planned in found.values():
+    try:
+      planned.lock().update_from_flattened_dict(changes)
+    except (KeyError, TypeError) as error:
+      raise ValueError(f"config.changes: {error.args[0]}") from error
+  return found
+
+
+def set_batch_size(config: ConfigDict, per_chip: float, chips: int) -> None:
+  """Raises ValueError unless it makes a whole number of images."""
+  batch_size = per_chip * chips
+  if batch_size < 1 or batch_size != int(batch_size):
+    raise ValueError(
+      f"config.batch_size_per_chip={per_chip} is {batch_size:g} images on "
+      f"{chips} chips; choose one that makes a whole number"
+    )
+  config.batch_size = int(batch_size)
+
+
+def measure(
+  name: str,
+  topology: str,
+  step: Any,
+  batch_size: int,
+  compiler_options: dict[str, Any],
+) -> Plan:
+  """Compiles a `training_run.AbstractStep`, and reads the program."""
+  device = step.mesh.devices.flat[0]
+  chip = hardware.chip(device)
+  state = step.arguments[0]
+  start = time.perf_counter()
+  lowered = step.step.lower(*step.arguments)
+  failure = ""
+  try:
+    compiled = lowered.compile(compiler_options=compiler_options)
+  except jax.errors.JaxRuntimeError as error:
+    failure = str(error)
+    if "RESOURCE_EXHAUSTED" not in failure:
+      first = failure.strip().splitlines()[0]
+      raise ValueError(f"{name} does not compile: {first}") from error
+  seconds = time.perf_counter() - start
+  available = hardware.usable_memory(chip)
+  if failure:
+    held = sum(map(_bytes_per_chip, step.arguments))
+    needed, available = _used(failure, available)
+    cost, program = program_cost.Cost(0.0, {}), 0
+    temporaries = needed - held
+  else:
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes
+    program = memory.generated_code_size_in_bytes
+    temporaries = float(memory.temp_size_in_bytes) + (
+      memory.output_size_in_bytes - memory.alias_size_in_bytes
+    )
+    needed = held + temporaries + program
+    cost = program_cost.cost(compiled.as_text())
+  chips = step.mesh.size
+  plan = Plan(
+    config=name,
+    topology=topology or f"{chips} x {device.device_kind}",
+    chips=chips,
+    mesh=dict(step.mesh.shape),
+    batch_size=batch_size,
+    parameters=_bytes_per_chip(state.variables),
+    averages=_bytes_per_chip(state.ema),
+    optimizer=_bytes_per_chip(
+      (state.optimizer, state.discriminator, state.discriminator_optimizer)
+    ),
+    state=held,
+    temporaries=temporaries,
+    program=program,
+    needed=needed,
+    available=available,
+    flops=step.flops / chips,
+    bytes_accessed=cost.bytes_accessed,
+    collectives=cost.collectives,
+    seconds={} if failure else _roofline(chip, step.flops / chips, cost),
+    compile_seconds=seconds,
+    advice="",
+  )
+  return plan if plan.fits else plan._replace(advice=_advice(plan))
+
+
+def _bytes_per_chip(tree: Any) -> int:
+  return sum(
+    int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _used(message: str, available: float) -> tuple[float, float]:
+  """Bytes needed and available, as the compiler's error has them."""
+  found = _OUT_OF_MEMORY.search(message)
+  if found is None:
+    return float("inf"), available
+  used, used_unit, limit, limit_unit = found.groups()
+  return float(used) * _UNITS[used_unit], float(limit) * _UNITS[limit_unit]
+
+
+def _roofline(
+  chip: hardware.Chip | None, flops: float, cost: program_cost.Cost
+) -> dict[str, float]:
+  if chip is None:
+    return {}
+  seconds = {
+    "compute": flops / chip.flops,
+    "memory": cost.bytes_accessed / chip.bandwidth,
+  }
+  if chip.interconnect:
+    # An all-reduce is a reduce-scatter and an all-gather.
+    moved = sum(
+      size * (2 if kind == "all-reduce" else 1)
+      for kind, (_, size) in cost.collectives.items()
+    )
+    seconds["interconnect"] = moved / chip.interconnect
+  return seconds
+
+
+def _advice(plan: Plan) -> str:
+  """What makes it fit, the cheapest change first."""
+  found = []
+  ways = plan.mesh["data"] * plan.mesh["fsdp"]
+  per_chip = plan.batch_size / ways
+  if plan.mesh["fsdp"] < ways and plan.state > plan.available / 4:
+    found.append(
+      f"split the state of {plan.state / _GIB:.1f} GiB with mesh.data=1 and "
+      "mesh.fsdp=-1"
+    )
+  if per_chip > 1:
+    found.append(
+      f"take the {per_chip:g} images of a chip in parts, with "
+      f"accumulation={int(per_chip)}, or a smaller batch_size"
+    )
+  found.append("set model.rematerialisation=True where it is not")
+  if plan.chips > 1:
+    found.append(
+      f"split the rows of images with mesh.spatial={2 * plan.mesh['spatial']}"
+    )
+  found.append("take more chips, or ones with more memory")
+  return "; ".join(found)
+
+
+def details(plan: Plan) -> str:
+  """All that is known of a plan, as text."""
+  mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+  lines = [
+    f"{plan.config} on {plan.topology}: {plan.chips} chips ({mesh}), "
+    f"batch {plan.batch_size}, compiled in {plan.compile_seconds:.1f} s",
+    f"  memory of a chip: {_gib(plan.parameters)} parameters + "
+    f"{_gib(plan.averages)} averages + {_gib(plan.optimizer)} optimizer = "
+    f"{_gib(plan.state)} held (with inputs); {_gib(plan.temporaries)} "
+    f"activations and other temporaries; {_gib(plan.program)} program",
+    f"  {_gib(plan.needed)} needed"
+    + (f" of {_gib(plan.available)}" if plan.available else ""),
+    f"  step of a chip: {plan.flops / 1e12:.3g} TFLOP, "
+    f"{plan.bytes_accessed / 1e9:.3g} GB of memory read and written",
+  ]
+  for kind, (number, size) in sorted(plan.collectives.items()):
+    lines.append(f"  {kind}: {number} times, {size / 1e6:,.1f} MB")
+  for limit, seconds in plan.seconds.items():
+    lines.append(f"  {limit} takes at least {1e3 * seconds:.1f} ms")
+  if plan.seconds:
+    lines.append(
+      f"  roofline: {1e3 * plan.step_seconds:.1f} ms a step, "
+      f"{plan.images_per_second:,.0f} images/s"
+    )
+  if not plan.fits:
+    lines.append(f"  does not fit: {plan.advice}")
+  return "\n".join(lines)
+
+
+def table(plans: list[Plan]) -> str:
+  """Markdown, a row for each plan."""
+  lines = [
+    "| config | topology | mesh | batch | memory of a chip, GiB | step, ms | "
+    "images/s | compiled in |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+  ]
+  for plan in plans:
+    limit = max(plan.seconds, key=plan.seconds.get, default="")
+    step = f"{1e3 * plan.step_seconds:.0f} ({limit})" if limit else "-"
+    rate = f"{plan.images_per_second:,.0f}" if limit else "-"
+    needed = f"{plan.needed / _GIB:.1f}"
+    if plan.available:
+      needed += f" of {plan.available / _GIB:.1f}"
+    if not plan.fits:
+      needed, step, rate = f"{needed}: does not fit", "-", "-"
+    mesh = " x ".join(map(str, plan.mesh.values()))
+    lines.append(
+      f"| {plan.config} | {plan.topology} | {mesh} | {plan.batch_size} | "
+      f"{needed} | {step} | {rate} | {plan.compile_seconds:.0f} s |"
+    )
+  return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+  return f"{size / _GIB:.2f} GiB"

@@ -1,0 +1,243 @@
+"""What a compiled program moves: bytes of memory, and between devices.
+
+Read from its text, because XLA's own cost analysis counts the body of a loop
+once: here it counts as often as it runs. FLOPs are not counted here.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+COLLECTIVES = (
+  "all-reduce", "all-gather", "reduce-scatter", "collective-permute",
+  "all-to-all",
+)  # fmt: skip
+# They move nothing themselves, or what another instruction counts.
+_FREE = {
+  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while",
+  "conditional", "call", "after-all", "partition-id", "replica-id", "iota",
+  "optimization-barrier", "copy-done", "slice-done", "async-done",
+  "async-update", "add-dependency",
+}  # fmt: skip
+_INSTRUCTION = re.compile(
+  r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$"
+)
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^{}]*\})?")
+_CALLED = re.compile(
+  r"(?:calls|to_apply|body|condition|branch_computations)="
+  r"(\{[^}]*\}|%?[\w.-]+)"
+)
+
+
+class Instruction(NamedTuple):
+  """A line of a program.
+
+  Attributes:
+    name: of its value.
+    type: shapes and layouts, as text.
+    opcode: such as "fusion".
+    operands: their names.
+    text: all that follows the opcode.
+    is_root: of its computation.
+  """
+
+  name: str
+  type: str
+  opcode: str
+  operands: tuple[str, ...]
+  text: str
+  is_root: bool
+
+
+class Cost(NamedTuple):
+  """Of one run of a program, on one device.
+
+  Attributes:
+    bytes_accessed: read from and written to main memory.
+    collectives: kind to number of runs and bytes; those of the larger one of
+      operand and result.
+  """
+
+  bytes_accessed: float
+  collectives: dict[str, tuple[int, float]]
+
+
+class _Program(NamedTuple):
+  computations: dict[str, dict[str, Instruction]]
+  entry: str
+
+
+def cost(text: str) -> Cost:
+  """Of a compiled program, `compiled.as_text()`."""
+  program = _parse(text)
+  moved, collectives = 0.0, {}
+  for name, times in _runs(program).items():
+    for instruction in program.computations[name].values():
+      moved += times * _bytes_accessed(program, name, instruction)
+  for name, times in _runs(program, fused=True).items():
+    for instruction in program.computations[name].values():
+      kind = instruction.opcode.removesuffix("-start")
+      if kind in COLLECTIVES:
+        if name.startswith("all-reduce-scatter"):  # how XLA:TPU writes it
+          kind = "reduce-scatter"
+        number, size = collectives.get(kind, (0, 0.0))
+        payload = _payload(program, name, instruction)
+        collectives[kind] = (number + times, size + times * payload)
+  return Cost(moved, collectives)
+
+
+def _parse(text: str) -> _Program:
+  computations, entry, current = {}, "", None
+  for line in text.splitlines():
+    if line.startswith(("%", "ENTRY")) and line.endswith("{"):
+      name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
+      current = computations[name] = {}
+      entry = name if line.startswith("ENTRY") else entry
+    elif current is not None and (found := _INSTRUCTION.match(line)):
+      root, name, type_, opcode, rest = found.groups()
+      end = _closing(rest)
+      operands = tuple(re.findall(r"%([\w.-]+)", rest[:end]))
+      if opcode in ("parameter", "constant"):  # its number, its value
+        operands = (rest[:end],)
+      current[name] = Instruction(
+        name, type_, opcode, operands, rest[end:], bool(root)
+      )
+  return _Program(computations, entry)
+
+
+def _closing(text: str) -> int:
+  """Where the parenthesis closes that was opened before the text."""
+  depth = 1
+  for position, character in enumerate(text):
+    depth += (character == "(") - (character == ")")
+    if not depth:
+      return position
+  return len(text)
+
+
+def _called(instruction: Instruction) -> Iterator[str]:
+  for names in _CALLED.findall(instruction.text):
+    yield from re.findall(r"[\w.-]+", names)
+
+
+def _runs(program: _Program, fused: bool = False) -> dict[str, int]:
+  """How often each computation runs; those inside fusions if `fused`."""
+  runs = {}
+
+  def visit(name: str, times: int) -> None:
+    runs[name] = runs.get(name, 0) + times
+    for instruction in program.computations[name].values():
+      if instruction.opcode in ("while", "conditional", "call") or fused:
+        repeats = 1
+        if instruction.opcode == "while":
+          repeats = _trip_count(program, instruction)
+        for called in _called(instruction):
+          if called in program.computations:
+            visit(called, times * repeats)
+
+  visit(program.entry, 1)
+  return runs
+
+
+def _trip_count(program: _Program, instruction: Instruction) -> int:
+  """The bound that the loop's counter, from 0 by 1, is compared with; or 1."""
+  condition = re.search(r"condition=%?([\w.-]+)", instruction.text)[1]
+  bounds = [
+    int(found)
+    for line in program.computations[condition].values()
+    if line.opcode == "constant" and line.type.startswith("s32[]")
+    for found in re.findall(r"^\d+$", line.operands[0])
+  ]
+  return max(bounds, default=1)
+
+
+@functools.lru_cache(maxsize=65536)
+def _sizes(type_: str) -> tuple[tuple[float, bool], ...]:
+  """Bytes of each array of a type, and whether it is in main memory."""
+  found = []
+  for dtype, sides, layout in _SHAPE.findall(type_):
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    count = 1
+    for side in filter(None, sides.split(",")):
+      count *= int(side)
+    found.append((count * bits / 8, "S(" not in layout))
+  return tuple(found)
+
+
+def _in_memory(type_: str) -> float:
+  return sum(size for size, is_main in _sizes(type_) if is_main)
+
+
+def _payload(program: _Program, name: str, instruction: Instruction) -> float:
+  """Bytes of the larger one of a collective's operands and its results."""
+  lines = program.computations[name]
+  operands = sum(
+    size
+    for operand in instruction.operands
+    if operand in lines
+    for size, _ in _sizes(lines[operand].type)
+  )
+  results = sum(size for size, _ in _sizes(instruction.type))
+  if instruction.opcode.endswith("-start"):  # its type holds the operands, too
+    results -= operands
+  return max(operands, results)
+
+
+def _bytes_accessed(
+  program: _Program, name: str, instruction: Instruction
+) -> float:
+  lines, opcode = program.computations[name], instruction.opcode
+  if opcode in _FREE or opcode.endswith("-done"):
+    return 0.0
+  written = _in_memory(instruction.type)
+  if opcode.endswith("-start"):  # its type holds what is read and written
+    return written
+  operands = [lines[x].type for x in instruction.operands if x in lines]
+  if opcode in ("dynamic-slice", "slice", "gather"):
+    return 2 * written
+  if opcode == "dynamic-update-slice":
+    return 2 * _in_memory(operands[1])
+  if opcode != "fusion":
+    return written + sum(map(_in_memory, operands))
+  inner = next(_called(instruction))
+  read = sum(
+    min(_in_memory(type_), _read_of_parameter(program, inner, i))
+    for i, type_ in enumerate(operands)
+  )
+  return read + min(written, _written_by(program, inner))
+
+
+def _read_of_parameter(program: _Program, name: str, index: int) -> float:
+  """Bytes that a fusion reads of a parameter of which it may take slices."""
+  lines = program.computations[name]
+  parameter = next(
+    line
+    for line in lines.values()
+    if line.opcode == "parameter" and line.operands == (str(index),)
+  )
+  read = 0.0
+  for line in lines.values():
+    for i, operand in enumerate(line.operands):
+      if operand != parameter.name or line.opcode == "parameter":
+        continue
+      if line.opcode in ("dynamic-slice", "slice", "gather"):
+        read += sum(size for size, _ in _sizes(line.type))
+      elif line.opcode == "fusion":
+        read += _read_of_parameter(program, next(_called(line)), i)
+      elif line.opcode != "dynamic-update-slice" or i:
+        return float("inf")
+  return read
+
+
+def _written_by(program: _Program, name: str) -> float:
+  """Bytes that a fusion writes, where it updates slices of a result."""
+  lines = program.computations[name]
+  root = next(line for line in lines.values() if line.is_root)
+  while root.opcode == "bitcast":
+    root = lines[root.operands[0]]
+  if root.opcode == "dynamic-update-slice":
+    return sum(size for size, _ in _sizes(lines[root.operands[1]].type))
+  if root.opcode == "fusion":
+    return _written_by(program, next(_called(root)))
+  return float("inf")
