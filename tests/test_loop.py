@@ -1,11 +1,12 @@
 import itertools
 import os
 import signal
+import time
 
 import jax.numpy as jnp
 import pytest
 
-from dcae_jax.training import loop
+from dcae_jax.training import loop, profiler
 
 
 class _World:
@@ -59,7 +60,9 @@ class _World:
       evaluate=self.evaluate,
       writer=self,
       sigterm=sigterm or loop.Sigterm(),
-      profile=loop.Profile(0, 0, ""),
+      profiler=profiler.Profiler(
+        first=first, start=0, steps=0, on_signal=3, directory=""
+      ),
     )
 
   def of(self, kind):
@@ -110,3 +113,48 @@ def test_sigterm_saves_and_leaves():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
   assert (state, step) == (4, 4)
   assert world.of("save") == [4]
+
+
+def test_the_time_of_a_step_is_told_apart():
+  world = _World()
+  values = []
+  world.scalars = lambda step, found: values.append(found)
+  step, load = world.step, world.__next__
+  world.step = lambda *a: (time.sleep(0.05), step(*a))[1]
+  batches = _Slow(load, world.get_state, 0.1)
+  loop.run(
+    world.step,
+    0,
+    batches,
+    first_step=0,
+    last_step=4,
+    images_per_step=8,
+    flops_per_step=0.0,
+    peak_flops=1e12,
+    cadence=loop.Cadence(4, 0, 0),
+    save=world.save,
+    evaluate=world.evaluate,
+    writer=world,
+    sigterm=loop.Sigterm(),
+    profiler=profiler.Profiler(
+      first=0, start=0, steps=0, on_signal=3, directory=""
+    ),
+  )
+  found = next(x for x in values if "train/seconds/data" in x)
+  data, step, host = (
+    found[f"train/seconds/{part}"] for part in ("data", "step", "host")
+  )
+  assert data >= 0.1 and step >= 0.05 and host >= 0
+  total = 1 / found["train/steps_per_second"]
+  assert data + step + host == pytest.approx(total, rel=1e-6)
+
+
+class _Slow:
+  """Batches that take their time."""
+
+  def __init__(self, load, get_state, seconds):
+    self._load, self.get_state, self._seconds = load, get_state, seconds
+
+  def __next__(self):
+    time.sleep(self._seconds)
+    return self._load()

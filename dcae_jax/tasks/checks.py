@@ -94,6 +94,7 @@ _BOUNDS = {
   "checkpoint.keep": (1, None),
   "profile.start": (0, None),
   "profile.steps": (0, None),
+  "profile.on_signal": (1, None),
 }
 
 

@@ -7,7 +7,6 @@ is found before anything is compiled or written.
 import functools
 import json
 import logging
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -334,12 +333,10 @@ def _jitted(config: ConfigDict, setup: _Setup) -> Any:
 
 
 def _compile(config: ConfigDict, setup: _Setup, perceptual_parameters: Any):
-  _LOG.info("compiling the training step")
-  start = time.perf_counter()
-  arguments = _abstract_arguments(config, setup)
-  lowered = _jitted(config, setup).lower(*arguments, perceptual_parameters)
-  compiled = lowered.compile()
-  _LOG.info("compiled in %.1f s", time.perf_counter() - start)
+  compiled = training_run.compiled(
+    _jitted(config, setup),
+    (*_abstract_arguments(config, setup), perceptual_parameters),
+  )
   return lambda state, x: compiled(state, x, perceptual_parameters)
 
 

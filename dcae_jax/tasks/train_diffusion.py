@@ -63,6 +63,7 @@ _BOUNDS = {
   "checkpoint.keep": (1, 1000),
   "profile.start": (0, 2**31 - 1),
   "profile.steps": (0, 2**31 - 1),
+  "profile.on_signal": (1, 2**31 - 1),
 }
 
 
@@ -139,7 +140,9 @@ def run(
 
   def prepare(writer):
     return training_run.Program(
-      _jitted(config, setup),
+      training_run.compiled(
+        _jitted(config, setup), _abstract_arguments(config, setup)
+      ),
       # A multiply-accumulate is two; backward costs twice forward.
       6.0 * setup.denoiser.forward_macs * config.batch_size,
       _sample(config, setup, store, ae, writer),
@@ -180,6 +183,16 @@ def abstract_step(
         "model.latent_channels and model.num_classes"
       )
   setup = _setup(config, devices)
+  forwards = 4 if config.model.rematerialisation else 3
+  return training_run.AbstractStep(
+    _jitted(config, setup),
+    _abstract_arguments(config, setup),
+    setup.mesh,
+    2.0 * forwards * setup.denoiser.forward_macs * config.batch_size,
+  )
+
+
+def _abstract_arguments(config: ConfigDict, setup: _Setup) -> tuple[Any, Any]:
   rows = sharding.by_rows(setup.mesh)
   size, channels = config.model.latent_size, config.model.latent_channels
   shape = (config.batch_size, size, size, channels)
@@ -187,13 +200,7 @@ def abstract_step(
     "latents": jax.ShapeDtypeStruct(shape, np.float32, sharding=rows),
     "labels": jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=rows),
   }
-  forwards = 4 if config.model.rematerialisation else 3
-  return training_run.AbstractStep(
-    _jitted(config, setup),
-    (training_run.placed(setup.abstract, setup.shardings), batch),
-    setup.mesh,
-    2.0 * forwards * setup.denoiser.forward_macs * config.batch_size,
-  )
+  return training_run.placed(setup.abstract, setup.shardings), batch
 
 
 def _setup(

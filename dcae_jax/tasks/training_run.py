@@ -4,6 +4,7 @@ The same for every model; what differs comes as functions.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from dcae_jax.training import (
   hardware,
   loop,
   metrics_writer,
+  profiler,
   sharding,
 )
 from dcae_jax.training import state as state_lib
@@ -63,6 +65,15 @@ def placed(tree: Any, shardings: Any) -> Any:
     tree,
     shardings,
   )
+
+
+def compiled(step: Any, arguments: tuple[Any, ...]) -> Any:
+  """A jitted step, compiled for abstract arguments; says how long it took."""
+  _LOG.info("compiling the training step")
+  start = time.perf_counter()
+  found = step.lower(*arguments).compile()
+  _LOG.info("compiled in %.1f s", time.perf_counter() - start)
+  return found
 
 
 def run(
@@ -127,8 +138,10 @@ def run(
         evaluate=program.evaluate,
         writer=writer,
         sigterm=sigterm,
-        profile=loop.Profile(
-          config.profile.start, config.profile.steps, str(workdir / "profile")
+        profiler=profiler.Profiler(
+          first=first_step,
+          directory=str(workdir / "profile"),
+          **config.profile,
         ),
       )
     checkpoints.wait()

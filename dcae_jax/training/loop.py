@@ -5,6 +5,7 @@ one is dispatched, and calls for evaluations and checkpoints. A loss that is not
 finite stops it before anything is saved.
 """
 
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -17,6 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.experimental import multihost_utils
+
+from dcae_jax.training import profiler as profiler_lib
+from dcae_jax.training import watchdog as watchdog_lib
 
 _LOG = logging.getLogger(__name__)
 State = Any
@@ -62,18 +66,6 @@ class Sigterm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Profile:
-  """Trace `steps` steps, after `start` steps of this start, into `directory`.
-
-  0 steps: never.
-  """
-
-  start: int
-  steps: int
-  directory: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Cadence:
   """Numbers of steps between logs, evaluations and checkpoints; 0: never."""
 
@@ -100,7 +92,7 @@ def run(
   evaluate: Callable[[int, State], dict[str, float]],
   writer: Writer,
   sigterm: Sigterm,
-  profile: Profile,
+  profiler: profiler_lib.Profiler,
 ) -> tuple[State, int]:
   """Trains from `first_step` to `last_step`; returns the state and last step.
 
@@ -118,7 +110,7 @@ def run(
     evaluate: `(step, state) -> metrics`, or none.
     writer: of the metrics.
     sigterm: asks the loop to save and leave.
-    profile: steps to trace.
+    profiler: of steps that are to be traced.
 
   Raises:
     FloatingPointError: a metric is not finite; names it and the step.
@@ -127,6 +119,12 @@ def run(
     first_step, last_step, images_per_step, flops_per_step, peak_flops
   )
   pending = None  # (step, metrics) whose values are not fetched yet
+  watchdog = watchdog_lib.Watchdog()
+
+  @contextlib.contextmanager
+  def waiting_for(part: str, what: str) -> Iterator[None]:
+    with clock.part(part), watchdog.waiting_for(what):
+      yield
 
   def settle() -> None:
     nonlocal pending
@@ -134,7 +132,8 @@ def run(
       return
     step, metrics = pending
     pending = None
-    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    with waiting_for("step", f"the devices to end step {step}"):
+      metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     _check_finite(step, {f"train/{k}": v for k, v in metrics.items()})
     if cadence.due(cadence.log, step, last_step):
       values = {f"train/{k}": v for k, v in metrics.items()}
@@ -143,37 +142,43 @@ def run(
       _LOG.info(clock.line(step, metrics, values))
 
   step = first_step
-  trace_from = first_step + profile.start
-  trace_to = min(trace_from + profile.steps, last_step)
-  for step in range(first_step + 1, last_step + 1):
-    if step == trace_from + 1 and trace_from < trace_to:
-      jax.profiler.start_trace(profile.directory)
-    state, metrics = step_fn(state, next(batches))
-    settle()
-    pending = (step, metrics)
-    if step == trace_to and trace_from < trace_to:
-      jax.block_until_ready(metrics)
-      jax.profiler.stop_trace()
-    stop = sigterm.requested(step)
-    evaluates = cadence.due(cadence.evaluate, step, last_step)
-    saves = stop or cadence.due(cadence.checkpoint, step, last_step)
-    if evaluates or saves:
+  try:
+    for step in range(first_step + 1, last_step + 1):
+      with waiting_for("data", f"the batch of step {step} to be loaded"):
+        batch = next(batches)
+      profiler.before(step)
+      with waiting_for("step", f"the devices to begin step {step}"):
+        state, metrics = step_fn(state, batch)
       settle()
-      with clock.paused():
-        if evaluates:
-          values = evaluate(step, state)
-          _check_finite(step, values)
-          if values:
-            writer.scalars(step, values)
-            text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-            _LOG.info("evaluated  %s", text)
-        if saves:
-          save(step, state, batches.get_state())
-    if stop and step < last_step:
-      _LOG.info("SIGTERM: saved step %d of %d", step, last_step)
-      break
-  settle()
+      pending = (step, metrics)
+      profiler.after(step, metrics)
+      stop = sigterm.requested(step)
+      evaluates = cadence.due(cadence.evaluate, step, last_step)
+      saves = stop or cadence.due(cadence.checkpoint, step, last_step)
+      if evaluates or saves:
+        settle()
+        with clock.paused():
+          if evaluates:
+            _evaluate(evaluate, step, state, writer)
+          if saves:
+            save(step, state, batches.get_state())
+      if stop and step < last_step:
+        _LOG.info("SIGTERM: saved step %d of %d", step, last_step)
+        break
+    settle()
+  finally:
+    profiler.close()
+    watchdog.close()
   return state, step
+
+
+def _evaluate(evaluate, step: int, state: State, writer: Writer) -> None:
+  values = evaluate(step, state)
+  _check_finite(step, values)
+  if values:
+    writer.scalars(step, values)
+    text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+    _LOG.info("evaluated  %s", text)
 
 
 def _check_finite(step: int, metrics: dict[str, float]) -> None:
@@ -187,13 +192,17 @@ def _check_finite(step: int, metrics: dict[str, float]) -> None:
 
 
 class _Clock:
-  """Speeds since the last log, without the time spent elsewhere."""
+  """Speeds since the last log, and where the time of a step went.
+
+  Without the time of evaluations and checkpoints.
+  """
 
   def __init__(self, first_step, last_step, images, flops, peak_flops):
     self._last = last_step
     self._images, self._flops, self._peak = images, flops, peak_flops
     self._logged = time.perf_counter()
     self._logged_step, self._idle = first_step, 0.0
+    self._parts = collections.Counter()
     self._steps_per_second = 0.0
 
   @contextlib.contextmanager
@@ -202,16 +211,28 @@ class _Clock:
     yield
     self._idle += time.perf_counter() - start
 
+  @contextlib.contextmanager
+  def part(self, name: str) -> Iterator[None]:
+    """Of a step: waiting for its data, or for the devices."""
+    start = time.perf_counter()
+    yield
+    self._parts[name] += time.perf_counter() - start
+
   def speeds(self, step: int) -> dict[str, float]:
     now = time.perf_counter()
     seconds = max(now - self._logged - self._idle, 1e-9)
-    rate = (step - self._logged_step) / seconds
+    steps = step - self._logged_step
+    rate = steps / seconds
     self._steps_per_second = rate
     self._logged, self._logged_step, self._idle = now, step, 0.0
     speeds = {
       "steps_per_second": rate,
       "images_per_second": rate * self._images,
+      "seconds/data": self._parts["data"] / steps,
+      "seconds/step": self._parts["step"] / steps,
+      "seconds/host": max(seconds - self._parts.total(), 0.0) / steps,
     }
+    self._parts.clear()
     if self._flops:
       speeds["model_flops_utilization"] = rate * self._flops / self._peak
     return speeds

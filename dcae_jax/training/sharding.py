@@ -108,7 +108,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def gather(shardings: Tree, mesh: Mesh) -> Callable[[Tree], Tree]:
-  """A function that makes split arrays whole on each device, where it is called.
+  """A function that makes split arrays whole on each device, for their use.
 
   Gradients through it are split again. Without it XLA would be free to split
   activations over channels, as `fsdp` splits the parameters, and move those.

@@ -1,0 +1,204 @@
+"""A small pod: processes on loopback, eight devices among them."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from etils import epath
+
+from dcae_jax.tasks import train_autoencoder
+
+STEPS = 14
+SPEEDS = ("second", "left", "utilization")
+
+
+def _flat(config, prefix=""):
+  for key, value in config.items():
+    if hasattr(value, "items"):
+      yield from _flat(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value
+
+
+def _losses(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
+  """Step to metrics, without those of time."""
+  found = {}
+  for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    values = json.loads(line)
+    kept = {
+      key: value
+      for key, value in values.items()
+      if key.startswith("train/") and not any(x in key for x in SPEEDS)
+    }
+    if kept:
+      assert values["step"] not in found
+      found[values["step"]] = kept
+  return found
+
+
+@pytest.fixture(scope="module")
+def config_of(tiny_config):
+  def create(steps=STEPS):
+    return tiny_config(
+      1,
+      **{
+        "steps": steps,
+        "mesh.data": -1,
+        "checkpoint.every": 3,
+        "optimizer.learning_rate": 1e-4,  # rounding grows less than at 1e-3
+      },
+    )
+
+  return create
+
+
+@pytest.fixture(scope="module")
+def start(config_of, tmp_path_factory):
+  """A function: starts processes of one run, eight devices in all."""
+  folder = tmp_path_factory.mktemp("processes")
+  started = []
+
+  def run(count, workdir, steps=STEPS):
+    values = dict(_flat(config_of(steps)))
+    file = folder / f"{steps}.py"
+    file.write_text(
+      "from configs import base\n\n\ndef get_config():\n"
+      '  c = base.phase1("tiny-f8")\n'
+      f"  c.update_from_flattened_dict({values!r})\n  return c\n"
+    )
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={8 // count}")
+    processes = [
+      subprocess.Popen(
+        [
+          sys.executable, "-m", "dcae_jax.main", f"--config={file}",
+          f"--workdir={workdir}", f"--coordinator_address={address}",
+          f"--num_processes={count}", f"--process_id={i}",
+        ],
+        cwd=REPOSITORY,
+        env=os.environ | {"XLA_FLAGS": flags},
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for i in range(count)
+    ]  # fmt: skip
+    started.extend(processes)
+    return processes
+
+  yield run
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+def _end(processes, timeout=240):
+  return [
+    (process.communicate(timeout=timeout)[1], process.returncode)
+    for process in processes
+  ]
+
+
+def _all_well(processes):
+  for messages, status in _end(processes):
+    assert status == 0, messages
+
+
+def _wait_for_step(workdir, step, processes):
+  deadline = time.monotonic() + 240
+  while True:
+    assert time.monotonic() < deadline
+    for process in processes:
+      assert process.poll() is None, process.communicate()[1]
+    path = workdir / "metrics.jsonl"
+    if path.exists() and path.read_text().count('"train/loss') >= step:
+      return
+    time.sleep(0.02)
+
+
+def _agree(found, expected):
+  """Rounding differs with the order of sums, and grows with the steps."""
+  assert sorted(found) == sorted(expected)
+  for step, values in expected.items():
+    for key in values:
+      rtol = 1e-5 if step == 1 else 1e-3
+      np.testing.assert_allclose(
+        found[step][key], values[key], rtol=rtol, err_msg=f"{key} at {step}"
+      )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config_of, tmp_path_factory):
+  """The metrics of one process with eight devices."""
+  workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+  assert train_autoencoder.run(config_of(), epath.Path(workdir))
+  return _losses(workdir)
+
+
+@pytest.fixture(scope="module")
+def half_way(start, tmp_path_factory):
+  """A run of two processes, half of the steps."""
+  workdir = tmp_path_factory.mktemp("half_way") / "run"
+  _all_well(start(2, workdir, steps=7))
+  return workdir
+
+
+def test_two_processes_compute_what_one_does(half_way, undisturbed):
+  found = _losses(half_way)
+  assert len(found) == 7
+  _agree(found, {step: undisturbed[step] for step in found})
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_checkpoint_of_two_processes_is_resumed_by(
+  count, start, half_way, undisturbed, config_of, tmp_path
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(half_way, workdir)
+  if count == 1:
+    assert train_autoencoder.run(config_of(), epath.Path(workdir))
+  else:
+    _all_well(start(count, workdir))
+  _agree(_losses(workdir), undisturbed)
+
+
+def test_when_one_process_is_killed_the_others_stop_and_a_restart_goes_on(
+  start, undisturbed, config_of, tmp_path
+):
+  workdir = tmp_path / "run"
+  processes = start(2, workdir)
+  _wait_for_step(workdir, 5, processes)
+  processes[1].kill()
+  killed = time.monotonic()
+  messages, status = _end(processes[:1])[0]
+  assert time.monotonic() - killed < 120
+  assert status not in (0, -signal.SIGKILL)
+  assert "another process has ended" in messages.splitlines()[-1]
+  assert train_autoencoder.run(config_of(), epath.Path(workdir))
+  _agree(_losses(workdir), undisturbed)
+
+
+def test_sigterm_to_one_process_saves_and_ends_all(
+  start, undisturbed, config_of, tmp_path
+):
+  workdir = tmp_path / "run"
+  processes = start(2, workdir)
+  _wait_for_step(workdir, 5, processes)
+  processes[1].send_signal(signal.SIGTERM)
+  _all_well(processes)
+  last = max(_losses(workdir))
+  if last < STEPS:
+    saved = [int(x.name) for x in (workdir / "checkpoints").iterdir()]
+    assert max(saved) == last
+  assert train_autoencoder.run(config_of(), epath.Path(workdir))
+  _agree(_losses(workdir), undisturbed)
