@@ -171,7 +171,7 @@ def plan() -> ConfigDict:
   c.topology = ""
   # Images for each chip; (): as the config has it. Several make a row each.
   c.batch_size_per_chip = ()
-  # Keys of the planned config, such as {'mesh.spatial': 4}.
+  # Of the planned config, such as {'mesh': {'spatial': 4}}.
   c.changes = ConfigDict()
   # Of XLA. {'exec_time_optimization_effort': -1.0} compiles many times faster,
   # to a program that fits in about the same memory, and would be slower.

@@ -1,3 +1,4 @@
+# shellcheck shell=bash source=/dev/null
 # Sourced by the other scripts: `source launch/install.sh REQUIREMENTS` makes the
 # virtual environment .venv (or $VENV), fills it and activates it.
 VENV="${VENV:-.venv}"

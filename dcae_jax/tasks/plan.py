@@ -19,7 +19,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.tasks import train_autoencoder, train_diffusion, wiring
+from dcae_jax.tasks import (
+  train_autoencoder,
+  train_diffusion,
+  training_run,
+  wiring,
+)
 from dcae_jax.training import hardware, metrics_writer, program_cost
 
 _LOG = logging.getLogger(__name__)
@@ -124,7 +129,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
 class _Job(NamedTuple):
   name: str
   topology: str
-  step: Any
+  step: training_run.AbstractStep
   batch_size: int
 
 
@@ -142,11 +147,18 @@ def _jobs(config: ConfigDict) -> Iterator[_Job]:
         for part, planned in load(name, config.changes.to_dict()).items():
           if batch is not None:
             set_batch_size(planned, batch, len(devices))
-          step = _STEPS[planned.task](planned, devices)
+          step = abstract_step(planned, devices)
           yield _Job(
             f"{pathlib.Path(name).stem}{part}", topology.strip(), step,
             planned.batch_size,
           )  # fmt: skip
+
+
+def abstract_step(
+  config: ConfigDict, devices: list[jax.Device]
+) -> training_run.AbstractStep:
+  """The step of a training run; ValueError for a config that cannot be run."""
+  return _STEPS[config.task](config, devices)
 
 
 def devices_of(topology: str) -> list[jax.Device]:
@@ -159,7 +171,7 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
 
   Args:
     path: of a file with `get_config`.
-    changes: of keys, such as {"mesh.spatial": 4}.
+    changes: of keys, such as {"mesh": {"spatial": 4}}.
 
   Raises:
     ValueError: no such file, no training run, or an unknown key.
@@ -179,8 +191,8 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
     )
   for planned in found.values():
     try:
-      planned.lock().update_from_flattened_dict(changes)
-    except (KeyError, TypeError) as error:
+      planned.lock().update(changes)
+    except (AttributeError, KeyError, TypeError) as error:
       raise ValueError(f"config.changes: {error.args[0]}") from error
   return found
 
@@ -199,11 +211,11 @@ def set_batch_size(config: ConfigDict, per_chip: float, chips: int) -> None:
 def measure(
   name: str,
   topology: str,
-  step: Any,
+  step: training_run.AbstractStep,
   batch_size: int,
   compiler_options: dict[str, Any],
 ) -> Plan:
-  """Compiles a `training_run.AbstractStep`, and reads the program."""
+  """Compiles a step, and reads the program."""
   device = step.mesh.devices.flat[0]
   chip = hardware.chip(device)
   state = step.arguments[0]

@@ -61,9 +61,13 @@ def _explained(what: str) -> Iterator[None]:
     yield
   except Exception as error:
     first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
+    others = ""
+    if jax.process_count() > 1:
+      others = "if another process has ended, see its log; "
     raise ValueError(
       f"{what} failed: {first_line[:300]}; other checkpoints are as they were: "
-      "make room on a full disk, remove a damaged checkpoint, and run again"
+      f"{others}make room on a full disk, remove a damaged checkpoint, and run "
+      "again"
     ) from error
 
 
