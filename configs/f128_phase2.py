@@ -6,7 +6,8 @@ r"""DC-AE f128c512, phase 2: high-resolution latent adaptation.
     --config.data.source.path=gs://BUCKET/images/train \
     --config.evaluation.source.path=gs://BUCKET/images/val
 
-Meant for v5e:4x8, 32 chips of 16 GiB (planned: README). Expected numbers: not yet measured.
+Meant for v5e:4x8, 32 chips of 16 GiB (planned: README).
+Expected numbers: not yet measured.
 """
 
 from configs import base

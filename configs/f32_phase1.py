@@ -5,11 +5,14 @@ r"""DC-AE f32c32, phase 1: low-resolution full training.
     --config.data.source.path=gs://BUCKET/images/train \
     --config.evaluation.source.path=gs://BUCKET/images/val
 
-Meant for v5e:2x4, 8 chips of 16 GiB (planned: README). Expected numbers: not yet measured.
+Meant for v5e:2x4, 8 chips of 16 GiB (planned: README).
+Expected numbers: not yet measured.
 """
 
 from configs import base
 
 
 def get_config():
-  return base.phase1("f32c32")
+  c = base.phase1("f32c32")
+  c.mesh.data, c.mesh.fsdp = 1, -1  # parameters split over all chips
+  return c

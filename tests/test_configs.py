@@ -130,3 +130,12 @@ def test_big_variants_shard_and_step_abstractly():
   assert sum(x.size for x in learning) < 10_000_000
   kernel = setup.shardings.params["decoder"]["project_in"]["conv"]["kernel"]
   assert kernel.spec[-1] == "fsdp"
+
+
+def test_blocks_are_scanned_unless_some_of_a_stage_are_frozen():
+  """Stacked blocks are differentiated together."""
+  config = importlib.import_module("configs.f32_phase2").get_config()
+  assert train_autoencoder._setup(config).autoencoder.decoder.scan
+  with config.unlocked():
+    config.trainable = ("decoder/stage_1/block_4",)
+  assert not train_autoencoder._setup(config).autoencoder.decoder.scan

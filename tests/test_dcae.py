@@ -109,6 +109,52 @@ def test_rematerialisation_changes_neither_values_nor_gradients(tiny):
   )
 
 
+@pytest.fixture(scope="module")
+def deep():
+  """Several blocks a stage, with both kinds of block and of norm."""
+  deepest = dcae.Stage(32, 2, "efficientvit")
+  return dcae.Variant(
+    8,
+    encoder=(dcae.Stage(16, 0), dcae.Stage(16, 3), deepest),
+    decoder=(
+      dcae.Stage(16, 0),
+      dcae.Stage(16, 3, norm="batch_norm", activation="relu"),
+      deepest,
+    ),
+  )
+
+
+def test_scanned_blocks_compute_the_same_with_the_same_variables(deep):
+  images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3))
+  images = jnp.asarray(images, "float32")
+  models = [
+    dcae.create(deep, scan=scan, rematerialisation=True)
+    for scan in (False, True)
+  ]
+  initial = [jax.jit(m.init)(jax.random.key(0), images) for m in models]
+  jax.tree.map(np.testing.assert_array_equal, *initial)
+  blocks = initial[1]["params"]["decoder"]["stage_1"]
+  assert {"block_0", "block_1", "block_2"} < set(blocks)
+
+  def results(model):
+    def loss(params):
+      variables = initial[0] | {"params": params}
+      y, moved = model.apply(variables, images, mutable=["batch_stats"])
+      return jnp.mean(jnp.abs(y - images)), (y, moved)
+
+    return jax.jit(jax.grad(loss, has_aux=True))(initial[0]["params"])
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6),
+    *map(results, models),
+  )
+  count = [
+    str(jax.make_jaxpr(m.apply)(initial[0], images)).count("scan[")
+    for m in models
+  ]
+  assert count == [0, 4]  # the stages with more than one block
+
+
 def test_bfloat16_stays_close_and_parameters_stay_float32(tiny):
   model, variables, images = tiny
   half = dcae.create("tiny-f8", dtype="bfloat16")

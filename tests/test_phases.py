@@ -78,3 +78,14 @@ def test_combine_inverts_partition_and_masked_leaves_do_not_exist():
 def test_unknown_phases_are_refused_with_the_known_ones():
   with pytest.raises(ValueError, match="low_resolution_full_training"):
     phases.create("phase2", ("*",))
+
+
+def test_blocks_of_a_stage_may_learn_differently():
+  shapes = dcae.abstract_variables(dcae.create("f32c32"), 3)["params"]
+  alike = lambda *patterns: phases.blocks_learn_alike(
+    phases.trainable_mask(shapes, patterns)
+  )
+  assert alike("*") and alike("decoder/project_out")
+  assert alike("encoder/stage_2", "decoder/*/norm/scale")
+  assert not alike("decoder/stage_1/block_4")
+  assert not alike("encoder/*/block_0/conv1/kernel")

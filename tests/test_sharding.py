@@ -7,7 +7,7 @@ from etils import epath
 from jax.sharding import PartitionSpec
 
 from dcae_jax.tasks import train_autoencoder
-from dcae_jax.training import sharding
+from dcae_jax.training import hardware, sharding
 
 
 def _losses(config, workdir):
@@ -22,13 +22,15 @@ def losses_of_one_device(request):
   return {}
 
 
-@pytest.mark.parametrize("phase", [1, 3])
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 1, 4), (1, 2, 4)])
+@pytest.mark.parametrize(
+  "mesh, phase",
+  [((2, 2, 2), 1), ((1, 2, 4), 2), ((1, 4, 2), 3)],
+)
 def test_one_device_and_eight_agree(
   tiny_config, tmp_path, monkeypatch, losses_of_one_device, mesh, phase
 ):
   changes = {"steps": 6}
-  if phase == 3:
+  if phase > 1:
     first = tiny_config(1, steps=1)
     train_autoencoder.run(first, epath.Path(tmp_path / "first"))
     changes["init_from"] = str(tmp_path / "first")
@@ -49,18 +51,35 @@ def test_one_device_and_eight_agree(
   np.testing.assert_allclose(found[5], expected[5], rtol=1e-4)
 
 
-def test_fsdp_splits_output_channels_of_kernels_where_it_divides():
+def test_fsdp_splits_channels_of_kernels_where_it_divides():
+  """Output channels, else input channels."""
   mesh = sharding.create_mesh(2, 4, 1)
   shapes = {
     "a": {"kernel": jax.ShapeDtypeStruct((3, 3, 5, 8), "float32")},
     "b": {"kernel": jax.ShapeDtypeStruct((3, 3, 8, 6), "float32")},
     "c": {"bias": jax.ShapeDtypeStruct((8,), "float32")},
+    "d": {"kernel": jax.ShapeDtypeStruct((3, 3, 5, 6), "float32")},
   }
   found = sharding.shardings({"params": shapes, "mu": shapes}, mesh)
   for tree in found.values():
     assert tree["a"]["kernel"].spec == PartitionSpec(None, None, None, "fsdp")
-    for name, leaf in (("b", "kernel"), ("c", "bias")):
+    spec = PartitionSpec(None, None, "fsdp", None)
+    assert tree["b"]["kernel"].spec == spec
+    for name, leaf in (("c", "bias"), ("d", "kernel")):
       assert tree[name][leaf].is_fully_replicated
+
+
+def test_an_image_is_split_within_a_process():
+  """Whatever the order of devices: on a slice, rows of chips cross hosts."""
+  devices = hardware.describe_slice("v5e:4x4")
+  devices.sort(key=lambda device: device.id)
+  assert devices[0].process_index != devices[3].process_index
+  mesh = sharding.create_mesh(4, 1, 4, devices)
+  for row in mesh.devices.reshape(4, 4):
+    assert len({device.process_index for device in row}) == 1
+  sharding.check_images(32, mesh)
+  with pytest.raises(ValueError, match="2 ways over 4 processes"):
+    sharding.check_images(32, sharding.create_mesh(2, 1, 8, devices))
 
 
 def test_images_are_split_over_batch_and_rows():

@@ -217,7 +217,7 @@ def measure(
 ) -> Plan:
   """Compiles a step, and reads the program."""
   device = step.mesh.devices.flat[0]
-  chip = hardware.chip(device)
+  chip = hardware.chip(device.device_kind)
   state = step.arguments[0]
   start = time.perf_counter()
   lowered = step.step.lower(*step.arguments)

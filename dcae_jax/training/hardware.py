@@ -64,9 +64,9 @@ _GENERATIONS = {  # "megacore": both cores of a chip are one jax device
 }
 
 
-def chip(device: jax.Device) -> Chip | None:
-  """The published figures of a device, or None."""
-  names = [name for name in CHIPS if device.device_kind.startswith(name)]
+def chip(device_kind: str) -> Chip | None:
+  """The published figures of a kind of device, or None."""
+  names = [name for name in CHIPS if device_kind.startswith(name)]
   return CHIPS[max(names, key=len)] if names else None
 
 
@@ -133,7 +133,7 @@ def describe_slice(topology: str) -> list[jax.Device]:
 def peak_flops() -> float:
   """FLOP/s of all devices: published, else that of a matrix product here."""
   device = jax.devices()[0]
-  known = chip(device)
+  known = chip(device.device_kind)
   if known is not None:
     return known.flops * jax.device_count()
   hosts_share = jax.device_count() if device.platform != "cpu" else 1
