@@ -20,6 +20,7 @@ _LATENTS = {
   "sd_vae_f8": {"latent_size": 64, "latent_channels": 4},
 }
 _SPATIAL = {"mesh": {"data": -1, "fsdp": 8, "spatial": 4}}
+_LARGE = {"resolution": 2048, "data": {"min_size": 2048}}
 
 # Config, topology, images for each chip (None: the config's batch), changes.
 _ROWS = (
@@ -36,7 +37,7 @@ _ROWS = (
   ("f128_phase1", "v5e:4x8", None, {}),
   ("f128_phase2", "v5e:4x8", None, {}),
   ("f128_phase2", "v5e:4x8", 0.25, _SPATIAL),
-  ("f128_phase2", "v5e:4x8", 0.25, _SPATIAL | {"resolution": 2048}),
+  ("f128_phase2", "v5e:4x8", 0.25, _SPATIAL | _LARGE),
   ("f128_phase3", "v5e:4x8", None, {}),
   ("f32_uvit_h", "v5e:4x4", None, {}),
   ("f64_uvit_h", "v5e:4x4", None, {}),

@@ -6,7 +6,7 @@ r"""Samples of a diffusion model: images, gFID, IS, precision, recall, a plot.
     --config.reference=runs/reference/inception_512px.npz
 
 The sampler is that of the training run. On a pod, run it on every host with
---distributed --config.compute_dtype=bfloat16. The authors give gFID 3.01 for
+--config.compute_dtype=bfloat16. The authors give gFID 3.01 for
 f64 and UViT-H with guidance 1.5, 50,000 samples. Here: not yet measured.
 """
 

@@ -5,7 +5,7 @@ r"""Images to latents of f64c128, in a store that diffusion models learn from.
     --config.source.path=/data/train
 
 Any autoencoder exports with it: the model is that of `init_from`. On a pod, run
-it on every host with --distributed --config.compute_dtype=bfloat16; ImageNet's
+it on every host with --config.compute_dtype=bfloat16; ImageNet's
 1.28 million images want one. On two cores of an AMD EPYC: 0.16 images/s, 91 %
 of the time of 32 photographs in the encoder. On accelerators: not yet measured.
 """

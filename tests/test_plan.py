@@ -111,8 +111,9 @@ def _plan(**changes):
     "mesh": {"data": 16, "fsdp": 1, "spatial": 1}, "batch_size": 128,
     "parameters": 4, "averages": 4, "optimizer": 8, "state": 10 * 2**30,
     "temporaries": 20.0 * 2**30, "program": 0, "needed": 30.0 * 2**30,
-    "available": 15.75 * 2**30, "flops": 1e12, "bytes_accessed": 1e9,
-    "collectives": {}, "seconds": {"compute": 0.5, "memory": 0.25},
+    "available": 15.75 * 2**30, "fits": False, "flops": 1e12,
+    "bytes_accessed": 1e9, "collectives": {},
+    "seconds": {"compute": 0.5, "memory": 0.25},
     "compile_seconds": 1.0, "advice": "",
   }  # fmt: skip
   return plan.Plan(**values | changes)
@@ -120,7 +121,6 @@ def _plan(**changes):
 
 def test_what_does_not_fit_comes_with_what_to_change():
   found = _plan()
-  assert not found.fits and _plan(needed=2.0).fits
   advice = plan._advice(found)
   for change in ("mesh.fsdp=-1", "accumulation=8", "rematerialisation"):
     assert change in advice
@@ -139,7 +139,21 @@ def test_the_compilers_own_message_gives_the_size():
     "memory space hbm. Used 24.50G of 15.75G hbm. Exceeded hbm by 8.75G"
   )
   assert plan._used(message, 1.0) == (24.5 * 2**30, 15.75 * 2**30)
+  other = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
+    "for HLO temporaries (20.13G) exceeds available HBM (15.75G)."
+  )
+  assert plan._used(other, 1.0) == (20.13 * 2**30, 15.75 * 2**30)
   assert plan._used("RESOURCE_EXHAUSTED: something", 1.0) == (math.inf, 1.0)
+
+
+def test_what_a_tpu_has_no_room_for_is_a_row_not_an_error(config_file):
+  found = _measure(
+    config_file(3), "v5e:1x1", {"resolution": 8192, "batch_size": 16},
+    _ROUGHLY,
+  )  # fmt: skip
+  assert not found.fits and found.needed > found.available == 15.75 * 2**30
+  assert "accumulation=16" in found.advice and found.seconds == {}
 
 
 def test_images_per_second_are_of_the_roofline():

@@ -33,7 +33,10 @@ _STEPS = {
   "train_autoencoder": train_autoencoder.abstract_step,
   "train_diffusion": train_diffusion.abstract_step,
 }
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_OUT_OF_MEMORY = re.compile(
+  r"(?:Used |temporaries \()([\d.]+)([KMGT])"
+  r"(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -55,6 +58,8 @@ class Plan(NamedTuple):
     program: bytes of instructions.
     needed: bytes in all.
     available: bytes; 0: not known.
+    fits: the compiler found a place for all, or for devices that are here:
+      no more is needed than there is.
     flops: of one step.
     bytes_accessed: read from and written to main memory.
     collectives: kind to number and bytes.
@@ -77,16 +82,13 @@ class Plan(NamedTuple):
   program: int
   needed: float
   available: float
+  fits: bool
   flops: float
   bytes_accessed: float
   collectives: dict[str, tuple[int, float]]
   seconds: dict[str, float]
   compile_seconds: float
   advice: str
-
-  @property
-  def fits(self) -> bool:
-    return not self.available or self.needed <= self.available
 
   @property
   def step_seconds(self) -> float:
@@ -240,9 +242,7 @@ def measure(
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes
     program = memory.generated_code_size_in_bytes
-    temporaries = float(memory.temp_size_in_bytes) + (
-      memory.output_size_in_bytes - memory.alias_size_in_bytes
-    )
+    temporaries = float(memory.peak_memory_in_bytes - held)
     needed = held + temporaries + program
     cost = program_cost.cost(compiled.as_text())
   chips = step.mesh.size
@@ -262,6 +262,8 @@ def measure(
     program=program,
     needed=needed,
     available=available,
+    fits=not failure
+    and (bool(topology) or not available or needed <= available),
     flops=step.flops / chips,
     bytes_accessed=cost.bytes_accessed,
     collectives=cost.collectives,
