@@ -4,8 +4,7 @@ r"""UViT-H on latents of f128c512, 64 tokens of a 1024 px image.
     --config.latents=gs://bucket/f128_1024px
 
 Meant for v5e:4x4, 16 chips of 16 GiB (planned: README).
-The
-authors give no number for it.
+The authors give no number for it.
 Here: not yet measured.
 """
 

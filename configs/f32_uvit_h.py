@@ -4,8 +4,7 @@ r"""UViT-H on latents of f32c32, 256 tokens of a 512 px image.
     --config.latents=gs://bucket/f32_512px
 
 Meant for v5e:4x4, 16 chips of 16 GiB (planned: README).
-The
-authors give gFID 9.83 without and
+The authors give gFID 9.83 without and
 2.53 with guidance, ImageNet 512 px, after 500,000 steps.
 Here: not yet measured.
 """

@@ -92,7 +92,7 @@ def test_a_slice_that_is_not_here_is_planned(config_file, capsys):
   assert "4 chips (data 4 x fsdp 1 x spatial 1), batch 8" in text
   row = text.strip().splitlines()[-1]
   assert re.match(
-    r"\| tiny_phase2 \| v5e:2x2 \| 4 x 1 x 1 \| 8 \| [\d.]+ of 15.8 \| ", row
+    r"\| tiny_phase2 \| v5e:2x2 \| 4 x 1 x 1 \| 8 \| [\d.]+ of 15.75 \| ", row
   )
   assert "all-reduce" in text and "TFLOP" in text
 

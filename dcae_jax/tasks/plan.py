@@ -373,9 +373,9 @@ def table(plans: list[Plan]) -> str:
     limit = max(plan.seconds, key=plan.seconds.get, default="")
     step = f"{1e3 * plan.step_seconds:.0f} ({limit})" if limit else "-"
     rate = f"{plan.images_per_second:,.0f}" if limit else "-"
-    needed = f"{plan.needed / _GIB:.1f}"
+    needed = f"{plan.needed / _GIB:.3g}"
     if plan.available:
-      needed += f" of {plan.available / _GIB:.1f}"
+      needed += f" of {plan.available / _GIB:.4g}"
     if not plan.fits:
       needed, step, rate = f"{needed}: does not fit", "-", "-"
     mesh = " x ".join(map(str, plan.mesh.values()))
@@ -387,4 +387,4 @@ def table(plans: list[Plan]) -> str:
 
 
 def _gib(size: float) -> str:
-  return f"{size / _GIB:.2f} GiB"
+  return f"{size / _GIB:.3g} GiB"
