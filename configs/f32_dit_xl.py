@@ -13,4 +13,7 @@ from configs import base
 
 
 def get_config():
-  return base.dit("DiT-XL")
+  c = base.dit("DiT-XL")
+  c.mesh.data, c.mesh.fsdp = 1, -1  # parameters split over all chips
+  c.model.rematerialisation = True
+  return c

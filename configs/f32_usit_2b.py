@@ -15,4 +15,5 @@ from configs import base
 def get_config():
   c = base.usit("UViT-2B")
   c.mesh.data, c.mesh.fsdp = 1, -1  # parameters split over all chips
+  c.model.rematerialisation = True
   return c

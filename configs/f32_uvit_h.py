@@ -13,4 +13,7 @@ from configs import base
 
 
 def get_config():
-  return base.uvit("UViT-H")
+  c = base.uvit("UViT-H")
+  c.mesh.data, c.mesh.fsdp = 1, -1  # parameters split over all chips
+  c.model.rematerialisation = True
+  return c

@@ -13,4 +13,6 @@ from configs import base
 
 
 def get_config():
-  return base.uvit("UViT-H")
+  c = base.uvit("UViT-H")
+  c.mesh.data, c.mesh.fsdp = 1, -1  # parameters split over all chips
+  return c

@@ -121,13 +121,14 @@ def _plan(**changes):
 
 def test_what_does_not_fit_comes_with_what_to_change():
   found = _plan()
-  advice = plan._advice(found)
+  advice = plan._advice(found, True)
   for change in ("mesh.fsdp=-1", "accumulation=8", "rematerialisation"):
     assert change in advice
   assert "mesh.spatial=2" in advice
-  assert "accumulation" not in plan._advice(_plan(batch_size=16))
+  assert "accumulation" not in plan._advice(_plan(batch_size=16), True)
+  assert "spatial" not in plan._advice(found, False)
   split = _plan(mesh={"data": 1, "fsdp": 16, "spatial": 1})
-  assert "fsdp" not in plan._advice(split)
+  assert "fsdp" not in plan._advice(split, True)
   shown = found._replace(advice=advice)
   assert f"does not fit: {advice}" in plan.details(shown)
   assert "does not fit" in plan.table([shown])

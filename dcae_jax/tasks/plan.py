@@ -271,7 +271,9 @@ def measure(
     compile_seconds=seconds,
     advice="",
   )
-  return plan if plan.fits else plan._replace(advice=_advice(plan))
+  return (
+    plan if plan.fits else plan._replace(advice=_advice(plan, step.takes_parts))
+  )
 
 
 def _bytes_per_chip(tree: Any) -> int:
@@ -309,7 +311,7 @@ def _roofline(
   return seconds
 
 
-def _advice(plan: Plan) -> str:
+def _advice(plan: Plan, takes_parts: bool) -> str:
   """What makes it fit, the cheapest change first."""
   found = []
   ways = plan.mesh["data"] * plan.mesh["fsdp"]
@@ -319,13 +321,15 @@ def _advice(plan: Plan) -> str:
       f"split the state of {plan.state / _GIB:.1f} GiB with mesh.data=1 and "
       "mesh.fsdp=-1"
     )
-  if per_chip > 1:
+  if per_chip > 1 and not takes_parts:
+    found.append("take a smaller batch_size")
+  if per_chip > 1 and takes_parts:
     found.append(
       f"take the {per_chip:g} images of a chip in parts, with "
       f"accumulation={int(per_chip)}, or a smaller batch_size"
     )
   found.append("set model.rematerialisation=True where it is not")
-  if plan.chips > 1:
+  if plan.chips > 1 and takes_parts:
     found.append(
       f"split the rows of images with mesh.spatial={2 * plan.mesh['spatial']}"
     )

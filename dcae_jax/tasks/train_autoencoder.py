@@ -169,6 +169,7 @@ def abstract_step(
     (*_abstract_arguments(config, setup), perceptual_parameters),
     setup.mesh,
     _flops(config, setup, perceptual_parameters),
+    takes_parts=True,
   )
 
 

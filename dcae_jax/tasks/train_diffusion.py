@@ -189,6 +189,7 @@ def abstract_step(
     _abstract_arguments(config, setup),
     setup.mesh,
     2.0 * forwards * setup.denoiser.forward_macs * config.batch_size,
+    takes_parts=False,
   )
 
 

@@ -50,12 +50,14 @@ class AbstractStep(NamedTuple):
     mesh: of the devices that it is for.
     flops: of one step over all devices, with what is computed twice; 0: not
       known.
+    takes_parts: of a batch (`accumulation`) and of images (`mesh.spatial`).
   """
 
   step: Any
   arguments: tuple[Any, ...]
   mesh: Mesh
   flops: float
+  takes_parts: bool
 
 
 def placed(tree: Any, shardings: Any) -> Any:
