@@ -1,0 +1,55 @@
+"""Which processes belong together: SLURM steps are found, others are named."""
+
+import os
+import subprocess
+import sys
+
+from conftest import REPOSITORY, run_main
+
+
+def test_the_processes_of_a_slurm_step_find_each_other():
+  """Both get past the start, and then find that the config names nothing."""
+  step = {
+    "SLURM_JOB_ID": str(os.getpid()),  # jax takes its port from it
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+  }
+  code = (
+    "import sys; sys.argv = ['main', '--config=configs/plan.py']\n"
+    "import atexit, jax\n"
+    "initialize = jax.distributed.initialize\n"
+    "def told(**given):\n"
+    "  initialize(**given)\n"
+    "  print('process', jax.process_index(), 'of', jax.process_count(),"
+    " flush=True)\n"
+    "jax.distributed.initialize = told\n"
+    "import runpy; runpy.run_module('dcae_jax.main', run_name='__main__')\n"
+  )
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", code],
+      cwd=REPOSITORY,
+      env=os.environ | step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  for i, process in enumerate(processes):
+    output, messages = process.communicate(timeout=120)
+    assert f"process {i} of 2" in output, messages
+    assert process.returncode == 2 and "config.of is empty" in messages
+
+
+def test_one_task_of_slurm_and_a_laptop_go_alone(monkeypatch):
+  monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
+  monkeypatch.setenv("SLURM_NTASKS", "1")
+  found = run_main("configs/plan.py")
+  assert found.returncode == 2 and "config.of is empty" in found.stderr
+
+
+def test_processes_that_jax_cannot_find_are_to_be_named():
+  found = run_main("configs/plan.py", "--distributed")
+  assert found.returncode == 2
+  assert "name them with --coordinator_address" in found.stderr
