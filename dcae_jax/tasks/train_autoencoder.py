@@ -150,9 +150,8 @@ def abstract_step(
     ValueError: what `run` raises for a config; data, weights and directories
       are not looked at.
   """
-  config = wiring.with_model(config)
-  with config.unlocked():
-    config.init_from = config.init_from or "another run"
+  config = wiring.with_model(config).copy_and_resolve_references()
+  config.init_from = config.init_from or "another run"
   checks.check_autoencoder(config, predecessor_is_pending=True)
   setup = _setup(config, devices)
   shapes = {}
