@@ -1,4 +1,5 @@
 import importlib
+import json
 import pathlib
 
 import jax
@@ -139,3 +140,15 @@ def test_blocks_are_scanned_unless_some_of_a_stage_are_frozen():
   with config.unlocked():
     config.trainable = ("decoder/stage_1/block_4",)
   assert not train_autoencoder._setup(config).autoencoder.decoder.scan
+
+
+def test_a_run_from_before_blocks_were_scanned_goes_on(tmp_path):
+  config = base.phase1("tiny-f8")
+  before = wiring.resolved(config)
+  del before["model"]["scan"], before["profile"]["on_signal"]
+  (tmp_path / "config.json").write_text(json.dumps(before))
+  wiring.check_work_directory(config, epath.Path(tmp_path))
+  before["model"]["rematerialisation"] = False
+  (tmp_path / "config.json").write_text(json.dumps(before))
+  with pytest.raises(ValueError, match=r"model\.rematerialisation"):
+    wiring.check_work_directory(config, epath.Path(tmp_path))

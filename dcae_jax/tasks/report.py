@@ -64,7 +64,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
 def _evaluate(
   config: ConfigDict, run: str, source: Any
 ) -> dict[int, reconstruction.Result]:
-  model_config = ConfigDict(checkpoint.read_run_config(run)["model"])
+  # Runs from before this key have none.
+  found = {"scan": False} | checkpoint.read_run_config(run)["model"]
+  model_config = ConfigDict(found)
   autoencoder = wiring.model(model_config)
   mesh = sharding.create_mesh(-1, 1, 1)
   abstract = dcae.abstract_variables(autoencoder, model_config.image_channels)

@@ -31,7 +31,7 @@ MODEL_KEYS = (
 # What may change between two starts in one work directory without changing what
 # is computed, or only how far it goes.
 _MAY_CHANGE = (
-  "steps", "log_every", "compilation_cache", "profile",
+  "steps", "log_every", "compilation_cache", "profile", "model.scan",
   "checkpoint", "evaluation", "report", "data.workers", "data.threads",
   "data.prefetch", "data.cache_megabytes", "data.retries", "lpips.path",
   "samples", "sampler", "latents", "autoencoder",
