@@ -14,8 +14,7 @@ DRY=""; [ "${1:-}" = "--dry-run" ] && { DRY=1; shift; }
 ACTION="${1:-}"; NAME="${2:-}"; shift $(($# < 2 ? $# : 2))
 [ "${1:-}" = "--" ] && shift
 ACCELERATOR="${ACCELERATOR:-v5litepod-16}"
-RUNTIME="${RUNTIME:-v2-alpha-tpuv5-lite}"
-SPOT="${SPOT---spot}"
+RUNTIME="${RUNTIME:-v2-alpha-tpuv5-lite}"; SPOT="${SPOT---spot}"
 WHERE=("--zone=${ZONE:-us-west4-a}" ${PROJECT:+"--project=$PROJECT"} --quiet)
 WORKDIR=""; for x in "$@"; do [[ $x != --workdir=* ]] || WORKDIR="${x#*=}"; done
 
@@ -39,8 +38,9 @@ create() {
   done
 }
 install() {  # the hosts' own Python can be too old: uv brings one
-  step git archive --format=tar.gz --output=/tmp/dcae_jax.tar.gz HEAD
-  tpu tpu-vm scp /tmp/dcae_jax.tar.gz "$NAME:" --worker=all
+  local archive; archive="$(mktemp -d)/dcae_jax.tar.gz"
+  step git archive --format=tar.gz --output="$archive" HEAD
+  tpu tpu-vm scp "$archive" "$NAME:" --worker=all
   on_all 'mkdir -p dcae_jax && tar -xzf dcae_jax.tar.gz -C dcae_jax && cd dcae_jax && python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.11 .venv && python3 -m uv pip install -q -r requirements.txt "jax[tpu]"'
 }
 train() { on_all "cd dcae_jax && .venv/bin/python -m dcae_jax.main$(printf ' %q' "$@")"; }

@@ -53,8 +53,8 @@ class Plan(NamedTuple):
     averages: bytes of the EMA.
     optimizer: bytes of its state, and of the discriminator's.
     state: bytes of all that the step is called with.
-    temporaries: bytes, above all activations; NaN: it does not fit, and the
-      compiler does not say.
+    temporaries: bytes, above all activations; infinite: it does not fit, and
+      the compiler does not say by how much.
     program: bytes of instructions.
     needed: bytes in all.
     available: bytes; 0: not known.
@@ -119,8 +119,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
   if workdir is not None:
     wiring.write_config(config, workdir)
     rows = [
-      plan._asdict() | {"fits": plan.fits, "step_seconds": plan.step_seconds}
-      for plan in plans
+      plan._asdict() | {"step_seconds": plan.step_seconds} for plan in plans
     ]
     metrics_writer.write_whole(
       workdir / "result.json", json.dumps({"plans": rows}, indent=2)
