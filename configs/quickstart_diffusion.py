@@ -17,7 +17,7 @@ def get_config():
   c = config.export
   c.init_from = "runs/quickstart/phase3"
   c.source = base.source("embedded", split="train")
-  c.class_per_image = True
+  c.class_per_image, c.max_images = True, 38
   c.crop, c.min_area = "random_resized_crop", 0.8
   c.resolution, c.crops_per_image, c.flip = 64, 32, True
   c.threads = 2

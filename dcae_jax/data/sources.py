@@ -246,62 +246,49 @@ def _remote_files(root: str) -> dict[str, int | None]:
   }
 
 
-# Photographs inside packages of the Python package index. The two sets share no
-# photograph and no scene. (Left out: drawings, renders, near-blank pictures.)
-_INTERIORS = [
-  "1317558",
-  "2416933",
-  "2560067",
-  "36030587",
-  "36179987",
-  "36236147",
-  "36358763",
-  "4389955",
-  "4400637",
-  "4543103",
-  "5386834",
-  "5604956",
-  "5853819",
-  "6373478",
-  "6707631",
-  "6830376",
-  "6956495",
-  "6963783",
-  "6963788",
-  "7247504",
-  "7303773",
-  "7303782",
-  "7303800",
-  "7303842",
-  "7303992",
-  "7303994",
-  "7303995",
-  "7688357",
-  "cup-of-couple-6962851",
-  "cup-of-couple-6963787",
-  "cup-of-couple-7303987",
-  "maksgelatin-4352247",
-]
+# Photographs inside packages of the Python package index: package, pattern of
+# the files, and what stands in it. The two sets share no photograph and no
+# scene. (Left out: drawings, renders, paintings, crops of others, near-blank
+# pictures.) New ones go last: whoever takes the first ones keeps what they had.
 _EMBEDDED = {
-  "train": [
-    *(("interior_photos", f"images/pexels-{n}.jpg") for n in _INTERIORS),
-    ("skimage", "data/brick.png"),
-    ("skimage", "data/grass.png"),
-    ("skimage", "data/gravel.png"),
-    ("skimage", "data/hubble_deep_field.jpg"),
-    ("skimage", "data/ihc.png"),
-    ("skimage", "data/retina.jpg"),
-  ],
-  "validation": [
-    ("skimage", "data/astronaut.png"),
-    ("skimage", "data/chelsea.png"),
-    ("skimage", "data/coffee.png"),
-    ("sklearn", "datasets/images/china.jpg"),
-    ("sklearn", "datasets/images/flower.jpg"),
-    ("skimage", "data/motorcycle_left.png"),
-    ("skimage", "data/rocket.jpg"),
-    ("skimage", "data/camera.png"),
-  ],
+  "train": (
+    (
+      "interior_photos",  # MIT; photographs of Pexels
+      "images/pexels-{}.jpg",
+      "1317558 2416933 2560067 36030587 36179987 36236147 36358763 4389955 "
+      "4400637 4543103 5386834 5604956 5853819 6373478 6707631 6830376 6956495 "
+      "6963783 6963788 7247504 7303773 7303782 7303800 7303842 7303992 7303994 "
+      "7303995 7688357 cup-of-couple-6962851 cup-of-couple-6963787 "
+      "cup-of-couple-7303987 maksgelatin-4352247",
+    ),
+    (
+      "skimage",  # public domain, CC0, or no known restrictions
+      "data/{}",
+      "brick.png grass.png gravel.png hubble_deep_field.jpg ihc.png retina.jpg",
+    ),
+    (
+      "theme_soft_design",  # MIT
+      "static/img/{}.jpg",
+      "anastasia annie-spratt blog7-1 blog7-2 blog7-3 brooke card-2 card-3 "
+      "charles ivana ivancik jordan kal-visuals marie meeting nastuh team-1 "
+      "team-2 team-3 team-4 toa-heftiba",
+    ),
+    (
+      "theme_material_kit",  # MIT
+      "static/assets/img/{}.jpg",
+      "bg bg0 bg10 bg2 bg3 bg5 bg9 bruce-mars city-profile examples/blog-9-4 "
+      "examples/blog2 examples/testimonial-6-2 examples/testimonial-6-3 "
+      "ivana-square ivana-squares team-1 team-2 team-3 team-4 team-5",
+    ),
+    # Public domain.
+    ("matplotlib", "mpl-data/sample_data/{}.jpg", "grace_hopper"),
+    ("skimage", "data/{}.png", "coins"),  # no known restrictions
+  ),
+  "validation": (
+    ("skimage", "data/{}.png", "astronaut chelsea coffee"),
+    ("sklearn", "datasets/images/{}.jpg", "china flower"),
+    ("skimage", "data/{}", "motorcycle_left.png rocket.jpg camera.png"),
+  ),
 }
 
 
@@ -319,8 +306,13 @@ def embedded(split: str) -> Files:
       f"embedded photographs have the splits {', '.join(_EMBEDDED)}, "
       f"not {split!r}"
     )
+  files = [
+    (package, pattern.format(name))
+    for package, pattern, names in _EMBEDDED[split]
+    for name in names.split()
+  ]
   paths = []
-  for package, file in _EMBEDDED[split]:
+  for package, file in files:
     spec = importlib.util.find_spec(package)
     directory = pathlib.Path(spec.origin).parent if spec else None
     if directory is None or not (directory / file).is_file():
@@ -329,7 +321,7 @@ def embedded(split: str) -> Files:
         "`pip install -r requirements-quickstart.txt`"
       )
     paths.append(str(directory / file))
-  keys = [f"{package}/{file}" for package, file in _EMBEDDED[split]]
+  keys = [f"{package}/{file}" for package, file in files]
   return _unlabelled(paths, keys)
 
 
