@@ -8,6 +8,9 @@ A config file is one run: it takes one of the functions below and changes a few
 numbers. Any key can be changed on the command line, `--config.batch_size=8`.
 """
 
+import functools
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -19,6 +22,8 @@ def source(
   split: str = "",
   weight: float = 1.0,
   members: dict[str, ConfigDict] | None = None,
+  part: str = "",
+  held_out: float = 0.1,
 ) -> ConfigDict:
   """Where images come from."""
   c = ConfigDict()
@@ -34,6 +39,10 @@ def source(
   c.split = split  # tfds: such as "train". embedded: "train", "validation".
   c.weight = weight  # within a mixture
   c.members = ConfigDict(members or {})  # mixture: name to source
+  # "held_out": some of the images, chosen by a hash of their names, the same in
+  # every run; "training": all others. "": all.
+  c.part = part
+  c.held_out = held_out  # of all images, approximately; at least one
   return c
 
 
@@ -158,6 +167,9 @@ def training_machine() -> ConfigDict:
   c.profile = ConfigDict({"start": 100, "steps": 0, "on_signal": 3})
   # Compiled programs, kept between runs. "": not kept.
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  # For where there is a GPU or TPU: keys, their values here and their values
+  # there. One that was given another value keeps it. See `on_accelerator`.
+  c.on_accelerator = ()
   return c
 
 
@@ -221,6 +233,50 @@ def phase3(variant: str) -> ConfigDict:
   c.optimizer.beta2 = 0.9  # [paper]
   c.optimizer.weight_decay = 0.01  # [community]
   c.optimizer.warmup_steps = 1_000  # [ours]
+  return c
+
+
+def hold_out(c: ConfigDict) -> None:
+  """Evaluates on a part of the images of `data.source`, trained on the others.
+
+  What is evaluated on follows `data.source`, unless it is set, too.
+  """
+  for key in ("kind", "path", "name", "split", "held_out"):
+    c.evaluation.source[key] = c.data.source.get_oneway_ref(key)
+  c.data.source.part, c.evaluation.source.part = "training", "held_out"
+
+
+def on_accelerator(c: ConfigDict, values: dict[str, Any]) -> None:
+  """Adds keys that have other values where there is a GPU or TPU."""
+  triples = []
+  for key, there in values.items():
+    *groups, name = key.split(".")
+    group = functools.reduce(lambda group, part: group[part], groups, c)
+    triples.append((key, group[name], there))
+  c.on_accelerator += tuple(triples)
+
+
+def small(c: ConfigDict) -> ConfigDict:
+  """For a tiny variant, a folder of photographs and one device, an evening."""
+  c.model.rematerialisation = False
+  c.model.dtype = "float32"
+  c.lpips.network = "alexnet"
+  c.optimizer.warmup_steps = 200
+  c.ema.decay = 0.999
+  c.ema.ramp_steps = 500
+  c.data.crop = "random_resized_crop"
+  c.data.shorter_side = 384  # decoding large photographs would take longer
+  c.data.cache_megabytes = 4_000.0  # about 9,000 of them
+  c.data.workers = 0
+  c.data.threads = 2
+  c.evaluation.every = c.checkpoint.every = 500
+  c.evaluation.batch_size = 16
+  c.evaluation.max_images = 64
+  c.log_every = 10
+  on_accelerator(
+    c, {"data.shorter_side": 512, "data.threads": 8, "model.dtype": "bfloat16"}
+  )
+  hold_out(c)
   return c
 
 

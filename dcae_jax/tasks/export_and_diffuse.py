@@ -21,6 +21,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   first starts.
   """
   config = chained(config, workdir)
+  config.training = wiring.for_device(config.training, jax.default_backend())
   trained = check(config)
   wiring.check_work_directory(config, workdir)
   wiring.check_work_directory(trained, workdir / "training")

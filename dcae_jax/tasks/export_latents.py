@@ -150,6 +150,7 @@ def open_source(config: ConfigDict) -> sources.Source:
   """The images, or latents, that are exported."""
   if _is_import(config):
     source = sources.latent_files(config.source.path)
+    source = wiring.part_of(source, config.source)
   else:
     source = wiring.single_source(config.source)
   if not config.class_per_image:

@@ -146,6 +146,7 @@ def _jobs(config: ConfigDict) -> Iterator[_Job]:
       devices = devices_of(topology.strip())
       for batch in config.batch_size_per_chip or (None,):
         for part, planned in load(name, config.changes.to_dict()).items():
+          planned = wiring.for_device(planned, devices[0].platform)
           if batch is not None:
             set_batch_size(planned, batch, len(devices))
           step = abstract_step(planned, devices)

@@ -99,6 +99,7 @@ def run(
 ) -> bool:
   """Runs, or goes on with, one phase; False if SIGTERM ended it early."""
   sigterm = sigterm or loop.Sigterm()
+  config = wiring.for_device(config, jax.default_backend())
   config = wiring.with_model(config)
   checks.check_autoencoder(config)
   wiring.check_work_directory(config, workdir)

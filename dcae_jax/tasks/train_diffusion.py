@@ -101,6 +101,7 @@ def run(
 ) -> bool:
   """Trains, or goes on with it; False if SIGTERM ended it early."""
   sigterm = sigterm or loop.Sigterm()
+  config = wiring.for_device(config, jax.default_backend())
   check(config)
   if not config.latents:
     raise ValueError(

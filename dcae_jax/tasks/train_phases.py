@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -19,6 +20,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """
   sigterm = loop.Sigterm()
   config = chained(config, workdir)
+  for name in _PHASES:
+    config[name] = wiring.for_device(config[name], jax.default_backend())
   found = wiring.with_model(config.phase1).model
   with config.unlocked():
     for name in _PHASES:

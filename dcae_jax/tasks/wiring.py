@@ -24,6 +24,7 @@ from dcae_jax.evaluation import image_metrics
 from dcae_jax.models import dcae
 from dcae_jax.training import checkpoint, metrics_writer
 
+_LOG = logging.getLogger(__name__)
 # What makes parameters of one model fit another.
 MODEL_KEYS = (
   "variant", "architecture", "image_channels", "residual_autoencoding"
@@ -36,6 +37,8 @@ _MAY_CHANGE = (
   "data.prefetch", "data.cache_megabytes", "data.retries", "lpips.path",
   "samples", "sampler", "latents", "autoencoder",
 )  # fmt: skip
+# Keys that were added later, by their last name: what a run from before has.
+_ADDED_LATER = {"part": "", "held_out": 0.1, "on_accelerator": []}
 # What results name the versions of.
 _PACKAGES = (
   "dcae_jax", "jax", "jaxlib", "flax", "numpy", "pillow", "tensorstore"
@@ -111,6 +114,26 @@ def with_model(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def for_device(config: ConfigDict, backend: str) -> ConfigDict:
+  """The config with the values that `on_accelerator` has for a GPU or TPU.
+
+  Raises:
+    ValueError: they are for a key that is not there.
+  """
+  config = config.copy_and_resolve_references()
+  here, changes = differences.flat(config.to_dict()), {}
+  for key, before, there in config.on_accelerator:
+    if key not in here:
+      raise ValueError(f"config.on_accelerator names {key!r}, which is no key")
+    if here[key] == before and backend != "cpu":
+      changes[key] = there
+  if changes:
+    _LOG.info("for this %s: %s", backend, changes)
+  config.update_from_flattened_dict(changes)
+  config.on_accelerator = ()
+  return config
+
+
 def weighted_sources(
   config: ConfigDict,
 ) -> list[tuple[sources.Source, float]]:
@@ -126,20 +149,41 @@ def weighted_sources(
         "a source of kind 'mixture' needs at least one member, and none that "
         "is a mixture itself"
       )
+    if config.part:
+      raise ValueError(
+        f"a source of kind 'mixture' has no part {config.part!r}; its members "
+        "have: config.data.source.members.NAME.part"
+      )
     return [pair for member in members for pair in weighted_sources(member)]
   if not 0 < config.weight < math.inf:
     raise ValueError(f"source weight {config.weight} is not a positive number")
+  return [(part_of(_whole_source(config), config), config.weight)]
+
+
+def _whole_source(config: ConfigDict) -> sources.Source:
   if config.kind == "folder":
-    return [(sources.folder(config.path), config.weight)]
+    return sources.folder(config.path)
   if config.kind == "embedded":
-    return [(sources.embedded(config.split), config.weight)]
+    return sources.embedded(config.split)
   if config.kind == "tfds":
-    dataset = sources.TensorFlowDataset(config.name, config.split, config.path)
-    return [(dataset, config.weight)]
+    return sources.TensorFlowDataset(config.name, config.split, config.path)
   raise ValueError(
     f"unknown source kind {config.kind!r}; known are folder, tfds, embedded, "
     "mixture"
   )
+
+
+def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:
+  """The part of a source that its config names."""
+  if not config.part:
+    return source
+  parts = ("training", "held_out")
+  if config.part not in parts:
+    raise ValueError(
+      f"unknown part {config.part!r} of a source; known are "
+      f"{', '.join(parts)}, and '' for all of it"
+    )
+  return sources.split(source, config.held_out)[parts.index(config.part)]
 
 
 def single_source(config: ConfigDict) -> sources.Source:
@@ -233,6 +277,11 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
       f"--workdir={workdir} holds a finished run without checkpoints; bring "
       "them back, or choose another directory"
     )
+  before, now = differences.flat(before), differences.flat(now)
+  for key in now.keys() - before.keys():
+    name = key.rpartition(".")[2]
+    if name in _ADDED_LATER:
+      before[key] = _ADDED_LATER[name]
   found = differences.differences(before, now)
   changes = [text for key, text in found.items() if not _may_change(key)]
   if changes:

@@ -1,0 +1,22 @@
+r"""A small DC-AE on a folder of photographs, phase 1, in an hour of two cores.
+
+  python -m dcae_jax.main --config=configs/small_phase1.py \
+    --workdir=runs/small/phase1 --config.data.source.path=FOLDER
+
+A tenth of the folder is held out, in all phases the same. To evaluate on other
+images: --config.data.source.part= --config.evaluation.source.part= and
+--config.evaluation.source.path=OTHER. On a GPU or TPU it trains on larger
+crops. Expected numbers: not yet measured.
+"""
+
+from configs import base
+
+
+def get_config():
+  c = base.small(base.phase1("tiny-f8"))
+  c.resolution, c.batch_size, c.steps = 64, 16, 20_000
+  c.optimizer.learning_rate = 2e-3
+  c.evaluation.resolutions = (64, 128)
+  larger = {"resolution": 128, "batch_size": 64}
+  base.on_accelerator(c, larger | {"evaluation.resolutions": (128, 256)})
+  return c
