@@ -152,3 +152,88 @@ def test_a_run_from_before_blocks_were_scanned_goes_on(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(before))
   with pytest.raises(ValueError, match=r"model\.rematerialisation"):
     wiring.check_work_directory(config, epath.Path(tmp_path))
+
+
+def test_a_run_from_before_sources_had_parts_goes_on(tmp_path):
+  config = base.phase1("tiny-f8")
+  before = wiring.resolved(config)
+  del before["data"]["source"]["part"], before["on_accelerator"]
+  (tmp_path / "config.json").write_text(json.dumps(before))
+  wiring.check_work_directory(config, epath.Path(tmp_path))
+  config.data.source.part = "training"
+  with pytest.raises(ValueError, match=r"data\.source\.part"):
+    wiring.check_work_directory(config, epath.Path(tmp_path))
+
+
+def _small(number, path):
+  module = importlib.import_module(f"configs.small_phase{number}")
+  config = module.get_config().lock()
+  config.data.source.path = path
+  config.lpips.weight = 0.0
+  return config
+
+
+def _names(source):
+  return {source.name(i) for i in range(len(source))}
+
+
+def test_small_phases_hold_out_the_same_photographs(photographs):
+  found = []
+  for number in (1, 2, 3):
+    config = _small(number, str(photographs))
+    config.data.min_size = 0  # the photographs are tiny
+    inputs = train_autoencoder.open_inputs(config)
+    ((training, _),) = inputs.training
+    assert not _names(training) & _names(inputs.held_out)
+    assert len(training) + len(inputs.held_out) == 12
+    found.append(_names(inputs.held_out))
+  assert found[0] and found[0] == found[1] == found[2]
+
+
+def test_other_images_can_be_held_out_instead(photographs):
+  config = _small(1, str(photographs / "animals"))
+  config.data.source.part = config.evaluation.source.part = ""
+  config.evaluation.source.path = str(photographs / "places")
+  inputs = train_autoencoder.open_inputs(config)
+  assert len(inputs.training[0][0]) == len(inputs.held_out) == 6
+  assert not _names(inputs.training[0][0]) & _names(inputs.held_out)
+
+
+def test_parts_that_do_not_exist_are_refused(photographs):
+  source = base.source("folder", str(photographs), part="rest")
+  with pytest.raises(ValueError, match="known are training, held_out"):
+    wiring.single_source(source)
+  members = {"a": base.source("folder", str(photographs), part="training")}
+  mixture = base.source("mixture", members=members)
+  ((found, _),) = wiring.weighted_sources(mixture)
+  assert len(found) < 12
+  mixture.part = "training"
+  with pytest.raises(ValueError, match="its members have"):
+    wiring.weighted_sources(mixture)
+
+
+def test_an_accelerator_gets_its_sizes_and_what_was_set_stays(tmp_path):
+  config = base.small(base.phase1("tiny-f8"))
+  base.on_accelerator(config, {"resolution": 512, "batch_size": 8})
+  config.batch_size = 4
+  there = wiring.for_device(config, "gpu")
+  assert (there.resolution, there.batch_size) == (512, 4)
+  assert there.model.dtype == "bfloat16"
+  here = wiring.for_device(config, "cpu")
+  assert (here.resolution, here.batch_size) == (256, 4)
+  wiring.write_config(there, epath.Path(tmp_path))
+  wiring.check_work_directory(there, epath.Path(tmp_path))
+  with pytest.raises(ValueError, match="resolution: 512 there, 256 now"):
+    wiring.check_work_directory(here, epath.Path(tmp_path))
+  config.on_accelerator = (("resolutoin", 1, 2),)
+  with pytest.raises(ValueError, match="'resolutoin', which is no key"):
+    wiring.for_device(config, "gpu")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_small_configs_can_be_run_on_an_accelerator(number):
+  config = wiring.for_device(_small(number, "/folder"), "gpu")
+  config.init_from = config.init_from or "a run"
+  config.model.variant = "tiny-f8"
+  checks.check_autoencoder(config, predecessor_is_pending=True)
+  assert config.resolution == {1: 128, 2: 256, 3: 128}[number]

@@ -156,3 +156,56 @@ def test_each_of_the_first_images_is_a_class(photographs):
     for source in (folder, found, sources.ClassPerImage(folder, 6))
   }
   assert len(fingerprints) == 3
+
+
+def _named(count, root="/x"):
+  keys = [f"{i}.png" for i in range(count)]
+  return sources.Files(
+    [f"{root}/{key}" for key in keys], [0] * count, keys, [""], [1] * count
+  )
+
+
+def _keys(source):
+  return [source.key(i) for i in range(len(source))]
+
+
+def test_a_split_source_is_in_two_parts_of_about_the_size_asked_for():
+  whole = _named(1000)
+  training, held_out = sources.split(whole, 0.1)
+  assert sorted(_keys(training) + _keys(held_out)) == sorted(_keys(whole))
+  assert not set(_keys(training)) & set(_keys(held_out))
+  assert 70 <= len(held_out) <= 130
+  assert held_out.name(0) == f"/x/{held_out.key(0)}"
+  assert training.fingerprint() != held_out.fingerprint()
+  assert _keys(pickle.loads(pickle.dumps(held_out))) == _keys(held_out)
+
+
+def test_what_is_held_out_depends_on_names_alone():
+  """Not on where they are, nor on what else is there."""
+  parts = sources.split(_named(100), 0.2)
+  again = sources.split(_named(100, root="/elsewhere"), 0.2)
+  more = sources.split(_named(200), 0.2)
+  for part, same, larger in zip(parts, again, more, strict=True):
+    assert _keys(part) == _keys(same)
+    assert set(_keys(part)) < set(_keys(larger))
+
+
+def test_the_first_held_out_images_are_no_neighbours():
+  held_out = sources.split(_named(1000), 0.1)[1]
+  first = [int(held_out.key(i).removesuffix(".png")) for i in range(10)]
+  assert first != sorted(first) and max(first) - min(first) > 500
+
+
+@pytest.mark.parametrize("part", [0.0001, 0.9999])
+@pytest.mark.parametrize("count", [2, 3])
+def test_of_few_images_one_is_in_either_part(count, part):
+  training, held_out = sources.split(_named(count), part)
+  assert len(training) >= 1 and len(held_out) >= 1
+  assert len(training) + len(held_out) == count
+
+
+def test_a_single_image_cannot_be_split():
+  with pytest.raises(ValueError, match=r"0\.png is the only image"):
+    sources.split(_named(1), 0.1)
+  with pytest.raises(ValueError, match="between 0 and 1"):
+    sources.split(_named(10), 1.0)
