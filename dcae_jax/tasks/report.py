@@ -9,7 +9,13 @@ from ml_collections import ConfigDict
 
 from dcae_jax import autoencoder, block_pca
 from dcae_jax.data import images, sources, transforms
-from dcae_jax.evaluation import figures, reconstruction, text_table
+from dcae_jax.evaluation import (
+  fid,
+  figures,
+  html_report,
+  reconstruction,
+  text_table,
+)
 from dcae_jax.tasks import floor, measuring, metric_networks, wiring
 from dcae_jax.training import checkpoint, metrics_writer, sharding
 
@@ -145,9 +151,15 @@ def _write(
   table = text_table.of_metrics(numbers)
   for found in first.values():
     absent |= found.absent
-  notes = "".join(
-    f"- {name} is absent: {why}\n" for name, why in absent.items()
-  )
+  notes = [f"{name} is absent: {why}." for name, why in absent.items()]
+  few = first[shown].count
+  if few < fid.FEWEST_IMAGES and set(html_report.DISTANCES) & set(
+    first[shown].metrics
+  ):
+    notes.append(
+      f"Fréchet distances of {few} images, fewer than {fid.FEWEST_IMAGES}, "
+      "order rows at best."
+    )
   metrics_writer.write_whole(
     workdir / "report.md", _markdown(table, notes, shown)
   )
@@ -157,14 +169,15 @@ def _write(
   )  # fmt: skip
 
 
-def _markdown(table: str, notes: str, shown: int) -> str:
+def _markdown(table: str, notes: list[str], shown: int) -> str:
   return (
     "# Reconstruction of held-out photographs\n\n"
     "Averaged weights of each run's last checkpoint; means over images. The "
     "floor is\na linear projection of blocks of pixels with latents of the "
     "same size, fitted on\nthe training images.\n\n"
-    f"{table}\n\n{notes}\n"
-    f"At {shown} px, originals above:\n\n"
+    f"{table}\n\n"
+    + "".join(f"{note}\n\n" for note in notes)
+    + f"At {shown} px, originals above:\n\n"
     "![reconstructions](reconstructions.png)\n\n"
     "![loss curves](loss_curves.png)\n"
   )

@@ -467,7 +467,11 @@ def _floor(
   values = {}
   for resolution, prefix in _prefixes(config, "floor").items():
     found = evaluation.measure(variables, resolution)
-    values |= {f"{prefix}/{k}": v for k, v in found.metrics.items()}
+    values |= {
+      f"{prefix}/{key}": value
+      for key, value in found.metrics.items()
+      if key != "latent_rms"
+    }
   return values
 
 
