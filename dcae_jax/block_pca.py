@@ -6,19 +6,22 @@ same size that does not reconstruct better has learned nothing yet that its
 architecture is for. Fitted in closed form, from moments; nothing is trained.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from dcae_jax.evaluation import fid
 
 # Pixels a side: of a block of 32 the covariance takes 75 MB, of 64 1.2 GB.
 LARGEST_BLOCK = 32
+
+Parameters = Mapping[str, Array | np.ndarray]
 
 
 def shape(
@@ -86,7 +89,7 @@ class BlockPCA:
       return function(variables["params"], x)
 
   def _encode(
-    self, params: dict[str, Array], images: Float[Array, "b h w c"]
+    self, params: Parameters, images: Float[Array, "b h w c"]
   ) -> Float[Array, "b i j d"]:
     f = self.spatial_compression
     blocks = einops.rearrange(
@@ -95,7 +98,7 @@ class BlockPCA:
     return (blocks - params["mean"][None, None, None]) @ params["components"]
 
   def _decode(
-    self, params: dict[str, Array], z: Float[Array, "b i j d"]
+    self, params: Parameters, z: Float[Array, "b i j d"]
   ) -> Float[Array, "b h w c"]:
     f = self.spatial_compression
     blocks = z @ params["components"].T + params["mean"][None, None, None]
@@ -103,11 +106,11 @@ class BlockPCA:
       blocks, "b i j (p q c) -> b (i p) (j q) c", p=f, q=f
     )
 
-  def encode(self, images: Float[Array, "b h w c"]) -> Array:
-    """Images in [-1, 1] to latents [b, h / f, w / f, c]."""
+  def encode(self, images: ArrayLike) -> jax.Array:
+    """Images [b, h, w, image_channels] in [-1, 1] to [b, h / f, w / f, c]."""
     return self.apply(self.variables, jnp.asarray(images), method="encode")
 
-  def decode(self, z: Float[Array, "b i j d"]) -> Array:
+  def decode(self, z: ArrayLike) -> jax.Array:
     """Latents to images, not clipped to [-1, 1], as `Autoencoder.decode`."""
     return self.apply(self.variables, jnp.asarray(z), method="decode")
 
@@ -132,9 +135,5 @@ def fit(batches: Iterable[np.ndarray], latent_channels: int) -> BlockPCA:
   if moments is None or moments.count < 2:
     raise ValueError("block PCA needs at least two blocks")
   _, vectors = np.linalg.eigh(moments.covariance)
-  # In falling order of variance; the sign is free, and made the same anywhere.
-  components = vectors[:, ::-1][:, :latent_channels]
-  signs = np.sign(
-    components[np.abs(components).argmax(axis=0), np.arange(latent_channels)]
-  )
-  return BlockPCA(moments.mean, components * signs, channels)
+  components = vectors[:, ::-1][:, :latent_channels]  # largest variance first
+  return BlockPCA(moments.mean, components, channels)

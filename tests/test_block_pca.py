@@ -1,5 +1,7 @@
 """Block PCA against numpy's singular values, and what it is fitted on."""
 
+import itertools
+
 import numpy as np
 import pytest
 from conftest import smooth_image
@@ -63,7 +65,7 @@ def test_more_components_are_never_worse_and_all_are_the_identity():
   for c in (1, 2, 4, 8, 24, 48):
     y = _reconstruct(block_pca.fit([_blocks(x, 4)], c), x)
     errors.append(np.square(y - x).mean())
-  assert all(b < a for a, b in zip(errors, errors[1:], strict=False))
+  assert all(b < a for a, b in itertools.pairwise(errors))
   np.testing.assert_allclose(y, x, atol=1e-5)
 
 
@@ -105,7 +107,9 @@ def test_the_same_images_fit_the_same_floor(photographs):
 
 
 def test_images_of_a_large_source_are_spread_over_it():
-  few, many = range(3), range(10_000)
+  few, many = (
+    sources.Files([""] * n, [0] * n, [""] * n, [""]) for n in (3, 10_000)
+  )
   chosen = floor._chosen([(many, 3.0), (few, 1.0)])
   of_many = [index for source, index in chosen if source is many]
   assert len(of_many) == 1_500

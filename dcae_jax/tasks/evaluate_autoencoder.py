@@ -200,7 +200,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     decoding = images.Decoding(max_megapixels=config.max_megapixels)
     images.check_not_empty(source, decoding)
     metrics = metric_networks.with_references(
-      metric_networks.open_all(config.metrics, config.weights), config
+      metric_networks.open_all(config.metrics, config.weights.to_dict()), config
     )
   workdir.mkdir(parents=True, exist_ok=True)
   # Made aside: until all is there, an earlier evaluation stays as it is.
