@@ -137,7 +137,7 @@ def autoencoder() -> ConfigDict:
   c.data.threads = 4  # loader threads, in each process
   c.data.prefetch = 2  # batches ahead, on the devices
 
-  # --- periodic evaluation of the averages: PSNR, SSIM ---------------------
+  # --- periodic evaluation of the averages: PSNR, SSIM, and `metrics` ------
   c.evaluation = ConfigDict()
   c.evaluation.source = source("folder")  # held-out images
   c.evaluation.every = 5_000  # steps; 0: at the end only
@@ -146,6 +146,8 @@ def autoencoder() -> ConfigDict:
   c.evaluation.resolutions = (256,)
   c.evaluation.batch_size = 32  # rounded up to what the mesh divides
   c.evaluation.max_images = 5_000  # 0: all
+  # As in `evaluate()`; without their weights they are left out.
+  c.evaluation.metrics = ("lpips",)
   c.evaluation.samples = 8  # images in the sample grids
 
   c.update(training_machine())
@@ -281,7 +283,7 @@ def small(c: ConfigDict) -> ConfigDict:
 
 
 def report() -> ConfigDict:
-  """Runs side by side: reconstructions, PSNR and SSIM, loss curves."""
+  """Runs side by side and their floor: pictures, metrics, loss curves."""
   c = ConfigDict()
   c.task = "report"
   c.runs = ConfigDict()  # name to work directory, in the order of the report
@@ -289,6 +291,8 @@ def report() -> ConfigDict:
   c.resolutions = (256, 512)  # the last one makes the picture
   c.batch_size = 32
   c.max_images = 0  # 0: all
+  # Besides PSNR and SSIM; as in `evaluate()`.
+  c.metrics = ("lpips", "frechet_efficientnet_lite0")
   c.samples = 8  # images in the picture
   c.threads = 4  # loader threads
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
@@ -309,7 +313,12 @@ def evaluate() -> ConfigDict:
   c.space_to_channel = 1
   # Others to show beside it, as "[PATH,PATH]": work directories of finished
   # evaluations are read; anything that `init_from` may be is measured, too.
+  # "block_pca": a linear projection of blocks of pixels on their principal
+  # components, with latents of the same size: the floor.
   c.compare = ""
+  # Of block_pca: images that it is fitted on. kind "": those that `init_from`
+  # was trained on; if it is no run, the measured images, as its name says.
+  c.fit_source = source("")
   c.source = source("folder")
   # Sides of the images' centre crops (DMCrop, as the paper's evaluations).
   c.resolutions = (256, 512)

@@ -30,7 +30,11 @@ from configs import base
 from dcae_jax.data import transforms
 from dcae_jax.evaluation import fid
 from dcae_jax.models import inception, lpips
-from dcae_jax.tasks import evaluate_autoencoder, reference_statistics
+from dcae_jax.tasks import (
+  evaluate_autoencoder,
+  reference_statistics,
+  train_autoencoder,
+)
 
 RESOLUTION = 32
 
@@ -381,6 +385,46 @@ def test_runs_are_compared_whether_measured_before_or_not(
   assert "initial values" in _check_page(third)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_floor_stands_beside_what_is_measured(
+  trained, config, photographs, tiny_config, tmp_path
+):
+  """Fitted on what the run was trained on, or else on the measured images."""
+  changes = {"compare": "[block_pca]", "space_to_channel": 2}
+  name = "floor: block PCA (fitted on these images)"
+  if trained:
+    train_autoencoder.run(tiny_config(1, steps=1), epath.Path(tmp_path / "run"))
+    changes["init_from"] = str(tmp_path / "run")
+    name = "floor: block PCA"
+  result = _run(config(**changes), tmp_path / "out")
+  found = json.loads((tmp_path / "out/compared/0/result.json").read_text())
+  assert found["name"] == name
+  size = ("spatial_compression", "latent_channels")
+  assert [found["autoencoder"][key] for key in size] == [16, 64]
+  assert [result["autoencoder"][key] for key in size] == [16, 64]
+  ours, theirs = (x["resolutions"][str(RESOLUTION)] for x in (result, found))
+  assert theirs["psnr"] > ours["psnr"] + 3 and theirs["images"] == 11
+  assert theirs["ssim"] > ours["ssim"]
+  assert "2 x 2 x 64" in _check_page(tmp_path / "out")
+  # As any finished evaluation, it can stand beside others.
+  again = config(init_from="", compare=str(tmp_path / "out/compared/0"))
+  evaluate_autoencoder.run(again, epath.Path(tmp_path / "again"))
+  assert name in _check_page(tmp_path / "again")
+
+
+def test_the_floor_can_be_fitted_on_other_images(config, photographs, tmp_path):
+  changes = {"compare": "block_pca", "max_images": 3}
+  distances = []
+  for i, source in enumerate(("", str(photographs))):
+    changes["fit_source.path"] = source
+    changes["fit_source.kind"] = "folder" if source else ""
+    _run(config(**changes), tmp_path / f"{i}")
+    found = json.loads((tmp_path / f"{i}/compared/0/result.json").read_text())
+    assert found["name"].endswith("block PCA") == bool(source)
+    distances.append(found["resolutions"][str(RESOLUTION)]["psnr"])
+  assert distances[0] > distances[1]
+
+
 def test_reference_statistics_are_computed_saved_and_read(
   config, workdir, pictures, inception_weights, tmp_path, compilation_cache
 ):
@@ -438,6 +482,11 @@ def test_reference_statistics_are_computed_saved_and_read(
     ({"source.weight": float("inf")}, "source weight inf"),
     ({"dtype": "float16"}, "unknown dtype"),
     ({"compare": "[nowhere/else]"}, "nowhere/else"),
+    ({"init_from": "", "compare": "[block_pca]"}, "set one of them"),
+    (
+      {"compare": "[block_pca]", "fit_source.kind": "folder"},
+      "image folder '' does not exist",
+    ),
     ({"weights.rfid": "no.pth", "metrics": ("rfid",)}, "no.pth"),
     ({"reference": "x.npz"}, "rfid, which is not among"),
     ({"source.path": "/nowhere"}, "does not exist"),

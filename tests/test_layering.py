@@ -25,6 +25,10 @@ RULES = {
     {"etils", "jax"},
   ),
   "dcae_jax/arrays.py": ({"dcae_jax.models"}, {"jax"}),
+  "dcae_jax/block_pca.py": (
+    {"dcae_jax.evaluation"},
+    {"einops", "jax", "jaxtyping"},
+  ),
   "dcae_jax/architecture.py": (
     {
       "dcae_jax.autoencoder_dc",

@@ -99,6 +99,7 @@ def test_work_directory_holds_what_the_contract_says(phase_1):
   assert result["step"] == 4 and result["images_skipped"] == 0
   assert result["eval/psnr"] == evaluated[0]["eval/psnr"]
   assert result["parameters"] == result["parameters_trained"] == 1_165_612
+  assert result["floor/psnr"] > result["eval/psnr"] and "floor/ssim" in result
   samples = [p.name for p in (phase_1 / "samples").iterdir()]
   assert samples == ["reconstructions_32px_00000004.png"]
   assert list(phase_1.glob("events.out.tfevents.*"))
@@ -167,6 +168,29 @@ def test_a_finished_run_does_nothing_when_started_again(tiny_config, phase_1):
   assert _run(tiny_config(1), phase_1)
   _assert_same_bits(before, _saved(phase_1))
   assert (phase_1 / "result.json").read_text() == result
+
+
+def test_a_run_ends_with_a_table_of_before_after_and_the_floor(
+  tiny_config, phase_1, tmp_path, caplog
+):
+  shutil.copytree(phase_1, tmp_path / "run")
+  with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 0, "eval/psnr": 1.234, "eval/ssim": 0.5}\n')
+  caplog.set_level("INFO")
+  assert _run(tiny_config(1), tmp_path / "run")
+  text = caplog.messages[-1]
+  rows = [line for line in text.splitlines() if " 32 " in line]
+  names = [row.split("|")[1].strip() for row in rows]
+  assert names == ["step 0", "step 4", "floor: block PCA"]
+  assert "1.23 | 0.5000" in rows[0]
+  assert "run/samples" in text and "run/result.json" in text
+
+
+def test_the_evaluation_of_a_run_measures_lpips(tiny_config, tmp_path):
+  changes = {"evaluation.metrics": ("lpips",), "evaluation.max_images": 2}
+  assert _run(tiny_config(1, steps=1, **changes), tmp_path)
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert 0 < result["floor/lpips"] < result["eval/lpips"] < 2
 
 
 def test_a_trained_run_is_loaded_saved_and_trained_further(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from conftest import REPOSITORY, run_main
@@ -10,7 +11,7 @@ from PIL import Image
 
 import dcae_jax
 from configs import base, quickstart
-from dcae_jax.tasks import report, train_phases
+from dcae_jax.tasks import floor, report, train_phases
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,8 @@ def workdir(tmp_path_factory, compilation_cache):
   )
   assert found.returncode == 0, found.stderr
   assert "report.md" in found.stderr.splitlines()[-1]
+  for text in (f"| {floor.NAME} |  64 |", "| step 3 ", "picture:", "samples:"):
+    assert text in found.stderr
   for noise in ("Warning", "Traceback", "Exception", "leaked"):
     assert noise not in found.stderr, found.stderr
   return directory
@@ -42,30 +45,74 @@ def test_a_phase_of_it_must_be_named(workdir):
 
 def test_quickstart_writes_a_report(workdir):
   numbers = json.loads((workdir / "report" / "report.json").read_text())
-  assert list(numbers) == ["phase1", "phase2", "phase3"]
+  assert list(numbers) == [floor.NAME, "phase1", "phase2", "phase3"]
   for found in numbers.values():
     assert all(
-      10 < x["psnr"] < 40 and 0 < x["ssim"] < 1 for x in found.values()
+      10 < x["psnr"] < 40
+      and 0 < x["ssim"] < 1
+      and 0 < x["lpips"] < 1
+      and x["frechet_efficientnet_lite0"] > 0
+      for x in found.values()
     )
+  for size, found in numbers[floor.NAME].items():  # above runs of three steps
+    assert found["psnr"] > numbers["phase3"][size]["psnr"] + 3
   high = max(quickstart.get_config().report.resolutions)
-  for name, height in (("reconstructions", 4 * high), ("loss_curves", 100)):
+  for name, height in (("reconstructions", 5 * high), ("loss_curves", 100)):
     with Image.open(workdir / "report" / f"{name}.png") as image:
       assert image.size[1] > height
   table = (workdir / "report" / "report.md").read_text()
-  for phase, found in numbers.items():
-    (row,) = (x for x in table.splitlines() if x.startswith(f"| {phase} "))
-    for metrics in found.values():
-      assert f"{metrics['psnr']:.2f} dB" in row
+  for name, found in numbers.items():
+    rows = [x for x in table.splitlines() if x.startswith(f"| {name} ")]
+    for row, (size, metrics) in zip(rows, found.items(), strict=True):
+      cells = [cell.strip() for cell in row.strip("|").split("|")]
+      assert cells[1:4] == [
+        size,
+        f"{metrics['psnr']:.2f}",
+        f"{metrics['ssim']:.4f}",
+      ]
+  assert "8 images, fewer than 2048" in table
 
 
 def test_report_agrees_with_the_runs_own_evaluation(workdir):
   numbers = json.loads((workdir / "report" / "report.json").read_text())
+  del numbers[floor.NAME]
   for phase, found in numbers.items():
     result = json.loads((workdir / phase / "result.json").read_text())
     resolutions = quickstart.get_config()[phase].evaluation.resolutions
-    for metric in ("psnr", "ssim"):
+    for metric in ("psnr", "ssim", "lpips"):
       own = found[str(resolutions[0])][metric]
       assert abs(own - result[f"eval/{metric}"]) < 1e-3
+
+
+def test_runs_end_with_their_floor(workdir):
+  """The same as in the report, where the crops are the same."""
+  numbers = json.loads((workdir / "report" / "report.json").read_text())
+  result = json.loads((workdir / "phase1" / "result.json").read_text())
+  for size, prefix in (("64", "floor"), ("128", "floor/128px")):
+    for metric in ("psnr", "ssim", "lpips"):
+      expected = numbers[floor.NAME][size][metric]
+      assert result[f"{prefix}/{metric}"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_report_without_the_training_images_has_no_floor_and_says_so(
+  workdir, tmp_path, compilation_cache
+):
+  run = tmp_path / "run"
+  shutil.copytree(workdir / "phase1", run)
+  config = json.loads((run / "config.json").read_text())
+  config["data"]["source"] |= {"kind": "folder", "path": "/not/here"}
+  del config["model"]["scan"]  # of a run from before this key
+  (run / "config.json").write_text(json.dumps(config))
+  c = base.report()
+  c.runs.one = str(run)
+  c.source = base.source("embedded", split="validation")
+  c.resolutions, c.max_images, c.metrics = (64,), 2, ()
+  c.compilation_cache = compilation_cache
+  report.run(c, epath.Path(tmp_path / "report"))
+  numbers = json.loads((tmp_path / "report" / "report.json").read_text())
+  assert list(numbers) == ["one"]
+  text = (tmp_path / "report" / "report.md").read_text()
+  assert f"{floor.NAME} is absent: image folder '/not/here'" in text
 
 
 def test_phases_are_trained_with_the_losses_of_the_paper(workdir):
@@ -121,6 +168,7 @@ def test_sigterm_between_phases_starts_no_other(tmp_path, monkeypatch):
     ({"runs.a": "/nowhere"}, "'/nowhere' is not the work directory"),
     ({"runs.a": "/nowhere", "resolutions": ()}, "resolutions is empty"),
     ({"runs.a": "/nowhere", "samples": 0}, "samples=0"),
+    ({"runs.a": "/nowhere", "metrics": ("fid",)}, "unknown metric 'fid'"),
   ],
 )
 def test_reports_without_runs_are_refused(tmp_path, changes, message):

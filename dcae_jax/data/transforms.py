@@ -133,12 +133,17 @@ def dm_crop(image: Image.Image, size: int) -> Image.Image:
 
   As in guided diffusion (arXiv 2105.05233), so that numbers compare.
   """
+  image = dm_resize(image, size)
+  left, top = ((side - size) // 2 for side in image.size)
+  return image.crop((left, top, left + size, top + size))
+
+
+def dm_resize(image: Image.Image, size: int) -> Image.Image:
+  """The whole image at the shorter side that `dm_crop` crops it at."""
   while min(image.size) >= 2 * size:
     half = tuple(side // 2 for side in image.size)
     image = image.resize(half, Image.Resampling.BOX)
-  image = _resize_shorter_side(image, size)
-  left, top = ((side - size) // 2 for side in image.size)
-  return image.crop((left, top, left + size, top + size))
+  return _resize_shorter_side(image, size)
 
 
 def random_crop(

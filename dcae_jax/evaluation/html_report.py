@@ -9,16 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dcae_jax.evaluation import fid, reconstruction
+from dcae_jax.evaluation import fid, reconstruction, text_table
 
-# Key, heading, digits; an arrow says which way is better.
-COLUMNS = (
-  ("rfid", "rFID ↓", 3),
-  ("psnr", "PSNR, dB ↑", 2),
-  ("ssim", "SSIM ↑", 4),
-  ("lpips", "LPIPS ↓", 4),
-  ("frechet_efficientnet_lite0", "Fréchet EfficientNet-Lite0 ↓", 2),
-)
 DISTANCES = ("rfid", "frechet_efficientnet_lite0")  # between sets of images
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#57534e")
 
@@ -92,18 +84,13 @@ def page(
   )
 
 
-def _number(value: float | None, digits: int) -> str:
-  """For a table; a metric that could not be computed is "absent"."""
-  return "absent" if value is None else f"{value:.{digits}f}"
-
-
 def _cells(
   runs: Sequence[tuple[str, Mapping[str, Any]]],
 ) -> list[list[str]]:
   """The paper's table 2 and the latents' statistics; the first row is heads."""
   asked = [
     column
-    for column in COLUMNS
+    for column in text_table.COLUMNS
     if any(
       column[0] in found
       for _, result in runs
@@ -119,7 +106,9 @@ def _cells(
       side = int(resolution) // autoencoder["spatial_compression"]
       shape = f"{side} x {side} x {autoencoder['latent_channels']}"
       row = [name, shape, resolution, f"{found['images']:,}"]
-      row += [_number(found.get(key), digits) for key, _, digits in asked]
+      row += [
+        text_table.number(found.get(key), digits) for key, _, digits in asked
+      ]
       row += [f"{latent[key]:.4g}" for key in ("mean", "std", "rms")]
       factor = latent["scaling_factor"]
       rows.append([*row, "absent" if factor is None else f"{factor:.4g}"])
@@ -137,14 +126,9 @@ def _table(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
   return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
 
-def text_table(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def text(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
   """The same for a terminal, in Markdown."""
-  header, *rows = _cells(runs)
-  lines = [header, ["---"] * len(header), *rows]
-  return "\n".join(
-    f"| {' | '.join(cell.replace('|', '/') for cell in line)} |"
-    for line in lines
-  )
+  return text_table.markdown(_cells(runs))
 
 
 def _absent(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

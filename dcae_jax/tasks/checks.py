@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dcae_jax import phases
 from dcae_jax.data import images
 from dcae_jax.models import dcae, lpips, patchgan
-from dcae_jax.tasks import wiring
+from dcae_jax.tasks import metric_networks, wiring
 from dcae_jax.training import step
 
 _LARGEST = 2**31 - 1  # counts are int32
@@ -42,6 +42,7 @@ def check_autoencoder(
     raise ValueError(
       "config.evaluation.resolutions is empty; name at least one"
     )
+  metric_networks.check(config.evaluation, "config.evaluation")
   images.Cropping(config.data.crop, config.resolution)
   _check_lpips(config)
   if phase.adversarial:

@@ -7,7 +7,6 @@ are read, anything else is measured below `compared/`.
 
 import contextlib
 import csv
-import functools
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dcae_jax import architecture, autoencoder, weights
+from dcae_jax import architecture, autoencoder, block_pca, weights
 from dcae_jax.data import images, sources, transforms
 from dcae_jax.evaluation import (
   fid,
@@ -34,6 +33,7 @@ from dcae_jax.evaluation import (
 from dcae_jax.models import dcae
 from dcae_jax.tasks import (
   evaluation_report,
+  floor,
   measuring,
   metric_networks,
   wiring,
@@ -41,6 +41,7 @@ from dcae_jax.tasks import (
 from dcae_jax.training import checkpoint, metrics_writer, sharding
 
 _LOG = logging.getLogger(__name__)
+FLOOR = "block_pca"  # in `config.compare`
 
 
 def check(config: ConfigDict) -> None:
@@ -67,6 +68,7 @@ def check(config: ConfigDict) -> None:
   )  # fmt: skip
   dcae.check_dtype(config.dtype)
   metric_networks.check(config)
+  metric_networks.check_reference(config)
   if config.init_from:
     _check_model(config.init_from, config)
   if config.variant:
@@ -74,25 +76,81 @@ def check(config: ConfigDict) -> None:
     compression = variant.spatial_compression * config.space_to_channel
     wiring.check_sides(config.resolutions, compression)
   for other in others:
-    if is_evaluation(other):
+    if other == FLOOR:
+      _check_floor(config)
+    elif is_evaluation(other):
       evaluation_report.check(epath.Path(other).expanduser())
     else:
       _check_model(other, _config_of_other(config, other))
 
 
 def _check_model(path: str, config: ConfigDict) -> None:
-  model = wiring.model_of(path)
-  transforms.check_channels(model["image_channels"])
-  variant = architecture.of_model(model["variant"], model["architecture"])
+  variant, channels = wiring.variant_of(path)
+  transforms.check_channels(channels)
   compression = variant.spatial_compression * config.space_to_channel
   wiring.check_sides(config.resolutions, compression)
 
 
+def _check_floor(config: ConfigDict) -> None:
+  if not (config.init_from or config.variant):
+    raise ValueError(
+      f"config.compare={config.compare} names {FLOOR}, whose latents have the "
+      "size of those of config.init_from or config.variant; set one of them"
+    )
+  block_pca.shape(*_latent_size(config))
+  _material(config)
+
+
+def _latent_size(config: ConfigDict) -> tuple[int, int, int]:
+  """Spatial compression, latent channels, image channels."""
+  if config.init_from:
+    variant, channels = wiring.variant_of(config.init_from)
+  else:
+    variant, channels = architecture.check_variant(config.variant), 3
+  p = config.space_to_channel
+  return (
+    variant.spatial_compression * p,
+    variant.latent_channels * p**2,
+    channels,
+  )
+
+
+def _material(config: ConfigDict) -> floor.Material:
+  """What block PCA is fitted on.
+
+  Raises:
+    ValueError: it is not here.
+  """
+  decoding = images.Decoding(
+    _latent_size(config)[2], max_megapixels=config.max_megapixels
+  )
+  if config.fit_source.kind:
+    return floor.Material(wiring.weighted_sources(config.fit_source), decoding)
+  if not checkpoint.is_run(config.init_from):
+    return floor.Material(
+      [(wiring.single_source(config.source), 1.0)], decoding
+    )
+  try:
+    return floor.of_run(config.init_from)
+  except ValueError as error:
+    raise ValueError(
+      f"{FLOOR} cannot be fitted on what {config.init_from} was trained on "
+      f"({error}); name other images with config.fit_source"
+    ) from error
+
+
+def _name_of_floor(config: ConfigDict) -> str:
+  if config.fit_source.kind or checkpoint.is_run(config.init_from):
+    return floor.NAME
+  return f"{floor.NAME} (fitted on these images)"
+
+
 def _config_of_other(config: ConfigDict, path: str) -> ConfigDict:
   """The evaluation of one that is compared: as it is, by its own name."""
+  name = _name_of_floor(config) if path == FLOOR else ""
   own = config.copy_and_resolve_references()
   with own.unlocked():
-    own.update({"init_from": path, "variant": "", "name": "", "compare": ""})
+    own.update({"init_from": path, "variant": "", "name": name, "compare": ""})
     own.space_to_channel = 1
   return own
 
@@ -106,6 +164,8 @@ def compared(config: ConfigDict) -> list[str]:
 
 def is_evaluation(path: str) -> bool:
   """True for the work directory of a finished evaluation."""
+  if path == FLOOR:
+    return False
   directory = epath.Path(path).expanduser()
   if not (directory / "result.json").exists():
     return False
@@ -116,6 +176,8 @@ def is_evaluation(path: str) -> bool:
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Evaluates `init_from`, and what it is compared with; writes the report."""
   for other in compared(config):
+    if other == FLOOR:
+      continue
     path = pathlib.PurePath(os.path.abspath(os.path.expanduser(other)))
     if path.is_relative_to(os.path.abspath(workdir)):
       raise ValueError(
@@ -137,14 +199,17 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     source = wiring.single_source(config.source)
     decoding = images.Decoding(max_megapixels=config.max_megapixels)
     images.check_not_empty(source, decoding)
-    metrics = metric_networks.open_all(config)
+    metrics = metric_networks.with_references(
+      metric_networks.open_all(config.metrics, config.weights.to_dict()), config
+    )
   workdir.mkdir(parents=True, exist_ok=True)
   # Made aside: until all is there, an earlier evaluation stays as it is.
   with tempfile.TemporaryDirectory(prefix="dcae_jax_evaluation_") as aside:
     for i, (own, directory) in enumerate(to_measure):
       part = epath.Path(aside) / f"{i}"
       part.mkdir()
-      _evaluate(own, part, mesh, source, metrics)
+      ae = _fit(config) if own.init_from == FLOOR else _load(own)
+      _evaluate(ae, own, part, mesh, source, metrics)
       _publish(part, directory, replaced="pictures")
     wiring.write_config(config, workdir)
     if jax.process_index():
@@ -191,6 +256,7 @@ def _plan(
 
 
 def _evaluate(
+  ae: autoencoder.Autoencoder | block_pca.BlockPCA,
   config: ConfigDict,
   workdir: epath.Path,
   mesh: Mesh,
@@ -198,7 +264,6 @@ def _evaluate(
   metrics: metric_networks.Opened,
 ) -> None:
   """One autoencoder: `result.json`, `images_*.csv`, `pictures/`."""
-  ae = _load(config)
   described = {
     "init_from": config.init_from,
     "variant": ae.variant,
@@ -207,10 +272,7 @@ def _evaluate(
     "latent_channels": ae.latent_channels,
     "weights_sha256": weights.fingerprint(ae.variables),
   }
-  placed = sharding.shardings(ae.variables, mesh)
-  # From the host: one device's arrays cannot be sent to other processes.
-  ae.variables = jax.device_get(ae.variables)
-  variables = ae.variables = jax.device_put(ae.variables, placed)
+  variables = ae.variables = measuring.on_mesh(ae.variables, mesh)
   reader = measuring.EvaluationImages(
     source,
     images.Decoding(ae.image_channels, max_megapixels=config.max_megapixels),
@@ -219,11 +281,7 @@ def _evaluate(
     max_images=config.max_images,
     threads=config.threads,
   )
-  networks = metric_networks.networks(
-    functools.partial(ae.apply, method="encode"),
-    functools.partial(ae.apply, method="decode"),
-    metrics,
-  )
+  networks = measuring.networks_of(ae, metrics)
   evaluation = measuring.Evaluation(
     networks,
     reader,
@@ -277,6 +335,16 @@ def _evaluate(
   }
   metrics_writer.write_whole(
     workdir / "result.json", json.dumps(result, indent=2)
+  )
+
+
+def _fit(config: ConfigDict) -> block_pca.BlockPCA:
+  """The floor of what is measured."""
+  return floor.fit(
+    _material(config),
+    *_latent_size(config)[:2],
+    config.resolutions,
+    threads=config.threads,
   )
 
 

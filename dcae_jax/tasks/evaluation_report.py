@@ -80,7 +80,7 @@ def write(report: epath.Path, directories: list[epath.Path]) -> str:
   named = [(run.name, run.result) for run in runs]
   page = html_report.page(named, sections, latents)
   metrics_writer.write_whole(report / "index.html", page)
-  return html_report.text_table(named)
+  return html_report.text(named)
 
 
 def _short(name: str) -> str:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax.data import images, sources
 from dcae_jax.evaluation import reconstruction
+from dcae_jax.tasks import metric_networks
 from dcae_jax.training import sharding
 
 _LOG = logging.getLogger(__name__)
@@ -177,9 +178,19 @@ class Progress:
     )
 
 
-def networks_of(autoencoder: Any) -> reconstruction.Networks:
-  """What evaluates a linen autoencoder by PSNR and SSIM alone."""
-  return reconstruction.Networks(
+def on_mesh(variables: Any, mesh: Mesh) -> Any:
+  """An autoencoder's variables, where `sharding` has them live."""
+  # From the host: one device's arrays cannot be sent to other processes.
+  placed = sharding.shardings(variables, mesh)
+  return jax.device_put(jax.device_get(variables), placed)
+
+
+def networks_of(
+  autoencoder: Any, metrics: metric_networks.Opened
+) -> reconstruction.Networks:
+  """What evaluates whatever has an `apply` with the methods of autoencoders."""
+  return metric_networks.networks(
     functools.partial(autoencoder.apply, method="encode"),
     functools.partial(autoencoder.apply, method="decode"),
+    metrics,
   )

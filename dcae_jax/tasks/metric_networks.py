@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ METRICS = {
     efficientnet.load, efficientnet.features
   ),
 }
+_ANYWHERE = dict.fromkeys(METRICS, "")
 
 
 class Opened(NamedTuple):
@@ -49,20 +50,29 @@ class Opened(NamedTuple):
   reference_files: dict[str, dict[str, str]]
 
 
-def check(config: ConfigDict) -> None:
-  """Raises ValueError for metrics that cannot be computed as asked."""
+def check(config: ConfigDict, key: str = "config") -> None:
+  """Raises ValueError for metrics that cannot be computed as asked.
+
+  Args:
+    config: with `metrics` and `resolutions`.
+    key: where it stands, for messages.
+  """
   for metric in config.metrics:
     if metric not in METRICS:
       raise ValueError(
-        f"unknown metric {metric!r} in config.metrics; known are "
+        f"unknown metric {metric!r} in {key}.metrics; known are "
         f"{', '.join(METRICS)}"
       )
   smallest = lpips.SMALLEST_SIDE[_LPIPS_NETWORK]
   if "lpips" in config.metrics and min(config.resolutions) < smallest:
     raise ValueError(
       f"image side {min(config.resolutions)} is below {smallest}, the smallest "
-      "that LPIPS can be computed for; leave it out of config.metrics"
+      f"that LPIPS can be computed for; leave it out of {key}.metrics"
     )
+
+
+def check_reference(config: ConfigDict) -> None:
+  """Raises ValueError for reference statistics that nothing can use."""
   if config.reference and "rfid" not in config.metrics:
     raise ValueError(
       f"config.reference={config.reference} is for rfid, which is not among "
@@ -76,25 +86,42 @@ def check(config: ConfigDict) -> None:
     )
 
 
-def open_all(config: ConfigDict) -> Opened:
-  """Reads weights and reference statistics.
+def open_all(
+  metrics: Iterable[str], weights: Mapping[str, str] = _ANYWHERE
+) -> Opened:
+  """Reads weights.
+
+  Args:
+    metrics: keys of `METRICS`.
+    weights: by metric, where they are; "": the cache, or the package that
+      brings them.
 
   Raises:
     ValueError: a file that is not what it should be.
   """
-  found, absent, references, files = {}, {}, {}, {}
-  for metric in config.metrics:
+  found, absent = {}, {}
+  for metric in metrics:
     try:
-      found[metric] = METRICS[metric].load(config.weights[metric])
+      found[metric] = METRICS[metric].load(weights[metric])
     except pretrained.AbsentWeightsError as error:
       absent[metric] = str(error)
       _LOG.warning("%s is absent: %s", metric, error)
+  return Opened(found, absent, {}, {})
+
+
+def with_references(opened: Opened, config: ConfigDict) -> Opened:
+  """The same, with the reference statistics of an evaluation.
+
+  Raises:
+    ValueError: a file that is not what it should be.
+  """
+  references, files = {}, {}
   for resolution in config.resolutions if config.reference else ():
     path = config.reference.replace("{resolution}", str(resolution))
     statistics = fid.load_statistics(path, inception.FEATURES)
     references[resolution] = {"rfid": (statistics.mean, statistics.covariance)}
     files[str(resolution)] = {"file": path, "sha256": statistics.sha256}
-  return Opened(found, absent, references, files)
+  return opened._replace(references=references, reference_files=files)
 
 
 def networks(
@@ -115,5 +142,5 @@ def networks(
       for name in opened.found
       if METRICS[name].features is not None
     },
-    {name: weights.parameters for name, weights in opened.found.items()},
+    {name: found.parameters for name, found in opened.found.items()},
   )

@@ -1,17 +1,22 @@
-"""Runs side by side: a picture, a table of PSNR and SSIM, the loss curves."""
+"""Runs side by side and their floor: a picture, a table, the loss curves."""
 
 import json
 import logging
-from typing import Any
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.data import images
-from dcae_jax.evaluation import figures, reconstruction
-from dcae_jax.models import dcae
-from dcae_jax.tasks import measuring, wiring
+from dcae_jax import autoencoder, block_pca
+from dcae_jax.data import images, sources, transforms
+from dcae_jax.evaluation import (
+  fid,
+  figures,
+  html_report,
+  reconstruction,
+  text_table,
+)
+from dcae_jax.tasks import floor, measuring, metric_networks, wiring
 from dcae_jax.training import checkpoint, metrics_writer, sharding
 
 _LOG = logging.getLogger(__name__)
@@ -34,64 +39,94 @@ def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
   for key in ("batch_size", "samples", "threads"):
     if not config[key] >= 1:
       raise ValueError(f"config.{key}={config[key]} is below 1")
+  metric_networks.check(config)
   if runs_are_pending:
     return
   for run in config.runs.values():
-    model = ConfigDict(checkpoint.read_run_config(run)["model"])
-    wiring.check_resolutions(config.resolutions, model)
+    variant, channels = wiring.variant_of(run)
+    transforms.check_channels(channels)
+    wiring.check_sides(config.resolutions, variant.spatial_compression)
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Writes report.md, report.json and the two PNGs into `workdir`.
 
-  Evaluates the averages of each run's last checkpoint.
+  Evaluates the averages of each run's last checkpoint, and block PCA with
+  latents of the size of the first run's, fitted on what that run was trained
+  on.
   """
   check(config)
   wiring.check_work_directory(config, workdir)
   wiring.prepare_jax(config.compilation_cache)
   source = wiring.single_source(config.source)
   images.check_not_empty(source, images.Decoding())
+  metrics = metric_networks.open_all(config.metrics)
   wiring.write_config(config, workdir)
-  results = {
-    name: _evaluate(config, run, source) for name, run in config.runs.items()
-  }
+  first = next(iter(config.runs.values()))
+  absent = dict(metrics.absent)
+  results = {}
+  try:
+    fitted = _floor(config, first)
+  except ValueError as error:  # such as images of another machine
+    absent[floor.NAME] = str(error)
+    _LOG.warning("%s is absent: %s", floor.NAME, error)
+  else:
+    results[floor.NAME] = _evaluate(config, fitted, source, metrics)
+  for name, run in config.runs.items():
+    results[name] = _evaluate(config, _load(run), source, metrics)
   if jax.process_index() == 0:
-    _write(config, workdir, results)
-    _LOG.info("report: %s", workdir / "report.md")
+    _write(config, workdir, results, absent)
   return True
 
 
-def _evaluate(
-  config: ConfigDict, run: str, source: Any
-) -> dict[int, reconstruction.Result]:
-  # Runs from before this key have none.
-  found = {"scan": False} | checkpoint.read_run_config(run)["model"]
-  model_config = ConfigDict(found)
-  autoencoder = wiring.model(model_config)
-  mesh = sharding.create_mesh(-1, 1, 1)
-  abstract = dcae.abstract_variables(autoencoder, model_config.image_channels)
-  _, variables = checkpoint.restore_variables(
-    run, "ema", abstract, sharding.shardings(abstract, mesh)
+def _load(run: str) -> autoencoder.Autoencoder:
+  dtype = checkpoint.read_run_config(run)["model"]["dtype"]
+  # Latents are decoded as they are: the scaling factor does not matter.
+  return autoencoder.load(run, scaling_factor=1.0, dtype=dtype)
+
+
+def _floor(config: ConfigDict, run: str) -> block_pca.BlockPCA:
+  variant, _ = wiring.variant_of(run)
+  return floor.fit(
+    floor.of_run(run),
+    variant.spatial_compression,
+    variant.latent_channels,
+    config.resolutions,
+    threads=config.threads,
   )
+
+
+def _evaluate(
+  config: ConfigDict,
+  ae: autoencoder.Autoencoder | block_pca.BlockPCA,
+  source: sources.Source,
+  metrics: metric_networks.Opened,
+) -> dict[int, reconstruction.Result]:
+  mesh = sharding.create_mesh(-1, 1, 1)
   reader = measuring.EvaluationImages(
     source,
-    images.Decoding(model_config.image_channels),
+    images.Decoding(ae.image_channels),
     mesh,
     batch_size=config.batch_size,
     max_images=config.max_images,
     threads=config.threads,
   )
-  networks = measuring.networks_of(autoencoder)
   evaluation = measuring.Evaluation(
-    networks, reader, mesh, samples=config.samples
+    measuring.networks_of(ae, metrics), reader, mesh, samples=config.samples
   )
+  variables = measuring.on_mesh(ae.variables, mesh)
   return {
     resolution: evaluation.measure(variables, resolution)
     for resolution in config.resolutions
   }
 
 
-def _write(config: ConfigDict, workdir: epath.Path, results: Results) -> None:
+def _write(
+  config: ConfigDict,
+  workdir: epath.Path,
+  results: Results,
+  absent: dict[str, str],
+) -> None:
   shown = config.resolutions[-1]
   first = next(iter(results.values()))
   rows = [first[shown].rows[0]]
@@ -107,33 +142,42 @@ def _write(config: ConfigDict, workdir: epath.Path, results: Results) -> None:
   curves = figures.loss_curves(lines, _CURVES)
   (workdir / "loss_curves.png").write_bytes(curves)
   numbers = {
-    name: {str(size): result.metrics for size, result in found.items()}
+    name: {size: result.metrics for size, result in found.items()}
     for name, found in results.items()
   }
   metrics_writer.write_whole(
     workdir / "report.json", json.dumps(numbers, indent=2)
   )
-  metrics_writer.write_whole(workdir / "report.md", _markdown(results, shown))
+  table = text_table.of_metrics(numbers)
+  for found in first.values():
+    absent |= found.absent
+  notes = [f"{name} is absent: {why}." for name, why in absent.items()]
+  few = first[shown].count
+  if few < fid.FEWEST_IMAGES and set(html_report.DISTANCES) & set(
+    first[shown].metrics
+  ):
+    notes.append(
+      f"Fréchet distances of {few} images, fewer than {fid.FEWEST_IMAGES}, "
+      "order rows at best."
+    )
+  metrics_writer.write_whole(
+    workdir / "report.md", _markdown(table, notes, shown)
+  )
+  _LOG.info(
+    "held-out images:\n\n%s\n\npicture: %s\nreport: %s",
+    table, workdir / "reconstructions.png", workdir / "report.md",
+  )  # fmt: skip
 
 
-def _markdown(results: Results, shown: int) -> str:
-  sizes = list(next(iter(results.values())))
-  header = ["run"] + [
-    f"{metric} at {size} px" for size in sizes for metric in ("PSNR", "SSIM")
-  ]
-  rows = [header, ["---"] * len(header)]
-  for name, found in results.items():
-    row = [name]
-    for size in sizes:
-      row.append(f"{found[size].metrics['psnr']:.2f} dB")
-      row.append(f"{found[size].metrics['ssim']:.4f}")
-    rows.append(row)
-  table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def _markdown(table: str, notes: list[str], shown: int) -> str:
   return (
     "# Reconstruction of held-out photographs\n\n"
-    "Averaged weights of each run's last checkpoint; means over images.\n\n"
+    "Averaged weights of each run's last checkpoint; means over images. The "
+    "floor is\na linear projection of blocks of pixels with latents of the "
+    "same size, fitted on\nthe training images.\n\n"
     f"{table}\n\n"
-    f"At {shown} px, originals above:\n\n"
+    + "".join(f"{note}\n\n" for note in notes)
+    + f"At {shown} px, originals above:\n\n"
     "![reconstructions](reconstructions.png)\n\n"
     "![loss curves](loss_curves.png)\n"
   )

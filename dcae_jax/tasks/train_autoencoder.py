@@ -7,7 +7,7 @@ is found before anything is compiled or written.
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +20,16 @@ from ml_collections import ConfigDict
 
 from dcae_jax import architecture, phases, released, weights
 from dcae_jax.data import images, sources
-from dcae_jax.evaluation import figures
+from dcae_jax.evaluation import figures, text_table
 from dcae_jax.models import dcae, lpips, patchgan, pretrained, sd_vae
-from dcae_jax.tasks import checks, measuring, training_run, wiring
+from dcae_jax.tasks import (
+  checks,
+  floor,
+  measuring,
+  metric_networks,
+  training_run,
+  wiring,
+)
 from dcae_jax.training import (
   checkpoint,
   loop,
@@ -37,13 +44,14 @@ _LOG = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
-  """What a run reads, opened: sources, decodings, weights of LPIPS."""
+  """What a run reads, opened: sources, decodings, weights of networks."""
 
   training: list[tuple[sources.Source, float]]
   held_out: sources.Source
   training_decoding: images.Decoding
   held_out_decoding: images.Decoding
   perceptual_parameters: Any
+  metrics: metric_networks.Opened
 
 
 def open_inputs(config: ConfigDict) -> Inputs:
@@ -72,6 +80,7 @@ def open_inputs(config: ConfigDict) -> Inputs:
     ),
     images.Decoding(channels, max_megapixels=limit),
     parameters,
+    metric_networks.open_all(config.evaluation.metrics),
   )
   for source, _ in inputs.training:
     images.check_not_empty(source, inputs.training_decoding)
@@ -120,12 +129,19 @@ def run(
       _flops(
         _changed(config, rematerialisation=False), setup, perceptual_parameters
       ),
-      _evaluate(config, setup, held_out, writer),
+      _evaluate(config, setup, inputs.metrics, held_out, writer),
     )
 
   def finish(step):
-    skipped = wiring.total(len(batches.skipped) + len(held_out.skipped))
-    _finish(workdir, step, skipped, setup)
+    is_first = jax.process_index() == 0
+    result = _finished(workdir, step) if is_first else {}
+    if not wiring.total(len(result)):
+      of_floor = _floor(config, setup, inputs, held_out)
+      skipped = wiring.total(len(batches.skipped) + len(held_out.skipped))
+      if is_first:
+        result = of_floor | _result(workdir, step, skipped, setup)
+    if is_first:
+      _finish(config, workdir, result)
 
   return training_run.run(
     config,
@@ -267,12 +283,17 @@ def _initial_state(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
   return jax.jit(create_from_nothing, out_shardings=setup.shardings)(key)
 
 
+def _cropping(config: ConfigDict) -> images.Cropping:
+  c = config.data
+  return images.Cropping(c.crop, config.resolution, c.min_area, c.flip)
+
+
 def _batches(config: ConfigDict, inputs: Inputs) -> images.TrainingImages:
   c = config.data
   return images.TrainingImages(
     inputs.training,
     inputs.training_decoding,
-    images.Cropping(c.crop, config.resolution, c.min_area, c.flip),
+    _cropping(config),
     batch_size=config.batch_size // jax.process_count(),
     seed=config.seed,
     process_index=jax.process_index(),
@@ -385,11 +406,12 @@ def _held_out(
 def _evaluate(
   config: ConfigDict,
   setup: _Setup,
+  metrics: metric_networks.Opened,
   held_out: measuring.EvaluationImages,
   writer: metrics_writer.MetricsWriter,
 ) -> Callable[[int, state_lib.TrainState], dict[str, float]]:
   evaluation = measuring.Evaluation(
-    measuring.networks_of(setup.autoencoder),
+    measuring.networks_of(setup.autoencoder, metrics),
     held_out,
     setup.mesh,
     samples=config.evaluation.samples,
@@ -397,15 +419,61 @@ def _evaluate(
 
   def evaluate(step, state):
     values = {}
-    for i, resolution in enumerate(config.evaluation.resolutions):
+    for resolution, prefix in _prefixes(config, "eval").items():
       found = evaluation.measure(state.ema, resolution)
-      prefix = f"eval/{resolution}px" if i else "eval"
       values |= {f"{prefix}/{k}": v for k, v in found.metrics.items()}
       picture = figures.grid(found.rows)
       writer.image(step, f"reconstructions_{resolution}px", picture)
     return values
 
   return evaluate
+
+
+def _prefixes(config: ConfigDict, part: str) -> dict[int, str]:
+  """Of the names of metrics, by resolution."""
+  first, *others = config.evaluation.resolutions
+  return {first: part} | {side: f"{part}/{side}px" for side in others}
+
+
+def _floor(
+  config: ConfigDict,
+  setup: _Setup,
+  inputs: Inputs,
+  held_out: measuring.EvaluationImages,
+) -> dict[str, float]:
+  """What block PCA reaches on the held-out images; nothing where it cannot."""
+  variant = architecture.of_model(
+    config.model.variant, config.model.architecture.to_dict()
+  )
+  try:
+    fitted = floor.fit(
+      floor.Material(
+        inputs.training, inputs.training_decoding, _cropping(config)
+      ),
+      variant.spatial_compression,
+      variant.latent_channels,
+      config.evaluation.resolutions,
+      threads=config.data.threads,
+    )
+  except ValueError as error:
+    _LOG.warning("the run has no floor beside it: %s", error)
+    return {}
+  evaluation = measuring.Evaluation(
+    measuring.networks_of(fitted, inputs.metrics),
+    held_out,
+    setup.mesh,
+    samples=1,
+  )
+  variables = measuring.on_mesh(fitted.variables, setup.mesh)
+  values = {}
+  for resolution, prefix in _prefixes(config, "floor").items():
+    found = evaluation.measure(variables, resolution)
+    values |= {
+      f"{prefix}/{key}": value
+      for key, value in found.metrics.items()
+      if key != "latent_rms"
+    }
+  return values
 
 
 def _describe(config: ConfigDict, setup: _Setup, held_out: int) -> None:
@@ -423,22 +491,65 @@ def _describe(config: ConfigDict, setup: _Setup, held_out: int) -> None:
   )
 
 
-def _finish(
+def _finished(workdir: epath.Path, step: int) -> dict[str, float]:
+  """The result of a run that had ended at this step before; else nothing."""
+  path = workdir / "result.json"
+  if not path.exists():
+    return {}
+  result = json.loads(path.read_text())
+  return result if result["step"] == step else {}
+
+
+def _result(
   workdir: epath.Path, step: int, skipped: int, setup: _Setup
-) -> None:
-  """Writes `result.json`: the last of each metric."""
-  if jax.process_index():
-    return
+) -> dict[str, float]:
+  """The last of each metric, and what the run is."""
   learning, _ = phases.partition(setup.abstract.params, setup.mask)
   result = {"images_skipped": skipped}
   result |= metrics_writer.last_values(workdir / "metrics.jsonl")
-  result |= {
+  return result | {
     "step": step,
     "scaling_factor": 1 / result["eval/latent_rms"],
     "parameters": phases.count(setup.abstract.params),
     "parameters_trained": phases.count(learning),
   }
+
+
+def _finish(
+  config: ConfigDict, workdir: epath.Path, result: dict[str, float]
+) -> None:
+  """Writes `result.json`; says what the run has reached, and where it is."""
   metrics_writer.write_whole(
     workdir / "result.json", json.dumps(result, indent=2)
   )
-  _LOG.info("%d images were skipped; result in %s", skipped, workdir)
+  first = {}
+  for line in metrics_writer.read_lines(workdir / "metrics.jsonl"):
+    if line["step"] == 0:
+      first |= line
+  rows = {
+    "step 0": _metrics(config, "eval", first),
+    f"step {result['step']}": _metrics(config, "eval", result),
+    floor.NAME: _metrics(config, "floor", result),
+  }
+  _LOG.info(
+    "held-out images:\n\n%s\n\n%d images were skipped\nsamples: %s\n"
+    "result: %s",
+    text_table.of_metrics(rows), result["images_skipped"],
+    workdir / "samples", workdir / "result.json",
+  )  # fmt: skip
+
+
+def _metrics(
+  config: ConfigDict, part: str, values: Mapping[str, float]
+) -> dict[int, dict[str, float]]:
+  """By resolution; those without any are left out."""
+  found = {}
+  for resolution, prefix in _prefixes(config, part).items():
+    of_size = {
+      key: values[f"{prefix}/{key}"]
+      for key, *_ in text_table.COLUMNS
+      if f"{prefix}/{key}" in values
+    }
+    if of_size:
+      found[resolution] = of_size
+  return found

@@ -98,6 +98,17 @@ def model_of(source: str) -> dict[str, Any]:
   )
 
 
+def variant_of(source: str) -> tuple[architecture.Variant, int]:
+  """The architecture of a run or of released weights, and image channels.
+
+  Raises:
+    ValueError: `source` is neither, or what it holds is damaged.
+  """
+  model = model_of(source)
+  variant = architecture.of_model(model["variant"], model["architecture"])
+  return variant, model["image_channels"]
+
+
 def with_model(config: ConfigDict) -> ConfigDict:
   """The config, with the model of `init_from` where it names none."""
   if config.model.variant:
