@@ -104,16 +104,31 @@ def autoencoder() -> ConfigDict:
   c.discriminator.weight = 0.5  # [community] of the generator's hinge loss
   c.discriminator.adaptive = True  # [community] times a ratio of gradients
   c.discriminator.start_step = 0  # of the generator's loss [community: 1]
+  # [ours] 0: the autoencoder's; with Muon, its Adam's.
+  c.discriminator.learning_rate = 0.0
   c.discriminator.width = 64  # [community] channels of the first layer
   c.discriminator.layers = 3  # [community] of stride 2
 
-  # --- the optimizer: AdamW [paper], also of the discriminator -------------
+  # --- the optimizer -------------------------------------------------------
   c.optimizer = ConfigDict()
-  c.optimizer.learning_rate = 6.4e-5  # [paper] constant
-  c.optimizer.beta1 = 0.9  # [paper]
+  # "adamw" [paper], or "muon": kernels as matrices of (h w in) x out, and the
+  # rest, depthwise kernels too, by Adam. The discriminator's is always AdamW.
+  c.optimizer.kind = "adamw"
+  c.optimizer.learning_rate = 6.4e-5  # [paper]; of Muon [ours] 0.01
+  c.optimizer.adam_learning_rate = 2e-3  # [ours] Muon only: of the rest
+  # "constant" [paper], "cosine", "linear", or "wsd": warm-up, stable, linear
+  # decay over the last `decay_steps`. The end is `steps`; a run that goes on
+  # with more of them has the rates of the longer run from there on: with wsd,
+  # before its decay, the same as ever; with cosine and linear they jump.
+  c.optimizer.schedule = "constant"
+  c.optimizer.decay_steps = 0  # cosine and linear, 0: all after the warm-up
+  c.optimizer.final_rate = 0.0  # at the end, as a fraction of the rate
+  c.optimizer.beta1 = 0.9  # [paper] of Adam, as the next one
   c.optimizer.beta2 = 0.999  # [paper]
-  # [paper] 0.1; [ours] on kernels only, not on norms and biases.
-  c.optimizer.weight_decay = 0.1
+  c.optimizer.weight_decay = 0.1  # [paper]
+  c.optimizer.decay_all = (
+    False  # [ours] kernels alone; True: norms, biases, too
+  )
   # [ours] linear, from a tenth of the rate. (The authors' later code has 50k.)
   c.optimizer.warmup_steps = 5_000
   c.optimizer.clip_norm = 1.0  # [ours] global gradient norm; 0: not clipped
@@ -140,7 +155,8 @@ def autoencoder() -> ConfigDict:
   # --- periodic evaluation of the averages: PSNR, SSIM, and `metrics` ------
   c.evaluation = ConfigDict()
   c.evaluation.source = source("folder")  # held-out images
-  c.evaluation.every = 5_000  # steps; 0: at the end only
+  # Steps; also before the first one and after the last one; 0: only these.
+  c.evaluation.every = 5_000
   # Square centre crops (the evaluations' usual DMCrop); the first one gives
   # eval/psnr, another one eval/512px/psnr.
   c.evaluation.resolutions = (256,)
@@ -163,7 +179,9 @@ def training_machine() -> ConfigDict:
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 5_000  # steps; also at the end and on SIGTERM
   c.checkpoint.keep = 2  # latest ones
-  c.log_every = 100  # steps
+  c.log_every = 100  # steps, over which the logged metrics are means
+  # The terminal has a line after so many at the latest, of the steps so far.
+  c.log_seconds = 10.0
   # Trace `steps` steps after `start` ones (0: never), and `on_signal` steps
   # whenever a process gets SIGUSR1.
   c.profile = ConfigDict({"start": 100, "steps": 0, "on_signal": 3})
@@ -482,12 +500,18 @@ def latent_diffusion() -> ConfigDict:
   # example keeps one at random, such as (16, 32, 64, 128). (): all.
   c.channel_candidates = ()
 
-  # --- the optimizer: AdamW [paper] ----------------------------------------
+  # --- the optimizer, as of an autoencoder ---------------------------------
   c.optimizer = ConfigDict()
+  c.optimizer.kind = "adamw"  # [paper]
   c.optimizer.learning_rate = 2e-4  # [paper] UViT
+  c.optimizer.adam_learning_rate = 2e-4  # [ours]
+  c.optimizer.schedule = "constant"  # [paper]
+  c.optimizer.decay_steps = 0
+  c.optimizer.final_rate = 0.0
   c.optimizer.beta1 = 0.99  # [paper] UViT
   c.optimizer.beta2 = 0.99  # [paper] UViT
-  c.optimizer.weight_decay = 0.03  # [paper] UViT; [ours] on kernels only
+  c.optimizer.weight_decay = 0.03  # [paper] UViT
+  c.optimizer.decay_all = False
   c.optimizer.warmup_steps = 5_000  # [paper] UViT
   c.optimizer.clip_norm = 0.0  # 0: not clipped
   c.ema = ConfigDict()
@@ -517,6 +541,8 @@ def uvit(variant: str) -> ConfigDict:
   """UViT: noise prediction, DPM-Solver++ [paper]."""
   c = latent_diffusion()
   c.model.variant = variant
+  c.optimizer.decay_all = True  # the authors' code
+  c.ema.ramp_steps = 2_000  # the authors' code
   return c
 
 
@@ -538,7 +564,7 @@ def dit(variant: str) -> ConfigDict:
   c.objective.kind = "improved_ddpm"
   c.batch_size = 256  # [paper]; 1024 with a rate of 2e-4
   c.steps = 3_000_000  # [paper]
-  c.optimizer.learning_rate = 1e-4  # [paper] constant
+  c.optimizer.learning_rate = 1e-4  # [paper]
   c.optimizer.beta1 = 0.9  # [paper]
   c.optimizer.beta2 = 0.999  # [paper]
   c.optimizer.weight_decay = 0.0  # [paper]

@@ -80,7 +80,7 @@ RULES = {
       "dcae_jax.losses",
       "dcae_jax.diffusion",
     },
-    {"etils", "flax", "jax", "jaxtyping", "optax"},
+    {"clu", "etils", "flax", "jax", "jaxtyping", "optax"},
   ),
   "dcae_jax/training/checkpoint.py": (
     {"dcae_jax.training"},

@@ -12,7 +12,7 @@ from dcae_jax import phases
 from dcae_jax.data import images
 from dcae_jax.models import dcae, lpips, patchgan
 from dcae_jax.tasks import metric_networks, wiring
-from dcae_jax.training import step
+from dcae_jax.training import optimizer, step
 
 _LARGEST = 2**31 - 1  # counts are int32
 _BELOW_1 = 1 - 1e-12
@@ -29,6 +29,7 @@ def check_autoencoder(
     predecessor_is_pending: `init_from` names a run that is still to come.
   """
   _check_numbers(config)
+  optimizer.create(optimizer.Settings(**config.optimizer), config.steps)
   phase = phases.create(config.phase, config.trainable)
   wiring.check_resolutions(
     (config.resolution, *config.evaluation.resolutions),
@@ -64,18 +65,23 @@ _BOUNDS = {
   "accumulation": (1, None),
   "steps": (1, None),
   "log_every": (1, None),
+  "log_seconds": (0, None),
   "model.image_channels": (1, None),
   "optimizer.learning_rate": (0, None),
+  "optimizer.adam_learning_rate": (0, None),
   "optimizer.beta1": (0, _BELOW_1),
   "optimizer.beta2": (0, _BELOW_1),
   "optimizer.weight_decay": (0, None),
   "optimizer.warmup_steps": (0, None),
+  "optimizer.decay_steps": (0, None),
+  "optimizer.final_rate": (0, 1),
   "optimizer.clip_norm": (0, None),
   "ema.decay": (0, _BELOW_1),
   "ema.ramp_steps": (0, None),
   "lpips.weight": (0, None),
   "kl.weight": (0, None),
   "discriminator.weight": (0, None),
+  "discriminator.learning_rate": (0, None),
   "discriminator.start_step": (0, None),
   "discriminator.width": (1, None),
   "discriminator.layers": (1, 8),

@@ -199,8 +199,10 @@ def _setup(
     sharding.check_batch(
       config.batch_size, config.accumulation, resolution, mesh
     )
-  settings = config.optimizer.to_dict()
-  autoencoder_optimizer, schedule = optimizer.create(**settings)
+  settings = optimizer.Settings(**config.optimizer)
+  autoencoder_optimizer, schedule = optimizer.create(
+    settings, config.steps, sharding.whole(mesh)
+  )
   variables = dcae.abstract_variables(autoencoder, config.model.image_channels)
   mask = phases.trainable_mask(variables["params"], phase.trainable)
   if config.model.scan and not phases.blocks_learn_alike(mask):
@@ -210,9 +212,10 @@ def _setup(
   if phase.adversarial:
     c = config.discriminator
     discriminator = patchgan.PatchGAN(c.width, c.layers)
+    settings = optimizer.of_discriminator(settings, c.learning_rate)
     adversarial = step_lib.Adversarial(
       lambda params, x: discriminator.apply({"params": params}, x),
-      optimizer.create(**settings)[0],
+      optimizer.create(settings, config.steps)[0],
       c.weight,
       c.adaptive,
       c.start_step,

@@ -41,12 +41,16 @@ _BOUNDS = {
   "batch_size": (1, 2**24),
   "steps": (1, 2**31 - 1),
   "log_every": (1, 2**31 - 1),
+  "log_seconds": (0, 1e9),
   "label_dropout": (0, 1),
   "optimizer.learning_rate": (0, 1e3),
+  "optimizer.adam_learning_rate": (0, 1e3),
   "optimizer.beta1": (0, 1 - 1e-12),
   "optimizer.beta2": (0, 1 - 1e-12),
   "optimizer.weight_decay": (0, 1e3),
   "optimizer.warmup_steps": (0, 2**31 - 1),
+  "optimizer.decay_steps": (0, 2**31 - 1),
+  "optimizer.final_rate": (0, 1),
   "optimizer.clip_norm": (0, 1e6),
   "ema.decay": (0, 1 - 1e-12),
   "ema.ramp_steps": (0, 2**31 - 1),
@@ -223,9 +227,11 @@ def _setup(
       "small: use 1"
     )
   sharding.check_batch(config.batch_size, 1, 1, mesh)
-  adamw, schedule = optimizer.create(**config.optimizer.to_dict())
+  transformation, schedule = optimizer.create(
+    optimizer.Settings(**config.optimizer), config.steps, sharding.whole(mesh)
+  )
   setup = _Setup(
-    denoiser, objective, sampler, mesh, adamw, schedule, None, None
+    denoiser, objective, sampler, mesh, transformation, schedule, None, None
   )
   abstract = jax.eval_shape(_initial(setup), jax.random.key(0))
   return setup._replace(
@@ -329,7 +335,7 @@ def _sample(
   }
 
   def evaluate(step, state):
-    if ae is None:
+    if ae is None or step == 0:  # of noise there is nothing to see
       return {}
     values, rows = {}, {}
     for scale, function in functions.items():

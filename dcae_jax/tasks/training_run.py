@@ -104,7 +104,7 @@ def run(
     put: from there to the devices.
     begin: the state at step 0; called where there is no checkpoint.
     prepare: what the loop calls; called where there are steps to do.
-    evaluate_every: steps; 0: at the end only.
+    evaluate_every: steps; 0: at the beginning and at the end only.
     finish: called with the last step, on every process.
   """
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
@@ -134,7 +134,10 @@ def run(
         flops_per_step=program.flops_per_step,
         peak_flops=hardware.peak_flops(),
         cadence=loop.Cadence(
-          config.log_every, evaluate_every, config.checkpoint.every
+          log=config.log_every,
+          evaluate=evaluate_every,
+          checkpoint=config.checkpoint.every,
+          seconds=config.log_seconds,
         ),
         save=checkpoints.save,
         evaluate=program.evaluate,

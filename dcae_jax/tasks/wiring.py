@@ -32,13 +32,26 @@ MODEL_KEYS = (
 # What may change between two starts in one work directory without changing what
 # is computed, or only how far it goes.
 _MAY_CHANGE = (
-  "steps", "log_every", "compilation_cache", "profile", "model.scan",
+  "steps", "log_every", "log_seconds", "compilation_cache", "profile",
+  "model.scan",
   "checkpoint", "evaluation", "report", "data.workers", "data.threads",
   "data.prefetch", "data.cache_megabytes", "data.retries", "lpips.path",
   "samples", "sampler", "latents", "autoencoder",
 )  # fmt: skip
-# Keys that were added later, by their last name: what a run from before has.
-_ADDED_LATER = {"part": "", "held_out": 0.1, "on_accelerator": []}
+# Keys that were added later, by path or by last name, with what the runs did
+# whose config.json lacks them; None: it makes no difference to those.
+_ADDED_LATER = {
+  "optimizer.kind": "adamw",
+  "optimizer.adam_learning_rate": None,
+  "optimizer.schedule": "constant",
+  "optimizer.decay_steps": None,
+  "optimizer.final_rate": None,
+  "optimizer.decay_all": False,
+  "discriminator.learning_rate": 0.0,
+  "part": "",
+  "held_out": 0.1,
+  "on_accelerator": [],
+}
 # What results name the versions of.
 _PACKAGES = (
   "dcae_jax", "jax", "jaxlib", "flax", "numpy", "pillow", "tensorstore"
@@ -288,12 +301,7 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
       f"--workdir={workdir} holds a finished run without checkpoints; bring "
       "them back, or choose another directory"
     )
-  before, now = differences.flat(before), differences.flat(now)
-  for key in now.keys() - before.keys():
-    name = key.rpartition(".")[2]
-    if name in _ADDED_LATER:
-      before[key] = _ADDED_LATER[name]
-  found = differences.differences(before, now)
+  found = differences.differences(_with_added_keys(before, now), now)
   changes = [text for key, text in found.items() if not _may_change(key)]
   if changes:
     raise ValueError(
@@ -314,14 +322,30 @@ def check_nothing_foreign(workdir: epath.Path, names: tuple[str, ...]) -> None:
       )
 
 
-def _may_change(key: str) -> bool:
-  # A phase's own keys stand one level deeper in the config of all three.
-  part, _, rest = key.partition(".")
-  short = rest if part in ("phase1", "phase2", "phase3") else key
+def _with_added_keys(
+  before: dict[str, Any], now: dict[str, Any]
+) -> dict[str, Any]:
+  """The keys of an earlier run by path, with those that were added since."""
+  found = differences.flat(before)
+  for path, value in differences.flat(now).items():
+    for key in (_within_phase(path), path.rpartition(".")[2]):
+      if path not in found and key in _ADDED_LATER:
+        did = _ADDED_LATER[key]
+        found[path] = value if did is None else did
+  return found
+
+
+def _may_change(path: str) -> bool:
+  key = _within_phase(path)
   return any(
-    short == allowed or short.startswith(f"{allowed}.")
-    for allowed in _MAY_CHANGE
+    key == allowed or key.startswith(f"{allowed}.") for allowed in _MAY_CHANGE
   )
+
+
+def _within_phase(path: str) -> str:
+  """A phase's own keys stand one level deeper in the config of all three."""
+  part, _, rest = path.partition(".")
+  return rest if part in ("phase1", "phase2", "phase3") else path
 
 
 def write_config(config: ConfigDict, workdir: epath.Path) -> None:

@@ -1,8 +1,9 @@
 """The training loop, the same for every model.
 
 It hands batches to a jitted step, fetches the metrics of a step after the next
-one is dispatched, and calls for evaluations and checkpoints. A loss that is not
-finite stops it before anything is saved.
+one is dispatched, and calls for evaluations and checkpoints. What is logged are
+means over the steps since the last log. A loss that is not finite stops it
+before anything is saved.
 """
 
 import collections
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
+from clu import metrics as clu_metrics
 from jax.experimental import multihost_utils
 
 from dcae_jax.training import profiler as profiler_lib
@@ -24,6 +27,7 @@ from dcae_jax.training import watchdog as watchdog_lib
 
 _LOG = logging.getLogger(__name__)
 State = Any
+_LAST_VALUES = ("learning_rate",)  # of these, a mean says less
 
 
 @runtime_checkable
@@ -67,11 +71,19 @@ class Sigterm:
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-  """Numbers of steps between logs, evaluations and checkpoints; 0: never."""
+  """Numbers of steps between logs, evaluations and checkpoints; 0: never.
+
+  Attributes:
+    log: of the written metrics, each with a line on the terminal.
+    evaluate: also before the first step of a run, and after the last one.
+    checkpoint: also after the last step.
+    seconds: after which a step has a line on the terminal in any case.
+  """
 
   log: int
   evaluate: int
   checkpoint: int
+  seconds: float
 
   def due(self, every: int, step: int, last_step: int) -> bool:
     return step == last_step or bool(every and step % every == 0)
@@ -118,6 +130,7 @@ def run(
   clock = _Clock(
     first_step, last_step, images_per_step, flops_per_step, peak_flops
   )
+  interval = _Interval()
   pending = None  # (step, metrics) whose values are not fetched yet
   watchdog = watchdog_lib.Watchdog()
 
@@ -135,14 +148,23 @@ def run(
     with waiting_for("step", f"the devices to end step {step}"):
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     _check_finite(step, {f"train/{k}": v for k, v in metrics.items()})
-    if cadence.due(cadence.log, step, last_step):
-      values = {f"train/{k}": v for k, v in metrics.items()}
-      values |= {f"train/{k}": v for k, v in clock.speeds(step).items()}
-      writer.scalars(step, values)
-      _LOG.info(clock.line(step, metrics, values))
+    interval.add(metrics)
+    is_due = cadence.due(cadence.log, step, last_step)
+    if not is_due and clock.seconds_since_line() <= cadence.seconds:
+      return
+    means, speeds = interval.means(), clock.speeds(step)
+    _LOG.info(clock.line(step, means, speeds))
+    if is_due:
+      values = (means | speeds).items()
+      writer.scalars(step, {f"train/{k}": v for k, v in values})
+      interval.clear()
+      clock.restart(step)
 
   step = first_step
   try:
+    if step == 0:  # what training changes is seen beside it
+      with clock.paused():
+        _evaluate(evaluate, step, state, writer)
     for step in range(first_step + 1, last_step + 1):
       with waiting_for("data", f"the batch of step {step} to be loaded"):
         batch = next(batches)
@@ -191,6 +213,28 @@ def _check_finite(step: int, metrics: dict[str, float]) -> None:
       )
 
 
+class _Interval:
+  """Metrics of the steps since the last log."""
+
+  def __init__(self):
+    self._found: dict[str, clu_metrics.Metric] = {}
+
+  def add(self, metrics: dict[str, float]) -> None:
+    """On the host: the values are there, and dispatching costs more."""
+    for name, value in metrics.items():
+      last = name in _LAST_VALUES
+      kind = clu_metrics.LastValue if last else clu_metrics.Average
+      new = kind(total=np.float64(value), count=1)
+      before = self._found.get(name)
+      self._found[name] = new if before is None else before.merge(new)
+
+  def means(self) -> dict[str, float]:
+    return {name: float(x.compute()) for name, x in self._found.items()}
+
+  def clear(self) -> None:
+    self._found = {}
+
+
 class _Clock:
   """Speeds since the last log, and where the time of a step went.
 
@@ -200,10 +244,18 @@ class _Clock:
   def __init__(self, first_step, last_step, images, flops, peak_flops):
     self._last = last_step
     self._images, self._flops, self._peak = images, flops, peak_flops
-    self._logged = time.perf_counter()
-    self._logged_step, self._idle = first_step, 0.0
     self._parts = collections.Counter()
-    self._steps_per_second = 0.0
+    self.restart(first_step)
+    self._line = self._logged
+
+  def restart(self, step: int) -> None:
+    """At a log."""
+    self._logged, self._logged_step = time.perf_counter(), step
+    self._idle = 0.0
+    self._parts.clear()
+
+  def seconds_since_line(self) -> float:
+    return time.perf_counter() - self._line
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -223,8 +275,6 @@ class _Clock:
     seconds = max(now - self._logged - self._idle, 1e-9)
     steps = step - self._logged_step
     rate = steps / seconds
-    self._steps_per_second = rate
-    self._logged, self._logged_step, self._idle = now, step, 0.0
     speeds = {
       "steps_per_second": rate,
       "images_per_second": rate * self._images,
@@ -232,14 +282,16 @@ class _Clock:
       "seconds/step": self._parts["step"] / steps,
       "seconds/host": max(seconds - self._parts.total(), 0.0) / steps,
     }
-    self._parts.clear()
     if self._flops:
       speeds["model_flops_utilization"] = rate * self._flops / self._peak
     return speeds
 
-  def line(self, step, metrics, values) -> str:
-    left = (self._last - step) / max(self._steps_per_second, 1e-9)
-    minutes, seconds = divmod(round(left), 60)
+  def line(
+    self, step: int, metrics: dict[str, float], speeds: dict[str, float]
+  ) -> str:
+    self._line = time.perf_counter()
+    rate = speeds["steps_per_second"]
+    minutes, seconds = divmod(round((self._last - step) / rate), 60)
     hours, minutes = divmod(minutes, 60)
     losses = "  ".join(
       f"{name.removeprefix('loss/')} {value:.4f}"
@@ -247,8 +299,7 @@ class _Clock:
       if name.startswith("loss/")
     )
     return (
-      f"step {step}/{self._last}  {losses}  "
-      f"{self._steps_per_second:.2f} steps/s  "
-      f"{values['train/images_per_second']:.1f} images/s  "
+      f"step {step}/{self._last}  {losses}  {rate:.2f} steps/s  "
+      f"{speeds['images_per_second']:.1f} images/s  "
       f"left {hours}:{minutes:02d}:{seconds:02d}"
     )

@@ -32,9 +32,10 @@ class MetricsWriter:
     self._path = workdir / "metrics.jsonl"
     self._samples = workdir / "samples"
     self._samples.mkdir(parents=True, exist_ok=True)
-    self._lines = [
-      line for line in read_lines(self._path) if line["step"] <= first_step
-    ]
+    self._lines = []
+    if first_step:  # else step 0 is evaluated again, too
+      lines = read_lines(self._path)
+      self._lines = [line for line in lines if line["step"] <= first_step]
     text = "".join(json.dumps(line) + "\n" for line in self._lines)
     write_whole(self._path, text)
     self._is_local = "://" not in str(workdir)

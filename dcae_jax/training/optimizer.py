@@ -1,45 +1,212 @@
-"""AdamW with warm-up, clipping, and weight decay on kernels only."""
+"""AdamW, the paper's optimizer, or Muon; and the learning rate over a run.
+
+Muon makes the momentum of each matrix orthogonal (Newton-Schulz iterations):
+all directions of a kernel learn at the same speed, however badly conditioned
+images are. What is no matrix is left to Adam, with a rate of its own.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
+from optax import contrib, schedules
+
+Tree = Any
 
 
-def create(
-  *,
-  learning_rate: float,
-  warmup_steps: int,
-  beta1: float,
-  beta2: float,
-  weight_decay: float,
-  clip_norm: float,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The optimizer and its learning rate as a function of the step.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The keys of `config.optimizer`.
 
-  Norms and biases do not decay. Applied to the trainable part of
-  `phases.partition`, it has no state for frozen parameters.
-
-  Args:
-    learning_rate: constant after the warm-up.
-    warmup_steps: of a linear rise from a tenth of it; 0: none.
+  Attributes:
+    kind: a key of `KINDS`.
+    learning_rate: the largest, after the warm-up.
+    adam_learning_rate: Muon only: the same of what is left to Adam.
+    schedule: a key of `SCHEDULES`.
+    warmup_steps: of a linear rise from a tenth of the rate; 0: none.
+    decay_steps: of the fall to the final rate; 0: all steps after the warm-up.
+    final_rate: the last rate, as a fraction of the largest.
     beta1: of Adam's first moment.
     beta2: of Adam's second moment.
     weight_decay: decoupled, times the learning rate.
+    decay_all: norms, biases and embeddings decay, too, not kernels alone.
     clip_norm: largest global gradient norm; 0: not clipped.
   """
-  schedule = optax.constant_schedule(learning_rate)
-  if warmup_steps:
-    schedule = optax.linear_schedule(
-      learning_rate / 10, learning_rate, warmup_steps
-    )
-  adamw = optax.adamw(
-    schedule, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_is_kernel
+
+  kind: str
+  learning_rate: float
+  adam_learning_rate: float
+  schedule: str
+  warmup_steps: int
+  decay_steps: int
+  final_rate: float
+  beta1: float
+  beta2: float
+  weight_decay: float
+  decay_all: bool
+  clip_norm: float
+
+
+def create(
+  settings: Settings,
+  steps: int,
+  gather: Callable[[Tree], Tree] = lambda tree: tree,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimizer and its learning rate as a function of the step.
+
+  Applied to the trainable part of `phases.partition`, it has no state for
+  frozen parameters.
+
+  Args:
+    settings: of the config.
+    steps: of the run, at whose end a rate that decays has fallen.
+    gather: of arrays that are split over devices (`sharding.whole`).
+
+  Raises:
+    ValueError: an unknown kind or schedule, or steps that do not suffice.
+  """
+  for key, known in (("kind", KINDS), ("schedule", SCHEDULES)):
+    if getattr(settings, key) not in known:
+      raise ValueError(
+        f"unknown config.optimizer.{key}={getattr(settings, key)!r}; known are "
+        f"{', '.join(known)}"
+      )
+  rate = _rate(settings, settings.learning_rate, steps)
+  adam_rate = _rate(settings, settings.adam_learning_rate, steps)
+  optimizer = KINDS[settings.kind](settings, rate, adam_rate, gather)
+  if settings.clip_norm:
+    clip = optax.clip_by_global_norm(settings.clip_norm)
+    optimizer = optax.chain(clip, optimizer)
+  return optimizer, rate
+
+
+def of_discriminator(settings: Settings, learning_rate: float) -> Settings:
+  """AdamW with that rate; 0: the one that Adam has in the autoencoder."""
+  if not learning_rate:
+    learning_rate = {
+      "adamw": settings.learning_rate,
+      "muon": settings.adam_learning_rate,
+    }[settings.kind]
+  return dataclasses.replace(
+    settings, kind="adamw", learning_rate=learning_rate
   )
-  if clip_norm:
-    adamw = optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
-  return adamw, schedule
 
 
-def _is_kernel(parameters):
+def _adamw(settings, rate, adam_rate, gather) -> optax.GradientTransformation:
+  del adam_rate, gather  # all is Adam's, and computed element by element
+  return optax.adamw(
+    rate,
+    b1=settings.beta1,
+    b2=settings.beta2,
+    weight_decay=settings.weight_decay,
+    mask=None if settings.decay_all else _is_kernel,
+  )
+
+
+def _muon(settings, rate, adam_rate, gather) -> optax.GradientTransformation:
+  matrices = contrib.muon(
+    rate,
+    weight_decay=settings.weight_decay,  # all of them are kernels
+    muon_weight_dimension_numbers=lambda kernels: jax.tree.map(
+      lambda x: contrib.MuonDimensionNumbers(
+        tuple(range(x.ndim - 1)), x.ndim - 1
+      ),
+      kernels,
+    ),
+  )
+
+  def update(updates, state, parameters=None):
+    # Whole on each device from here to there: XLA would split the products of
+    # the iterations, and move parts of matrices for each of them.
+    return gather(matrices.update(gather(updates), gather(state), parameters))
+
+  return optax.partition(
+    {
+      "muon": optax.GradientTransformation(matrices.init, update),
+      "adam": _adamw(settings, adam_rate, None, gather),
+    },
+    lambda parameters: jax.tree.map_with_path(
+      lambda keys, x: "muon" if _is_matrix(keys, x) else "adam", parameters
+    ),
+  )
+
+
+KINDS = {"adamw": _adamw, "muon": _muon}
+
+
+def _is_kernel(parameters: Tree) -> Tree:
   return jax.tree.map_with_path(
     lambda keys, _: keys[-1].key == "kernel", parameters
   )
+
+
+def _is_matrix(keys: tuple[Any, ...], parameter: jax.Array) -> bool:
+  """Kernels: (h w in) x out of convolutions, unless depthwise; in x out."""
+  if keys[-1].key != "kernel" or parameter.ndim not in (2, 4):
+    return False
+  return parameter.ndim == 2 or parameter.shape[2] > 1
+
+
+def _rate(settings: Settings, largest: float, steps: int) -> optax.Schedule:
+  warmup_steps = settings.warmup_steps
+  after = SCHEDULES[settings.schedule](settings, largest, steps - warmup_steps)
+  if not warmup_steps:
+    return after
+  warmup = schedules.linear_schedule(largest / 10, largest, warmup_steps)
+  return schedules.join_schedules([warmup, after], [warmup_steps])
+
+
+def _constant(settings: Settings, largest: float, steps: int):
+  del settings, steps
+  return schedules.constant_schedule(largest)
+
+
+def _cosine(settings: Settings, largest: float, steps: int):
+  return schedules.cosine_decay_schedule(
+    largest, _decay_steps(settings, steps), alpha=settings.final_rate
+  )
+
+
+def _linear(settings: Settings, largest: float, steps: int):
+  return schedules.linear_schedule(
+    largest, settings.final_rate * largest, _decay_steps(settings, steps)
+  )
+
+
+def _warmup_stable_decay(settings: Settings, largest: float, steps: int):
+  if not settings.decay_steps:
+    raise ValueError(
+      "config.optimizer.decay_steps=0 leaves nothing to decay with schedule "
+      "wsd; set it to the number of the last steps, such as a tenth of all"
+    )
+  decay_steps = _decay_steps(settings, steps)
+  return schedules.join_schedules(
+    [
+      schedules.constant_schedule(largest),
+      schedules.linear_schedule(
+        largest, settings.final_rate * largest, decay_steps
+      ),
+    ],
+    [steps - decay_steps],
+  )
+
+
+# Name to `(settings, largest rate, steps after the warm-up) -> schedule`.
+SCHEDULES = {
+  "constant": _constant,
+  "cosine": _cosine,
+  "linear": _linear,
+  "wsd": _warmup_stable_decay,
+}
+
+
+def _decay_steps(settings: Settings, steps: int) -> int:
+  if steps < max(settings.decay_steps, 1):
+    raise ValueError(
+      f"config.optimizer.warmup_steps={settings.warmup_steps} and decay_steps="
+      f"{settings.decay_steps} are more than config.steps="
+      f"{steps + settings.warmup_steps}; take fewer, or more steps"
+    )
+  return settings.decay_steps or steps

@@ -107,10 +107,17 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
   return jax.tree.map_with_path(of_leaf, tree)
 
 
-def gather(shardings: Tree, mesh: Mesh) -> Callable[[Tree], Tree]:
-  """A function that makes split arrays whole on each device, for their use.
+def whole(mesh: Mesh) -> Callable[[Tree], Tree]:
+  """A function that makes split arrays whole on each device."""
+  if mesh.shape["fsdp"] == 1:
+    return lambda tree: tree
+  return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
-  Gradients through it are split again. Without it XLA would be free to split
+
+def gather(shardings: Tree, mesh: Mesh) -> Callable[[Tree], Tree]:
+  """As `whole`, for the use of parameters: gradients are split again.
+
+  Without it XLA would be free to split
   activations over channels, as `fsdp` splits the parameters, and move those.
 
   Args:
@@ -119,18 +126,14 @@ def gather(shardings: Tree, mesh: Mesh) -> Callable[[Tree], Tree]:
   """
   if mesh.shape["fsdp"] == 1:
     return lambda tree: tree
-
-  @jax.custom_vjp
-  def whole(tree):
-    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
-
-  whole.defvjp(
-    lambda tree: (whole(tree), None),
+  gathered = jax.custom_vjp(whole(mesh))
+  gathered.defvjp(
+    lambda tree: (gathered(tree), None),
     lambda _, cotangent: (
       jax.lax.with_sharding_constraint(cotangent, shardings),
     ),
   )
-  return whole
+  return gathered
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
