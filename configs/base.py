@@ -58,6 +58,9 @@ def autoencoder() -> ConfigDict:
   # [ours] Start the parameters, too, from its averages, which are what was
   # evaluated. False: parameters from parameters, averages from averages.
   c.start_from_averages = False
+  # [ours] Without `init_from`: size of the branches that blocks of a DC-AE
+  # start with. 1: as the authors' code; 0: each block starts as the identity.
+  c.initial_branch_scale = 1.0
 
   # --- the phase -----------------------------------------------------------
   c.phase = "low_resolution_full_training"

@@ -402,6 +402,25 @@ def abstract_variables(model: nn.Module, image_channels: int) -> Any:
   return {"batch_stats": {}} | found
 
 
+def with_branch_scale(parameters: Any, scale: float) -> Any:
+  """Initial parameters whose blocks start with branches of that size.
+
+  The norms that end the branches of blocks get it in place of 1, the size that
+  the paper's models start from: several times that of what passes by. With 0,
+  each block starts as the identity, and so the network as its resampling. Other
+  parameters, and those of an `SDVAE`, stay as they are.
+  """
+  return jax.tree.map_with_path(
+    lambda keys, x: jnp.full_like(x, scale) if _is_branch_scale(keys) else x,
+    parameters,
+  )
+
+
+def _is_branch_scale(keys: tuple[Any, ...]) -> bool:
+  path = jax.tree_util.keystr(keys, simple=True, separator="/")
+  return "/block_" in path and path.endswith("/norm/scale")
+
+
 def check_side(side: int, spatial_compression: int) -> None:
   """Raises ValueError unless `side` pixels make whole latent positions."""
   if side < 1 or side % spatial_compression:

@@ -64,6 +64,7 @@ _BOUNDS = {
   "batch_size": (1, None),
   "accumulation": (1, None),
   "steps": (1, None),
+  "initial_branch_scale": (0, None),
   "log_every": (1, None),
   "log_seconds": (0, None),
   "model.image_channels": (1, None),

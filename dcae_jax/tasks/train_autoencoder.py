@@ -280,7 +280,11 @@ def _initial_state(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
     variables = setup.autoencoder.init(
       key, jnp.zeros((1, side, side, channels), jnp.float32)
     )
-    return _create_state(config, setup, {"batch_stats": {}} | variables, None)
+    params = dcae.with_branch_scale(
+      variables["params"], config.initial_branch_scale
+    )
+    variables = {"batch_stats": {}} | variables | {"params": params}
+    return _create_state(config, setup, variables, None)
 
   key = jax.random.fold_in(jax.random.key(config.seed), 0)
   return jax.jit(create_from_nothing, out_shardings=setup.shardings)(key)

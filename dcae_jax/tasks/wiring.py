@@ -48,6 +48,7 @@ _ADDED_LATER = {
   "optimizer.final_rate": None,
   "optimizer.decay_all": False,
   "discriminator.learning_rate": 0.0,
+  "initial_branch_scale": 1.0,
   "part": "",
   "held_out": 0.1,
   "on_accelerator": [],
