@@ -44,6 +44,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from configs import base
 from dcae_jax import architecture, diffusion, samplers
 from dcae_jax.models import dcae, denoisers, uvit
 from dcae_jax.training import optimizer
@@ -137,14 +138,8 @@ def _programs(
   model: uvit.UViT, train_batch: int, sample_batch: int
 ) -> Programs:
   objective = diffusion.scaled_linear()
-  adamw, _ = optimizer.create(
-    learning_rate=2e-4,
-    warmup_steps=0,
-    beta1=0.99,
-    beta2=0.99,
-    weight_decay=0.03,
-    clip_norm=0,
-  )
+  settings = optimizer.Settings(**base.latent_diffusion().optimizer)
+  adamw, _ = optimizer.create(settings, steps=1)
 
   def network(parameters, labels):
     return lambda z, t: model.apply({"params": parameters}, z, t, labels)

@@ -11,6 +11,7 @@ import argparse
 import jax
 import numpy as np
 
+from configs import base
 from dcae_jax import phases
 from dcae_jax.models import dcae
 from dcae_jax.training import optimizer, step
@@ -28,14 +29,8 @@ def main() -> None:
   images = jax.ShapeDtypeStruct((arguments.batch_size, side, side, 3), np.uint8)
   image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), image)
-  adamw, schedule = optimizer.create(
-    learning_rate=1e-4,
-    warmup_steps=0,
-    beta1=0.9,
-    beta2=0.999,
-    weight_decay=0.1,
-    clip_norm=1.0,
-  )
+  settings = optimizer.Settings(**base.autoencoder().optimizer)
+  adamw, schedule = optimizer.create(settings, steps=1)
   for name, phase in phases.PHASES.items():
     mask = phases.trainable_mask(variables["params"], phase().trainable)
     state = jax.eval_shape(

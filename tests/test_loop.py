@@ -1,4 +1,5 @@
 import itertools
+import logging
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ class _World:
     self._loss = loss
     self._position = itertools.count(1)
     self.state = None
+    self.values = {}
 
   def __next__(self):
     self.state = next(self._position)
@@ -30,11 +32,16 @@ class _World:
 
   def step(self, state, batch):
     self.calls.append(("step", state + 1))
-    return state + 1, {"loss/l1": jnp.float32(self._loss(state + 1))}
+    metrics = {
+      "loss/l1": jnp.float32(self._loss(state + 1)),
+      "learning_rate": jnp.float32(state + 1),
+    }
+    return state + 1, metrics
 
   def scalars(self, step, values):
     if "train/loss/l1" in values:
       self.calls.append(("log", step))
+      self.values[step] = values
 
   def evaluate(self, step, state):
     assert step == state
@@ -45,7 +52,10 @@ class _World:
     assert data_state == {"next": step} and step == state
     self.calls.append(("save", step))
 
-  def run(self, first=0, last=6, log=1, evaluate=3, checkpoint=2, sigterm=None):
+  def run(
+    self, first=0, last=6, log=1, evaluate=3, checkpoint=2, seconds=1e9,
+    sigterm=None,
+  ):  # fmt: skip
     return loop.run(
       self.step,
       first,
@@ -55,7 +65,7 @@ class _World:
       images_per_step=8,
       flops_per_step=1e9,
       peak_flops=1e12,
-      cadence=loop.Cadence(log, evaluate, checkpoint),
+      cadence=loop.Cadence(log, evaluate, checkpoint, seconds),
       save=self.save,
       evaluate=self.evaluate,
       writer=self,
@@ -73,14 +83,63 @@ def test_logs_evaluations_and_checkpoints_follow_the_cadence():
   world = _World()
   assert world.run() == (6, 6)
   assert world.of("log") == [1, 2, 3, 4, 5, 6]
-  assert world.of("evaluate") == [3, 6]
+  assert world.of("evaluate") == [0, 3, 6]
   assert world.of("save") == [2, 4, 6]
+
+
+def test_a_run_is_evaluated_before_its_first_step_and_not_when_it_goes_on():
+  world = _World()
+  world.run(evaluate=0, last=2)
+  assert world.calls[0] == ("evaluate", 0)
+  assert world.of("evaluate") == [0, 2]
+  world.calls.clear()
+  world.run(evaluate=0, first=2, last=4)
+  assert world.of("evaluate") == [4]
+
+
+def test_logged_metrics_are_means_since_the_last_log():
+  """And the learning rate is the last one."""
+  world = _World(lambda step: step**2)
+  world.run(last=8, log=3, evaluate=0, checkpoint=2)
+  losses = {k: v["train/loss/l1"] for k, v in world.values.items()}
+  assert losses == {3: 14 / 3, 6: 77 / 3, 8: 113 / 2}
+  rates = {k: v["train/learning_rate"] for k, v in world.values.items()}
+  assert rates == {3: 3, 6: 6, 8: 8}
+
+
+def test_after_a_resume_means_are_of_the_steps_since():
+  whole, resumed = (_World(lambda step: step**2) for _ in range(2))
+  whole.run(last=8, log=4)
+  resumed.run(last=2, log=4)
+  resumed._position = itertools.count(3)
+  resumed.run(first=2, last=8, log=4)
+  loss = lambda world, step: world.values[step]["train/loss/l1"]
+  assert loss(resumed, 4) == (9 + 16) / 2
+  assert loss(resumed, 8) == loss(whole, 8) == (25 + 36 + 49 + 64) / 4
+
+
+def test_slow_steps_have_lines_between_the_logs(caplog):
+  """On the terminal alone: what is written does not depend on the time."""
+  caplog.set_level(logging.INFO)
+  world = _World(float)
+  world.run(last=4, log=4, evaluate=0, checkpoint=0, seconds=0.0)
+  lines = [x for x in caplog.messages if x.startswith("step ")]
+  found = [line.split("  ")[:2] for line in lines]
+  means = ("1.0000", "1.5000", "2.0000", "2.5000")
+  assert found == [
+    [f"step {i}/4", f"l1 {mean}"] for i, mean in enumerate(means, start=1)
+  ]
+  assert world.of("log") == [4]
+  caplog.clear()
+  world = _World()
+  world.run(last=4, log=4, evaluate=0, checkpoint=0)
+  assert len([x for x in caplog.messages if x.startswith("step ")]) == 1
 
 
 def test_metrics_are_fetched_after_the_next_step_is_dispatched():
   world = _World()
   world.run(evaluate=0, checkpoint=0, last=3)
-  assert world.calls[:4] == [
+  assert world.calls[1:5] == [
     ("step", 1),
     ("step", 2),
     ("log", 1),
@@ -93,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved():
   with pytest.raises(
     FloatingPointError, match=r"train/loss/l1 is nan at step 4"
   ):
-    world.run()
+    world.run(log=100)
   assert world.of("save") == [2]
 
 
@@ -103,7 +162,8 @@ def test_sigterm_saves_and_leaves():
   evaluate = world.evaluate
 
   def evaluate_and_terminate(step, state):
-    os.kill(os.getpid(), signal.SIGTERM)
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
     return evaluate(step, state)
 
   world.evaluate = evaluate_and_terminate
@@ -131,7 +191,7 @@ def test_the_time_of_a_step_is_told_apart():
     images_per_step=8,
     flops_per_step=0.0,
     peak_flops=1e12,
-    cadence=loop.Cadence(4, 0, 0),
+    cadence=loop.Cadence(4, 0, 0, 1e9),
     save=world.save,
     evaluate=world.evaluate,
     writer=world,

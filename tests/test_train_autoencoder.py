@@ -93,15 +93,15 @@ def test_work_directory_holds_what_the_contract_says(phase_1):
     "train/model_flops_utilization",
   } <= train[-1].keys()
   evaluated = [x for x in _lines(phase_1) if "eval/psnr" in x]
-  assert [x["step"] for x in evaluated] == [4]
-  assert "eval/ssim" in evaluated[0]
+  assert [x["step"] for x in evaluated] == [0, 4]
+  assert "eval/ssim" in evaluated[1]
   result = json.loads((phase_1 / "result.json").read_text())
   assert result["step"] == 4 and result["images_skipped"] == 0
-  assert result["eval/psnr"] == evaluated[0]["eval/psnr"]
+  assert result["eval/psnr"] == evaluated[1]["eval/psnr"]
   assert result["parameters"] == result["parameters_trained"] == 1_165_612
   assert result["floor/psnr"] > result["eval/psnr"] and "floor/ssim" in result
-  samples = [p.name for p in (phase_1 / "samples").iterdir()]
-  assert samples == ["reconstructions_32px_00000004.png"]
+  samples = sorted(p.name for p in (phase_1 / "samples").iterdir())
+  assert samples == [f"reconstructions_32px_0000000{i}.png" for i in (0, 4)]
   assert list(phase_1.glob("events.out.tfevents.*"))
 
 
@@ -142,6 +142,47 @@ def test_a_half_written_checkpoint_is_never_restored(phase_1, resumed):
   steps = [path.name for path in (resumed / "checkpoints").iterdir()]
   assert sorted(steps) == ["2", "4"]
   assert _losses(phase_1)[3] == _losses(resumed)[3]
+
+
+def test_muon_resumes_with_the_same_bits(tiny_config, tmp_path):
+  """In phase 1, with means over two steps that end at the interruption."""
+  changes = {"optimizer.kind": "muon", "log_every": 2}
+  assert _run(tiny_config(1, **changes), tmp_path / "whole")
+  assert _run(tiny_config(1, steps=2, **changes), tmp_path / "resumed")
+  assert _run(tiny_config(1, **changes), tmp_path / "resumed")
+  saved = _saved(tmp_path / "whole")
+  _assert_same_bits(saved, _saved(tmp_path / "resumed"))
+  assert sum("/muon/" in name and "/mu/" in name for name in saved) > 20
+  losses = _losses(tmp_path / "whole")
+  assert list(losses) == [2, 4] and losses[4] < losses[2]
+  assert losses == _losses(tmp_path / "resumed")
+
+
+def test_fine_tuning_begins_with_the_evaluation_of_what_it_starts_from(
+  tiny_config, phase_1, tmp_path
+):
+  """With Muon in phase 2, where few kernels learn."""
+  changes = {"init_from": str(phase_1), "optimizer.kind": "muon", "steps": 1}
+  assert _run(tiny_config(2, **changes), tmp_path)
+  before, after = [x for x in _lines(tmp_path) if "eval/psnr" in x]
+  result = json.loads((phase_1 / "result.json").read_text())
+  assert before["eval/psnr"] == pytest.approx(result["eval/psnr"], abs=1e-4)
+  assert after["eval/psnr"] != before["eval/psnr"]
+
+
+def test_the_discriminator_learns_at_its_own_rate(tiny_config):
+  changes = {
+    "optimizer.kind": "muon",
+    "optimizer.warmup_steps": 0,
+    "discriminator.learning_rate": 0.25,
+    "init_from": "a run",
+  }
+  setup = train_autoencoder._setup(tiny_config(3, **changes))
+  adamw, params = setup.adversarial.optimizer, {"bias": np.zeros(3, "f4")}
+  updates, _ = adamw.update(
+    {"bias": np.ones(3, "f4")}, adamw.init(params), params
+  )
+  np.testing.assert_allclose(updates["bias"], -0.25, rtol=1e-5)
 
 
 def test_a_work_directory_of_another_phase_is_refused(tiny_config, phase_1):
@@ -301,6 +342,10 @@ def test_a_work_directory_of_another_config_is_refused_and_untouched(
     ({"mesh.fsdp": 3}, r"config\.mesh .*8 devices"),
     ({"steps": 0}, r"config\.steps=0 is below 1"),
     ({"optimizer.learning_rate": float("nan")}, "learning_rate=nan"),
+    ({"optimizer.kind": "lion"}, "kind='lion'; known are adamw, muon"),
+    ({"optimizer.schedule": "wsd"}, "decay_steps=0 leaves nothing to decay"),
+    ({"optimizer.final_rate": 1.5}, "final_rate=1.5 is above 1"),
+    ({"discriminator.learning_rate": -1.0}, "rate=-1.0 is below 0"),
     ({"ema.decay": 1.0}, "not below 1"),
     ({"data.crop": "centre"}, "unknown crop 'centre'"),
     ({"seed": -1}, "seed=-1 is below 0"),

@@ -72,6 +72,14 @@ def test_interrupted_training_goes_on_bit_for_bit(whole, config, tmp_path):
   assert result["step"] == 4 and result["parameters"] > 1_000_000
 
 
+def test_muon_learns_dense_layers(whole, config, tmp_path):
+  """Faster than AdamW, whose run has the same initial values and batches."""
+  changes = {"optimizer.kind": "muon", "optimizer.learning_rate": 0.02}
+  train_diffusion.run(config(**changes), epath.Path(tmp_path))
+  found, adamw = _losses(tmp_path), _losses(whole)
+  assert found[0] == pytest.approx(adamw[0], rel=1e-5) and found[3] < adamw[3]
+
+
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1)])
 def test_any_mesh_has_the_same_losses(mesh, whole, config, tmp_path):
   names = ("mesh.data", "mesh.fsdp", "mesh.spatial")
@@ -97,7 +105,7 @@ def test_it_learns_the_classes_and_shows_samples(
   )  # fmt: skip
   train_diffusion.run(c, epath.Path(tmp_path))
   assert _losses(tmp_path)[-1] < 0.6
-  (picture,) = (tmp_path / "samples").glob("samples_*.png")
+  (picture,) = (tmp_path / "samples").glob("samples_*.png")  # none of step 0
   assert picture.stat().st_size > 500
   c = denoising.with_store(c, latents.Latents(tiny_latents))
   objective = denoising.objective(c.objective)
@@ -128,7 +136,7 @@ def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
     jax.random.key(0), np.zeros((1, *SHAPE), "float32"),
     np.zeros(1, "float32"), np.zeros(1, "int32"),
   )  # fmt: skip
-  adamw, schedule = optimizer.create(**c.optimizer.to_dict())
+  adamw, schedule = optimizer.create(optimizer.Settings(**c.optimizer), c.steps)
   mask = jax.tree.map(lambda _: True, variables["params"])
   batch = latents.Latents(tiny_latents).read(np.arange(16))
   others = batch | {"labels": (batch["labels"] + 1) % CLASSES}
@@ -253,6 +261,8 @@ def test_other_latents_are_refused_on_resume(
     ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8"),
     ({"batch_size": 64}, "48 rows, and a batch of all processes 64"),
     ({"mesh.spatial": 2, "mesh.data": 4}, "splits images"),
+    ({"optimizer.schedule": "step"}, "schedule='step'; known are constant"),
+    ({"optimizer.final_rate": -1.0}, "final_rate=-1.0 is not from 0 to 1"),
     ({"label_dropout": 1.5}, "label_dropout=1.5 is not from 0 to 1"),
     ({"autoencoder": "/nowhere", "samples.count": 1}, "cannot be loaded"),
   ],
@@ -311,4 +321,6 @@ def test_recipes_are_the_papers(name, tokens, macs):
     "dit": (1e-4, 0.9, 0.999, 0.0, 0, 256, 3_000_000, "improved_ddpm", "ddpm"),
   }[family]  # fmt: skip
   assert c.ema.decay == 0.9999 and c.label_dropout == 0.1
+  ramp, decay_all = (0, False) if family == "dit" else (2_000, True)
+  assert c.ema.ramp_steps == ramp and o.decay_all == decay_all
   assert sampler.steps == {"uvit": 30, "usit": 1000, "dit": 250}[family]

@@ -1,5 +1,6 @@
 """SD-VAE through the same training step and task as DC-AE."""
 
+import dataclasses
 import functools
 import json
 
@@ -12,6 +13,7 @@ from etils import epath
 from test_train_autoencoder import _assert_same_bits, _lines, _saved
 
 import dcae_jax
+from configs import base
 from dcae_jax import architecture, phases
 from dcae_jax.models import dcae, sd_vae
 from dcae_jax.tasks import train_autoencoder
@@ -98,10 +100,13 @@ def _images(n=8, seed=0):
 def _build(model, variables, weight, **options):
   """(jitted step, state)."""
   mask = phases.trainable_mask(variables["params"], PHASE_1.trainable)
-  transformation, schedule = optimizer.create(
-    learning_rate=1e-3, warmup_steps=0, beta1=0.9, beta2=0.999,
-    weight_decay=0.1, clip_norm=0.0,
-  )  # fmt: skip
+  settings = dataclasses.replace(
+    optimizer.Settings(**base.autoencoder().optimizer),
+    learning_rate=1e-3,
+    warmup_steps=0,
+    clip_norm=0.0,
+  )
+  transformation, schedule = optimizer.create(settings, steps=100)
 
   def reconstruct(variables, images, key, **options):
     return model.apply(

@@ -201,7 +201,7 @@ def _setup(
     )
   settings = optimizer.Settings(**config.optimizer)
   autoencoder_optimizer, schedule = optimizer.create(
-    settings, config.steps, sharding.whole(mesh)
+    settings, config.steps, sharding.on_whole_arrays(mesh)
   )
   variables = dcae.abstract_variables(autoencoder, config.model.image_channels)
   mask = phases.trainable_mask(variables["params"], phase.trainable)

@@ -228,7 +228,9 @@ def _setup(
     )
   sharding.check_batch(config.batch_size, 1, 1, mesh)
   transformation, schedule = optimizer.create(
-    optimizer.Settings(**config.optimizer), config.steps, sharding.whole(mesh)
+    optimizer.Settings(**config.optimizer),
+    config.steps,
+    sharding.on_whole_arrays(mesh),
   )
   setup = _Setup(
     denoiser, objective, sampler, mesh, transformation, schedule, None, None

@@ -52,7 +52,7 @@ class Settings:
 def create(
   settings: Settings,
   steps: int,
-  gather: Callable[[Tree], Tree] = lambda tree: tree,
+  on_whole_arrays: Callable[[Callable], Callable] = lambda function: function,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimizer and its learning rate as a function of the step.
 
@@ -62,7 +62,7 @@ def create(
   Args:
     settings: of the config.
     steps: of the run, at whose end a rate that decays has fallen.
-    gather: of arrays that are split over devices (`sharding.whole`).
+    on_whole_arrays: `sharding.on_whole_arrays`, where they are split.
 
   Raises:
     ValueError: an unknown kind or schedule, or steps that do not suffice.
@@ -75,7 +75,7 @@ def create(
       )
   rate = _rate(settings, settings.learning_rate, steps)
   adam_rate = _rate(settings, settings.adam_learning_rate, steps)
-  optimizer = KINDS[settings.kind](settings, rate, adam_rate, gather)
+  optimizer = KINDS[settings.kind](settings, rate, adam_rate, on_whole_arrays)
   if settings.clip_norm:
     clip = optax.clip_by_global_norm(settings.clip_norm)
     optimizer = optax.chain(clip, optimizer)
@@ -94,8 +94,7 @@ def of_discriminator(settings: Settings, learning_rate: float) -> Settings:
   )
 
 
-def _adamw(settings, rate, adam_rate, gather) -> optax.GradientTransformation:
-  del adam_rate, gather  # all is Adam's, and computed element by element
+def _adamw(settings: Settings, rate: optax.Schedule, *_: Any):
   return optax.adamw(
     rate,
     b1=settings.beta1,
@@ -105,34 +104,35 @@ def _adamw(settings, rate, adam_rate, gather) -> optax.GradientTransformation:
   )
 
 
-def _muon(settings, rate, adam_rate, gather) -> optax.GradientTransformation:
-  matrices = contrib.muon(
-    rate,
-    weight_decay=settings.weight_decay,  # all of them are kernels
-    muon_weight_dimension_numbers=lambda kernels: jax.tree.map(
-      lambda x: contrib.MuonDimensionNumbers(
-        tuple(range(x.ndim - 1)), x.ndim - 1
-      ),
-      kernels,
+def _muon(
+  settings: Settings,
+  rate: optax.Schedule,
+  adam_rate: optax.Schedule,
+  on_whole_arrays: Callable[[Callable], Callable],
+):
+  dimensions = lambda kernels: jax.tree.map(
+    lambda x: contrib.MuonDimensionNumbers(
+      tuple(range(x.ndim - 1)), x.ndim - 1
     ),
+    kernels,
   )
-
-  def update(updates, state, parameters=None):
-    # Whole on each device from here to there: XLA would split the products of
-    # the iterations, and move parts of matrices for each of them.
-    return gather(matrices.update(gather(updates), gather(state), parameters))
-
+  descent = contrib.muon(1.0, muon_weight_dimension_numbers=dimensions)
+  matrices = optax.chain(
+    optax.GradientTransformation(descent.init, on_whole_arrays(descent.update)),
+    # Element by element, so that it is not done on whole arrays; and minus,
+    # since the update already is: all matrices are kernels, which decay.
+    optax.add_decayed_weights(-settings.weight_decay),
+    optax.scale_by_schedule(rate),
+  )
   return optax.partition(
-    {
-      "muon": optax.GradientTransformation(matrices.init, update),
-      "adam": _adamw(settings, adam_rate, None, gather),
-    },
+    {"muon": matrices, "adam": _adamw(settings, adam_rate)},
     lambda parameters: jax.tree.map_with_path(
       lambda keys, x: "muon" if _is_matrix(keys, x) else "adam", parameters
     ),
   )
 
 
+# Name to `(settings, rate, rate of Adam beside Muon, on_whole_arrays)` to it.
 KINDS = {"adamw": _adamw, "muon": _muon}
 
 

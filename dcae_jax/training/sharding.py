@@ -107,17 +107,10 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
   return jax.tree.map_with_path(of_leaf, tree)
 
 
-def whole(mesh: Mesh) -> Callable[[Tree], Tree]:
-  """A function that makes split arrays whole on each device."""
-  if mesh.shape["fsdp"] == 1:
-    return lambda tree: tree
-  return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
-
-
 def gather(shardings: Tree, mesh: Mesh) -> Callable[[Tree], Tree]:
-  """As `whole`, for the use of parameters: gradients are split again.
+  """A function that makes split arrays whole on each device, for their use.
 
-  Without it XLA would be free to split
+  Gradients through it are split again. Without it XLA would be free to split
   activations over channels, as `fsdp` splits the parameters, and move those.
 
   Args:
@@ -126,14 +119,32 @@ def gather(shardings: Tree, mesh: Mesh) -> Callable[[Tree], Tree]:
   """
   if mesh.shape["fsdp"] == 1:
     return lambda tree: tree
-  gathered = jax.custom_vjp(whole(mesh))
-  gathered.defvjp(
-    lambda tree: (gathered(tree), None),
+
+  @jax.custom_vjp
+  def whole(tree):
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+  whole.defvjp(
+    lambda tree: (whole(tree), None),
     lambda _, cotangent: (
       jax.lax.with_sharding_constraint(cotangent, shardings),
     ),
   )
-  return gathered
+  return whole
+
+
+def on_whole_arrays(mesh: Mesh) -> Callable[[Callable], Callable]:
+  """Of a function of trees: the same, computed by each device on all of them.
+
+  For what must not be split, such as chains of small matrix products, of which
+  XLA would exchange each result (a constraint on their operands stops it not).
+  """
+  if mesh.shape["fsdp"] == 1:  # they are whole
+    return lambda function: function
+  whole = PartitionSpec()
+  return lambda function: jax.shard_map(
+    function, mesh=mesh, in_specs=whole, out_specs=whole
+  )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
