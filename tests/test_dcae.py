@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcae_jax import phases
-from dcae_jax.models import dcae
+from dcae_jax import architecture, phases
+from dcae_jax.models import dcae, efficientvit
 
 # Trainable parameters of encoder and decoder, running batch statistics.
 PARAMETERS = {
@@ -175,3 +175,34 @@ def test_sides_that_do_not_divide_are_refused(tiny, shape):
 def test_unknown_variants_are_refused_with_the_known_ones():
   with pytest.raises(ValueError, match=r"'f16c4'.*f64c128"):
     dcae.create("f16c4")
+
+
+@pytest.mark.parametrize(
+  "block", [dcae.ResBlock("batch_norm"), efficientvit.EfficientViTBlock()]
+)
+def test_a_block_whose_branches_start_at_zero_is_the_identity(block):
+  x = jax.random.normal(jax.random.key(0), (2, 4, 4, 32))
+  variables = block.init(jax.random.key(1), x)
+  assert not np.allclose(block.apply(variables, x), x, atol=0.1)
+  stage = {"stage_1": {"block_0": variables["params"]}}
+  start = dcae.with_branch_scale(stage, 0.0)["stage_1"]["block_0"]
+  np.testing.assert_array_equal(
+    block.apply(variables | {"params": start}, x), x
+  )
+
+
+def test_only_the_branches_of_blocks_start_smaller():
+  for name in ("tiny-f8", "tiny-sd-vae-f8"):
+    model = architecture.create(name)
+    shapes = dcae.abstract_variables(model, 3)["params"]
+    before = jax.tree.map(lambda x: np.full((), 7.0), shapes)
+    after = dcae.with_branch_scale(before, 0.25)
+    paths = phases.parameter_paths(before)
+    changed = [
+      path
+      for path, x in zip(paths, jax.tree.leaves(after), strict=True)
+      if x != 7
+    ]
+    blocks = 4 + 2 * 2  # two branches in each EfficientViT block
+    assert len(changed) == (blocks if name == "tiny-f8" else 0)
+    assert all(path.endswith("norm/scale") for path in changed)

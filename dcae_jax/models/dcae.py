@@ -486,6 +486,12 @@ def _tiny(latent_channels: int, widths: tuple[int, ...]) -> Variant:
   return _paper(latent_channels, widths, depths, depths)
 
 
+def _with_rms_norm(variant: Variant) -> Variant:
+  """Without batch norm: what trains is what is evaluated."""
+  decoder = tuple(stage._replace(norm="rms_norm") for stage in variant.decoder)
+  return dataclasses.replace(variant, decoder=decoder)
+
+
 _F32_WIDTHS = (128, 256, 512, 512, 1024, 1024)
 _SANA_ENCODER = _stages(_F32_WIDTHS, (2, 2, 2, 3, 3, 3), deep=_MULTI_SCALE)
 
@@ -534,6 +540,7 @@ VARIANTS: dict[str, Variant] = {
     head_activation="silu",
   ),
   "tiny-f8": _tiny(16, (16, 32, 64, 128)),
+  "tiny-f8-rms": _with_rms_norm(_tiny(16, (16, 32, 64, 128))),
   "tiny-f32": _tiny(32, (16, 32, 64, 64, 128, 128)),
   "tiny-f64": _tiny(64, (16, 32, 64, 64, 128, 128, 256)),
 }
