@@ -16,8 +16,7 @@ def get_config():
   for c in (config.phase1, config.phase2, config.phase3):
     c.model.rematerialisation = False
     c.model.dtype = "float32"
-    c.lpips.network = "alexnet"
-    c.initial_branch_scale = 0.0
+    c.lpips.network, c.lpips.weight = "alexnet", 0.1
     c.optimizer.kind, c.optimizer.schedule = "muon", "cosine"
     c.optimizer.warmup_steps = 20
     c.optimizer.weight_decay = c.optimizer.clip_norm = 0.0
@@ -31,13 +30,14 @@ def get_config():
     c.data.workers = 0
     c.data.threads = 2
     c.evaluation.source = held_out
-    c.evaluation.every = 200
+    c.evaluation.every = 400
     c.evaluation.batch_size = 8
-    c.checkpoint.every = 200
+    c.checkpoint.every = 400
     c.log_every = 10
   low, high = 64, 128
   c = config.phase1
-  c.resolution, c.batch_size, c.steps = low, 16, 1000
+  c.initial_branch_scale = 0.0
+  c.resolution, c.batch_size, c.steps = low, 8, 1600
   c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 0.01, 2e-3
   c.evaluation.resolutions = (low, high)
   c = config.phase2
