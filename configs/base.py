@@ -326,7 +326,7 @@ def evaluate() -> ConfigDict:
   c.task = "evaluate_autoencoder"
   # What is measured: a run, a folder or file of released weights, or a hub id.
   c.init_from = ""
-  # Without `init_from`: a variant with its initial values, a floor for others.
+  # Without `init_from`: a variant with its initial values.
   c.variant = ""
   c.seed = 0  # of initial values
   c.name = ""  # of the row in the table; "": the end of `init_from`

@@ -1,4 +1,4 @@
-r"""Finished runs side by side: a picture, PSNR and SSIM, loss curves.
+r"""Finished runs and their floor side by side: a picture, a table, curves.
 
   python -m dcae_jax.main --config=configs/report.py --workdir=runs/report \
     --config.runs="{'phase1': 'runs/f64/phase1', 'phase3': 'runs/f64/phase3'}" \
