@@ -67,7 +67,7 @@ RULES = {
     },
     {"einops", "jax", "safetensors"},
   ),
-  "configs": ({"configs.base"}, {"ml_collections"}),
+  "configs": ({"configs.base", "configs.quickstart"}, {"ml_collections"}),
   "dcae_jax/main.py": (set(), {"absl", "etils", "jax", "ml_collections"}),
   "dcae_jax/tasks": (
     {"dcae_jax"},
