@@ -95,7 +95,6 @@ def test_a_longer_run_with_wsd_is_the_same_until_the_decay():
       {"schedule": "wsd", "decay_steps": 60, "warmup_steps": 50},
       r"warmup_steps=50 and decay_steps=60 are more than config\.steps=100",
     ),
-    ({"schedule": "cosine", "warmup_steps": 100}, "more than config.steps=100"),
   ],
 )
 def test_what_cannot_be_is_refused(changes, message):

@@ -40,7 +40,7 @@ def workdir(tmp_path_factory, compilation_cache):
 def test_a_phase_of_it_must_be_named(workdir):
   with pytest.raises(ValueError, match=r"three phases.*phase3"):
     dcae_jax.load(workdir)
-  assert dcae_jax.load(workdir / "phase3").variant == "tiny-f8"
+  assert dcae_jax.load(workdir / "phase3").variant == "tiny-f8-rms"
 
 
 def test_quickstart_writes_a_report(workdir):
@@ -131,7 +131,11 @@ def test_phases_are_trained_with_the_losses_of_the_paper(workdir):
   ("key", "value", "message"),
   [
     ("phase3.trainable", ("decoder/head",), "'decoder/head' matches no"),
-    ("phase3.model.variant", "tiny-f32", "phase1 has .*'tiny-f8'.*'tiny-f32'"),
+    (
+      "phase3.model.variant",
+      "tiny-f32",
+      "phase1 has .*'tiny-f8-rms'.*'tiny-f32'",
+    ),
     ("phase2.lpips.path", "/nowhere.npz", "no file /nowhere"),
     ("phase3.data.source.kind", "folder", "image folder '' does not exist"),
     ("report.resolutions", (64, 65), "side 65 is not divisible"),

@@ -203,10 +203,10 @@ SCHEDULES = {
 
 
 def _decay_steps(settings: Settings, steps: int) -> int:
-  if steps < max(settings.decay_steps, 1):
+  if settings.decay_steps and steps < settings.decay_steps:
     raise ValueError(
       f"config.optimizer.warmup_steps={settings.warmup_steps} and decay_steps="
       f"{settings.decay_steps} are more than config.steps="
       f"{steps + settings.warmup_steps}; take fewer, or more steps"
     )
-  return settings.decay_steps or steps
+  return settings.decay_steps or max(steps, 1)  # a warm-up alone is a trial run
