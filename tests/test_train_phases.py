@@ -48,9 +48,9 @@ def test_quickstart_writes_a_report(workdir):
   assert list(numbers) == [floor.NAME, "phase1", "phase2", "phase3"]
   for found in numbers.values():
     assert all(
-      10 < x["psnr"] < 40
+      5 < x["psnr"] < 40
       and 0 < x["ssim"] < 1
-      and 0 < x["lpips"] < 1
+      and 0 < x["lpips"] < 2
       and x["frechet_efficientnet_lite0"] > 0
       for x in found.values()
     )
