@@ -90,11 +90,12 @@ def jax_training(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
   import jax
   import jax.numpy as jnp
 
-  from dcae_jax import phases
+  from dcae_jax import host_memory, phases
   from dcae_jax.models import dcae, patchgan
   from dcae_jax.training import optimizer, step
   from dcae_jax.training import state as state_lib
 
+  host_memory.keep_freed()  # as the command line does
   config = case.config
   model = dcae.create(
     case.variant, rematerialisation=False, scan=config.model.scan

@@ -84,6 +84,9 @@ def _run(config, workdir: str | None) -> None:
     )
   from etils import epath  # loader workers import this file, and need no more
 
+  from dcae_jax import host_memory
+
+  host_memory.keep_freed()
   _join_processes()
   task = importlib.import_module(f"dcae_jax.tasks.{config.task}")
   task.run(config, workdir and epath.Path(workdir).expanduser())

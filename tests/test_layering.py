@@ -68,7 +68,11 @@ RULES = {
     {"einops", "jax", "safetensors"},
   ),
   "configs": ({"configs.base", "configs.quickstart"}, {"ml_collections"}),
-  "dcae_jax/main.py": (set(), {"absl", "etils", "jax", "ml_collections"}),
+  "dcae_jax/host_memory.py": (set(), set()),
+  "dcae_jax/main.py": (
+    {"dcae_jax.host_memory"},
+    {"absl", "etils", "jax", "ml_collections"},
+  ),
   "dcae_jax/tasks": (
     {"dcae_jax"},
     {"etils", "jax", "ml_collections", "optax"},

@@ -1,0 +1,26 @@
+"""The allocator of this process's memory, where it is that of glibc.
+
+XLA's CPU back end allocates what a program needs for each call. By default
+glibc gives blocks that large back to the system, which hands them out again as
+pages of zeros, one fault each: a quarter of a training step of a small model.
+"""
+
+import ctypes
+import sys
+
+# Names and numbers of malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_LARGEST_KEPT = 2**30  # bytes; what is larger costs far more than its pages
+
+
+def keep_freed() -> None:
+  """Keeps up to a gibibyte of freed memory for the next call of a program.
+
+  Call it before jax starts its threads: one arena serves all of them, as those
+  of threads hold small blocks only.
+  """
+  libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+  if hasattr(libc, "mallopt"):
+    libc.mallopt(_ARENA_MAX, 1)
+    libc.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+    libc.mallopt(_TRIM_THRESHOLD, _LARGEST_KEPT)

@@ -1,0 +1,43 @@
+import platform
+import subprocess
+import sys
+
+import pytest
+
+_PROGRAM = """
+import resource
+import jax.numpy as jnp
+import jax
+from dcae_jax import host_memory
+
+if {keep}:
+  host_memory.keep_freed()
+# Twice: a sum alone would be fused with what it sums.
+f = jax.jit(lambda x: jnp.sum(jax.lax.optimization_barrier(x + 1) ** 2))
+x = jnp.zeros((16 << 20,))
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+f(x).block_until_ready()
+f(x).block_until_ready()
+before = faults()
+for _ in range(4):
+  f(x).block_until_ready()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(
+  platform.libc_ver()[0] != "glibc", reason="of glibc's allocator"
+)
+def test_a_program_finds_its_memory_again():
+  def faults(keep):
+    done = subprocess.run(
+      [sys.executable, "-c", _PROGRAM.format(keep=keep)],
+      check=True,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    return int(done.stdout)
+
+  pages = 4 * (64 << 20) // 4096
+  assert faults(keep=False) > pages // 2
+  assert faults(keep=True) < pages // 50
