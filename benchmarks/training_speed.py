@@ -103,14 +103,15 @@ def jax_training(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
   phase = phases.create(config.phase, config.trainable)
   variables = dcae.abstract_variables(model, 3)
   mask = phases.trainable_mask(variables["params"], phase.trainable)
-  adamw, schedule = optimizer.create(**config.optimizer)
+  settings = optimizer.Settings(**config.optimizer)
+  adamw, schedule = optimizer.create(settings, config.steps)
   discriminator = adversarial = None
   if phase.adversarial:
     c = config.discriminator
     discriminator = patchgan.PatchGAN(c.width, c.layers)
     adversarial = step.Adversarial(
       lambda params, x: discriminator.apply({"params": params}, x),
-      optimizer.create(**config.optimizer)[0],
+      optimizer.create(settings, config.steps)[0],
       c.weight,
       adaptive=False,
       start_step=0,
