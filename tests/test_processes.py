@@ -181,12 +181,14 @@ def test_when_one_process_is_killed_the_others_stop_and_a_restart_goes_on(
   processes[1].kill()
   killed = time.monotonic()
   messages, status = _end(processes[:1])[0]
-  assert time.monotonic() - killed < 120
+  assert time.monotonic() - killed < 180
   assert status not in (0, -signal.SIGKILL)
-  assert "another process has ended" in messages.splitlines()[-1], (
-    status,
-    messages,
-  )
+  # The first device notices that a neighbour is gone, or jax that its
+  # heartbeats are, after 100 seconds.
+  assert (
+    "another process has ended" in messages.splitlines()[-1]
+    or "The following tasks are unhealthy" in messages
+  ), (status, messages)
   assert train_autoencoder.run(config_of(), epath.Path(workdir))
   _agree(_losses(workdir), undisturbed)
 

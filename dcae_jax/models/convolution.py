@@ -4,10 +4,9 @@ XLA's CPU back end is 10 to 60 times too slow for depthwise convolutions and
 for 3x3 kernels on tiny grids; on large grids it runs near the peak of the
 machine, so that only fewer multiplications are faster. There
 `jax.lax.platform_dependent` picks another lowering: shifted sums (depthwise),
-one matrix product (1x1), Winograd's algorithm (3x3, float32, but for few
-channels or positions), patches and one matrix product (other grids up to 8x8).
-Parameters, and the programs for TPU and GPU, are those of
-`jax.lax.conv_general_dilated`.
+one matrix product (1x1), patches and one matrix product (grids up to 8x8),
+Winograd's algorithm (3x3, float32, but for few channels). Parameters, and the
+programs for TPU and GPU, are those of `jax.lax.conv_general_dilated`.
 """
 
 import functools
@@ -25,8 +24,8 @@ _LARGEST_PATCH_GRID = 64  # positions; beyond, lax.conv is faster on a CPU too
 _TILE = 4  # outputs of a Winograd tile, on each side
 # With fewer, lax.conv was measured as fast, or faster: with its gradients, a
 # batch of 16 images of 16x16 positions and 64 channels takes 6 ms instead of
-# 16, one of 32x32 positions and 24 channels 7 ms instead of 9.
-_FEWEST_WINOGRAD_TILES = 16
+# 16, one of 32x32 positions and 24 channels 7 ms instead of 9. The size of the
+# batch has no say, so that latents do not depend on the number of devices.
 _FEWEST_WINOGRAD_CHANNELS = 16
 _FEWEST_WINOGRAD_PRODUCTS = 24 * 24  # of input and output channels
 
@@ -136,7 +135,7 @@ def _tile_rows(x: Array, size: int) -> list[Array]:
 
 
 def _values(
-  row_factors: Array, tile_rows: list[Array], matrix: np.ndarray
+  row_factors: Array | np.ndarray, tile_rows: list[Array], matrix: np.ndarray
 ) -> Array:
   """One row of the transformed tiles, `[6, tiles, channels]`."""
   row = sum(f * y for f, y in zip(row_factors, tile_rows, strict=True))
@@ -204,7 +203,10 @@ def _winograd_vjp(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
     products = jax.lax.optimization_barrier(products)
     return jnp.stack(_combinations(of_kernel.T, products))
 
-  kernel_gradient = _map_rows(transformed_row, g, of_input, of_output.T)
+  # No loop: sums over the batch, so that devices wait for each other in it.
+  kernel_gradient = [
+    transformed_row(*rows) for rows in zip(of_input, of_output.T, strict=True)
+  ]
   kernel_gradient = jnp.stack(_combinations(of_kernel.T, kernel_gradient))
   flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
   return _winograd(g, flipped), kernel_gradient
@@ -260,13 +262,9 @@ def depthwise_convolution(
 
 
 def _suits_winograd(x: Array, kernel: Array) -> bool:
-  batch, height, width, _ = x.shape
-  tiles = batch * -(-height // _TILE) * -(-width // _TILE)
   return (
     kernel.shape[:2] == (3, 3)
     and x.dtype == kernel.dtype == jnp.float32
-    and min(height, width) >= _TILE
-    and tiles >= _FEWEST_WINOGRAD_TILES
     and min(kernel.shape[2:]) >= _FEWEST_WINOGRAD_CHANNELS
     and math.prod(kernel.shape[2:]) >= _FEWEST_WINOGRAD_PRODUCTS
   )
@@ -285,10 +283,10 @@ def convolution(
   """
   size = kernel.shape[0]
   dense = stride == 1 and groups == 1 and padding is None
-  if dense and _suits_winograd(x, kernel):
-    return _as_winograd(x, kernel)
   if dense and (size == 1 or math.prod(x.shape[1:3]) <= _LARGEST_PATCH_GRID):
     return _as_product(x, kernel)
+  if dense and _suits_winograd(x, kernel):
+    return _as_winograd(x, kernel)
   return _lax_conv(x, kernel, stride, groups, padding)
 
 
