@@ -52,9 +52,9 @@ def _shifts(x: Array, size: int) -> list[Array]:
   """The `size * size` shifted views of `x`, zero-padded, row by row."""
   height, width = x.shape[1:3]
   p = size // 2
-  # Without the barrier, XLA computes what made `x` anew for each shift.
-  x = jax.lax.optimization_barrier(x)
   x = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+  # Without the barrier, XLA pads, and computes what made `x`, for each shift.
+  x = jax.lax.optimization_barrier(x)
   return [
     x[:, i : i + height, j : j + width]
     for i in range(size)
@@ -71,13 +71,21 @@ def _shifted_sum(x: Array, kernel: Array) -> Array:
 
 
 def _shifted_sum_vjp(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-  g = jax.lax.optimization_barrier(g)
-  products = [
-    jnp.sum(shifted * g, axis=(0, 1, 2), dtype=jnp.float32)
-    for shifted in _shifts(x, kernel.shape[0])
-  ]
-  kernel_gradient = jnp.stack(products).reshape(kernel.shape)
-  return _shifted_sum(g, kernel[::-1, ::-1]), kernel_gradient.astype(g.dtype)
+  size, (height, width) = kernel.shape[0], x.shape[1:3]
+  p = size // 2
+  padded = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+
+  def kernel_row(i):
+    rows = jax.lax.dynamic_slice_in_dim(padded, i, height, 1)
+    products = [rows[:, :, j : j + width] * g for j in range(size)]
+    return jnp.stack(
+      [jnp.sum(y, axis=(0, 1, 2), dtype=jnp.float32) for y in products]
+    )
+
+  # A loop, before which XLA pads once, with what made `x`, and not each shift.
+  gradient = jax.lax.map(kernel_row, jnp.arange(size))
+  gradient = gradient.reshape(kernel.shape).astype(g.dtype)
+  return _shifted_sum(g, kernel[::-1, ::-1]), gradient
 
 
 def _patch_product(x: Array, kernel: Array) -> Array:
@@ -128,9 +136,9 @@ def _tile_rows(x: Array, size: int) -> list[Array]:
   """`_slices` of the rows of `x`, zero-padded to whole tiles."""
   before = (size - _TILE) // 2
   after = [-side % _TILE + before for side in x.shape[1:3]]
-  # Without the barrier, XLA computes what made `x` anew for each row.
-  x = jax.lax.optimization_barrier(x)
   x = jnp.pad(x, ((0, 0), (before, after[0]), (before, after[1]), (0, 0)))
+  # Without the barrier, XLA pads, and computes what made `x`, for each row.
+  x = jax.lax.optimization_barrier(x)
   return _slices(x, size, 1)
 
 
