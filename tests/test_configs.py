@@ -1,6 +1,7 @@
 import importlib
 import json
 import pathlib
+import shutil
 
 import jax
 import pytest
@@ -151,6 +152,42 @@ def test_a_run_from_before_blocks_were_scanned_goes_on(tmp_path):
   before["model"]["rematerialisation"] = False
   (tmp_path / "config.json").write_text(json.dumps(before))
   with pytest.raises(ValueError, match=r"model\.rematerialisation"):
+    wiring.check_work_directory(config, epath.Path(tmp_path))
+
+
+EARLIER = {
+  "autoencoder": lambda: base.phase3("tiny-f8"),
+  "diffusion": lambda: base.dit("DiT-tiny"),
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_runs_from_before_a_key_was_added_go_on_as_they_began(name, tmp_path):
+  """The files were written when optimizers had no kind."""
+  folder = pathlib.Path(__file__).parent / "earlier_configs"
+  shutil.copy(folder / f"{name}.json", tmp_path / "config.json")
+  directory = epath.Path(tmp_path)
+  wiring.check_work_directory(EARLIER[name](), directory)
+  for key, value, message in (
+    ("kind", "muon", "'adamw' there, 'muon' now"),
+    ("schedule", "cosine", "'constant' there, 'cosine' now"),
+    ("decay_all", True, "False there, True now"),
+  ):
+    config = EARLIER[name]()
+    config.optimizer[key] = value
+    with pytest.raises(ValueError, match=rf"optimizer\.{key}: {message}"):
+      wiring.check_work_directory(config, directory)
+
+
+def test_keys_that_were_added_later_are_filled_in_for_each_phase(tmp_path):
+  config = base.three_phases("tiny-f8")
+  before = wiring.resolved(config)
+  for number in (1, 2, 3):
+    del before[f"phase{number}"]["optimizer"]["kind"]
+  (tmp_path / "config.json").write_text(json.dumps(before))
+  wiring.check_work_directory(config, epath.Path(tmp_path))
+  config.phase2.optimizer.kind = "muon"
+  with pytest.raises(ValueError, match=r"phase2\.optimizer\.kind: 'adamw' "):
     wiring.check_work_directory(config, epath.Path(tmp_path))
 
 
