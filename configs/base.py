@@ -289,7 +289,7 @@ def small(c: ConfigDict) -> ConfigDict:
   c.ema.ramp_steps = 500
   c.data.crop = "random_resized_crop"
   c.data.shorter_side = 384  # decoding large photographs would take longer
-  c.data.cache_megabytes = 4_000.0  # about 9,000 of them
+  c.data.cache_megabytes = 4_000.0  # about 6,000 of them
   c.data.workers = 0
   c.data.threads = 2
   c.evaluation.every = c.checkpoint.every = 500

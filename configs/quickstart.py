@@ -39,6 +39,8 @@ def get_config():
   c.initial_branch_scale = 0.0
   c.resolution, c.batch_size, c.steps = low, 8, 1600
   c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 0.01, 2e-3
+  c.optimizer.schedule, c.optimizer.decay_steps = "wsd", 400
+  c.optimizer.weight_decay = 0.1  # without, weights grow and steps get small
   c.evaluation.resolutions = (low, high)
   c = config.phase2
   c.resolution, c.batch_size, c.steps = high, 8, 100

@@ -11,10 +11,11 @@ import sys
 # Names and numbers of malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _LARGEST_KEPT = 2**30  # bytes; what is larger costs far more than its pages
+_LARGEST_OF_OLD_GLIBC = 2**25  # before 2.35 it refuses more
 
 
 def keep_freed() -> None:
-  """Keeps up to a gibibyte of freed memory for the next call of a program.
+  """Keeps freed memory, in blocks of up to a gibibyte, for the next call.
 
   Call it before jax starts its threads: one arena serves all of them, as those
   of threads hold small blocks only.
@@ -22,5 +23,6 @@ def keep_freed() -> None:
   libc = ctypes.CDLL(None) if sys.platform == "linux" else None
   if hasattr(libc, "mallopt"):
     libc.mallopt(_ARENA_MAX, 1)
-    libc.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+    if not libc.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT):
+      libc.mallopt(_MMAP_THRESHOLD, _LARGEST_OF_OLD_GLIBC)
     libc.mallopt(_TRIM_THRESHOLD, _LARGEST_KEPT)

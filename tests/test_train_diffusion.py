@@ -72,12 +72,15 @@ def test_interrupted_training_goes_on_bit_for_bit(whole, config, tmp_path):
   assert result["step"] == 4 and result["parameters"] > 1_000_000
 
 
-def test_muon_learns_dense_layers(whole, config, tmp_path):
-  """Faster than AdamW, whose run has the same initial values and batches."""
-  changes = {"optimizer.kind": "muon", "optimizer.learning_rate": 0.02}
-  train_diffusion.run(config(**changes), epath.Path(tmp_path))
-  found, adamw = _losses(tmp_path), _losses(whole)
-  assert found[0] == pytest.approx(adamw[0], rel=1e-5) and found[3] < adamw[3]
+def test_muon_learns_dense_layers(config, tmp_path):
+  """Faster than AdamW with the same rate, initial values and batches."""
+  found = {}
+  for kind in ("muon", "adamw"):
+    changes = {"optimizer.kind": kind, "optimizer.learning_rate": 0.02}
+    train_diffusion.run(config(**changes), epath.Path(tmp_path / kind))
+    found[kind] = _losses(tmp_path / kind)
+  assert found["muon"][0] == pytest.approx(found["adamw"][0], rel=1e-5)
+  assert found["muon"][3] < found["adamw"][3]
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1)])

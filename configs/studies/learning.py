@@ -8,5 +8,5 @@ from configs import quickstart
 
 def get_config(phase: str):
   c = quickstart.get_config()[f"phase{phase}"]
-  c.evaluation.every = 50
+  c.evaluation.every = 100
   return c

@@ -359,7 +359,8 @@ def split(source: Source, held_out: float) -> tuple[Subset, Subset]:
   """A source in two: what is trained on, and what is held out.
 
   An image is held out by the hash of its key alone: in every run the same,
-  whatever is added to the source. Of few images, one is on either side. The
+  whatever is added to the source. Of few images, where that would leave none on
+  a side, the one with the lowest or highest hash is there. The
   held-out ones are in the order of their hashes, so that the first of them are
   a fair choice.
 

@@ -143,7 +143,7 @@ def _tile_rows(x: Array, size: int) -> list[Array]:
 
 
 def _values(
-  row_factors: Array | np.ndarray, tile_rows: list[Array], matrix: np.ndarray
+  row_factors: Array, tile_rows: list[Array], matrix: np.ndarray
 ) -> Array:
   """One row of the transformed tiles, `[6, tiles, channels]`."""
   row = sum(f * y for f, y in zip(row_factors, tile_rows, strict=True))
@@ -211,10 +211,7 @@ def _winograd_vjp(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
     products = jax.lax.optimization_barrier(products)
     return jnp.stack(_combinations(of_kernel.T, products))
 
-  # No loop: sums over the batch, so that devices wait for each other in it.
-  kernel_gradient = [
-    transformed_row(*rows) for rows in zip(of_input, of_output.T, strict=True)
-  ]
+  kernel_gradient = _map_rows(transformed_row, g, of_input, of_output.T)
   kernel_gradient = jnp.stack(_combinations(of_kernel.T, kernel_gradient))
   flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
   return _winograd(g, flipped), kernel_gradient

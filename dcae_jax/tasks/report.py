@@ -43,6 +43,7 @@ def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
   if runs_are_pending:
     return
   for run in config.runs.values():
+    checkpoint.read_run_config(run)
     variant, channels = wiring.variant_of(run)
     transforms.check_channels(channels)
     wiring.check_sides(config.resolutions, variant.spatial_compression)

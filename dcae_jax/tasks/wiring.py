@@ -29,8 +29,9 @@ _LOG = logging.getLogger(__name__)
 MODEL_KEYS = (
   "variant", "architecture", "image_channels", "residual_autoencoding"
 )  # fmt: skip
-# What may change between two starts in one work directory without changing what
-# is computed, or only how far it goes.
+# What may change between two starts in one work directory: it does not change
+# what is computed, or only how far it goes and, with a schedule that ends with
+# the run, the rate from there on.
 _MAY_CHANGE = (
   "steps", "log_every", "log_seconds", "compilation_cache", "profile",
   "model.scan",
@@ -174,7 +175,7 @@ def weighted_sources(
         "a source of kind 'mixture' needs at least one member, and none that "
         "is a mixture itself"
       )
-    if config.part:
+    if config.get("part"):  # runs from before it have none
       raise ValueError(
         f"a source of kind 'mixture' has no part {config.part!r}; its members "
         "have: config.data.source.members.NAME.part"
@@ -200,7 +201,7 @@ def _whole_source(config: ConfigDict) -> sources.Source:
 
 def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:
   """The part of a source that its config names."""
-  if not config.part:
+  if not config.get("part"):  # runs from before it have none
     return source
   parts = ("training", "held_out")
   if config.part not in parts:

@@ -85,10 +85,11 @@ def create(
 def of_discriminator(settings: Settings, learning_rate: float) -> Settings:
   """AdamW with that rate; 0: the one that Adam has in the autoencoder."""
   if not learning_rate:
-    learning_rate = {
-      "adamw": settings.learning_rate,
-      "muon": settings.adam_learning_rate,
-    }[settings.kind]
+    learning_rate = (
+      settings.learning_rate
+      if settings.kind == "adamw"
+      else settings.adam_learning_rate
+    )
   return dataclasses.replace(
     settings, kind="adamw", learning_rate=learning_rate
   )
@@ -203,10 +204,5 @@ SCHEDULES = {
 
 
 def _decay_steps(settings: Settings, steps: int) -> int:
-  if settings.decay_steps and steps < settings.decay_steps:
-    raise ValueError(
-      f"config.optimizer.warmup_steps={settings.warmup_steps} and decay_steps="
-      f"{settings.decay_steps} are more than config.steps="
-      f"{steps + settings.warmup_steps}; take fewer, or more steps"
-    )
-  return settings.decay_steps or max(steps, 1)  # a warm-up alone is a trial run
+  """All that there are, where that is less: a trial run may be short."""
+  return max(min(settings.decay_steps or steps, steps), 1)
