@@ -49,7 +49,7 @@ def get_config():
   c = config.phase3
   c.resolution, c.batch_size, c.steps = low, 16, 200
   c.optimizer.kind, c.optimizer.schedule = "adamw", "constant"
-  c.optimizer.learning_rate = 1e-3
+  c.optimizer.learning_rate = 3e-4
   c.evaluation.resolutions = (low, high)
   c.discriminator.width, c.discriminator.weight = 16, 0.1
   c.discriminator.learning_rate = 1e-4  # at 3e-4 it wins within 200 steps
