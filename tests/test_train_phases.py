@@ -115,6 +115,14 @@ def test_a_report_without_the_training_images_has_no_floor_and_says_so(
   assert f"{floor.NAME} is absent: image folder '/not/here'" in text
 
 
+def test_a_run_from_before_sources_had_parts_has_its_floor(workdir, tmp_path):
+  config = json.loads((workdir / "phase1" / "config.json").read_text())
+  del config["data"]["source"]["part"], config["data"]["source"]["held_out"]
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  ((source, _),) = floor.of_run(str(tmp_path)).weighted_sources
+  assert len(source) == 81
+
+
 def test_phases_are_trained_with_the_losses_of_the_paper(workdir):
   keys = {}
   for phase in ("phase1", "phase2", "phase3"):
