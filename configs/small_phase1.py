@@ -16,9 +16,10 @@ def get_config():
   c = base.small(base.phase1("tiny-f8-rms"))
   c.resolution, c.batch_size, c.steps = 64, 8, 20_000
   c.initial_branch_scale, c.lpips.weight = 0.0, 0.1
-  c.optimizer.kind, c.optimizer.schedule = "muon", "cosine"
+  c.optimizer.kind, c.optimizer.schedule = "muon", "wsd"
   c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 0.01, 2e-3
-  c.optimizer.weight_decay = c.optimizer.clip_norm = 0.0
+  c.optimizer.weight_decay, c.optimizer.clip_norm = 0.1, 0.0
+  c.optimizer.decay_steps = 5_000
   c.evaluation.resolutions = (64, 128)
   larger = {"resolution": 128, "batch_size": 64}
   base.on_accelerator(c, larger | {"evaluation.resolutions": (128, 256)})
