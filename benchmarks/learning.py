@@ -82,6 +82,8 @@ def discriminator_loss(workdir: pathlib.Path) -> float:
 
 def _cell(values: list[float], digits: int) -> str:
   low, mean, high = min(values), statistics.mean(values), max(values)
+  if len(values) == 1:
+    return f"{mean:.{digits}f}"
   return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
