@@ -3,10 +3,9 @@ r"""A small DC-AE on a folder of photographs, phase 1, in an hour of two cores.
   python -m dcae_jax.main --config=configs/small_phase1.py \
     --workdir=runs/small/phase1 --config.data.source.path=FOLDER
 
-A tenth of the folder is held out, in all phases the same. To evaluate on other
-images: --config.data.source.part= --config.evaluation.source.part= and
---config.evaluation.source.path=OTHER. On a GPU or TPU it trains on larger
-crops. Expected numbers: not yet measured.
+A tenth is held out, in all phases the same. To evaluate on other images:
+--config.data.source.part= --config.evaluation.source.part= and
+--config.evaluation.source.path=OTHER. Expected numbers: not yet measured.
 """
 
 from configs import base
@@ -18,8 +17,8 @@ def get_config():
   c.initial_branch_scale, c.lpips.weight = 0.0, 0.1
   c.optimizer.kind, c.optimizer.schedule = "muon", "wsd"
   c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 0.01, 2e-3
-  c.optimizer.weight_decay, c.optimizer.clip_norm = 0.1, 0.0
-  c.optimizer.decay_steps = 5_000
+  c.optimizer.decay_steps, c.optimizer.weight_decay = 5_000, 0.1
+  c.optimizer.clip_norm = 0.0
   c.evaluation.resolutions = (64, 128)
   larger = {"resolution": 128, "batch_size": 64}
   base.on_accelerator(c, larger | {"evaluation.resolutions": (128, 256)})
