@@ -116,10 +116,12 @@ def test_a_report_without_the_training_images_has_no_floor_and_says_so(
 
 
 def test_a_run_from_before_sources_had_parts_has_its_floor(workdir, tmp_path):
-  config = json.loads((workdir / "phase1" / "config.json").read_text())
+  run = tmp_path / "run"
+  shutil.copytree(workdir / "phase1", run)
+  config = json.loads((run / "config.json").read_text())
   del config["data"]["source"]["part"], config["data"]["source"]["held_out"]
-  (tmp_path / "config.json").write_text(json.dumps(config))
-  ((source, _),) = floor.of_run(str(tmp_path)).weighted_sources
+  (run / "config.json").write_text(json.dumps(config))
+  ((source, _),) = floor.of_run(str(run)).weighted_sources
   assert len(source) == 81
 
 
