@@ -139,7 +139,7 @@ def write(trials: Runs, refinements: Runs, folder: pathlib.Path) -> None:
     "Made by `python -m benchmarks.learning`. PSNR in dB and LPIPS of the "
     f"embedded held-out photographs: mean over {seeds} seeds, and range. "
     f"Commit {commit}; {jax.devices()[0].device_kind}; seconds are those of "
-    "training alone, with other runs on the same device.\n\n"
+    "training alone. The rate falls over the last quarter of the steps.\n\n"
     f"## Phase 1, {steps} steps\n\n{learning}\n\n"
     "What differs from `configs/quickstart.py`:\n\n"
     f"{_differences(TRIALS)}\n\n"
