@@ -1,4 +1,4 @@
-"""The CPU lowerings of models/convolution.py against lax.conv.
+"""The CPU lowerings of nn/convolution.py against lax.conv.
 
   python -m benchmarks.convolution
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcae_jax.models import convolution
+from dcae_jax.nn import convolution
 
 # (name, input [b, h, w, c], kernel [k, k, c / groups, d])
 CASES = (

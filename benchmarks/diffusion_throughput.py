@@ -45,8 +45,11 @@ import jax.numpy as jnp
 import optax
 
 from configs import base
-from dcae_jax import architecture, diffusion, samplers
-from dcae_jax.models import dcae, denoisers, uvit
+from dcae_jax.autoencoder import families
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.diffusion import objectives, samplers
+from dcae_jax.diffusion.denoisers import families as denoisers
+from dcae_jax.diffusion.denoisers import uvit
 from dcae_jax.training import optimizer
 
 _IMAGE_SIDE = 512
@@ -60,7 +63,7 @@ class Latents(NamedTuple):
   """A row of table 3.
 
   Attributes:
-    autoencoder: a key of `architecture.VARIANTS`.
+    autoencoder: a key of `families.VARIANTS`.
     patch_size: of the denoiser.
     training: the paper's throughput over f8's.
     sampling: the paper's throughput over f8's.
@@ -73,7 +76,7 @@ class Latents(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    variant = architecture.check_variant(self.autoencoder)
+    variant = families.check_variant(self.autoencoder)
     side = _IMAGE_SIDE // variant.spatial_compression
     return side, side, variant.latent_channels
 
@@ -137,7 +140,7 @@ def _denoiser(
 def _programs(
   model: uvit.UViT, train_batch: int, sample_batch: int
 ) -> Programs:
-  objective = diffusion.scaled_linear()
+  objective = objectives.scaled_linear()
   settings = optimizer.Settings(**base.latent_diffusion().optimizer)
   adamw, _ = optimizer.create(settings, steps=1)
 
@@ -146,7 +149,7 @@ def _programs(
 
   def guided(parameters, labels):
     apply = lambda z, t, labels: network(parameters, labels)(z, t)
-    return diffusion.guided(apply, labels, _CLASSES, _GUIDANCE)
+    return objectives.guided(apply, labels, _CLASSES, _GUIDANCE)
 
   def train(parameters, state, key, z, labels):
     def loss(parameters):
@@ -195,7 +198,7 @@ def _cost(program: Callable, arguments: tuple, images: int) -> Cost:
 
 
 def _decoder(latents: Latents, dtype: str) -> tuple[Callable, tuple]:
-  model = architecture.create(latents.autoencoder, dtype=dtype)
+  model = families.create(latents.autoencoder, dtype=dtype)
   decode = lambda variables, z: model.apply(variables, z, method="decode")
   z = jax.ShapeDtypeStruct((1, *latents.shape), "float32")
   return decode, (dcae.abstract_variables(model, 3), z)

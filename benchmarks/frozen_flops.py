@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from configs import base
-from dcae_jax import phases
-from dcae_jax.models import dcae
-from dcae_jax.training import optimizer, step
+from dcae_jax.autoencoder import phases, train_step
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.training import optimizer
 from dcae_jax.training import state as state_lib
 
 
@@ -36,13 +36,13 @@ def main() -> None:
     state = jax.eval_shape(
       lambda v, mask=mask: state_lib.create(v, mask, adamw), variables
     )
-    train = step.create(
+    train = train_step.create(
       apply=model.apply,
       phase=phase(),
       mask=mask,
       optimizer=adamw,
       schedule=schedule,
-      ema=step.Ema(0.999, 0),
+      ema=train_step.Ema(0.999, 0),
     )
     traced = jax.jit(train).trace(state, images, {})
     # As other platforms compute it: the fast convolutions of the CPU are loops,

@@ -17,7 +17,8 @@ import time
 import numpy as np
 from absl import flags
 
-from dcae_jax.data import latent_store, latents
+from dcae_jax.latents import reader
+from dcae_jax.latents import store as latent_store
 from dcae_jax.training import hardware
 
 _SHAPE, _ROWS, _SHARD_ROWS = (8, 8, 128), 8192, 1024
@@ -54,8 +55,8 @@ def _fill(path: str) -> None:
 
 def _rate(path: str, workers: int, cache_megabytes: float) -> float:
   """Images per second, after the first batch."""
-  source = latents.Latents(path, cache_megabytes=cache_megabytes)
-  batches = latents.LatentBatches(
+  source = reader.Latents(path, cache_megabytes=cache_megabytes)
+  batches = reader.LatentBatches(
     source, batch_size=_BATCH, seed=0, workers=workers
   )
   next(batches)

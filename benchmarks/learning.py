@@ -23,8 +23,8 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from dcae_jax.evaluation import text_table
-from dcae_jax.training import metrics_writer
+from dcae_jax.evaluation.report import text_table
+from dcae_jax.runs import metrics_writer
 
 _ADAMW = {"optimizer.kind": "adamw", "optimizer.learning_rate": 2e-3}
 # Name to what differs from phase 1 of the quickstart.

@@ -18,21 +18,22 @@ import time
 import numpy as np
 import safetensors.numpy
 
-from dcae_jax import architecture, weights
-from dcae_jax.models import dcae
+from dcae_jax.autoencoder import families
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.weights import conversion
 
 
 def _write(variant: dcae.Variant, folder: pathlib.Path) -> int:
   """Returns the bytes of the parameters and batch statistics in float32."""
   rng = np.random.default_rng(0)
   tensors = {}
-  for entry in weights.table(variant, 3, "diffusers"):
+  for entry in conversion.table(variant, 3, "diffusers"):
     if not entry.is_count:
       for name, shape in entry.tensor_shapes.items():
         tensors[name] = rng.standard_normal(shape, np.float32)
-  file = folder / weights.LAYOUTS["diffusers"]
+  file = folder / conversion.LAYOUTS["diffusers"]
   safetensors.numpy.save_file(tensors, file)
-  config = architecture.to_config(variant, 3, 1.0)
+  config = families.to_config(variant, 3, 1.0)
   (folder / "config.json").write_text(json.dumps(config))
   return sum(4 * math.prod(tensor.shape) for tensor in tensors.values())
 

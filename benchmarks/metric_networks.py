@@ -3,7 +3,7 @@
   python -m benchmarks.metric_networks            # prints the table; needs
                                                   # requirements-reference.txt
   python -m benchmarks.metric_networks --store    # renews the stored outputs in
-                                                  # tests/data
+                                                  # tests/stored
 
 The originals are those of pytorch-fid and efficientnet-lite-pytorch, with
 random weights and batch statistics: fresh initial values would hide errors. The
@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from benchmarks import torchvision_import
-from dcae_jax.models import efficientnet, inception
+from dcae_jax.evaluation.networks import efficientnet, inception
 
 NETWORKS = {"inception": inception, "efficientnet": efficientnet}
 # Batch, height, width, channels: smaller and larger than what enters the
@@ -42,7 +42,7 @@ STORED_SHAPES = SHAPES[:2]
 
 def stored(network: str) -> pathlib.Path:
   """The file with the original's outputs."""
-  return pathlib.Path(__file__).parent.parent / f"tests/data/{network}.npz"
+  return pathlib.Path(__file__).parent.parent / f"tests/stored/{network}.npz"
 
 
 def random_images(shape: tuple[int, ...]) -> np.ndarray:

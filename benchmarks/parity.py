@@ -2,7 +2,7 @@
 
   python -m benchmarks.parity            # prints the table; needs torch
   python -m benchmarks.parity --full     # also f32c32 and f8c4 at full width
-  python -m benchmarks.parity --store    # renews tests/data/parity.npz
+  python -m benchmarks.parity --store    # renews tests/stored/parity.npz
 
 Every variant at an eighth of its width, with random weights, norm parameters
 and batch statistics: fresh initial values would hide errors. Both go through
@@ -22,7 +22,7 @@ import numpy as np
 import dcae_jax
 from benchmarks import torchvision_import
 
-STORED = pathlib.Path(__file__).parent.parent / "tests/data/parity.npz"
+STORED = pathlib.Path(__file__).parent.parent / "tests/stored/parity.npz"
 
 # config.json of the released models, as far as they are not the defaults.
 _RES, _VIT = "ResBlock", "EfficientViTBlock"

@@ -45,7 +45,7 @@ def images(batch: int, side: int) -> np.ndarray:
 def measure_jax(side: int, repeats: int) -> None:
   import jax
 
-  from dcae_jax.models import dcae
+  from dcae_jax.autoencoder.dcae import network as dcae
 
   model = dcae.create("f32c32")
   variables = jax.jit(model.init)(jax.random.key(0), images(1, 32))

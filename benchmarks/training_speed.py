@@ -4,8 +4,8 @@
 
 The same architecture and step in float32, from uint8 images on: L1 loss, in
 phase 3 also the PatchGAN without its adaptive weight, AdamW, averages; no
-clipping, no LPIPS. Ours is `training/step` under jit, with the quickstart's
-settings of the model. Theirs is diffusers' AutoencoderDC in torch, eager,
+clipping, no LPIPS. Ours is `autoencoder/train_step` under jit, with the
+quickstart's model settings. Theirs is diffusers' AutoencoderDC, eager,
 contiguous and channels last, with fused AdamW. What is frozen needs no
 gradient, so that autograd records nothing before the first layer that learns.
 
@@ -77,10 +77,10 @@ class Case(NamedTuple):
 
 def architecture(variant: str) -> dict[str, Any]:
   """Arguments of diffusers' AutoencoderDC."""
-  from dcae_jax import autoencoder_dc
-  from dcae_jax.models import dcae
+  from dcae_jax.autoencoder.dcae import hub_config
+  from dcae_jax.autoencoder.dcae import network as dcae
 
-  config = autoencoder_dc.to_config(dcae.VARIANTS[variant], 3, 1.0, 0.0)
+  config = hub_config.to_config(dcae.VARIANTS[variant], 3, 1.0, 0.0)
   del config["_class_name"]
   return config
 
@@ -90,9 +90,10 @@ def jax_training(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
   import jax
   import jax.numpy as jnp
 
-  from dcae_jax import host_memory, phases
-  from dcae_jax.models import dcae, patchgan
-  from dcae_jax.training import optimizer, step
+  from dcae_jax.autoencoder import patchgan, phases, train_step
+  from dcae_jax.autoencoder.dcae import network as dcae
+  from dcae_jax.runs import host_memory
+  from dcae_jax.training import optimizer
   from dcae_jax.training import state as state_lib
 
   host_memory.keep_freed()  # as the command line does
@@ -109,7 +110,7 @@ def jax_training(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
   if phase.adversarial:
     c = config.discriminator
     discriminator = patchgan.PatchGAN(c.width, c.layers)
-    adversarial = step.Adversarial(
+    adversarial = train_step.Adversarial(
       lambda params, x: discriminator.apply({"params": params}, x),
       optimizer.create(settings, config.steps)[0],
       c.weight,
@@ -129,13 +130,13 @@ def jax_training(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
       discriminator_optimizer=adversarial and adversarial.optimizer,
     )
 
-  train = step.create(
+  train = train_step.create(
     apply=model.apply,
     phase=phase,
     mask=mask,
     optimizer=adamw,
     schedule=schedule,
-    ema=step.Ema(EMA_DECAY, 0),
+    ema=train_step.Ema(EMA_DECAY, 0),
     adversarial=adversarial,
   )
   jitted = jax.jit(train, donate_argnums=0)
@@ -143,7 +144,7 @@ def jax_training(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
 
 
 def torch_patchgan(width: int, layers: int) -> Any:
-  """`models/patchgan.PatchGAN` in torch; children have the same names."""
+  """`autoencoder/patchgan.PatchGAN` in torch; children have the same names."""
   from torch import nn
 
   modules = nn.Sequential()
@@ -260,7 +261,7 @@ def measure(child: str, case: Case, settings: Any, repeats: int) -> None:
   if child == "jax":
     import jax
 
-    from dcae_jax import phases
+    from dcae_jax.autoencoder import phases
 
     state, train = jax_training(case)
     images = jax.numpy.asarray(images)

@@ -73,8 +73,8 @@ def autoencoder() -> ConfigDict:
 
   # --- the model -----------------------------------------------------------
   c.model = ConfigDict()
-  # A key of dcae_jax.architecture.VARIANTS: DC-AEs, and SD-VAEs, the paper's
-  # baseline. "": the model of `init_from`.
+  # A key of VARIANTS in dcae_jax/autoencoder/families.py: DC-AEs, and SD-VAEs,
+  # the paper's baseline. "": the model of `init_from`.
   c.model.variant = "f32c32"
   # Filled in by the run where `init_from` is none of these ("custom"): its
   # config, with the keys of diffusers' AutoencoderDC or AutoencoderKL.
@@ -480,7 +480,8 @@ def latent_diffusion() -> ConfigDict:
 
   # --- the model -----------------------------------------------------------
   c.model = ConfigDict()
-  c.model.variant = "UViT-H"  # a key of dcae_jax.models.denoisers.VARIANTS
+  # A key of VARIANTS in dcae_jax/diffusion/denoisers/families.py.
+  c.model.variant = "UViT-H"
   # [paper] 1: the autoencoder has compressed enough. SD-VAE-f8: 2.
   c.model.patch_size = 1
   # Those of the store, filled in by the run.

@@ -84,7 +84,7 @@ def _run(config, workdir: str | None) -> None:
     )
   from etils import epath  # loader workers import this file, and need no more
 
-  from dcae_jax import host_memory
+  from dcae_jax.runs import host_memory
 
   host_memory.keep_freed()
   _join_processes()

@@ -99,7 +99,7 @@ def save_tiny_autoencoder(
 ) -> pathlib.Path:
   """Initial values of tiny-f8, in the diffusers layout; returns the folder."""
   import dcae_jax
-  from dcae_jax.models import dcae
+  from dcae_jax.autoencoder.dcae import network as dcae
 
   variant = dcae.VARIANTS["tiny-f8"]
   variables = jax.jit(dcae.create(variant).init)(
@@ -115,7 +115,7 @@ def save_tiny_autoencoder(
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory) -> pathlib.Path:
   """A converted file, with random values."""
-  from dcae_jax.models import inception
+  from dcae_jax.evaluation.networks import inception
 
   rng = np.random.default_rng(0)
   file = tmp_path_factory.mktemp("inception") / "random.npz"
@@ -149,9 +149,9 @@ def fill_store(
 ) -> str:
   """Latents of classes that each have a mean of their own; returns the path."""
   import dcae_jax
-  from dcae_jax import weights
-  from dcae_jax.data import latent_store
-  from dcae_jax.tasks import latent_encoding
+  from dcae_jax.autoencoder.weights import conversion
+  from dcae_jax.latents import encode
+  from dcae_jax.latents import store as latent_store
 
   rows, shape, views = len(labels), (2, 2, 16), ["latents"]
   store = latent_store.LatentStore(str(path))
@@ -169,11 +169,11 @@ def fill_store(
     ["a"] * rows,
     {"moments": {"mean": [0.0]}},
   )
-  encoder = latent_encoding.encoder_variables(dcae_jax.load(folder).variables)
+  encoder = encode.encoder_variables(dcae_jax.load(folder).variables)
   made_with = {
     "init_from": str(folder),
     "space_to_channel": 1,
-    "encoder_sha256": weights.fingerprint(encoder),
+    "encoder_sha256": conversion.fingerprint(encoder),
   }
   store.finish(
     {

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcae_jax.models import denoisers
+from dcae_jax.diffusion.denoisers import families as denoisers
 
 _erf = np.vectorize(math.erf)
 

@@ -10,14 +10,9 @@ from ml_collections import ConfigDict
 
 from configs import base
 from dcae_jax import main
-from dcae_jax.models import dcae
-from dcae_jax.tasks import (
-  checks,
-  evaluate_autoencoder,
-  train_autoencoder,
-  train_phases,
-  wiring,
-)
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.setup import checks, wiring
+from dcae_jax.tasks import evaluate_autoencoder, train_autoencoder, train_phases
 
 DIRECTORY = pathlib.Path(__file__).parent.parent / "configs"
 NAMES = sorted(

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dcae_jax.evaluation import fid, image_metrics, latent_statistics
+from dcae_jax.autoencoder import latent_statistics
+from dcae_jax.evaluation import fid, image_metrics
 
 # Edges of histograms, per metric; what lies beyond counts in the last bin.
 HISTOGRAM_EDGES = {

@@ -1,6 +1,6 @@
 """Metrics of generated images: Inception Score, precision and recall.
 
-Of the outputs of a network, as a rule of the FID Inception (models/inception).
+Of a network's outputs, as a rule of the FID Inception (networks/inception).
 """
 
 from collections.abc import Iterator

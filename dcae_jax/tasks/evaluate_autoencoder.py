@@ -21,24 +21,20 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dcae_jax import architecture, autoencoder, block_pca, weights
-from dcae_jax.data import images, sources, transforms
-from dcae_jax.evaluation import (
-  fid,
-  figures,
-  html_report,
+from dcae_jax.autoencoder import (
+  autoencoder,
+  block_pca,
+  families,
   latent_statistics,
-  reconstruction,
 )
-from dcae_jax.models import dcae
-from dcae_jax.tasks import (
-  evaluation_report,
-  floor,
-  measuring,
-  metric_networks,
-  wiring,
-)
-from dcae_jax.training import checkpoint, metrics_writer, sharding
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.weights import conversion
+from dcae_jax.data import images, sources, transforms
+from dcae_jax.evaluation import fid, reconstruction
+from dcae_jax.evaluation.report import evaluation_report, figures, page
+from dcae_jax.runs import metrics_writer
+from dcae_jax.setup import floor, measuring, metric_networks, wiring
+from dcae_jax.training import checkpoint, sharding
 
 _LOG = logging.getLogger(__name__)
 FLOOR = "block_pca"  # in `config.compare`
@@ -72,7 +68,7 @@ def check(config: ConfigDict) -> None:
   if config.init_from:
     _check_model(config.init_from, config)
   if config.variant:
-    variant = architecture.check_variant(config.variant)
+    variant = families.check_variant(config.variant)
     compression = variant.spatial_compression * config.space_to_channel
     wiring.check_sides(config.resolutions, compression)
   for other in others:
@@ -106,7 +102,7 @@ def _latent_size(config: ConfigDict) -> tuple[int, int, int]:
   if config.init_from:
     variant, channels = wiring.variant_of(config.init_from)
   else:
-    variant, channels = architecture.check_variant(config.variant), 3
+    variant, channels = families.check_variant(config.variant), 3
   p = config.space_to_channel
   return (
     variant.spatial_compression * p,
@@ -270,7 +266,7 @@ def _evaluate(
     "parameters": sum(x.size for x in jax.tree.leaves(ae.variables["params"])),
     "spatial_compression": ae.spatial_compression,
     "latent_channels": ae.latent_channels,
-    "weights_sha256": weights.fingerprint(ae.variables),
+    "weights_sha256": conversion.fingerprint(ae.variables),
   }
   variables = ae.variables = measuring.on_mesh(ae.variables, mesh)
   reader = measuring.EvaluationImages(
@@ -358,8 +354,8 @@ def _load(config: ConfigDict) -> autoencoder.Autoencoder:
       dtype=config.dtype,
       space_to_channel=config.space_to_channel,
     )
-  variant = architecture.check_variant(config.variant)
-  model = architecture.create(variant)
+  variant = families.check_variant(config.variant)
+  model = families.create(variant)
   side = model.spatial_compression
   variables = jax.jit(model.init)(
     jax.random.key(config.seed), jnp.zeros((1, side, side, 3), jnp.float32)
@@ -402,9 +398,7 @@ def _numbers(
   absent = metrics.absent | result.absent
   found = {"images": result.count} | {name: None for name in absent}
   found |= {k: v for k, v in result.metrics.items() if k != "latent_rms"}
-  distances = [
-    name for name in html_report.DISTANCES if found.get(name) is not None
-  ]
+  distances = [name for name in page.DISTANCES if found.get(name) is not None]
   if distances and result.count < fid.FEWEST_IMAGES:
     _LOG.warning(
       "%s of %d images, fewer than %d: the number orders runs at best",

@@ -15,12 +15,17 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax import autoencoder, diffusion, samplers, weights
-from dcae_jax.data import differences, latents
-from dcae_jax.evaluation import fid, figures, sample_metrics
-from dcae_jax.models import dcae, inception, pretrained
-from dcae_jax.tasks import denoising, latent_decoding, sample_drawing, wiring
-from dcae_jax.training import checkpoint, loop, metrics_writer, sharding
+from dcae_jax.autoencoder import autoencoder
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.weights import conversion
+from dcae_jax.diffusion import objectives, samplers
+from dcae_jax.evaluation import fid, sample_metrics, samples
+from dcae_jax.evaluation.networks import inception, pretrained
+from dcae_jax.evaluation.report import figures
+from dcae_jax.latents import decode, reader
+from dcae_jax.runs import differences, metrics_writer
+from dcae_jax.setup import denoising, wiring
+from dcae_jax.training import checkpoint, loop, sharding
 
 _LOG = logging.getLogger(__name__)
 _METRICS = ("gfid", "inception_score", "precision_recall")
@@ -42,7 +47,7 @@ class _Model(NamedTuple):
   """What a training run left, and how it is sampled."""
 
   denoiser: denoising.Denoiser
-  objective: diffusion.Objective
+  objective: objectives.Objective
   sampler: samplers.Sampler
   sampling: ConfigDict  # what the sampler is made from
 
@@ -62,8 +67,8 @@ def check(config: ConfigDict) -> None:
       f"config.batch_size={config.batch_size} is not divisible by {ways}, the "
       "devices of this process; use a multiple"
     )
-  if config.images not in sample_drawing.IMAGES:
-    known = ", ".join(map(repr, sample_drawing.IMAGES))
+  if config.images not in samples.IMAGES:
+    known = ", ".join(map(repr, samples.IMAGES))
     raise ValueError(f"config.images={config.images!r} is not among {known}")
   denoising.check_guidance("config.guidance", config.guidance)
   if not config.guidance:
@@ -97,7 +102,7 @@ def run(
     config,
     checkpoint.read_run_config(config.init_from, "train_diffusion"),
   )
-  description = latent_decoding.read_description(config.init_from)
+  description = decode.read_description(config.init_from)
   labels = _labels(config, description)
   wiring.check_work_directory(config, workdir)
   wiring.check_nothing_foreign(
@@ -106,7 +111,7 @@ def run(
   wiring.prepare_jax(config.compilation_cache)
   store = _open_store(config)
   network, reference = open_metrics(config)
-  ae = latent_decoding.load_autoencoder(
+  ae = decode.load_autoencoder(
     description,
     config.autoencoder,
     "name it with config.autoencoder",
@@ -119,9 +124,7 @@ def run(
   identity = _identity(config, model, variables, ae, network)
   _check_identity(workdir, identity, may_grow=True)
   for scale in config.guidance:
-    sample_drawing.check_not_fewer(
-      workdir, scale, config.samples, config.batch_size
-    )
+    samples.check_not_fewer(workdir, scale, config.samples, config.batch_size)
   wiring.wait_for_all("samples_checked")  # before anything is written
   wiring.write_config(config, workdir)
   if jax.process_index() == 0:
@@ -130,7 +133,7 @@ def run(
     )
   wiring.wait_for_all("samples_identity")
   _check_identity(workdir, identity, may_grow=False)  # all draw the same
-  drawing = sample_drawing.Drawing(
+  drawing = samples.Drawing(
     {
       scale: denoising.sample_function(
         model.denoiser, model.objective, model.sampler, model.sampling, scale,
@@ -175,10 +178,10 @@ def _finish(
   config: ConfigDict,
   workdir: epath.Path,
   result: dict[str, Any],
-  drawing: sample_drawing.Drawing,
+  drawing: samples.Drawing,
   description: dict[str, Any],
   labels: list[int],
-  store: latents.Latents | None,
+  store: reader.Latents | None,
   ae: autoencoder.Autoencoder,
 ) -> None:
   """Writes `result.json`, the plot and the picture."""
@@ -238,11 +241,11 @@ def _labels(config: ConfigDict, description: dict[str, Any]) -> list[int]:
   return list(config.classes) or np.flatnonzero(rows).tolist()
 
 
-def _open_store(config: ConfigDict) -> latents.Latents | None:
+def _open_store(config: ConfigDict) -> reader.Latents | None:
   if not (config.picture.classes and config.picture.latents):
     return None
-  store = latents.Latents(config.picture.latents)
-  latent_decoding.check_same_meaning(config.init_from, store)
+  store = reader.Latents(config.picture.latents)
+  decode.check_same_meaning(config.init_from, store)
   return store
 
 
@@ -287,8 +290,8 @@ def _identity(
 ) -> dict[str, Any]:
   """What samples depend on; must be the same to go on with a directory."""
   return {
-    "weights_sha256": weights.fingerprint(variables),
-    "decoder_sha256": weights.fingerprint(ae.variables),
+    "weights_sha256": conversion.fingerprint(variables),
+    "decoder_sha256": conversion.fingerprint(ae.variables),
     "compute_dtype": config.compute_dtype,
     "inception_sha256": network.sha256 if network else None,
     "sampler": str(model.sampler),
@@ -332,28 +335,26 @@ def _check_identity(
     )
 
 
-def _parts(config: ConfigDict, scale: float) -> list[sample_drawing.Part]:
-  return sample_drawing.parts(scale, config.samples, config.batch_size)
+def _parts(config: ConfigDict, scale: float) -> list[samples.Part]:
+  return samples.parts(scale, config.samples, config.batch_size)
 
 
 def _draw_missing(
   config: ConfigDict,
   workdir: epath.Path,
-  drawing: sample_drawing.Drawing,
+  drawing: samples.Drawing,
   sigterm: loop.Sigterm,
 ) -> bool:
   """Draws and writes what is not there; False if it was stopped."""
   wanted = [part for scale in config.guidance for part in _parts(config, scale)]
-  missing = sample_drawing.missing(wanted, workdir, config.images)
+  missing = samples.missing(wanted, workdir, config.images)
   wiring.wait_for_all("samples_plan")  # nobody writes before all have looked
   own = missing[jax.process_index() :: jax.process_count()]
   _LOG.info(
     "%d of %d parts of %d samples are missing, %d of them for this process",
     len(missing), len(wanted), config.batch_size, len(own),
   )  # fmt: skip
-  sample_drawing.fill(
-    drawing, own, workdir, config.images, lambda: sigterm.received
-  )
+  samples.fill(drawing, own, workdir, config.images, lambda: sigterm.received)
   if sigterm.received:
     _LOG.info("SIGTERM: stopped; run again to go on")
     if jax.process_count() > 1:
@@ -374,7 +375,7 @@ def _measure(
   features, logits, squares = [], [], 0.0
   needed = ("latent_rms", *(("features", "logits") if config.metrics else ()))
   parts = _parts(config, scale)
-  for record in sample_drawing.read_records(workdir, parts, needed):
+  for record in samples.read_records(workdir, parts, needed):
     squares += float(np.sum(np.square(record["latent_rms"], dtype=np.float64)))
     if "gfid" in config.metrics:
       moments.update(record["features"])
@@ -436,10 +437,10 @@ def _table(measured: dict[str, dict[str, float]]) -> str:
 
 def _picture(
   config: ConfigDict,
-  drawing: sample_drawing.Drawing,
+  drawing: samples.Drawing,
   description: dict[str, Any],
   classes: list[int],
-  store: latents.Latents | None,
+  store: reader.Latents | None,
   ae: autoencoder.Autoencoder,
 ) -> np.ndarray:
   """A row for each of some classes, samples at each scale side by side."""
@@ -448,7 +449,7 @@ def _picture(
   if store is not None:
     rows = [np.flatnonzero(store.labels() == i)[:1] for i in classes]
     z = store.read_unscaled(np.concatenate(rows))
-    blocks.append(latent_decoding.to_pixels(ae, z)[:, None])
+    blocks.append(decode.to_pixels(ae, z)[:, None])
     headings[0] = "training"
   for scale in config.guidance:
     headings[sum(block.shape[1] for block in blocks)] = f"guidance {scale:g}"

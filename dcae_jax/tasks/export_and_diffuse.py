@@ -4,13 +4,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.tasks import (
-  denoising,
-  evaluate_diffusion,
-  export_latents,
-  train_diffusion,
-  wiring,
-)
+from dcae_jax.setup import denoising, wiring
+from dcae_jax.tasks import evaluate_diffusion, export_latents, train_diffusion
 from dcae_jax.training import loop
 
 

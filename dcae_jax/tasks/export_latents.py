@@ -16,12 +16,16 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax import architecture, autoencoder, weights
-from dcae_jax.data import images, latent_store, rows, sources, transforms
-from dcae_jax.evaluation import latent_statistics
-from dcae_jax.models import dcae
-from dcae_jax.tasks import latent_encoding, measuring, stopwatch, wiring
-from dcae_jax.training import loop, metrics_writer
+from dcae_jax.autoencoder import autoencoder, families, latent_statistics
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.weights import conversion
+from dcae_jax.data import images, sources, transforms
+from dcae_jax.latents import encode as latent_encoding
+from dcae_jax.latents import rows
+from dcae_jax.latents import store as latent_store
+from dcae_jax.runs import metrics_writer, stopwatch
+from dcae_jax.setup import measuring, wiring
+from dcae_jax.training import loop
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,7 +84,7 @@ def check(config: ConfigDict) -> None:
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
   """[h, w, c] of the latents; ValueError for a resolution that does not fit."""
   model = wiring.model_of(config.init_from)
-  variant = architecture.of_model(model["variant"], model["architecture"])
+  variant = families.of_model(model["variant"], model["architecture"])
   compression = variant.spatial_compression * config.space_to_channel
   dcae.check_side(config.resolution, compression)
   side = config.resolution // compression
@@ -167,7 +171,9 @@ def _identity(
 
   None stands for what it will find out itself.
   """
-  encoder = weights.fingerprint(latent_encoding.encoder_variables(ae.variables))
+  encoder = conversion.fingerprint(
+    latent_encoding.encoder_variables(ae.variables)
+  )
   crop = {"kind": config.crop, "per_image": config.crops_per_image}
   if config.crop == "dm_crop":
     crop["rule"] = images.EVALUATION_CROP
@@ -388,7 +394,7 @@ class _Export:
     factor, origin = self._scaling_factor(statistics)
     of_autoencoder = {
       "init_from": _found_again(self._config.init_from),
-      "weights_sha256": weights.fingerprint(self._ae.variables),
+      "weights_sha256": conversion.fingerprint(self._ae.variables),
     }
     count = sum(record["rows"] for record in records)
     return identity | {

@@ -9,11 +9,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax import autoencoder
-from dcae_jax.data import latents
-from dcae_jax.evaluation import figures
-from dcae_jax.tasks import latent_decoding, measuring, wiring
-from dcae_jax.training import metrics_writer
+from dcae_jax.autoencoder import autoencoder
+from dcae_jax.evaluation.report import figures
+from dcae_jax.latents import decode, reader
+from dcae_jax.runs import metrics_writer
+from dcae_jax.setup import measuring, wiring
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,11 +42,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   wiring.check_work_directory(config, workdir)
   wiring.check_nothing_foreign(workdir, ("samples",))
   wiring.prepare_jax(config.compilation_cache)
-  store = latents.Latents(config.latents, retries=config.retries)
+  store = reader.Latents(config.latents, retries=config.retries)
   _LOG.info("%s\n%s", store.path, summary(store.manifest))
   ae = None
   if config.samples:
-    ae = latent_decoding.load_autoencoder(
+    ae = decode.load_autoencoder(
       store.manifest,
       config.init_from,
       "name it with config.init_from, or decode nothing with config.samples=0",
@@ -117,7 +117,7 @@ def _plain(values: dict[str, Any]) -> str:
   return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
-def _verify(store: latents.Latents) -> list[str]:
+def _verify(store: reader.Latents) -> list[str]:
   progress = measuring.Progress(store.manifest["count"])
   problems = store.verify(progress.add)
   _LOG.info(
@@ -134,7 +134,7 @@ def _sample(config: ConfigDict, rows: int) -> list[int]:
 
 
 def _write_samples(
-  store: latents.Latents,
+  store: reader.Latents,
   ae: autoencoder.Autoencoder,
   rows: list[int],
   folder: epath.Path,
@@ -145,7 +145,7 @@ def _write_samples(
     old.unlink()
   keys, count, pictures = store.keys(), store.manifest["count"], []
   for row in rows:  # one at a time: they may be large
-    (pixels,) = latent_decoding.to_pixels(ae, store.read_unscaled([row]))
+    (pixels,) = decode.to_pixels(ae, store.read_unscaled([row]))
     metrics_writer.write_png(folder / f"row_{row:08d}.png", pixels)
     pictures.append(pixels)
     view = ", mirrored" if row >= count else ""

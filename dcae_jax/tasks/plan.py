@@ -19,13 +19,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.tasks import (
-  train_autoencoder,
-  train_diffusion,
-  training_run,
-  wiring,
-)
-from dcae_jax.training import hardware, metrics_writer, program_cost
+from dcae_jax.runs import metrics_writer
+from dcae_jax.setup import training_run, wiring
+from dcae_jax.tasks import train_autoencoder, train_diffusion
+from dcae_jax.training import hardware, program_cost
 
 _LOG = logging.getLogger(__name__)
 _GIB = 2**30

@@ -12,11 +12,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax import autoencoder
+from dcae_jax.autoencoder import autoencoder
 from dcae_jax.data import images, sources, transforms
-from dcae_jax.evaluation import figures, image_metrics
-from dcae_jax.tasks import wiring
-from dcae_jax.training import metrics_writer
+from dcae_jax.evaluation import image_metrics
+from dcae_jax.evaluation.report import figures
+from dcae_jax.runs import metrics_writer
+from dcae_jax.setup import wiring
 
 _LOG = logging.getLogger(__name__)
 

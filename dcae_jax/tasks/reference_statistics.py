@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 from dcae_jax.data import images
 from dcae_jax.evaluation import fid
-from dcae_jax.models import inception
-from dcae_jax.tasks import measuring, wiring
-from dcae_jax.training import metrics_writer, sharding
+from dcae_jax.evaluation.networks import inception
+from dcae_jax.runs import metrics_writer
+from dcae_jax.setup import measuring, wiring
+from dcae_jax.training import sharding
 
 _LOG = logging.getLogger(__name__)
 

@@ -7,17 +7,13 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax import autoencoder, block_pca
+from dcae_jax.autoencoder import autoencoder, block_pca
 from dcae_jax.data import images, sources, transforms
-from dcae_jax.evaluation import (
-  fid,
-  figures,
-  html_report,
-  reconstruction,
-  text_table,
-)
-from dcae_jax.tasks import floor, measuring, metric_networks, wiring
-from dcae_jax.training import checkpoint, metrics_writer, sharding
+from dcae_jax.evaluation import fid, reconstruction
+from dcae_jax.evaluation.report import figures, page, text_table
+from dcae_jax.runs import metrics_writer
+from dcae_jax.setup import floor, measuring, metric_networks, wiring
+from dcae_jax.training import checkpoint, sharding
 
 _LOG = logging.getLogger(__name__)
 _CURVES = (
@@ -154,7 +150,7 @@ def _write(
     absent |= found.absent
   notes = [f"{name} is absent: {why}." for name, why in absent.items()]
   few = first[shown].count
-  if few < fid.FEWEST_IMAGES and set(html_report.DISTANCES) & set(
+  if few < fid.FEWEST_IMAGES and set(page.DISTANCES) & set(
     first[shown].metrics
   ):
     notes.append(

@@ -18,11 +18,15 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dcae_jax import architecture, phases, released, weights
+from dcae_jax.autoencoder import families, patchgan, phases, train_step
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.autoencoder.weights import conversion, released
 from dcae_jax.data import images, sources
-from dcae_jax.evaluation import figures, text_table
-from dcae_jax.models import dcae, lpips, patchgan, pretrained, sd_vae
-from dcae_jax.tasks import (
+from dcae_jax.evaluation.networks import lpips, pretrained
+from dcae_jax.evaluation.report import figures, text_table
+from dcae_jax.runs import metrics_writer
+from dcae_jax.setup import (
   checks,
   floor,
   measuring,
@@ -30,15 +34,8 @@ from dcae_jax.tasks import (
   training_run,
   wiring,
 )
-from dcae_jax.training import (
-  checkpoint,
-  loop,
-  metrics_writer,
-  optimizer,
-  sharding,
-)
+from dcae_jax.training import checkpoint, loop, optimizer, sharding
 from dcae_jax.training import state as state_lib
-from dcae_jax.training import step as step_lib
 
 _LOG = logging.getLogger(__name__)
 
@@ -91,13 +88,13 @@ def open_inputs(config: ConfigDict) -> Inputs:
 class _Setup(NamedTuple):
   """What is known before anything is compiled."""
 
-  autoencoder: architecture.Model
+  autoencoder: families.Model
   phase: phases.Phase
   mask: Any
   mesh: Mesh
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
-  adversarial: step_lib.Adversarial | None
+  adversarial: train_step.Adversarial | None
   discriminator: patchgan.PatchGAN | None
   abstract: state_lib.TrainState
   shardings: Any
@@ -213,7 +210,7 @@ def _setup(
     c = config.discriminator
     discriminator = patchgan.PatchGAN(c.width, c.layers)
     settings = optimizer.of_discriminator(settings, c.learning_rate)
-    adversarial = step_lib.Adversarial(
+    adversarial = train_step.Adversarial(
       lambda params, x: discriminator.apply({"params": params}, x),
       optimizer.create(settings, config.steps)[0],
       c.weight,
@@ -266,7 +263,7 @@ def _initial_state(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
       )
     else:
       found = released.find(config.init_from)
-      variables, _ = weights.read(found.entries, found.files, placed)
+      variables, _ = conversion.read(found.entries, found.files, placed)
       ema = None  # starts as a copy
     create = lambda variables, ema: _create_state(config, setup, variables, ema)
     jitted = jax.jit(
@@ -314,25 +311,25 @@ def _batches(config: ConfigDict, inputs: Inputs) -> images.TrainingImages:
 def _step(
   config: ConfigDict,
   setup: _Setup,
-  autoencoder: architecture.Model,
+  autoencoder: families.Model,
   gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable:
   network = config.lpips.network
   perceptual = lambda p, x, y: lpips.distance(p, x, y, network)
   variational = None
   if isinstance(autoencoder, sd_vae.SDVAE):
-    variational = step_lib.Variational(
+    variational = train_step.Variational(
       functools.partial(autoencoder.apply, method="reconstruct_sample"),
       config.kl.weight,
       config.seed,
     )
-  return step_lib.create(
+  return train_step.create(
     apply=autoencoder.apply,
     phase=setup.phase,
     mask=setup.mask,
     optimizer=setup.optimizer,
     schedule=setup.schedule,
-    ema=step_lib.Ema(config.ema.decay, config.ema.ramp_steps),
+    ema=train_step.Ema(config.ema.decay, config.ema.ramp_steps),
     perceptual=perceptual if config.lpips.weight else None,
     perceptual_weight=config.lpips.weight,
     adversarial=setup.adversarial,
@@ -449,7 +446,7 @@ def _floor(
   held_out: measuring.EvaluationImages,
 ) -> dict[str, float]:
   """What block PCA reaches on the held-out images; nothing where it cannot."""
-  variant = architecture.of_model(
+  variant = families.of_model(
     config.model.variant, config.model.architecture.to_dict()
   )
   try:

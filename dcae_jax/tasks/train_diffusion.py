@@ -17,20 +17,16 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dcae_jax import autoencoder, diffusion, phases, samplers
-from dcae_jax.data import latents
-from dcae_jax.evaluation import figures
-from dcae_jax.tasks import denoising, latent_decoding, training_run, wiring
-from dcae_jax.training import (
-  checkpoint,
-  diffusion_step,
-  loop,
-  metrics_writer,
-  optimizer,
-  sharding,
-)
+from dcae_jax.autoencoder import autoencoder, phases
+from dcae_jax.autoencoder import train_step as autoencoder_train_step
+from dcae_jax.diffusion import objectives, samplers
+from dcae_jax.diffusion import train_step as diffusion_train_step
+from dcae_jax.evaluation.report import figures
+from dcae_jax.latents import decode, reader
+from dcae_jax.runs import metrics_writer
+from dcae_jax.setup import denoising, training_run, wiring
+from dcae_jax.training import checkpoint, loop, optimizer, sharding
 from dcae_jax.training import state as state_lib
-from dcae_jax.training import step as step_lib
 
 _LOG = logging.getLogger(__name__)
 _INITIAL, _SAMPLES = 0, 2  # what the seed is for; 1 is the steps
@@ -75,7 +71,7 @@ class _Setup(NamedTuple):
   """What is known before anything is compiled."""
 
   denoiser: denoising.Denoiser
-  objective: diffusion.Objective
+  objective: objectives.Objective
   sampler: samplers.Sampler
   mesh: Mesh
   optimizer: optax.GradientTransformation
@@ -112,7 +108,7 @@ def run(
       "config.latents is empty; name a latent store (configs/f64_export.py "
       "writes one)"
     )
-  store = latents.Latents(
+  store = reader.Latents(
     config.latents,
     cache_megabytes=config.data.cache_megabytes,
     retries=config.data.retries,
@@ -122,14 +118,14 @@ def run(
     denoising.check_same_model(config.init_from, config)
   wiring.check_work_directory(config, workdir)
   wiring.check_nothing_foreign(workdir, ("manifest.json",))
-  described = latent_decoding.description(store)
-  latent_decoding.check_same_latents(workdir, described)
+  described = decode.description(store)
+  decode.check_same_latents(workdir, described)
   wiring.prepare_jax(config.compilation_cache)
   setup = _setup(config)
   batches = _batches(config, store)
   ae = None
   if config.samples.count:
-    ae = latent_decoding.load_autoencoder(
+    ae = decode.load_autoencoder(
       store.manifest,
       config.autoencoder,
       "name it with config.autoencoder, or draw no samples with "
@@ -141,7 +137,7 @@ def run(
     config.model.variant, len(store), store.path,
     f"{phases.count(setup.abstract.params):,}", setup.mesh.size,
   )  # fmt: skip
-  latent_decoding.write_description(workdir, described)
+  decode.write_description(workdir, described)
 
   def prepare(writer):
     return training_run.Program(
@@ -179,7 +175,7 @@ def abstract_step(
   """
   check(config)
   if config.latents:
-    config = denoising.with_store(config, latents.Latents(config.latents))
+    config = denoising.with_store(config, reader.Latents(config.latents))
   for key in ("latent_size", "latent_channels", "num_classes"):
     if not config.model[key]:
       raise ValueError(
@@ -216,7 +212,7 @@ def _setup(
   sampler = denoising.sampler(config.sampler, objective)
   denoiser = denoising.model(config.model, objective)
   if config.channel_candidates:
-    diffusion.random_channel_mask(
+    objectives.random_channel_mask(
       jax.random.key(0), 1, config.model.latent_channels,
       config.channel_candidates,
     )  # fmt: skip
@@ -275,10 +271,8 @@ def _initial(setup: _Setup) -> Callable[[jax.Array], state_lib.TrainState]:
   return create
 
 
-def _batches(
-  config: ConfigDict, store: latents.Latents
-) -> latents.LatentBatches:
-  return latents.LatentBatches(
+def _batches(config: ConfigDict, store: reader.Latents) -> reader.LatentBatches:
+  return reader.LatentBatches(
     store,
     batch_size=config.batch_size // jax.process_count(),
     seed=config.seed,
@@ -291,7 +285,7 @@ def _batches(
 
 
 def _jitted(config: ConfigDict, setup: _Setup) -> Any:
-  step = diffusion_step.create(
+  step = diffusion_train_step.create(
     apply=setup.denoiser.apply,
     objective=setup.objective,
     num_classes=config.model.num_classes,
@@ -299,7 +293,7 @@ def _jitted(config: ConfigDict, setup: _Setup) -> Any:
     channel_candidates=config.channel_candidates,
     optimizer=setup.optimizer,
     schedule=setup.schedule,
-    ema=step_lib.Ema(config.ema.decay, config.ema.ramp_steps),
+    ema=autoencoder_train_step.Ema(config.ema.decay, config.ema.ramp_steps),
     seed=config.seed,
     gather=sharding.gather(setup.shardings.params, setup.mesh),
   )
@@ -313,7 +307,7 @@ def _jitted(config: ConfigDict, setup: _Setup) -> Any:
 def _sample(
   config: ConfigDict,
   setup: _Setup,
-  store: latents.Latents,
+  store: reader.Latents,
   ae: autoencoder.Autoencoder | None,
   writer: metrics_writer.MetricsWriter,
 ) -> Callable[[int, state_lib.TrainState], dict[str, float]]:
@@ -352,8 +346,8 @@ def _sample(
       values[f"eval/latent_rms/guidance_{scale:g}"] = float(
         np.sqrt(np.mean(np.square(z)))
       )
-      z = latent_decoding.unscaled(store.manifest, z)
-      rows[f"{scale:g}"] = latent_decoding.to_pixels(ae, z)
+      z = decode.unscaled(store.manifest, z)
+      rows[f"{scale:g}"] = decode.to_pixels(ae, z)
     if rows:
       picture = figures.grid(list(rows.values()), list(rows))
       writer.image(step, "samples", picture)

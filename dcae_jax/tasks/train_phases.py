@@ -6,7 +6,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.tasks import checks, report, train_autoencoder, wiring
+from dcae_jax.setup import checks, wiring
+from dcae_jax.tasks import report, train_autoencoder
 from dcae_jax.training import loop
 
 _PHASES = ("phase1", "phase2", "phase3")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcae_jax import phases
+from dcae_jax.autoencoder import phases
 
 Tree = Any
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import parity
-from dcae_jax.models import denoisers
+from dcae_jax.diffusion.denoisers import families as denoisers
 
 FORMS = {  # patch size, latent size, learned sigma
   "one position a token": (1, 6, True),

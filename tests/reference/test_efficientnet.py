@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from benchmarks import metric_networks
-from dcae_jax.models import efficientnet
+from dcae_jax.evaluation.networks import efficientnet
 
 
 @pytest.fixture(scope="module")

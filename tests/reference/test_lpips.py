@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcae_jax.models import lpips
+from dcae_jax.evaluation.networks import lpips
 
 THEIR_NAMES = {"vgg16": "vgg", "alexnet": "alex"}
 

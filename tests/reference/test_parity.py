@@ -9,9 +9,9 @@ from diffusers.loaders import single_file_utils
 
 import dcae_jax
 from benchmarks import parity
-from dcae_jax import weights
+from dcae_jax.autoencoder.weights import conversion
 
-ORIGINAL = weights.LAYOUTS["original"]
+ORIGINAL = conversion.LAYOUTS["original"]
 
 
 @pytest.fixture(scope="module", params=parity.CONFIGS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_ddpm
 
-from dcae_jax import diffusion, samplers
+from dcae_jax.diffusion import objectives, samplers
 
 KEY = jax.random.key(0)
 SHAPE = (2, 3, 3, 4)
@@ -41,7 +41,7 @@ def _betas(objective):
 
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
 def test_ddim_equals_diffusers(eta):
-  objective, steps = diffusion.scaled_linear(), 10
+  objective, steps = objectives.scaled_linear(), 10
   scheduler = diffusers.DDIMScheduler(
     **_betas(objective),
     clip_sample=False,
@@ -69,7 +69,7 @@ def test_ddim_equals_diffusers(eta):
 @pytest.mark.parametrize("steps", [25, 250])
 @pytest.mark.parametrize("learned", [True, False])
 def test_ddpm_equals_diffusers(steps, learned, monkeypatch):
-  objective = diffusion.NoisePrediction(learned_variance=learned)
+  objective = objectives.NoisePrediction(learned_variance=learned)
   scheduler = diffusers.DDPMScheduler(
     **_betas(objective),
     variance_type="learned_range" if learned else "fixed_small",
@@ -101,7 +101,7 @@ def test_ddpm_equals_diffusers(steps, learned, monkeypatch):
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers
 @pytest.mark.parametrize("steps", [5, 30])
 def test_dpm_solver_equals_diffusers(steps):
-  objective = diffusion.scaled_linear()
+  objective = objectives.scaled_linear()
   scheduler = diffusers.DPMSolverMultistepScheduler(
     **_betas(objective),
     algorithm_type="dpmsolver++",
@@ -143,6 +143,6 @@ def test_euler_equals_diffusers(shift):
     output = _epsilon(expected, float(t))
     expected = scheduler.step(output, t, expected).prev_sample
   found = samplers.Euler().sample(
-    diffusion.FlowMatching(shift=shift), _model_fn, KEY, jnp.asarray(Z), steps
+    objectives.FlowMatching(shift=shift), _model_fn, KEY, jnp.asarray(Z), steps
   )
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

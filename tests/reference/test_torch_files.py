@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dcae_jax import torch_files
-from dcae_jax.models import pretrained
+from dcae_jax.autoencoder.weights import torch_files
+from dcae_jax.evaluation.networks import pretrained
 
 DTYPES = (
   "float64",

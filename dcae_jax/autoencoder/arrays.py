@@ -1,0 +1,145 @@
+"""Images and latents as people pass them: checked, converted, padded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from dcae_jax.autoencoder.dcae import network as dcae
+
+_TOLERANCE = 1e-3  # of [-1, 1]
+
+
+def checked_images(images: ArrayLike, image_channels: int) -> np.ndarray:
+  """uint8, or float32 in [-1, 1]; ValueError for anything else."""
+  x = _array(images)
+  _check_rank(x, "images", "images")
+  if x.shape[-1] != image_channels:
+    advice = ""
+    if x.shape[1] == image_channels:
+      advice = "; channels stand last here: images.transpose(0, 2, 3, 1)"
+    elif x.shape[-1] == 4:
+      advice = "; composite the alpha channel over a colour first"
+    raise ValueError(
+      f"images have {x.shape[-1]} channels, and this autoencoder "
+      f"{image_channels}{advice}"
+    )
+  if x.dtype == np.uint8:
+    return x
+  x = _checked_floats(x, "images", "uint8, or float in [-1, 1]")
+  low, high = float(x.min()), float(x.max())
+  if low < -1 - _TOLERANCE or high > 1 + _TOLERANCE:
+    advice = (
+      "pass values of 0 to 255 as uint8, or scale them: images / 127.5 - 1"
+    )
+    if max(-low, high) < 2:
+      advice = "clip them: np.clip(images, -1, 1)"
+    raise ValueError(
+      f"images have values from {low:.4g} to {high:.4g}, outside [-1, 1]; "
+      f"{advice}"
+    )
+  return x
+
+
+def checked_latents(
+  latents: ArrayLike, latent_channels: int, channels: int | None
+) -> np.ndarray:
+  """float32, all channels; those after the first `channels` are zero.
+
+  Raises:
+    ValueError: any other numbers, axes or channels.
+  """
+  z = _array(latents)
+  _check_rank(z, "latents", "z")
+  z = _checked_floats(z, "latents", "float")
+  if channels is not None:
+    if z.shape[-1] not in (channels, latent_channels):
+      raise ValueError(
+        f"latents have {z.shape[-1]} channels, neither {channels} nor "
+        f"{latent_channels}"
+      )
+    # Zeros are what a projection sliced to the first channels would see.
+    missing = latent_channels - channels
+    z = np.pad(z[..., :channels], [(0, 0)] * 3 + [(0, missing)])
+  if z.shape[-1] != latent_channels:
+    advice = ""
+    if z.shape[1] == latent_channels:
+      advice = "; channels stand last here: z.transpose(0, 2, 3, 1)"
+    raise ValueError(
+      f"latents have {z.shape[-1]} channels, and this autoencoder "
+      f"{latent_channels}{advice}"
+    )
+  return z
+
+
+def _array(x: ArrayLike) -> np.ndarray:
+  if isinstance(x, jax.core.Tracer):
+    raise ValueError(
+      "an Autoencoder cannot be used inside jit, vmap or grad; use "
+      'ae.model.apply(ae.variables, x, method="encode") there'
+    )
+  return np.asarray(x)
+
+
+def _check_rank(x: np.ndarray, name: str, variable: str) -> None:
+  if x.ndim != 4:
+    advice = f"; for a single one, {variable}[None]" if x.ndim == 3 else ""
+    raise ValueError(
+      f"{name} have {x.ndim} axes {list(x.shape)}, not 4, [b, h, w, c]{advice}"
+    )
+  if not x.size:
+    raise ValueError(f"{name} are empty: {list(x.shape)}")
+
+
+def _checked_floats(x: np.ndarray, name: str, allowed: str) -> np.ndarray:
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"{name} are {x.dtype}; {allowed} is allowed")
+  x = x.astype(np.float32, copy=False)
+  if not np.isfinite(x).all():
+    raise ValueError(f"{name} have values that are not finite")
+  return x
+
+
+def to_float(x: np.ndarray) -> np.ndarray:
+  """What `checked_images` lets pass, as float32 in [-1, 1]."""
+  if x.dtype == np.uint8:
+    return x.astype(np.float32) / np.float32(127.5) - np.float32(1)
+  return x
+
+
+def check_pad(pad: str | None) -> None:
+  """Raises ValueError for an unknown way to fill up images."""
+  known = ("reflect", "edge")
+  if pad is not None and pad not in known:
+    raise ValueError(f"unknown pad={pad!r}; known are {', '.join(known)}")
+
+
+def padded(x: np.ndarray, factor: int, pad: str | None) -> np.ndarray:
+  """Sides filled up to multiples of `factor`; ValueError without `pad`."""
+  check_pad(pad)
+  missing = [-side % factor for side in x.shape[1:3]]
+  if not any(missing):
+    return x
+  if pad is None:
+    for side in x.shape[1:3]:
+      try:
+        dcae.check_side(side, factor)
+      except ValueError as error:
+        raise ValueError(f'{error}, or pad with pad="reflect"') from None
+  return np.pad(x, [(0, 0), *((0, m) for m in missing), (0, 0)], mode=pad)
+
+
+def check_size(
+  size: tuple[int, int], shape: tuple[int, ...], factor: int
+) -> None:
+  """Raises ValueError for a size that latents of `shape` do not cover."""
+  largest = tuple(side * factor for side in shape[1:3])
+  fits = np.shape(size) == (2,) and all(
+    isinstance(side, int | np.integer) and 0 < side <= most
+    for side, most in zip(size, largest, strict=True)
+  )
+  if not fits:
+    raise ValueError(
+      f"size={size} is not a height and a width up to {largest}, the size of "
+      "the decoded images"
+    )

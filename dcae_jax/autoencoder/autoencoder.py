@@ -1,0 +1,544 @@
+"""`Autoencoder`: load, encode, decode and save, for those who only use one.
+
+  import dcae_jax
+  ae = dcae_jax.load("mit-han-lab/dc-ae-f64c128-in-1.0-diffusers")
+  z = ae.encode(images)
+  y = ae.decode(z)
+
+On one device; training and evaluation over many devices are tasks of their own.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.typing import ArrayLike, DTypeLike
+
+from dcae_jax.autoencoder import arrays, families, latent_statistics, tiling
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.autoencoder.weights import conversion, released
+from dcae_jax.data import images as images_lib
+from dcae_jax.data import sources, transforms
+from dcae_jax.runs import metrics_writer
+from dcae_jax.training import checkpoint
+
+_LARGEST_BATCH = 16  # images at a time; a larger batch goes in parts
+
+
+def load(
+  path: str | os.PathLike,
+  *,
+  scaling_factor: float | None = None,
+  dtype: DTypeLike = "float32",
+  space_to_channel: int = 1,
+) -> "Autoencoder":
+  """Loads an autoencoder, a DC-AE or an SD-VAE.
+
+  Args:
+    path: the work directory of a training run (its averages are loaded), a
+      folder of released weights in the diffusers or the original layout, a
+      safetensors file, or a hub id, which is downloaded once and cached
+      (`HF_HUB_OFFLINE=1` uses the cache alone).
+    scaling_factor: where it cannot be known: from weights without a config.
+    dtype: of the computation; parameters stay float32.
+    space_to_channel: side of the squares of latent positions that are moved
+      into channels: 8 makes an f8c4 an f64c256. Its weights and its scaling
+      factor stay what they are.
+
+  Raises:
+    ValueError: there is nothing of that kind, it is damaged or a pickle, its
+      tensors do not fit, or its scaling factor must be given.
+  """
+  path = os.path.expanduser(os.fspath(path))
+  dcae.check_dtype(dtype)
+  dcae.check_space_to_channel(space_to_channel)
+  if checkpoint.is_run(path):
+    return _load_run(path, scaling_factor, dtype, space_to_channel)
+  found = released.find(path)
+  scaling_origin = "given"
+  if scaling_factor is None:
+    scaling_factor, scaling_origin = found.scaling_factor, f"of {found.label}"
+  if scaling_factor is None and not found.name:
+    candidates = released.published_factors(found.variant)
+    if candidates:
+      known = ", ".join(f"{name}: {x}" for name, x in candidates.items())
+      raise ValueError(
+        f"{path!r} fits several released models, which differ in their "
+        f"scaling factor; give it, scaling_factor=... ({known})"
+      )
+  variables, counts = conversion.read(found.entries, found.files)
+  return Autoencoder(
+    found.variant,
+    variables,
+    image_channels=found.image_channels,
+    scaling_factor=scaling_factor,
+    shift_factor=found.shift_factor,
+    dtype=dtype,
+    space_to_channel=space_to_channel,
+    batch_counts=counts,
+    origin=found.label,
+    released_name=found.name,
+    scaling_origin=scaling_origin,
+  )
+
+
+def _load_run(
+  run: str,
+  scaling_factor: float | None,
+  dtype: DTypeLike,
+  space_to_channel: int,
+) -> "Autoencoder":
+  config = checkpoint.read_run_config(run)["model"]
+  variant = families.of_model(config["variant"], config["architecture"])
+  channels = config["image_channels"]
+  residual = config["residual_autoencoding"]
+  model = families.create(
+    variant, image_channels=channels, residual_autoencoding=residual
+  )
+  abstract = dcae.abstract_variables(model, channels)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  placed = jax.tree.map(lambda _: device, abstract)
+  step, variables = checkpoint.restore_variables(run, "ema", abstract, placed)
+  lines = metrics_writer.read_lines(epath.Path(run) / "metrics.jsonl")
+  evaluated = {
+    key.removeprefix("eval/"): value
+    for line in lines
+    if line["step"] == step
+    for key, value in line.items()
+    if key.startswith("eval/")
+  }
+  scaling_origin = "given"
+  if scaling_factor is None and evaluated.get("latent_rms"):
+    scaling_factor = 1 / evaluated["latent_rms"]
+    scaling_origin = "1 / RMS of the latents of the run's held-out images"
+  metrics = [
+    f"{k} {evaluated[k]:.4g}" for k in ("psnr", "ssim") if k in evaluated
+  ]
+  return Autoencoder(
+    variant,
+    variables,
+    image_channels=channels,
+    scaling_factor=scaling_factor,
+    dtype=dtype,
+    residual_autoencoding=residual,
+    space_to_channel=space_to_channel,
+    scaling_origin=scaling_origin,
+    origin=f"averaged weights of step {step} of a training run"
+    + (f" (held-out images: {', '.join(metrics)})" if metrics else ""),
+  )
+
+
+class _Kind(NamedTuple):
+  """What the model card says of a kind of autoencoder."""
+
+  title: str
+  tag: str
+  source: str
+  latents: str
+
+
+_KINDS = {
+  dcae.Variant: _Kind(
+    "Deep compression autoencoder", "dc-ae", "DC-AE, arXiv 2410.10733", ""
+  ),
+  sd_vae.Variant: _Kind(
+    "SD-VAE", "sd-vae", "SD-VAE (AutoencoderKL), arXiv 2112.10752",
+    ", the mean of a normal distribution",
+  ),
+}  # fmt: skip
+
+
+class Autoencoder:
+  """A deep compression autoencoder, or an SD-VAE, with its weights.
+
+  Images are `[b, h, w, c]`, uint8 or float in [-1, 1], numpy or JAX arrays;
+  latents are `[b, h / f, w / f, latent_channels]` and not scaled (of an SD-VAE
+  the means). Results are float32 JAX arrays.
+
+  Attributes:
+    variant: a key of `dcae_jax.autoencoder.families.VARIANTS`, or "custom".
+    architecture: its widths, depths and blocks.
+    variables: `{"params": ..., "batch_stats": ...}`, for `model.apply`.
+    model: the linen module.
+    image_channels: 3, or 1 for grey images.
+    shift_factor: what diffusion subtracts from latents before scaling them, 0
+      for all but some SD-VAEs: `(z - shift_factor) * scaling_factor`.
+  """
+
+  def __init__(
+    self,
+    variant: families.Variant,
+    variables: Any,
+    *,
+    image_channels: int = 3,
+    scaling_factor: float | None = None,
+    shift_factor: float = 0.0,
+    dtype: DTypeLike = "float32",
+    residual_autoencoding: bool = True,
+    space_to_channel: int = 1,
+    batch_counts: dict[str, int] | None = None,
+    origin: str = "not stated",
+    released_name: str = "",
+    scaling_origin: str = "given",
+  ):
+    """Wraps variables; `load` makes them from files.
+
+    Args:
+      variant: the architecture.
+      variables: `{"params": ..., "batch_stats": ...}`.
+      image_channels: of the images.
+      scaling_factor: if it is known.
+      shift_factor: see the class.
+      dtype: of the computation.
+      residual_autoencoding: False for a network without shortcuts.
+      space_to_channel: as for `load`.
+      batch_counts: what a file had of them, to be saved again.
+      origin: where the weights come from, for the model card.
+      released_name: of the released model they are, if they are one.
+      scaling_origin: where the scaling factor comes from, for the model card.
+    """
+    dcae.check_dtype(dtype)
+    self.architecture = variant
+    self.variant = families.name_of(variant)
+    self.variables = variables
+    self.scaling_factor = scaling_factor
+    self.shift_factor = shift_factor
+    self.image_channels = image_channels
+    self.model = families.create(
+      variant,
+      image_channels=image_channels,
+      residual_autoencoding=residual_autoencoding,
+      dtype=dtype,
+      space_to_channel=space_to_channel,
+    )
+    self._dtype = dtype
+    self._residual_autoencoding = residual_autoencoding
+    self._batch_counts = batch_counts or {}
+    self._origin = origin
+    self._released_name = released_name
+    self._scaling_origin = scaling_origin
+    self._encode = jax.jit(functools.partial(self.apply, method="encode"))
+    self._decode = jax.jit(functools.partial(self.apply, method="decode"))
+
+  def apply(self, variables: Any, x: jax.Array, *, method: str) -> jax.Array:
+    """The network as a function, for one's own `jax.jit`.
+
+    Args:
+      variables: such as `self.variables`.
+      x: images in [-1, 1], or latents; nothing is checked or padded.
+      method: "encode" or "decode".
+    """
+    is_exact = jnp.dtype(self._dtype) == jnp.float32
+    with jax.default_matmul_precision("highest" if is_exact else None):
+      return self.model.apply(variables, x, method=method)
+
+  @property
+  def scaling_factor(self) -> float | None:
+    """Multiplies latents before diffusion, divides them after; may be set.
+
+    None where it is not known. Setting raises ValueError unless it is positive.
+    """
+    return self._scaling_factor
+
+  @scaling_factor.setter
+  def scaling_factor(self, value: float | ArrayLike | None) -> None:
+    if value is not None:
+      is_number = np.ndim(value) == 0 and not isinstance(value, str | bool)
+      if not (is_number and 0 < value < 1e30):
+        raise ValueError(f"scaling_factor={value!r} is not a positive number")
+      value = float(value)
+    self._scaling_factor = value
+    self._scaling_origin = "given"
+
+  @property
+  def spatial_compression(self) -> int:
+    """How many times smaller than an image's the sides of its latents are."""
+    return self.model.spatial_compression
+
+  @property
+  def latent_channels(self) -> int:
+    return self.architecture.latent_channels * self.model.space_to_channel**2
+
+  def encode(
+    self,
+    images: ArrayLike,
+    *,
+    pad: str | None = None,
+    tile: int | None = None,
+    stride: int | None = None,
+    channels: int | None = None,
+  ) -> jax.Array:
+    """Images to latents.
+
+    Args:
+      images: [b, h, w, c].
+      pad: how to fill up sides that the compression does not divide, below and
+        on the right: "reflect" or "edge". None: such sides are refused.
+      tile: side in pixels of square tiles that larger images are encoded in,
+        overlapping and blended. Attention is global, so that this changes the
+        result; it is for images that do not fit into memory.
+      stride: pixels from tile to tile; None: three quarters of a tile.
+      channels: leave out all but the first ones (DC-AE 1.5).
+
+    Returns:
+      [b, h / f, w / f, channels].
+
+    Raises:
+      ValueError: images, or options, that do not fit.
+    """
+    factor = self.spatial_compression
+    x = arrays.checked_images(images, self.image_channels)
+    x = arrays.padded(x, factor, pad)
+    self._check_channels(channels)
+    tiles = tiling.Tiles.create(tile, stride, factor)
+    z = tiles.apply(
+      lambda part: self._in_batches(self._encode, arrays.to_float(part)),
+      x,
+      source_unit=factor,
+      result_unit=1,
+    )
+    return z if channels is None else z[..., :channels]
+
+  def decode(
+    self,
+    z: ArrayLike,
+    *,
+    size: tuple[int, int] | None = None,
+    tile: int | None = None,
+    stride: int | None = None,
+    channels: int | None = None,
+  ) -> jax.Array:
+    """Latents to images.
+
+    Args:
+      z: [b, h / f, w / f, latent_channels], not scaled.
+      size: height and width of the images before they were padded; what was
+        padded is cut off.
+      tile: side in pixels of the tiles to decode in, as for `encode`.
+      stride: pixels from tile to tile; None: three quarters of a tile.
+      channels: use the first ones alone (DC-AE 1.5); `z` may have only them.
+
+    Returns:
+      [b, h, w, c], not clipped to [-1, 1].
+
+    Raises:
+      ValueError: latents, or options, that do not fit.
+    """
+    factor = self.spatial_compression
+    self._check_channels(channels)
+    z = arrays.checked_latents(z, self.latent_channels, channels)
+    if size is not None:
+      arrays.check_size(size, z.shape, factor)
+    tiles = tiling.Tiles.create(tile, stride, factor)
+    y = tiles.apply(
+      lambda part: self._in_batches(self._decode, part),
+      z,
+      source_unit=1,
+      result_unit=factor,
+    )
+    return y if size is None else y[:, : size[0], : size[1]]
+
+  def reconstruct(
+    self,
+    images: ArrayLike,
+    *,
+    pad: str | None = None,
+    tile: int | None = None,
+    stride: int | None = None,
+    channels: int | None = None,
+  ) -> jax.Array:
+    """Encodes and decodes; what was padded is cut off. See `encode`."""
+    z = self.encode(
+      images, pad=pad, tile=tile, stride=stride, channels=channels
+    )
+    size = np.shape(images)[1:3]
+    return self.decode(
+      z, size=size, tile=tile, stride=stride, channels=channels
+    )
+
+  def check_options(
+    self, *, pad: str | None, tile: int | None, stride: int | None
+  ) -> None:
+    """Raises ValueError for what `encode` would refuse with any images."""
+    arrays.check_pad(pad)
+    tiling.Tiles.create(tile, stride, self.spatial_compression)
+
+  def measure_scaling_factor(
+    self,
+    source: str | os.PathLike | Iterable[ArrayLike],
+    *,
+    resolution: int = 256,
+    max_images: int = 0,
+  ) -> float:
+    """Sets and returns 1 / RMS of the latents over images, one batch at a time.
+
+    A `shift_factor` is subtracted from them first.
+
+    Args:
+      source: a folder of images, whose centre crops are taken; or batches of
+        images as `encode` takes them.
+      resolution: side of the crops, in pixels.
+      max_images: of the folder; 0: all.
+
+    Raises:
+      ValueError: no usable image, or latents that are all zero.
+    """
+    name = "images"
+    if isinstance(source, str | os.PathLike):
+      name = f"images, centre crops of {resolution} px"
+      source = self._crops(os.fspath(source), resolution, max_images)
+    statistics = latent_statistics.LatentStatistics(self.latent_channels)
+    images, factor = 0, None
+    for batch in source:
+      z = np.asarray(self.encode(batch))
+      statistics.add(z)
+      images += len(z)
+    if images:
+      factor = latent_statistics.scaling_factor(
+        statistics.compute(), self.shift_factor
+      )
+    if factor is None:
+      raise ValueError("there are no images, or their latents are all zero")
+    self.scaling_factor = factor
+    self._scaling_origin = f"1 / RMS of the latents of {images} {name}"
+    return self.scaling_factor
+
+  def save(self, folder: str | os.PathLike, layout: str = "diffusers") -> None:
+    """Writes weights, `config.json` and a model card.
+
+    Args:
+      folder: a new one, or one that was saved to before.
+      layout: "diffusers" (`AutoencoderDC.from_pretrained(folder)`, or
+        `AutoencoderKL` for an SD-VAE), or "original", DC-AE's alone.
+
+    Raises:
+      ValueError: the scaling factor is not known, the architecture has no
+        config there, space goes to channels, or the folder holds something
+        else.
+    """
+    if self.scaling_factor is None:
+      raise ValueError(
+        "the scaling factor of this autoencoder is not known; measure it first "
+        "with ae.measure_scaling_factor(folder_of_images), or set "
+        "ae.scaling_factor"
+      )
+    if not self._residual_autoencoding:
+      raise ValueError(
+        "a network without residual shortcuts cannot be saved: no other "
+        "library has it"
+      )
+    if self.model.space_to_channel != 1:
+      raise ValueError(
+        f"space_to_channel={self.model.space_to_channel} is no part of the "
+        "weights, and other libraries have no such setting; load the "
+        "autoencoder without it, and save that"
+      )
+    config = families.to_config(
+      self.architecture,
+      self.image_channels,
+      self.scaling_factor,
+      self.shift_factor,
+    )
+    name = self._released_name or released.name_for(self.variant)
+    if layout == "original" and name:  # there, a name is the architecture
+      config = {"model_name": name} | config
+    conversion.save(
+      folder,
+      layout,
+      self.variables,
+      self._batch_counts,
+      variant=self.architecture,
+      image_channels=self.image_channels,
+      config=config,
+      model_card=self._model_card(layout),
+    )
+
+  def _model_card(self, layout: str) -> str:
+    f = self.spatial_compression
+    kind = _KINDS[type(self.architecture)]
+    library = "dcae_jax"
+    load_it = 'import dcae_jax\n\nae = dcae_jax.load("FOLDER")'
+    if layout == "diffusers":
+      library, name = "diffusers", families.class_name(self.architecture)
+      load_it = (
+        f'from diffusers import {name}\n\nae = {name}.from_pretrained("FOLDER")'
+      )
+    scale = "Multiply latents by it before diffusion, and divide them by it"
+    if self.shift_factor:
+      scale = (
+        f"Subtract the shift factor, {self.shift_factor:.6g}, from latents and "
+        "multiply them by it before diffusion; divide them by it and add the "
+        "shift factor"
+      )
+    return (
+      f"---\nlibrary_name: {library}\ntags:\n- autoencoder\n- {kind.tag}\n"
+      f"---\n\n# {kind.title}, {self.variant}\n\n"
+      f"Compresses each side {f} times: an image of {8 * f} x {8 * f} pixels "
+      f"has 8 x 8 latents of {self.latent_channels} channels{kind.latents}. "
+      "Images are in [-1, 1].\n\n"
+      f"- Weights: {self._origin}.\n"
+      f"- Scaling factor: {self.scaling_factor:.6g} ({self._scaling_origin}). "
+      f"{scale} before decoding.\n"
+      f"- Architecture: {kind.source}. Written by dcae_jax, layout "
+      f"`{layout}`.\n\n"
+      f"```python\n{load_it}\n```\n"
+    )
+
+  def _crops(
+    self, folder: str, resolution: int, max_images: int
+  ) -> Iterable[np.ndarray]:
+    for value in (resolution, max_images):
+      if not isinstance(value, int) or not 0 <= value < 2**16:
+        raise ValueError(
+          f"resolution={resolution!r} and max_images={max_images!r} are not "
+          "both whole numbers below 65536"
+        )
+    dcae.check_side(resolution, self.spatial_compression)
+    transforms.check_channels(self.image_channels)
+    source = sources.folder(folder)
+    decoding = images_lib.Decoding(self.image_channels)
+    images_lib.check_not_empty(source, decoding)
+    for batch in images_lib.evaluation_batches(
+      source,
+      decoding,
+      resolution,
+      batch_size=min(8, len(source)),
+      max_images=max_images,
+      skipped=images_lib.Skipped(),
+    ):
+      if batch["mask"].any():
+        yield batch["images"][batch["mask"]]
+
+  def _in_batches(self, f: Callable, x: np.ndarray) -> jax.Array:
+    """A batch is filled up to a power of two: few shapes to compile."""
+    results = []
+    for start in range(0, len(x), _LARGEST_BATCH):
+      part = x[start : start + _LARGEST_BATCH]
+      size = 1 << (len(part) - 1).bit_length()
+      filled = np.pad(part, [(0, size - len(part))] + [(0, 0)] * 3)
+      results.append(f(self.variables, filled)[: len(part)])
+    return results[0] if len(results) == 1 else jnp.concatenate(results)
+
+  def _check_channels(self, channels: int | None) -> None:
+    if channels is None:
+      return
+    whole = isinstance(channels, int | np.integer)
+    if not whole or not 1 <= channels <= self.latent_channels:
+      raise ValueError(
+        f"channels={channels!r} is not from 1 to {self.latent_channels}"
+      )
+    v = self.architecture
+    is_ordered = isinstance(v, dcae.Variant) and not (
+      v.encoder_shortcut or v.decoder_shortcut
+    )
+    if not is_ordered or self.model.space_to_channel != 1:
+      raise ValueError(
+        "channels= is for DC-AE 1.5, whose latents are ordered; this "
+        f"{self.variant} needs all {self.latent_channels}"
+      )

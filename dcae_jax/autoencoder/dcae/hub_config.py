@@ -1,0 +1,198 @@
+"""DC-AE's architectures to and from `config.json` of `AutoencoderDC`.
+
+That is the class which diffusers has for them.
+"""
+
+import dataclasses
+from typing import Any
+
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.weights import settings
+from dcae_jax.nn import normalization
+
+_BLOCK_TYPES = {"res": "ResBlock", "efficientvit": "EfficientViTBlock"}
+_DOWNSAMPLES = {"space_to_channel": "pixel_unshuffle", "strided": "Conv"}
+_UPSAMPLES = {"channel_to_space": "pixel_shuffle", "nearest": "interpolate"}
+_NORMS = {name: name for name in normalization.NORMS}
+_ACTIVATIONS = {name: name for name in dcae.ACTIVATIONS if name != "identity"}
+_SIX_WIDTHS = [128, 256, 512, 512, 1024, 1024]
+_SIX_SCALES = [[], [], [], [5], [5], [5]]
+# What AutoencoderDC takes for keys that a config.json does not have.
+DEFAULTS = {
+  "in_channels": 3,
+  "latent_channels": 32,
+  "attention_head_dim": 32,
+  "encoder_block_types": "ResBlock",
+  "decoder_block_types": "ResBlock",
+  "encoder_block_out_channels": _SIX_WIDTHS,
+  "decoder_block_out_channels": _SIX_WIDTHS,
+  "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+  "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
+  "encoder_qkv_multiscales": _SIX_SCALES,
+  "decoder_qkv_multiscales": _SIX_SCALES,
+  "upsample_block_type": "pixel_shuffle",
+  "downsample_block_type": "pixel_unshuffle",
+  "decoder_norm_types": "rms_norm",
+  "decoder_act_fns": "silu",
+  "encoder_out_shortcut": True,
+  "decoder_in_shortcut": True,
+  "decoder_conv_act_fn": "relu",
+  "scaling_factor": 1.0,
+}
+
+
+def from_config(config: dict[str, Any]) -> tuple[dcae.Variant, int]:
+  """The variant and image channels of an AutoencoderDC `config.json`.
+
+  Raises:
+    ValueError: an unknown block, norm or activation, or lists that do not fit.
+  """
+  c = DEFAULTS | config
+  variant = dcae.Variant(
+    settings.count(c, "latent_channels"),
+    encoder=_stages(c | _ENCODER_ONLY, "encoder"),
+    decoder=_stages(c, "decoder"),
+    downsample=settings.known(
+      c["downsample_block_type"], _DOWNSAMPLES, "downsample_block_type"
+    ),
+    upsample=settings.known(
+      c["upsample_block_type"], _UPSAMPLES, "upsample_block_type"
+    ),
+    encoder_shortcut=settings.flag(c, "encoder_out_shortcut"),
+    decoder_shortcut=settings.flag(c, "decoder_in_shortcut"),
+    head_activation=_activation(
+      c["decoder_conv_act_fn"], "decoder_conv_act_fn"
+    ),
+  )
+  dcae.check_architecture(variant)
+  return variant, settings.count(c, "in_channels")
+
+
+# Of the encoder these are fixed.
+_ENCODER_ONLY = {"encoder_norm_types": "rms_norm", "encoder_act_fns": "silu"}
+
+
+def to_config(
+  variant: dcae.Variant,
+  image_channels: int,
+  scaling_factor: float,
+  shift_factor: float,
+) -> dict[str, Any]:
+  """Inverse of `from_config`.
+
+  Raises:
+    ValueError: AutoencoderDC has no setting for it.
+  """
+  if shift_factor:
+    raise ValueError(
+      f"AutoencoderDC has no shift_factor, and this one is {shift_factor}; "
+      "latents of a DC-AE are scaled alone"
+    )
+  c = {"_class_name": "AutoencoderDC", "in_channels": image_channels}
+  c["latent_channels"] = variant.latent_channels
+  attending = [
+    stage
+    for stage in variant.encoder + variant.decoder
+    if stage.block == "efficientvit"
+  ]
+  c["attention_head_dim"] = (attending or variant.encoder)[0].head_dim
+  for part in ("encoder", "decoder"):
+    found = getattr(variant, part)
+    columns = {
+      "block_types": [_BLOCK_TYPES[stage.block] for stage in found],
+      "block_out_channels": [stage.width for stage in found],
+      "layers_per_block": [stage.depth for stage in found],
+      "qkv_multiscales": [list(stage.scales) for stage in found],
+      "norm_types": [stage.norm for stage in found],
+      "act_fns": [_ACTIVATIONS.get(stage.activation) for stage in found],
+    }
+    c |= {f"{part}_{name}": column for name, column in columns.items()}
+  c["upsample_block_type"] = _UPSAMPLES[variant.upsample]
+  c["downsample_block_type"] = _DOWNSAMPLES[variant.downsample]
+  c["encoder_out_shortcut"] = variant.encoder_shortcut
+  c["decoder_in_shortcut"] = variant.decoder_shortcut
+  c["decoder_conv_act_fn"] = variant.head_activation
+  c["scaling_factor"] = scaling_factor
+  if plain(from_config(c)[0]) != plain(variant):
+    raise ValueError(
+      "this architecture has no AutoencoderDC config: its encoder has RMS "
+      "norms and SiLU, and all heads have the same number of channels"
+    )
+  return {key: c[key] for key in ("_class_name", *DEFAULTS)}
+
+
+def plain(variant: dcae.Variant) -> dcae.Variant:
+  """The same architecture, without settings that do nothing in it."""
+  return dataclasses.replace(
+    variant,
+    encoder=tuple(map(_plain_stage, variant.encoder)),
+    decoder=tuple(map(_plain_stage, variant.decoder)),
+  )
+
+
+def _plain_stage(stage: dcae.Stage) -> dcae.Stage:
+  """Without settings that do nothing: of other blocks, or of none."""
+  if not stage.depth:
+    return dcae.Stage(stage.width, 0)
+  if stage.block == "res":
+    return stage._replace(scales=(), head_dim=dcae.Stage(1, 1).head_dim)
+  return stage._replace(activation="silu")
+
+
+def _stages(c: dict[str, Any], part: str) -> tuple[dcae.Stage, ...]:
+  widths = c[f"{part}_block_out_channels"]
+  if not isinstance(widths, list | tuple) or len(widths) < 2:
+    raise ValueError(
+      f"{part}_block_out_channels={widths!r} is not a list of two or more"
+    )
+
+  def column(name: str) -> list[Any]:
+    values = c[f"{part}_{name}"]
+    if isinstance(values, str) or values is None:
+      return [values] * len(widths)
+    if not isinstance(values, list | tuple) or len(values) != len(widths):
+      raise ValueError(
+        f"{part}_{name}={values!r} does not have one value for each of the "
+        f"{len(widths)} stages of {part}_block_out_channels"
+      )
+    return list(values)
+
+  stages = []
+  for i, values in enumerate(
+    zip(
+      column("block_out_channels"),
+      column("layers_per_block"),
+      column("block_types"),
+      column("norm_types"),
+      column("act_fns"),
+      column("qkv_multiscales"),
+      strict=True,
+    )
+  ):
+    width, depth, block, norm, activation, scales = values
+    stages.append(
+      dcae.Stage(
+        settings.whole(width, f"{part}_block_out_channels[{i}]", 1),
+        settings.whole(depth, f"{part}_layers_per_block[{i}]", 0, 100),
+        settings.known(block, _BLOCK_TYPES, f"{part}_block_types[{i}]"),
+        settings.known(norm, _NORMS, f"{part}_norm_types[{i}]"),
+        "identity"
+        if activation is None
+        else _activation(activation, f"{part}_act_fns[{i}]"),
+        _scales(scales, f"{part}_qkv_multiscales[{i}]"),
+        settings.count(c, "attention_head_dim"),
+      )
+    )
+  return tuple(map(_plain_stage, stages))
+
+
+def _scales(values: Any, name: str) -> tuple[int, ...]:
+  if not isinstance(values, list | tuple):
+    raise ValueError(f"{name}={values!r} is not a list of kernel sizes")
+  return tuple(settings.whole(value, name, 1, 31) for value in values)
+
+
+def _activation(value: Any, name: str) -> str:
+  if isinstance(value, str) and value.lower() == "swish":
+    value = "silu"
+  return settings.known(value, _ACTIVATIONS, name)

@@ -1,0 +1,127 @@
+"""SD-VAE's architectures to and from `config.json` of `AutoencoderKL`.
+
+That is the class which diffusers has for them.
+"""
+
+from typing import Any
+
+from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.autoencoder.weights import settings
+
+_DOWN_BLOCKS = {
+  "plain": "DownEncoderBlock2D", "attending": "AttnDownEncoderBlock2D"
+}  # fmt: skip
+_UP_BLOCKS = {
+  "plain": "UpDecoderBlock2D", "attending": "AttnUpDecoderBlock2D"
+}  # fmt: skip
+_ACTIVATIONS = {"silu": "silu", "swish": "swish"}
+# What AutoencoderKL takes for keys that a config.json does not have.
+DEFAULTS = {
+  "in_channels": 3,
+  "out_channels": 3,
+  "down_block_types": ["DownEncoderBlock2D"],
+  "up_block_types": ["UpDecoderBlock2D"],
+  "block_out_channels": [64],
+  "layers_per_block": 1,
+  "act_fn": "silu",
+  "latent_channels": 4,
+  "norm_num_groups": 32,
+  "scaling_factor": 0.18215,
+  "shift_factor": None,
+  "use_quant_conv": True,
+  "use_post_quant_conv": True,
+  "mid_block_add_attention": True,
+}
+
+
+def from_config(config: dict[str, Any]) -> tuple[sd_vae.Variant, int]:
+  """The variant and image channels of an AutoencoderKL `config.json`.
+
+  Raises:
+    ValueError: an unknown block or activation, or lists that do not fit.
+  """
+  c = DEFAULTS | config
+  image_channels = settings.count(c, "in_channels")
+  if settings.count(c, "out_channels") != image_channels:
+    raise ValueError(
+      f"in_channels={image_channels} and out_channels={c['out_channels']} "
+      "differ; an autoencoder gives back what it takes"
+    )
+  settings.known(c["act_fn"], _ACTIVATIONS, "act_fn")
+  widths = c["block_out_channels"]
+  if not isinstance(widths, list | tuple) or not widths:
+    raise ValueError(f"block_out_channels={widths!r} is not a list of widths")
+  widths = tuple(
+    settings.whole(width, f"block_out_channels[{i}]", 1)
+    for i, width in enumerate(widths)
+  )
+  shallow_to_deep = range(len(widths))
+  variant = sd_vae.Variant(
+    settings.count(c, "latent_channels"),
+    widths,
+    depth=settings.whole(c["layers_per_block"], "layers_per_block", 1, 100),
+    groups=settings.count(c, "norm_num_groups"),
+    encoder_attending=_attending(
+      c, "down_block_types", _DOWN_BLOCKS, shallow_to_deep
+    ),
+    decoder_attending=_attending(
+      c, "up_block_types", _UP_BLOCKS, shallow_to_deep[::-1]
+    ),
+    middle_attention=settings.flag(c, "mid_block_add_attention"),
+    encoder_mixes=settings.flag(c, "use_quant_conv"),
+    decoder_mixes=settings.flag(c, "use_post_quant_conv"),
+  )
+  sd_vae.check_architecture(variant)
+  return variant, image_channels
+
+
+def to_config(
+  variant: sd_vae.Variant,
+  image_channels: int,
+  scaling_factor: float,
+  shift_factor: float,
+) -> dict[str, Any]:
+  """Inverse of `from_config`."""
+  stages = range(len(variant.widths))
+  block = lambda names, attends: names["attending" if attends else "plain"]
+  return {
+    "_class_name": "AutoencoderKL",
+    "in_channels": image_channels,
+    "out_channels": image_channels,
+    "down_block_types": [
+      block(_DOWN_BLOCKS, i in variant.encoder_attending) for i in stages
+    ],
+    "up_block_types": [
+      block(_UP_BLOCKS, i in variant.decoder_attending) for i in stages[::-1]
+    ],
+    "block_out_channels": list(variant.widths),
+    "layers_per_block": variant.depth,
+    "act_fn": "silu",
+    "latent_channels": variant.latent_channels,
+    "norm_num_groups": variant.groups,
+    # The side of its tiles, where somebody switches tiling on there.
+    "sample_size": 32 * variant.spatial_compression,
+    "scaling_factor": scaling_factor,
+    "shift_factor": shift_factor or None,
+    "use_quant_conv": variant.encoder_mixes,
+    "use_post_quant_conv": variant.decoder_mixes,
+    "mid_block_add_attention": variant.middle_attention,
+  }
+
+
+def _attending(
+  c: dict[str, Any], key: str, names: dict[str, str], stages: range
+) -> tuple[int, ...]:
+  """Indices of the stages with attention; `key` lists them as `stages` does."""
+  blocks = c[key]
+  if not isinstance(blocks, list | tuple) or len(blocks) != len(stages):
+    raise ValueError(
+      f"{key}={blocks!r} does not have one block for each of the {len(stages)} "
+      "stages of block_out_channels"
+    )
+  found = [
+    stage
+    for i, (stage, block) in enumerate(zip(stages, blocks, strict=True))
+    if settings.known(block, names, f"{key}[{i}]") == "attending"
+  ]
+  return tuple(sorted(found))

@@ -1,0 +1,301 @@
+"""Released weights in and out: the original and the diffusers layout.
+
+One table, `table`, names each of our parameters in a layout, with the order of
+its axes; loading and saving read it in opposite directions.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from einops import rearrange
+
+from dcae_jax.autoencoder import families
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.weights import safetensors_files, tensor_names
+
+Tree = Any
+
+# Layouts, and the file that their libraries look for.
+LAYOUTS = {
+  "original": "model.safetensors",
+  "diffusers": "diffusion_pytorch_model.safetensors",
+}
+
+
+# Our leaf: its name in both layouts, and the order of the axes there and here.
+_LEAVES = {
+  "kernel": ("weight", "o i h w", "h w i o"),
+  "scale": ("weight", "c", "c"),
+  "bias": ("bias", "c", "c"),
+  "mean": ("running_mean", "c", "c"),
+  "var": ("running_var", "c", "c"),
+  "count": ("num_batches_tracked", "", ""),
+}
+_MATRIX = ("o i", "1 1 i o")
+
+
+class Entry(NamedTuple):
+  """One of our arrays, and where it stands in a file.
+
+  Attributes:
+    path: in our variables, such as "params/encoder/project_in/conv/kernel".
+    shape: of ours.
+    names: of the tensors which, one after the other, make it.
+    theirs: axes of the tensors, in einops' notation.
+    ours: axes of our array.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  names: tuple[str, ...]
+  theirs: str
+  ours: str
+
+  def to_ours(self, tensors: list[np.ndarray]) -> np.ndarray:
+    joined = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+    return rearrange(joined, f"{self.theirs} -> {self.ours}")
+
+  def to_theirs(self, ours: np.ndarray) -> list[np.ndarray]:
+    joined = rearrange(ours, f"{self.ours} -> {self.theirs}")
+    return np.split(joined, len(self.names)) if joined.ndim else [joined]
+
+  @property
+  def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+    """Of the tensors, by their names; nothing is allocated."""
+    parts = self.to_theirs(np.broadcast_to(np.float32(0), self.shape))
+    return {n: p.shape for n, p in zip(self.names, parts, strict=True)}
+
+  @property
+  def is_count(self) -> bool:
+    return self.path.startswith("batch_counts")
+
+
+def table(
+  variant: families.Variant, image_channels: int, layout: str
+) -> list[Entry]:
+  """Where each of our arrays stands in a file of that layout.
+
+  Besides the parameters and batch statistics it has the numbers of batches that
+  the statistics have seen, `batch_counts/.../count`, which we do not use.
+
+  Raises:
+    ValueError: an unknown layout, or one that the variant does not come in.
+  """
+  if layout not in LAYOUTS:
+    raise ValueError(
+      f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}"
+    )
+  if layout not in tensor_names.known(variant):
+    raise ValueError(
+      f"the layout {layout!r} is that of DC-AE's authors, whose code has no "
+      "SD-VAE; use 'diffusers'"
+    )
+  modules = {module.ours: module for module in tensor_names.modules(variant)}
+  entries = []
+  for path, shape in _our_shapes(variant, image_channels).items():
+    _, _, rest = path.partition("/")
+    module, _, leaf = rest.rpartition("/")
+    names = getattr(modules[module], layout)
+    theirs, *axes = _LEAVES[leaf]
+    if leaf == "kernel" and layout == "diffusers" and modules[module].matrix:
+      axes = _MATRIX
+    names = (names,) if isinstance(names, str) else names
+    names = tuple(f"{name}.{theirs}" for name in names)
+    entries.append(Entry(path, shape, names, *axes))
+  return entries
+
+
+@functools.lru_cache(maxsize=32)
+def _our_shapes(
+  variant: families.Variant, image_channels: int
+) -> dict[str, tuple[int, ...]]:
+  model = families.create(variant, image_channels=image_channels)
+  abstract = dcae.abstract_variables(model, image_channels)
+  shapes = {path: leaf.shape for path, leaf in _flat(abstract).items()}
+  counts = {
+    "batch_counts" + path.removeprefix("batch_stats").removesuffix("mean")
+    + "count": ()
+    for path in shapes
+    if path.startswith("batch_stats") and path.endswith("/mean")
+  }  # fmt: skip
+  return shapes | counts
+
+
+def as_stored(entry: Entry, shapes: dict[str, tuple[int, ...]]) -> Entry:
+  """The entry as a file of these tensors has it, if that is in an older way.
+
+  SD-VAE's attention had other names, and its matrices may be 1x1 kernels.
+  """
+  older = tuple(map(tensor_names.older_name, entry.names))
+  if any(name in shapes for name in set(older) - set(entry.names)):
+    entry = entry._replace(names=older)
+  if (entry.theirs, entry.ours) == _MATRIX and all(
+    len(shapes.get(name, ())) == 4 for name in entry.names
+  ):
+    entry = entry._replace(theirs=f"{entry.theirs} 1 1")
+  return entry
+
+
+def read(
+  entries: list[Entry],
+  files: dict[str, pathlib.Path],
+  shardings: Tree | None = None,
+) -> tuple[Tree, dict[str, int]]:
+  """The variables, and the numbers of batches behind the batch statistics.
+
+  Goes array by array, the largest first, so that little more memory is needed
+  than what the variables take in the end.
+
+  Args:
+    entries: of `table`.
+    files: of each tensor.
+    shardings: of `{"params": ..., "batch_stats": ...}`; None: one device.
+
+  Returns:
+    `{"params": ..., "batch_stats": ...}` in float32, and counts by path.
+
+  Raises:
+    ValueError: values that are not finite.
+  """
+  placed = {} if shardings is None else _flat(shardings)
+  tree, counts = {"params": {}, "batch_stats": {}}, {}
+  for entry in sorted(entries, key=lambda e: -math.prod(e.shape)):
+    if entry.is_count:
+      if entry.names[0] in files:  # else nobody counted
+        (name,) = entry.names
+        count = safetensors_files.read(files[name], name)
+        if count.dtype.kind != "i":
+          raise ValueError(f"{name} in {files[name]} is {count}, not a count")
+        counts[entry.path] = int(count)
+      continue
+    tensors = [safetensors_files.read(files[n], n) for n in entry.names]
+    with np.errstate(over="ignore"):  # it is infinite then
+      ours = entry.to_ours(tensors).astype(np.float32, order="C", copy=False)
+    del tensors
+    is_variance = entry.path.endswith("/var")
+    if not np.isfinite(ours).all() or (is_variance and ours.min() < 0):
+      raise ValueError(
+        f"{', '.join(entry.names)} in {files[entry.names[0]]} has values that "
+        "are not finite, or negative variances; download or convert it again"
+      )
+    *modules, leaf = entry.path.split("/")
+    node = tree
+    for module in modules:
+      node = node.setdefault(module, {})
+    node[leaf] = jax.device_put(ours, placed.get(entry.path))
+    node[leaf].block_until_ready()
+  return tree, counts
+
+
+def save(
+  folder: str | os.PathLike,
+  layout: str,
+  variables: Tree,
+  counts: dict[str, int],
+  *,
+  variant: families.Variant,
+  image_channels: int,
+  config: dict[str, Any],
+  model_card: str,
+) -> None:
+  """Writes a folder that diffusers, or the original code, loads as it is.
+
+  Args:
+    folder: new or empty, or one that holds the same kind of folder.
+    layout: a key of `LAYOUTS`.
+    variables: `{"params": ..., "batch_stats": ...}`.
+    counts: of batches behind the batch statistics, as `read` returns them.
+    variant: of the variables.
+    image_channels: of the images.
+    config: the contents of config.json.
+    model_card: the text of README.md.
+
+  Raises:
+    ValueError: a layout that is unknown, or not the variant's, or a folder
+      that holds something else.
+  """
+  entries = table(variant, image_channels, layout)
+  if not os.fspath(folder):
+    raise ValueError("the folder to save to is empty; name one")
+  folder = pathlib.Path(os.path.expanduser(folder))
+  _check_folder(folder, LAYOUTS[layout])
+  ours = _flat(variables)
+  tensors = {}
+  for entry in entries:
+    if entry.is_count:
+      value = np.array(counts.get(entry.path, 0), np.int64)
+    else:
+      value = np.asarray(jax.device_get(ours[entry.path]), np.float32)
+    parts = zip(entry.names, entry.to_theirs(value), strict=True)
+    tensors |= {name: np.asarray(part, order="C") for name, part in parts}
+  folder.mkdir(parents=True, exist_ok=True)
+  # Each file whole or not at all, and none before all could be written.
+  names = (LAYOUTS[layout], "config.json", "README.md")
+  parts = [folder / f".{name}.part" for name in names]
+  try:
+    safetensors.numpy.save_file(tensors, parts[0], metadata={"format": "pt"})
+    parts[1].write_text(json.dumps(config, indent=2) + "\n")
+    parts[2].write_text(model_card)
+    for name, part in zip(names, parts, strict=True):
+      os.replace(part, folder / name)
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"writing {folder} failed: {error}") from error
+  finally:
+    for part in parts:
+      part.unlink(missing_ok=True)
+
+
+def fingerprint(variables: Tree) -> str:
+  """Sha256 of all names, shapes and float32 values: the same on any machine."""
+  digest = hashlib.sha256()
+  for path, leaf in sorted(_flat(variables).items()):
+    values = np.ascontiguousarray(jax.device_get(leaf), np.float32)
+    digest.update(f"{path} {values.shape} ".encode())
+    digest.update(values.data)
+  return digest.hexdigest()
+
+
+def _flat(tree: Tree) -> dict[str, Any]:
+  """Leaves by their path."""
+  return {
+    jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+    for keys, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+
+def _check_folder(folder: pathlib.Path, file: str) -> None:
+  """Raises ValueError where writing would destroy or confuse something."""
+  if ":/" in str(folder):
+    raise ValueError(
+      f"{folder} is not a local folder; save to one, and copy it there"
+    )
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"{folder} is not a directory")
+  if (folder / "checkpoints").exists():
+    raise ValueError(
+      f"{folder} is the work directory of a run; choose another folder"
+    )
+  others = [path.name for path in folder.glob("*.safetensors*")]
+  others = [name for name in others if name != file]
+  if others:
+    raise ValueError(
+      f"{folder} already holds {', '.join(sorted(others))}; choose another "
+      "folder"
+    )
+  foreign = [
+    name for name in ("config.json", "README.md") if (folder / name).exists()
+  ]
+  if foreign and not (folder / file).exists():
+    raise ValueError(
+      f"{folder} holds the {' and '.join(foreign)} of something else; choose "
+      "another folder"
+    )

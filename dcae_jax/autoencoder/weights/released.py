@@ -1,0 +1,256 @@
+"""Released autoencoders: which there are, and which one a file holds.
+
+By its config where there is one, else by the shapes of its tensors. Models that
+differ in training alone have the same shapes: their scaling factors are told
+apart by name.
+"""
+
+import pathlib
+from typing import Any, NamedTuple
+
+from dcae_jax.autoencoder import families
+from dcae_jax.autoencoder.weights import (
+  conversion,
+  safetensors_files,
+  tensor_names,
+)
+
+# Names of released models: the variant, and the published scaling factor.
+RELEASED: dict[str, tuple[str, float | None]] = {
+  "dc-ae-f32c32-in-1.0": ("f32c32", 0.3189),
+  "dc-ae-f32c32-in-1.0-256px": ("f32c32", None),
+  "dc-ae-f32c32-mix-1.0": ("f32c32", 0.4552),
+  "dc-ae-f64c128-in-1.0": ("f64c128", 0.2889),
+  "dc-ae-f64c128-mix-1.0": ("f64c128", 0.4538),
+  "dc-ae-f128c512-in-1.0": ("f128c512", 0.4883),
+  "dc-ae-f128c512-mix-1.0": ("f128c512", 0.3620),
+  "dc-ae-f32c32-sana-1.0": ("f32c32-sana", 0.41407),
+  "dc-ae-f32c32-sana-1.1": ("f32c32-sana", 0.41407),
+  "dc-ae-lite-f32c32-sana-1.1": ("f32c32-lite", 0.41407),
+  "dc-ae-lite-f32c32": ("f32c32-lite", 0.41407),
+  "dc-ae-f32c128-1.5": ("f32c128-1.5", None),
+  "dc-ae-1.5-f32c128": ("f32c128-1.5", None),
+  "dc-ae-f64c128-1.5": ("f64c128-1.5", 0.5935),
+  "dc-ae-1.5-f64c128": ("f64c128-1.5", 0.5935),
+  "sd-vae-ft-mse": ("sd-vae-f8c4", 0.18215),
+  "sd-vae-ft-ema": ("sd-vae-f8c4", 0.18215),
+  "sdxl-vae": ("sd-vae-f8c4", 0.13025),
+}
+# Keys that a config may have beside a mere name.
+_SAY_NOTHING = {"scaling_factor", "in_channels"}
+
+
+class Released(NamedTuple):
+  """An autoencoder in safetensors files, whose tensors were all found.
+
+  Attributes:
+    source: what it was found by.
+    name: the key of `RELEASED` that a config or a path names, or "".
+    variant: its architecture.
+    image_channels: 3, unless a config or the file says otherwise.
+    scaling_factor: None where it is not known.
+    shift_factor: what is subtracted from latents before they are scaled.
+    entries: where each of our arrays stands in the files.
+    files: of each tensor.
+  """
+
+  source: str
+  name: str
+  variant: families.Variant
+  image_channels: int
+  scaling_factor: float | None
+  shift_factor: float
+  entries: list[conversion.Entry]
+  files: dict[str, pathlib.Path]
+
+  @property
+  def label(self) -> str:
+    """The released name, or the end of the path."""
+    return self.name or pathlib.Path(self.source).name
+
+
+def find(source: str) -> Released:
+  """Finds a released autoencoder and checks the names and shapes of it all.
+
+  Reads no weights yet.
+
+  Args:
+    source: a folder with `config.json` and safetensors files (with an index
+      where there are several), a safetensors file, or a hub id, which is
+      downloaded and cached by huggingface_hub.
+
+  Raises:
+    ValueError: there is no such thing, it is damaged or a pickle, or tensors
+      are missing, unexpected or of another shape (all of them are listed).
+  """
+  files, config = safetensors_files.find(source)
+  tensors, paths = {}, {}
+  for file in files:
+    for name, shape in safetensors_files.header(file).items():
+      if name in paths:
+        raise ValueError(f"{name} stands in both {paths[name]} and {file}")
+      tensors[name], paths[name] = shape, file
+  layout = "original"
+  if any(".down_blocks." in name or ".conv_in." in name for name in tensors):
+    layout = "diffusers"
+  try:
+    defaults = families.defaults(config)
+    is_described = "_class_name" in config or (
+      config.keys() & defaults.keys() - _SAY_NOTHING
+    )
+    if is_described:
+      variant, image_channels = families.from_config(config)
+      entries = conversion.table(variant, image_channels, layout)
+      # As the class in diffusers takes it.
+      config = {"scaling_factor": defaults["scaling_factor"]} | config
+  except ValueError as error:
+    raise ValueError(f"config.json of {source!r}: {error}") from error
+  if not is_described:
+    image_channels = _image_channels(tensors)
+    variant = _recognise(source, tensors, image_channels, layout)
+    entries = conversion.table(variant, image_channels, layout)
+  entries = [conversion.as_stored(entry, tensors) for entry in entries]
+  _check_tensors(source, entries, tensors)
+  # Beside a description, `model_name` names an architecture, not the weights.
+  model_name = None if is_described else config.get("model_name")
+  name = _released_name(source, model_name, variant)
+  factor, shift = _scaling(source, config)
+  if factor is None:
+    factor = _published_factor(name, variant)
+  return Released(
+    source, name, variant, image_channels, factor, shift, entries, paths
+  )
+
+
+def _scaling(source: str, config: dict[str, Any]) -> tuple[float | None, float]:
+  """The scaling factor, if a config has one, and the shift before it."""
+  is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+  factor = config.get("scaling_factor")
+  if factor is not None and not (is_number(factor) and 0 < factor < 1e30):
+    raise ValueError(
+      f"config.json of {source!r}: scaling_factor={factor!r} is not a positive "
+      "number"
+    )
+  shift = config.get("shift_factor")
+  if shift is not None and not (is_number(shift) and abs(shift) < 1e30):
+    raise ValueError(
+      f"config.json of {source!r}: shift_factor={shift!r} is not a number"
+    )
+  return factor, float(shift or 0)
+
+
+def _expected(
+  variant: families.Variant, image_channels: int, layout: str
+) -> dict[str, tuple[int, ...]]:
+  shapes = {}
+  for entry in conversion.table(variant, image_channels, layout):
+    shapes |= entry.tensor_shapes
+  return shapes
+
+
+def _image_channels(tensors: dict[str, tuple[int, ...]]) -> int:
+  for name, shape in tensors.items():
+    first = name.startswith(("encoder.project_in.", "encoder.conv_in."))
+    if first and len(shape) == 4:
+      return shape[1]
+  return 3
+
+
+def _recognise(
+  source: str,
+  tensors: dict[str, tuple[int, ...]],
+  image_channels: int,
+  layout: str,
+) -> families.Variant:
+  """The variant that shares the most tensors with a file without a config."""
+
+  def shared(variant: families.Variant) -> float:
+    expected = _expected(variant, image_channels, layout).items()
+    return len(expected & tensors.items()) / len(expected | tensors.items())
+
+  modules = {name.rpartition(".")[0] for name in tensors}
+  # Names are compared first: shapes take longer to find out.
+  candidates = [
+    variant
+    for variant in families.VARIANTS.values()
+    if layout in tensor_names.known(variant)
+    and 2 * len(modules & tensor_names.names(variant, layout)) > len(modules)
+  ]
+  best = max(candidates, key=shared, default=None)
+  if best is None or shared(best) < 0.5:
+    known = ", ".join(families.VARIANTS)
+    raise ValueError(
+      f"{source!r} is not recognised as a DC-AE or an SD-VAE: put its "
+      f"config.json beside the safetensors file (known without one: {known})"
+    )
+  return best
+
+
+def _check_tensors(
+  source: str,
+  entries: list[conversion.Entry],
+  tensors: dict[str, tuple[int, ...]],
+) -> None:
+  """Raises ValueError with all that is missing, too much or of wrong shape."""
+  expected, optional = {}, set()
+  for entry in entries:
+    expected |= entry.tensor_shapes
+    if entry.is_count:
+      optional |= set(entry.names)
+  problems = [
+    f"missing {name} {list(expected[name])}"
+    for name in sorted(expected.keys() - tensors.keys() - optional)
+  ]
+  problems += [
+    f"unexpected {name} {list(tensors[name])}"
+    for name in sorted(tensors.keys() - expected.keys())
+  ]
+  problems += [
+    f"{name} has the shape {list(tensors[name])}, not {list(expected[name])}"
+    for name in sorted(tensors.keys() & expected.keys())
+    if tensors[name] != expected[name]
+  ]
+  if problems:
+    raise ValueError(
+      f"{source!r} does not fit its architecture, {len(problems)} tensors: "
+      f"{'; '.join(problems)}"
+    )
+
+
+def _released_name(
+  source: str, model_name: Any, variant: families.Variant
+) -> str:
+  """What a config says, the end of a path or hub id, or a cache's folder."""
+  known = families.name_of(variant)
+  *folders, before_last, last = ("", "", *pathlib.Path(source).parts)
+  cached = [part for part in folders if part.startswith("models--")]
+  for part in (model_name, last, before_last, *cached):
+    if isinstance(part, str):
+      name = part.split("--")[-1].removesuffix(".safetensors")
+      name = name.removesuffix("-diffusers")
+      if name in RELEASED and RELEASED[name][0] == known:
+        return name
+  return ""
+
+
+def published_factors(variant: families.Variant) -> dict[str, float]:
+  """Of all released models of a variant, by their names."""
+  known = families.name_of(variant)
+  return {
+    name: factor
+    for name, (variant_name, factor) in RELEASED.items()
+    if factor is not None and variant_name == known
+  }
+
+
+def name_for(variant: str) -> str:
+  """A released model of that variant, or ""; the original code needs one."""
+  return next((n for n, (known, _) in RELEASED.items() if known == variant), "")
+
+
+def _published_factor(name: str, variant: families.Variant) -> float | None:
+  """None where the published ones differ, or there is none."""
+  if name:
+    return RELEASED[name][1]
+  factors = set(published_factors(variant).values())
+  return factors.pop() if len(factors) == 1 else None

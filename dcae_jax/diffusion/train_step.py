@@ -1,0 +1,93 @@
+"""One training step of a latent diffusion model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dcae_jax.autoencoder import train_step
+from dcae_jax.diffusion import objectives
+from dcae_jax.training import state as state_lib
+
+Tree = Any
+_STEPS = 1  # what the seed is for; 0 is initial values
+
+
+def create(
+  *,
+  apply: Callable[..., jax.Array],
+  objective: objectives.Objective,
+  num_classes: int,
+  label_dropout: float,
+  channel_candidates: Sequence[int],
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  ema: train_step.Ema,
+  seed: int,
+  gather: Callable[[Tree], Tree] = lambda params: params,
+) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
+  """The step `(state, batch) -> (state, metrics)`.
+
+  A batch is `{"latents": [b, h, w, c], "labels": [b]}`, the latents scaled.
+  Noise, times and dropped labels are those of the step, whoever computes it.
+
+  Args:
+    apply: of the denoiser: `(variables, z, t, labels)`.
+    objective: what is learned.
+    num_classes: the label that stands for none.
+    label_dropout: part of the labels that are replaced by it.
+    channel_candidates: for augmented training; empty: without.
+    optimizer: of the parameters.
+    schedule: its learning rate, for the metrics.
+    ema: decay of the averages.
+    seed: of all that is random.
+    gather: of parameters that are split over devices (`sharding.gather`).
+  """
+
+  def loss(params, key, batch):
+    drop_key, mask_key, loss_key = jax.random.split(key, 3)
+    z, labels = batch["latents"], batch["labels"]
+    dropped = jax.random.bernoulli(drop_key, label_dropout, labels.shape)
+    labels = jnp.where(dropped, num_classes, labels)
+    mask = None
+    if channel_candidates:
+      mask = objectives.random_channel_mask(
+        mask_key, len(z), z.shape[-1], channel_candidates
+      )
+    variables = {"params": gather(params)}
+    losses, terms = objective.loss(
+      lambda z, t: apply(variables, z, t, labels), loss_key, z, mask
+    )
+    metrics = {f"loss/{name}": jnp.mean(x) for name, x in terms.items()}
+    return jnp.mean(losses), metrics
+
+  def step(state, batch):
+    key = jax.random.fold_in(jax.random.key(seed), _STEPS)
+    key = jax.random.fold_in(key, state.step)
+    (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
+      state.params, key, batch
+    )
+    updates, optimizer_state = optimizer.update(
+      gradient, state.optimizer, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    decay = ema.at(state.step + 1)
+    average = lambda old, new: decay * old + (1 - decay) * new
+    metrics["loss/total"] = total
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
+    metrics["parameter_norm"] = optax.tree.norm(params)
+    metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+    state = state.replace(
+      step=state.step + 1,
+      params=params,
+      ema={
+        "params": jax.tree.map(average, state.ema["params"], params),
+        "batch_stats": {},
+      },
+      optimizer=optimizer_state,
+    )
+    return state, metrics
+
+  return step

@@ -1,0 +1,225 @@
+"""The weight files of the metric networks: where they lie, whether they are the
+published ones, and what is in them.
+
+A number that was computed with other weights than the published ones compares
+with no other number, so that what was read is told with its sha256. What a name
+or a shape means is each network's own file's matter.
+"""
+
+import hashlib
+import importlib.util
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+
+from dcae_jax.autoencoder.weights import torch_files
+
+
+class Pretrained(NamedTuple):
+  """A network's weights, and where they came from.
+
+  Attributes:
+    parameters: float32, as the network's functions take them.
+    file: that was read.
+    sha256: of that file.
+    is_published: the file is the published one, bit for bit.
+  """
+
+  parameters: dict[str, np.ndarray]
+  file: str
+  sha256: str
+  is_published: bool
+
+
+class AbsentWeightsError(ValueError):
+  """There are no weights; the message holds the command that gets them."""
+
+
+def cache_directory() -> pathlib.Path:
+  """Where weights are looked for that no package holds."""
+  home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(home).expanduser() / "dcae_jax"
+
+
+def package_directory(name: str) -> pathlib.Path | None:
+  """Where a package is installed; it is not imported. None: it is not."""
+  spec = importlib.util.find_spec(name)
+  if spec is None or not spec.origin:
+    return None
+  return pathlib.Path(spec.origin).parent
+
+
+def sha256(path: pathlib.Path) -> str:
+  """Of a file, in hexadecimal digits.
+
+  Raises:
+    ValueError: there is no such file, or it cannot be read.
+  """
+  try:
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except FileNotFoundError:
+    raise ValueError(f"weights: there is no file {path}") from None
+  except OSError as error:
+    raise ValueError(f"weights: cannot read {path}: {error}") from error
+
+
+def require_published(
+  path: pathlib.Path, found: str, published: str, remedy: str
+) -> None:
+  """Refuses a file that is not bit for bit the published one.
+
+  Args:
+    path: of the file.
+    found: its sha256.
+    published: the published file's.
+    remedy: what to do, "run ...".
+
+  Raises:
+    ValueError: the two differ.
+  """
+  if found != published:
+    raise ValueError(
+      f"weights: {path} has sha256 {found}, not the published {published}; "
+      f"{remedy}"
+    )
+
+
+def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """All arrays of an `.npz` file.
+
+  Raises:
+    ValueError: it is damaged, or holds other things than arrays.
+  """
+  try:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+      arrays = {name: archive[name] for name in archive.files}
+      if not all(isinstance(x, np.ndarray) for x in arrays.values()):
+        raise ValueError("it holds other things than arrays")
+      return arrays
+  except Exception as error:  # whatever a damaged file makes of numpy
+    raise ValueError(
+      f"weights: {path} is not a readable .npz file ({error}); make it again"
+    ) from error
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    return safetensors.numpy.load_file(path)
+  except Exception as error:  # also dtypes that numpy does not have
+    raise ValueError(
+      f"weights: {path} is not a readable .safetensors file ({error}); make it "
+      "again"
+    ) from error
+
+
+def checked(
+  arrays: Mapping[str, np.ndarray],
+  shapes: Mapping[str, tuple[int, ...]],
+  path: pathlib.Path,
+  network: str,
+) -> dict[str, np.ndarray]:
+  """The arrays in float32, after a look at their names and shapes.
+
+  Raises:
+    ValueError: one is missing, unexpected, mis-shaped or not of real numbers
+      (the message lists the first of many), or has values that cannot be.
+  """
+  wrong = sorted(
+    name
+    for name in arrays.keys() | shapes.keys()
+    if name not in arrays
+    or arrays[name].shape != shapes.get(name)
+    or arrays[name].dtype.kind not in "fiu"
+  )
+  if wrong:
+    names = ", ".join(wrong[:8])
+    more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    raise ValueError(
+      f"weights: {path} does not hold {network}; missing, unexpected or "
+      f"mis-shaped: {names}{more}"
+    )
+  with np.errstate(over="ignore"):  # it is infinite then
+    found = {name: np.asarray(arrays[name], np.float32) for name in shapes}
+  for name, array in found.items():
+    is_variance = name.endswith("running_var")
+    if not np.isfinite(array).all() or (is_variance and array.min() < 0):
+      raise ValueError(
+        f"weights: {name} in {path} has values that are not finite, or "
+        "negative variances; make the file again"
+      )
+  return found
+
+
+def load_state_dict(
+  path: pathlib.Path,
+  shapes: Mapping[str, tuple[int, ...]],
+  ignored: str,
+  published: str,
+  network: str,
+  remedy: str,
+) -> Pretrained:
+  """A network's tensors under the names that they have in PyTorch.
+
+  Args:
+    path: of the published file, or of an `.npz` or `.safetensors` with the same
+      names and shapes.
+    shapes: of the tensors that the network needs.
+    ignored: a regular expression; other tensors of such names may be there too.
+    published: sha256 of the published file.
+    network: its name, for messages.
+    remedy: what to do where the published file is damaged, "run ...".
+
+  Raises:
+    ValueError: no such file, another hash, other names or shapes.
+  """
+  digest = sha256(path)
+  readers = {".npz": read_npz, ".safetensors": _read_safetensors}
+  if path.suffix in readers:
+    arrays = readers[path.suffix](path)
+  else:
+    require_published(path, digest, published, remedy)
+    arrays = torch_files.read(path)
+  arrays = {k: v for k, v in arrays.items() if not re.fullmatch(ignored, k)}
+  return Pretrained(
+    checked(arrays, shapes, path, network),
+    str(path),
+    digest,
+    digest == published,
+  )
+
+
+def fold_batch_norm(
+  tensors: Mapping[str, np.ndarray], convolution: str, norm: str, epsilon: float
+) -> tuple[np.ndarray, np.ndarray]:
+  """A convolution without bias and the batch normalisation after it, as one.
+
+  Args:
+    tensors: of a state dict; kernels are OIHW.
+    convolution: name of its module.
+    norm: name of its module.
+    epsilon: beside the variance.
+
+  Returns:
+    Kernel, HWIO, and bias, float32.
+  """
+  scale, bias, mean, variance = (
+    tensors[f"{norm}.{leaf}"].astype(np.float64)
+    for leaf in ("weight", "bias", "running_mean", "running_var")
+  )
+  factor = scale / np.sqrt(variance + epsilon)
+  kernel = tensors[f"{convolution}.weight"].transpose(2, 3, 1, 0) * factor
+  return kernel.astype(np.float32), (bias - mean * factor).astype(np.float32)
+
+
+def batch_norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:
+  """Of the tensors of a batch normalisation that `fold_batch_norm` reads."""
+  return {
+    f"{name}.{leaf}": (channels,)
+    for leaf in ("weight", "bias", "running_mean", "running_var")
+  }

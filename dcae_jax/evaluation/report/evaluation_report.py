@@ -1,0 +1,183 @@
+"""The HTML report of evaluations: reads their work directories, writes a page.
+
+Pictures are copied, so that `report/` can be moved and opened anywhere.
+"""
+
+import json
+import re
+import tempfile
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from dcae_jax.evaluation.report import figures
+from dcae_jax.evaluation.report import page as html_page
+from dcae_jax.runs import metrics_writer
+
+
+class _Run(NamedTuple):
+  """One evaluation: a name that no other one has, its result, its directory."""
+
+  name: str
+  slug: str
+  result: dict[str, Any]
+  directory: epath.Path
+
+  def picture(self, size: str, index: int, suffix: str) -> np.ndarray:
+    """Uint8 [h, w, 1 or 3]."""
+    folder = self.directory / "pictures" / f"{size}px"
+    file = folder / f"{index:07d}{suffix}.png"
+    return metrics_writer.read_png(file)
+
+  def rows(self, size: str, group: str) -> dict[int, dict[str, Any]]:
+    """Name and metrics of the shown images, by their index."""
+    pictures = self.result["resolutions"][size]["pictures"]
+    return {row["index"]: row for row in pictures[group]}
+
+
+def check(directory: epath.Path) -> None:
+  """Raises ValueError unless a report can be made of a finished evaluation."""
+  with tempfile.TemporaryDirectory(prefix="dcae_jax_report_") as aside:
+    try:
+      write(epath.Path(aside) / "report", [directory])
+    except Exception as error:  # whatever may have been damaged there
+      reason = " ".join(str(error).split())
+      raise ValueError(
+        f"{directory} is not a whole evaluation ({type(error).__name__}: "
+        f"{reason}); run it again"
+      ) from error
+
+
+def write(report: epath.Path, directories: list[epath.Path]) -> str:
+  """Writes the report of one or several evaluations.
+
+  Args:
+    report: the directory that gets it.
+    directories: of the evaluations, in the order of the table.
+
+  Returns:
+    The table, as text.
+  """
+  runs = _runs(directories)
+  (report / "pictures").mkdir(parents=True)
+  sizes = dict.fromkeys(
+    size for run in runs for size in run.result["resolutions"]
+  )
+  sections, latents = [], []
+  for size in sizes:
+    with_size = [run for run in runs if size in run.result["resolutions"]]
+    sections += _sections(report, size, with_size)
+    for run in with_size:
+      file = f"pictures/{size}px_{run.slug}_latents.png"
+      source = run.directory / "pictures" / f"{size}px" / "latents.png"
+      metrics_writer.write_png(report / file, metrics_writer.read_png(source))
+      shown = run.result["resolutions"][size]["pictures"]["samples"][0]
+      channels = run.result["autoencoder"]["latent_channels"]
+      title = f"{run.name}, {size} px: {_short(shown['name'])}"
+      if channels > figures.MOST_CHANNELS:
+        title += f", the first {figures.MOST_CHANNELS} of {channels} channels"
+      latents.append((title, file))
+  named = [(run.name, run.result) for run in runs]
+  page = html_page.page(named, sections, latents)
+  metrics_writer.write_whole(report / "index.html", page)
+  return html_page.text(named)
+
+
+def _short(name: str) -> str:
+  """The end of a path."""
+  return "/".join(name.split("/")[-2:])
+
+
+def _runs(directories: list[epath.Path]) -> list[_Run]:
+  runs = []
+  for i, directory in enumerate(directories):
+    result = json.loads((directory / "result.json").read_text())
+    name, taken = result["name"], {run.name for run in runs}
+    if name in taken:
+      name = f"{name} ({i + 1})"
+    slug = f"{i}_{re.sub('[^A-Za-z0-9]+', '-', name).strip('-')[:40]}"
+    runs.append(_Run(name, slug, result, directory))
+  return runs
+
+
+def _sections(
+  report: epath.Path, size: str, runs: list[_Run]
+) -> list[html_page.Section]:
+  """The samples, together where runs share them; each run's extremes."""
+  sections = [
+    html_page.Section(f"Images at {size} px", _samples(report, size, runs))
+  ]
+  for group in ("worst", "best"):
+    for run in runs:
+      rows = run.rows(size, group)
+      made = [_figure(report, size, index, [(run, rows)]) for index in rows]
+      of = f" of {run.name}" if len(runs) > 1 else ""
+      title = f"{group.capitalize()} PSNR{of} at {size} px"
+      if made:
+        sections.append(html_page.Section(title, made))
+  return sections
+
+
+def _samples(
+  report: epath.Path, size: str, runs: list[_Run]
+) -> list[html_page.Figure]:
+  """Runs share a figure where their originals are the same, bit for bit."""
+  rows = [run.rows(size, "samples") for run in runs]
+  made = []
+  for index in dict.fromkeys(index for found in rows for index in found):
+    groups = []
+    for run, found in zip(runs, rows, strict=True):
+      if index not in found:
+        continue
+      original = run.picture(size, index, "")
+      for known, versions in groups:
+        if np.array_equal(known, original):
+          versions.append((run, found))
+          break
+      else:
+        groups.append((original, [(run, found)]))
+    made += [_figure(report, size, index, versions) for _, versions in groups]
+  return made
+
+
+def _figure(
+  report: epath.Path,
+  size: str,
+  index: int,
+  versions: list[tuple[_Run, dict[int, dict[str, Any]]]],
+) -> html_page.Figure:
+  """Writes the pictures of one image."""
+  first, rows = versions[0]
+  original = first.picture(size, index, "")
+  window = figures.detailed_window(original)
+  stem = f"pictures/{size}px_{index:07d}_{first.slug}"
+
+  def save(name: str, pixels: np.ndarray) -> str:
+    metrics_writer.write_png(report / name, pixels)
+    return name
+
+  made = []
+  for run, values in versions:
+    found = run.picture(size, index, "_reconstruction")
+    prefix = f"{stem}_{run.slug}"
+    caption = ", ".join(
+      f"{metric.upper()} {values[index][metric]:.{digits}f}"
+      for metric, digits in (("psnr", 1), ("ssim", 2), ("lpips", 3))
+      if metric in values[index]
+    )
+    made.append(
+      html_page.Version(
+        run.name,
+        caption,
+        save(f"{prefix}.png", found),
+        save(f"{prefix}_crop.png", found[window]),
+        save(f"{prefix}_error.png", figures.error_map(original, found)),
+      )
+    )
+  return html_page.Figure(
+    _short(rows[index]["name"]),
+    save(f"{stem}.png", original),
+    save(f"{stem}_crop.png", original[window]),
+    made,
+  )

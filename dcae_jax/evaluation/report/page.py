@@ -1,0 +1,381 @@
+"""The evaluation's report: one static HTML page, beside the pictures it shows.
+
+Text in, text out; files are written elsewhere. The page opens from disk and
+asks no network for anything.
+"""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dcae_jax.evaluation import fid, reconstruction
+from dcae_jax.evaluation.report import text_table
+
+DISTANCES = ("rfid", "frechet_efficientnet_lite0")  # between sets of images
+_COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#57534e")
+
+
+class Version(NamedTuple):
+  """One run's reconstruction of an image; files relative to the page."""
+
+  run: str
+  caption: str
+  image: str
+  crop: str
+  error: str
+
+
+class Figure(NamedTuple):
+  """An image and its reconstructions; files relative to the page."""
+
+  title: str
+  image: str
+  crop: str
+  versions: list[Version]
+
+
+class Section(NamedTuple):
+  """Figures under a heading."""
+
+  title: str
+  figures: list[Figure]
+
+
+def page(
+  runs: Sequence[tuple[str, Mapping[str, Any]]],
+  sections: Sequence[Section],
+  latents: Sequence[tuple[str, str]],
+) -> str:
+  """The whole page.
+
+  Args:
+    runs: name and contents of result.json of each evaluation.
+    sections: of pictures.
+    latents: title and file of pictures of latent channels.
+  """
+  body = [
+    "<h1>Reconstruction by autoencoders</h1>",
+    _table(runs),
+    _absent(runs),
+    "<h2>How many images have which value</h2>",
+    _histograms(runs),
+    "<h2>Pictures</h2>",
+    _legend(),
+    *(_section(section) for section in sections),
+    "<h2>Latent channels</h2>",
+    *(
+      f"<h3>{html.escape(title)}</h3>" + _image(file, "latents", "latents")
+      for title, file in latents
+    ),
+    _latent_statistics(runs),
+    "<h2>How it was measured</h2>",
+    *(
+      f"<details><summary>{html.escape(name)}</summary><pre>"
+      f"{html.escape(_description(result))}</pre></details>"
+      for name, result in runs
+    ),
+  ]
+  return (
+    "<!doctype html>\n<html lang=en><meta charset=utf-8>"
+    "<meta name=viewport content='width=device-width, initial-scale=1'>"
+    f"<title>Reconstruction by autoencoders</title><style>{_STYLE}</style>\n"
+    + "\n".join(body)
+    + f"\n<script>{_SCRIPT}</script></html>\n"
+  )
+
+
+def _cells(
+  runs: Sequence[tuple[str, Mapping[str, Any]]],
+) -> list[list[str]]:
+  """The paper's table 2 and the latents' statistics; the first row is heads."""
+  asked = [
+    column
+    for column in text_table.COLUMNS
+    if any(
+      column[0] in found
+      for _, result in runs
+      for found in result["resolutions"].values()
+    )
+  ]
+  header = ["autoencoder", "latent", "px", "images"]
+  header += [title for _, title, _ in asked]
+  rows = [[*header, "latent mean", "std", "RMS", "scaling factor"]]
+  for name, result in runs:
+    for resolution, found in result["resolutions"].items():
+      latent, autoencoder = found["latent"], result["autoencoder"]
+      side = int(resolution) // autoencoder["spatial_compression"]
+      shape = f"{side} x {side} x {autoencoder['latent_channels']}"
+      row = [name, shape, resolution, f"{found['images']:,}"]
+      row += [
+        text_table.number(found.get(key), digits) for key, _, digits in asked
+      ]
+      row += [f"{latent[key]:.4g}" for key in ("mean", "std", "rms")]
+      factor = latent["scaling_factor"]
+      rows.append([*row, "absent" if factor is None else f"{factor:.4g}"])
+  return rows
+
+
+def _table(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+  """A row per run and resolution."""
+  header, *rows = _cells(runs)
+  head = "".join(f"<th>{html.escape(cell)}" for cell in header)
+  body = "".join(
+    f"<tr>{''.join(f'<td>{html.escape(cell)}' for cell in row)}</tr>"
+    for row in rows
+  )
+  return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
+
+
+def text(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+  """The same for a terminal, in Markdown."""
+  return text_table.markdown(_cells(runs))
+
+
+def _absent(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+  reasons = {}
+  for _, result in runs:
+    for resolution, found in result["resolutions"].items():
+      for metric, reason in found["absent"].items():
+        reasons.setdefault((metric, reason), set()).add(f"{resolution} px")
+  lines = [
+    f"<li><b>{html.escape(metric)}</b> is absent at "
+    f"{', '.join(sorted(where))}: {html.escape(reason)}</li>"
+    for (metric, reason), where in reasons.items()
+  ]
+  unverified = [
+    f"<li><b>{html.escape(metric)}</b> of {html.escape(name)} comes from "
+    f"weights that are not the published file: {html.escape(w['file'])}</li>"
+    for name, result in runs
+    for metric, w in result["metric_weights"].items()
+    if not w["is_published"]
+  ]
+  few = [
+    f"{html.escape(name)} at {resolution} px: {found['images']:,}"
+    for name, result in runs
+    for resolution, found in result["resolutions"].items()
+    if found["images"] < fid.FEWEST_IMAGES
+    and any(found.get(key) is not None for key in DISTANCES)
+  ]
+  lines += unverified + _differences(runs)
+  if few:
+    lines.append(
+      f"<li>Fréchet distances of fewer than {fid.FEWEST_IMAGES:,} images order "
+      f"runs at best, at one number of images ({'; '.join(few)}).</li>"
+    )
+  return f"<ul class=notes>{''.join(lines)}</ul>" if lines else ""
+
+
+def _differences(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+  """What was not the same for all runs, so that their rows do not compare."""
+  conditions = []
+  for _, result in runs:
+    conditions.append(
+      {
+        "images": result["config"]["source"],
+        "crop": result["crop"],
+        "reference of rFID": result["reference"],
+        "number format": result["config"]["dtype"],
+      }
+      | {
+        f"weights behind {metric}": weights["sha256"]
+        for metric, weights in result["metric_weights"].items()
+      }
+    )
+  lines = []
+  for what in dict.fromkeys(key for found in conditions for key in found):
+    values = [json.dumps(found.get(what, "none")) for found in conditions]
+    if len(set(values)) > 1:
+      text = "; ".join(
+        f"{name}: {value}"
+        for (name, _), value in zip(runs, values, strict=True)
+      )
+      lines.append(
+        f"<li>Rows do not compare where these differ: <b>{html.escape(what)}"
+        f"</b> ({html.escape(text)}).</li>"
+      )
+  return lines
+
+
+def _legend() -> str:
+  return (
+    "<p class=notes>Drag the slider between two versions. Beside them stand a "
+    "crop, a quarter of each side, and the error, the mean over channels: "
+    "black is 0, white 64 of 255 or more.</p>"
+  )
+
+
+def _section(section: Section) -> str:
+  figures = "".join(map(_figure, section.figures))
+  return f"<h3>{html.escape(section.title)}</h3>{figures}"
+
+
+def _image(file: str, alt: str, of_class: str) -> str:
+  file, alt = (html.escape(text, quote=True) for text in (file, alt))
+  return f"<img class={of_class} loading=lazy src='{file}' alt='{alt}'>"
+
+
+def _tile(caption: str, content: str) -> str:
+  return f"<div><p>{caption}</p>{content}</div>"
+
+
+def _figure(figure: Figure) -> str:
+  """A slider between two versions; crops and errors beside it."""
+  versions = [("original", figure.image)]
+  versions += [(version.run, version.image) for version in figure.versions]
+
+  def choice(chosen: int) -> str:
+    options = "".join(
+      f"<option value='{html.escape(file, quote=True)}'"
+      f"{' selected' if i == chosen else ''}>{html.escape(name)}</option>"
+      for i, (name, file) in enumerate(versions)
+    )
+    return f"<select>{options}</select>"
+
+  (left, left_file), (right, right_file) = versions[:2]
+  slider = (
+    f"<div class=slider>{_image(right_file, right, 'right')}"
+    f"{_image(left_file, left, 'left')}</div>"
+    "<input type=range min=0 max=100 value=50 aria-label=divide>"
+  )
+  tiles = [
+    _tile(f"{choice(0)} {choice(1)}", slider),
+    _tile("<b>original</b>", _image(figure.crop, "original, crop", "pixels")),
+  ]
+  for version in figure.versions:
+    name = html.escape(version.run)
+    tiles += [
+      _tile(
+        f"<b>{name}</b><br>{html.escape(version.caption)}",
+        _image(version.crop, f"{version.run}, crop", "pixels"),
+      ),
+      _tile(
+        f"<b>{name}</b><br>error",
+        _image(version.error, f"{version.run}, error", "pixels"),
+      ),
+    ]
+  return (
+    f"<figure><figcaption>{html.escape(figure.title)}</figcaption>"
+    f"<div class=tiles>{''.join(tiles)}</div></figure>"
+  )
+
+
+def _histograms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+  """A small chart per resolution and metric, one line per run."""
+  charts = []
+  sizes = dict.fromkeys(
+    size for _, result in runs for size in result["resolutions"]
+  )
+  for size in sizes:
+    for metric, edges in reconstruction.HISTOGRAM_EDGES.items():
+      lines = [
+        (name, result["resolutions"][size]["histograms"][metric])
+        for name, result in runs
+        if size in result["resolutions"]
+        and metric in result["resolutions"][size]["histograms"]
+      ]
+      if lines:
+        charts.append(
+          _chart(f"{metric.upper()}, {size} px", lines, edges.tolist())
+        )
+  keys = "".join(
+    f"<span style='color:{_COLOURS[i % len(_COLOURS)]}'>■ "
+    f"{html.escape(name)}</span> "
+    for i, (name, _) in enumerate(runs)
+  )
+  return f"<p>{keys}</p><div class=charts>{''.join(charts)}</div>"
+
+
+def _chart(
+  title: str, lines: Sequence[tuple[str, list[int]]], edges: list[float]
+) -> str:
+  """Steps over the bins that any run has images in, as parts of the run."""
+  width, height = 320, 120
+  used = [i for _, bins in lines for i, n in enumerate(bins) if n]
+  first, last = max(min(used) - 1, 0), min(max(used) + 2, len(edges) - 1)
+  top = max(max(bins) / sum(bins) for _, bins in lines)
+  paths = []
+  for i, (_, bins) in enumerate(lines):
+    points = []
+    for j in range(first, last):
+      y = height - height * bins[j] / sum(bins) / top
+      for k in (j, j + 1):
+        x = width * (k - first) / (last - first)
+        points.append(f"{x:.1f},{y:.1f}")
+    colour = _COLOURS[i % len(_COLOURS)]
+    paths.append(
+      f"<polyline points='{' '.join(points)}' fill=none stroke='{colour}' "
+      "stroke-width=1.5 />"
+    )
+  return (
+    f"<div><b>{html.escape(title)}</b>"
+    f"<svg viewBox='-2 -2 {width + 4} {height + 18}' width={width}>"
+    f"<path d='M0 {height}H{width}' stroke='#999'/>{''.join(paths)}"
+    f"<text y={height + 14}>{edges[first]:g}</text>"
+    f"<text x={width} y={height + 14} text-anchor=end>{edges[last]:g}</text>"
+    "</svg></div>"
+  )
+
+
+def _latent_statistics(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+  """Mean, deviation and RMS of each channel, folded away."""
+  parts = []
+  for name, result in runs:
+    for size, found in result["resolutions"].items():
+      channels = found["latent"]["channels"]
+      rows = "".join(
+        f"<tr><td>{i}<td>{mean:.4g}<td>{std:.4g}<td>{rms:.4g}</tr>"
+        for i, (mean, std, rms) in enumerate(
+          zip(channels["mean"], channels["std"], channels["rms"], strict=True)
+        )
+      )
+      parts.append(
+        f"<details><summary>{html.escape(name)}, {size} px: statistics of each "
+        "channel</summary><table><tr><th>channel<th>mean<th>std<th>RMS</tr>"
+        f"{rows}</table></details>"
+      )
+  return "".join(parts)
+
+
+def _description(result: Mapping[str, Any]) -> str:
+  """Everything but the numbers and files that the page shows elsewhere."""
+  shown = {k: v for k, v in result.items() if k != "resolutions"}
+  return json.dumps(shown, indent=2, ensure_ascii=False)
+
+
+_STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1200px;
+padding:0 1rem;color:#1c1917}
+h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.2rem}h3{font-size:1rem;margin-top:1.6rem}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #d6d3d1}
+th{vertical-align:bottom}td{white-space:nowrap}
+th:first-child,td:first-child{text-align:left}
+.notes{color:#57534e;font-size:.9rem;overflow-wrap:anywhere}
+figure{margin:0 0 1.6rem}
+figcaption{font-weight:600;overflow-wrap:anywhere}
+.tiles{display:grid;gap:0 .8rem;
+grid-template-columns:repeat(auto-fill,minmax(min(250px,100%),1fr))}
+.tiles p{font-size:.8rem;height:2.8em;overflow:hidden;margin:.4rem 0}
+.tiles select{max-width:48%}
+.tiles img{width:100%;display:block}
+.pixels,.latents{image-rendering:pixelated}
+.slider{position:relative}
+.left{position:absolute;top:0;left:0;clip-path:inset(0 50% 0 0)}
+input{width:100%;margin:.3rem 0 0}
+.charts{display:flex;flex-wrap:wrap;gap:1.2rem;font-size:.85rem}
+.charts div{width:320px}
+.latents{max-width:100%}
+svg text{font-size:11px;fill:#57534e}
+pre{white-space:pre-wrap;font-size:.8rem;overflow-wrap:anywhere}
+"""
+_SCRIPT = """
+for(const figure of document.querySelectorAll('figure')){
+const left=figure.querySelector('.left'),right=figure.querySelector('.right');
+const [a,b]=figure.querySelectorAll('select');
+figure.querySelector('input').addEventListener('input',e=>{
+left.style.clipPath=`inset(0 ${100-e.target.value}% 0 0)`});
+a.addEventListener('change',()=>{left.src=a.value});
+b.addEventListener('change',()=>{right.src=b.value});}
+"""

@@ -1,0 +1,291 @@
+"""The work of an evaluation of samples: draw, decode, describe, write.
+
+Samples come in parts, batches of one guidance scale. A part depends on its
+number and the batch size alone, so that any process may draw it, on any number
+of devices, and what is written stays valid.
+"""
+
+import collections
+import io
+import os
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from dcae_jax.autoencoder import autoencoder
+from dcae_jax.evaluation import image_metrics
+from dcae_jax.evaluation.networks import inception
+from dcae_jax.latents import decode
+from dcae_jax.runs import metrics_writer
+from dcae_jax.setup import measuring
+from dcae_jax.training import sharding
+
+IMAGES = ("png", "npz", "")
+_PARTS, _PICTURE = 0, 1  # what the seed is for
+_IN_FLIGHT = 2  # parts on the devices
+
+
+class Part(NamedTuple):
+  """A batch of samples of a scale, of which the first `rows` are wanted."""
+
+  scale: float
+  number: int
+  first: int  # sample
+  rows: int
+
+  def file(self, workdir: epath.Path, folder: str) -> epath.Path:
+    """`images/...` or `parts/...`; the latter is there once it is written."""
+    name = f"{self.number:06d}_{self.rows}.npz"
+    return workdir / folder / scale_name(self.scale) / name
+
+
+def scale_name(scale: float) -> str:
+  return f"guidance_{scale:g}"
+
+
+def parts(scale: float, samples: int, batch_size: int) -> list[Part]:
+  """All of a scale."""
+  return [
+    Part(scale, number, first, min(batch_size, samples - first))
+    for number, first in enumerate(range(0, samples, batch_size))
+  ]
+
+
+def missing(wanted: list[Part], workdir: epath.Path, images: str) -> list[Part]:
+  """The parts of which a record or an image is not there."""
+  names = {}
+  for folder in {part.file(workdir, "images").parent for part in wanted}:
+    found = folder.iterdir() if folder.exists() else ()
+    names[folder] = {file.name.partition("_class_")[0] for file in found}
+
+  def is_whole(part):
+    file, needed = part.file(workdir, "images"), []
+    if images == "npz":
+      needed = [file.name]
+    if images == "png":
+      needed = [_png_name(part, i) for i in range(part.rows)]
+    record = part.file(workdir, "parts")
+    return record.exists() and names[file.parent].issuperset(needed)
+
+  return [part for part in wanted if not is_whole(part)]
+
+
+def _png_name(part: Part, row: int) -> str:
+  """Without the class."""
+  return f"{part.first + row:07d}"
+
+
+class Drawing:
+  """The programs that draw, decode and describe, over a process's devices."""
+
+  def __init__(
+    self,
+    samplers: dict[float, Callable[..., jax.Array]],
+    variables: Any,
+    ae: autoencoder.Autoencoder,
+    description: dict[str, Any],
+    inception_parameters: Any,
+    *,
+    batch_size: int,
+    classes: tuple[int, ...],
+    at_random: bool,
+    seed: int,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      samplers: by guidance scale, `(variables, key, labels) -> latents`.
+      variables: of the denoiser, on all devices.
+      ae: what decodes; its variables go to all devices.
+      description: of the latents.
+      inception_parameters: None: images are not described.
+      batch_size: of a part.
+      classes: of the samples.
+      at_random: with replacement, instead of in turn.
+      seed: of noise and classes.
+    """
+    mesh = sharding.local_mesh()
+    whole, self._by_row = sharding.replicated(mesh), sharding.by_rows(mesh)
+    ae.variables = jax.device_put(jax.device_get(ae.variables), whole)
+    self._variables, self._decoder = variables, ae.variables
+    self._inception = jax.device_put(inception_parameters, whole)
+    self._batch_size, self._at_random = batch_size, at_random
+    self._classes = np.array(classes, np.int32)
+    self._seed = seed
+    self._samplers = {
+      scale: jax.jit(sampler, out_shardings=self._by_row)
+      for scale, sampler in samplers.items()
+    }
+
+    def show(variables, parameters, z):
+      unscaled = decode.unscaled(description, z)
+      pixels = image_metrics.quantise(
+        ae.apply(variables, unscaled, method="decode")
+      )
+      shown = {
+        "images": pixels.astype(jnp.uint8),
+        "latent_rms": jnp.sqrt(jnp.mean(jnp.square(z), axis=(1, 2, 3))),
+      }
+      if parameters is not None:
+        features, logits = inception.features(parameters, pixels)
+        shown |= {"features": features, "logits": logits}
+      return shown
+
+    self._show = jax.jit(show, out_shardings=self._by_row)
+
+  def part(self, part: Part) -> dict[str, Any]:
+    """Its arrays [batch_size, ...], still being computed."""
+    labels = self._labels(part.number)
+    return self._draw(part.scale, (_PARTS, part.number), labels)
+
+  def images(self, scale: float, labels: np.ndarray) -> np.ndarray:
+    """Uint8 [n, h, w, c] of these classes; the same noise at each scale."""
+    size, found = self._batch_size, []
+    for first in range(0, len(labels), size):
+      batch = np.resize(labels[first : first + size], size).astype(np.int32)
+      found.append(self._draw(scale, (_PICTURE, first), batch)["images"])
+    return np.concatenate(jax.device_get(found))[: len(labels)]
+
+  def _labels(self, number: int) -> np.ndarray:
+    size = self._batch_size
+    places = np.arange(number * size, (number + 1) * size)
+    if self._at_random:
+      rng = np.random.default_rng((self._seed, number))
+      places = rng.integers(len(self._classes), size=size)
+    return self._classes[places % len(self._classes)]
+
+  def _draw(
+    self, scale: float, purpose: tuple[int, int], labels: np.ndarray
+  ) -> dict[str, Any]:
+    key = jax.random.key(self._seed)
+    for number in purpose:
+      key = jax.random.fold_in(key, number)
+    placed = jax.device_put(labels, self._by_row)
+    z = self._samplers[scale](self._variables, key, placed)
+    return self._show(self._decoder, self._inception, z) | {"labels": labels}
+
+
+def fill(
+  drawing: Drawing,
+  missing: list[Part],
+  workdir: epath.Path,
+  images: str,
+  stopped: Callable[[], bool],
+) -> None:
+  """Draws parts and writes them: images first, then the record.
+
+  Args:
+    drawing: draws.
+    missing: the parts.
+    workdir: below which they are written.
+    images: a kind of `IMAGES`.
+    stopped: asked between parts.
+
+  Raises:
+    FloatingPointError: latents are not finite.
+  """
+  progress = measuring.Progress(sum(part.rows for part in missing))
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for part, arrays in _fetched(drawing, missing, stopped):
+      if not np.isfinite(arrays["latent_rms"]).all():
+        raise FloatingPointError(
+          f"samples at guidance {part.scale:g} are not finite (part "
+          f"{part.number}): the scale is too large, the model has diverged, or "
+          "config.sampler.steps do not suffice for dopri5"
+        )
+      _write(part, arrays, workdir, images, pool)
+      progress.add(part.rows)
+  if missing:
+    progress.finish()
+
+
+def _fetched(
+  drawing: Drawing, missing: list[Part], stopped: Callable[[], bool]
+) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
+  """Parts with the arrays of their rows; the devices have the next one."""
+  waiting, in_flight = collections.deque(missing), collections.deque()
+  while waiting or in_flight:
+    if stopped():
+      waiting.clear()
+    if waiting:
+      part = waiting.popleft()
+      in_flight.append((part, drawing.part(part)))
+    if in_flight and (not waiting or len(in_flight) >= _IN_FLIGHT):
+      part, arrays = in_flight.popleft()
+      arrays = jax.device_get(arrays)
+      yield part, {name: x[: part.rows] for name, x in arrays.items()}
+
+
+def _write(
+  part: Part,
+  arrays: dict[str, np.ndarray],
+  workdir: epath.Path,
+  images: str,
+  pool: futures.Executor,
+) -> None:
+  pixels, labels = arrays.pop("images"), arrays["labels"]
+  for folder in ("parts", "images"):  # of fewer samples, by an earlier start
+    file = part.file(workdir, folder)
+    if file.parent.exists():
+      for shorter in file.parent.glob(f"{part.number:06d}_*.npz"):
+        shorter.unlink()
+  if images == "npz":
+    _write_npz(part.file(workdir, "images"), {"arr_0": pixels, "arr_1": labels})
+  if images == "png":
+    folder = part.file(workdir, "images").parent
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [
+      folder / f"{_png_name(part, i)}_class_{label}.png"
+      for i, label in enumerate(labels)
+    ]
+    list(pool.map(metrics_writer.write_png, files, pixels))
+  _write_npz(part.file(workdir, "parts"), arrays)
+
+
+def check_not_fewer(
+  workdir: epath.Path, scale: float, samples: int, batch_size: int
+) -> None:
+  """Raises ValueError if more samples of a scale are there than are wanted."""
+  folder = workdir / "parts" / scale_name(scale)
+  for file in folder.glob("*_*.npz") if folder.exists() else ():
+    number, rows = map(int, file.stem.split("_"))
+    if number * batch_size + rows > samples:
+      raise ValueError(
+        f"--workdir={workdir} holds more than config.samples={samples} samples "
+        f"at guidance {scale:g}; choose another directory, or as many"
+      )
+
+
+def _write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)
+  metrics_writer.write_whole(path, buffer.getvalue())
+
+
+def read_records(
+  workdir: epath.Path, wanted: list[Part], needed: tuple[str, ...]
+) -> Iterator[dict[str, np.ndarray]]:
+  """What `fill` wrote beside the images, part by part.
+
+  `labels` and `latent_rms` [rows]; `features` and `logits` where images were
+  described.
+
+  Raises:
+    ValueError: a record is damaged.
+  """
+  for part in wanted:
+    file = part.file(workdir, "parts")
+    try:
+      with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
+        arrays = {name: found[name] for name in needed}
+    except Exception as error:  # whatever a damaged file makes of numpy
+      raise ValueError(
+        f"{file} is damaged ({error}); remove it and run again: these samples "
+        "are drawn anew"
+      ) from error
+    yield arrays

@@ -1,0 +1,164 @@
+"""Latents of a store back to images, by the autoencoder that made them.
+
+A diffusion model's work directory keeps what is needed for that in
+`latents.json`, so that samples are decoded without the store.
+"""
+
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from dcae_jax.autoencoder import autoencoder
+from dcae_jax.autoencoder.weights import conversion
+from dcae_jax.evaluation import image_metrics
+from dcae_jax.latents import encode, reader
+from dcae_jax.runs import differences, metrics_writer
+
+_FILE = "latents.json"
+# Of the manifest.
+_KEPT = (
+  "autoencoder", "scaling_factor", "shift_factor", "shape", "classes", "count",
+  "views", "crop", "source",
+)  # fmt: skip
+# With others, latents have another meaning, or batches other rows.
+_MEANING = ("encoder", "scaling_factor", "shift_factor", "shape", "classes")
+_ORDER = ("count", "views", "rows_of_shards", "crop", "source")
+
+
+def load_autoencoder(
+  manifest: dict[str, Any], path: str, advice: str, dtype: str = "float32"
+) -> autoencoder.Autoencoder:
+  """What a store's latents were made with.
+
+  Args:
+    manifest: of the store.
+    path: where the weights are; "": where the manifest says.
+    advice: what to do where they are not there.
+    dtype: of the computation.
+
+  Raises:
+    ValueError: it cannot be loaded, or has another encoder.
+  """
+  made_with = manifest["autoencoder"]
+  path = path or made_with["init_from"]
+  try:
+    ae = autoencoder.load(
+      path,
+      scaling_factor=manifest["scaling_factor"],
+      dtype=dtype,
+      space_to_channel=made_with["space_to_channel"],
+    )
+  except (ValueError, OSError) as error:
+    raise ValueError(
+      f"the autoencoder {path!r} cannot be loaded ({error}); {advice}"
+    ) from error
+  encoder = encode.encoder_variables(ae.variables)
+  if conversion.fingerprint(encoder) != made_with["encoder_sha256"]:
+    raise ValueError(
+      f"{path!r} does not have the encoder that these latents were made with "
+      f"(sha256 {made_with['encoder_sha256']}); {advice}"
+    )
+  return ae
+
+
+def to_pixels(ae: autoencoder.Autoencoder, z: np.ndarray) -> np.ndarray:
+  """Latents [n, h, w, c] as they are stored, to uint8 images."""
+  return np.asarray(image_metrics.quantise(ae.decode(z)), np.uint8)
+
+
+def unscaled(manifest: dict[str, Any], z: Any) -> Any:
+  """What diffusion works with, as the autoencoder decodes it."""
+  scale, shift = manifest["scaling_factor"], manifest["shift_factor"]
+  return z / np.float32(scale) + np.float32(shift)
+
+
+def description(store: reader.Latents) -> dict[str, Any]:
+  """What a run needs to know of its latents.
+
+  Raises:
+    ValueError: the manifest does not say it.
+  """
+  manifest = store.manifest
+  missing = [key for key in _KEPT if key not in manifest]
+  if missing:
+    raise ValueError(
+      f"the manifest of {store.path} has no {', '.join(missing)}: it is "
+      "damaged, or not of export_latents"
+    )
+  return {key: manifest[key] for key in _KEPT} | {
+    "encoder": manifest["autoencoder"]["encoder_sha256"],
+    "rows_of_shards": [shard["rows"] for shard in manifest["shards"]],
+    "rows_of_classes": np.bincount(
+      store.labels(), minlength=len(store.classes)
+    ).tolist(),
+  }
+
+
+def write_description(workdir: epath.Path, described: dict[str, Any]) -> None:
+  """Writes what `description` found, on the first process."""
+  if jax.process_index() == 0:
+    text = json.dumps(described, indent=2)
+    metrics_writer.write_whole(workdir / _FILE, text)
+
+
+def read_description(run: str) -> dict[str, Any]:
+  """What `write_description` wrote; a manifest for the functions above.
+
+  Raises:
+    ValueError: it is not there, or damaged.
+  """
+  path = epath.Path(run).expanduser() / _FILE
+  needed = (*_KEPT, *_MEANING, *_ORDER, "rows_of_classes")
+  try:
+    found = json.loads(path.read_bytes())
+    found = {key: found[key] for key in needed}
+    made_with = found["autoencoder"]
+    _ = os.fspath(made_with["init_from"]), made_with["space_to_channel"]
+    _ = len(found["classes"]), sum(found["rows_of_classes"])
+    _, _, _ = found["shape"]
+    return found
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{path}, which a run of train_diffusion writes, cannot be read "
+      f"({type(error).__name__}); bring it back, or start that run again"
+    ) from error
+
+
+def check_same_latents(workdir: epath.Path, described: dict[str, Any]) -> None:
+  """Raises ValueError if a run began with other latents than these."""
+  if not (workdir / _FILE).exists():
+    return
+  before = read_description(str(workdir))
+  found = _differences(before, described, (*_MEANING, *_ORDER))
+  if found:
+    raise ValueError(
+      f"the run in {workdir} began with other latents ({found}); bring them "
+      "back, or choose another --workdir"
+    )
+
+
+def check_same_meaning(run: str, store: reader.Latents) -> None:
+  """Raises ValueError if a store has other latents than a run learned from."""
+  found = _differences(read_description(run), description(store), _MEANING)
+  if found:
+    raise ValueError(
+      f"{store.path} holds other latents than {run} was trained on ({found}); "
+      "name the store that it was trained on"
+    )
+
+
+def _differences(
+  before: dict[str, Any], now: dict[str, Any], keys: tuple[str, ...]
+) -> str:
+  """Of these keys, in words that are not too long."""
+  found = differences.differences(
+    *({key: x[key] for key in keys} for x in (before, now))
+  )
+  return "; ".join(
+    text if len(text) <= 200 else f"{key} differs"
+    for key, text in found.items()
+  )

@@ -1,0 +1,200 @@
+"""The work of an export: rows to latents on the devices, shards to the store.
+
+Rows are loaded ahead of the devices, shards written behind them; the stopwatch
+gets to know who waited for whom.
+"""
+
+import collections
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dcae_jax.autoencoder import autoencoder, latent_statistics
+from dcae_jax.latents import rows
+from dcae_jax.latents import store as latent_store
+from dcae_jax.runs import stopwatch
+from dcae_jax.training import sharding
+
+Encode = Callable[[np.ndarray], dict[str, Any]]  # rows to latents, by view
+
+_IN_FLIGHT = 2  # batches on the devices
+_UPLOADS = 2  # shards that are written at once
+_MOMENT_ROWS = 64  # rows in float64 at once
+
+
+def encoder_variables(variables: Any) -> Any:
+  """The part that encodes: the decoder may change, and latents stay valid."""
+  return {
+    collection: {"encoder": tree["encoder"]}
+    for collection, tree in variables.items()
+    if "encoder" in tree
+  }
+
+
+def compiled(
+  ae: autoencoder.Autoencoder,
+  views: tuple[str, ...],
+  dtype: np.dtype,
+  *,
+  resolution: int,
+  group_size: int,
+  devices: list[jax.Device],
+) -> Encode:
+  """A program over devices, that encodes a group of images on each.
+
+  Args:
+    ae: what encodes.
+    views: of `store.VIEWS`; the second is of the mirrored images.
+    dtype: of the latents.
+    resolution: side of the images.
+    group_size: images of a group.
+    devices: of this process.
+  """
+  mesh = sharding.create_mesh(-1, 1, 1, devices)
+  whole, by_row = sharding.replicated(mesh), sharding.by_rows(mesh)
+  variables = jax.device_get(encoder_variables(ae.variables))
+  variables = jax.device_put(variables, whole)
+
+  def encode(variables, pixels):
+    x = pixels.astype(jnp.float32) / 127.5 - 1
+    images = {views[0]: x}
+    if len(views) > 1:
+      images[views[1]] = x[:, :, ::-1]
+    return {
+      view: ae.apply(variables, x, method="encode").astype(dtype)
+      for view, x in images.items()
+    }
+
+  shape = (len(devices) * group_size, resolution, resolution, ae.image_channels)
+  pixels = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=by_row)
+  program = jax.jit(encode, out_shardings=by_row)
+  program = program.lower(variables, pixels).compile()
+  return lambda pixels: program(variables, jax.device_put(pixels, by_row))
+
+
+def converted(view: str, dtype: np.dtype) -> Encode:
+  """For rows that are latents already."""
+
+  def encode(values):
+    with np.errstate(over="ignore"):  # the writer refuses what is not finite
+      return {view: values.astype(dtype)}
+
+  return encode
+
+
+def encoded(
+  loaded: Iterator[rows.Batch],
+  encode: Encode,
+  writer: "ShardWriter",
+  watch: stopwatch.Stopwatch,
+) -> Iterator[tuple[rows.Batch, dict[str, np.ndarray]]]:
+  """Batches with their latents; the devices have the next one already.
+
+  The encoder's time is that in which at least one batch was on the devices;
+  when there was none, rows were missing, or the writer was too slow.
+  """
+
+  def fetch(latents):
+    return jax.device_get(latents), time.monotonic()
+
+  in_flight, last, waited = collections.deque(), time.monotonic(), 0.0
+  with futures.ThreadPoolExecutor(1) as fetcher:
+    batch = next(loaded, None)
+    while batch is not None or in_flight:
+      if batch is not None:
+        sent, store = time.monotonic(), writer.waited - waited
+        waited = writer.waited
+        future = fetcher.submit(fetch, encode(batch.values))
+        in_flight.append((batch, sent, store, future))
+        batch = next(loaded, None)
+      if batch is None or len(in_flight) >= _IN_FLIGHT:
+        done, sent, store, future = in_flight.popleft()
+        latents, ready = future.result()
+        idle = max(sent - last, 0.0)
+        watch.add("encoder", ready - max(sent, last))
+        watch.add("waiting for images", idle - min(idle, store))
+        watch.add("waiting for the store", min(idle, store))
+        last = ready
+        yield done, latents
+
+
+class ShardWriter:
+  """Gathers rows into shards, and writes those behind the encoder.
+
+  Attributes:
+    waited: seconds that it made the encoder wait.
+  """
+
+  def __init__(self, store: latent_store.LatentStore, shard_rows: int):
+    self.waited = 0.0
+    self._store, self._shard_rows = store, shard_rows
+    self._pool = futures.ThreadPoolExecutor(_UPLOADS)
+    self._pending = collections.deque()
+    self._parts, self._labels = collections.defaultdict(list), []
+
+  def __enter__(self) -> "ShardWriter":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._pool.shutdown(cancel_futures=True)
+
+  def add(self, latents: dict[str, np.ndarray], labels: list[int]) -> None:
+    for view, values in latents.items():
+      self._parts[view].append(values)
+    self._labels += labels
+    while self._pending and self._pending[0].done():
+      self._pending.popleft().result()  # fails at once, if it failed
+
+  def finish_shard(self, shard: int, keys: list[str]) -> None:
+    """Starts to write what was added; waits for an earlier shard, perhaps."""
+    latents = {view: np.concatenate(x) for view, x in self._parts.items()}
+    labels, self._labels = np.array(self._labels, np.int32), []
+    self._parts.clear()
+    self._pending.append(
+      self._pool.submit(self._write, shard, latents, labels, keys)
+    )
+    start = time.monotonic()
+    while len(self._pending) > _UPLOADS:
+      self._pending.popleft().result()
+    self.waited += time.monotonic() - start
+
+  def wait(self) -> None:
+    while self._pending:
+      self._pending.popleft().result()
+
+  def _write(self, shard, latents, labels, keys) -> None:
+    moments = _moments(list(latents.values()))
+    if not np.isfinite([moments["mean"], moments["variance"]]).all():
+      raise FloatingPointError(
+        f"latents of shard {shard} (images {keys[0]} to {keys[-1]}) are not "
+        f"finite in {next(iter(latents.values())).dtype}; where the "
+        "autoencoder is sound, use config.dtype=float32 and another "
+        "config.output"
+      )
+    self._store.write_shard(
+      shard, self._shard_rows, latents, labels, keys, {"moments": moments}
+    )
+
+
+def _moments(views: list[np.ndarray]) -> dict[str, Any]:
+  """Of each channel, in float64, without holding all rows so."""
+  statistics = latent_statistics.LatentStatistics(views[0].shape[-1])
+  for values in views:
+    for i in range(0, len(values), _MOMENT_ROWS):
+      with np.errstate(invalid="ignore"):  # infinite ones are found after
+        statistics.add(values[i : i + _MOMENT_ROWS])
+  return statistics.moments()
+
+
+def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
+  """Statistics of all latents, from the moments of their shards."""
+  channels = len(records[0]["moments"]["mean"])
+  statistics = latent_statistics.LatentStatistics(channels)
+  for record in records:
+    statistics.merge(record["moments"])
+  return statistics.compute()

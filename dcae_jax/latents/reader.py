@@ -1,0 +1,226 @@
+"""Reading a latent store: at random, or in shuffled batches; local or `gs://`.
+
+What comes out is what diffusion learns from: float32, scaled by the numbers of
+the store's manifest.
+"""
+
+import os
+from typing import Any
+
+import grain
+import numpy as np
+
+from dcae_jax.data import batches
+from dcae_jax.latents import store
+from dcae_jax.runs import storage
+
+
+class Latents:
+  """A finished store as a random-access source, such as grain wants one.
+
+  Element `i` is `{"latents": float32 [h, w, c], "labels": int32}`. With a
+  second view, the mirrored images come after all others.
+
+  Attributes:
+    manifest: of the store.
+    shape: [h, w, c] of a latent.
+    classes: names, by label; empty where the source had none.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    *,
+    cache_megabytes: float = 64,
+    retries: int = storage.RETRIES,
+  ):
+    """Reads the manifest.
+
+    Args:
+      path: of the store, local or `gs://`.
+      cache_megabytes: of rows kept in memory; all of a store that fits is read
+        once.
+      retries: of a request to a bucket.
+
+    Raises:
+      ValueError: there is no store, or it is not finished.
+      OSError: no such bucket, no permission, no answer.
+    """
+    self._retries = retries
+    self._place = storage.Storage(
+      os.fspath(path), retries=retries, cache_megabytes=cache_megabytes
+    )
+    self.manifest = store.read_manifest(self._place)
+    self.shape = tuple(self.manifest["shape"])
+    self.classes = self.manifest["classes"]
+    self._dtype = store.DTYPES[self.manifest["dtype"]]
+    self._scale = np.float32(self.manifest["scaling_factor"])
+    self._shift = np.float32(self.manifest["shift_factor"])
+    self._arrays: dict[str, Any] = {}
+    self._labels = None
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | {"_arrays": {}}  # a worker opens its own
+
+  @property
+  def path(self) -> str:
+    return self._place.path
+
+  def __len__(self) -> int:
+    return self.manifest["count"] * len(self.manifest["views"])
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    if not 0 <= index < len(self):
+      raise IndexError(f"row {index} of {len(self)}")
+    return {name: part[0] for name, part in self.read([index]).items()}
+
+  def read(self, rows: Any) -> dict[str, np.ndarray]:
+    """Many rows at once: `{"latents": [n, h, w, c], "labels": [n]}`.
+
+    Args:
+      rows: [n] indices, in any order.
+    """
+    rows = np.asarray(rows, np.int64)
+    latents = self.read_unscaled(rows)
+    labels = self.labels()[rows % self.manifest["count"]]
+    return {"latents": (latents - self._shift) * self._scale, "labels": labels}
+
+  def read_unscaled(self, rows: Any) -> np.ndarray:
+    """Latents as the autoencoder decodes them, float32 [n, h, w, c]."""
+    rows = np.asarray(rows, np.int64)
+    if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+      raise IndexError(f"rows from {rows.min()} to {rows.max()} of {len(self)}")
+    views, positions = np.divmod(rows, self.manifest["count"])
+    latents = np.empty((len(rows), *self.shape), np.float32)
+    with self._place.errors():
+      parts = []
+      for view in np.unique(views):
+        chosen = np.flatnonzero(views == view)
+        array = self._open(self.manifest["views"][view])
+        parts.append((chosen, array[positions[chosen]].read()))
+      for chosen, part in parts:
+        latents[chosen] = part.result().view(self._dtype)
+    return latents
+
+  def labels(self) -> np.ndarray:
+    """Of all images, int32 [count]."""
+    if self._labels is None:
+      with self._place.errors():
+        self._labels = self._open("labels").read().result()
+    return self._labels
+
+  def keys(self) -> list[str]:
+    """File names or ids of all images."""
+    return store.read_keys(self._place, self.manifest)
+
+  def check(self) -> None:
+    """Raises ValueError unless the arrays are those of the manifest."""
+    store.check_arrays(self._place, self.manifest)
+
+  def verify(self, on_rows: Any = lambda count: None) -> list[str]:
+    """What is wrong with the store; see `store.verify`."""
+    place = storage.Storage(self.path, retries=self._retries)  # without cache
+    return store.verify(place, self.manifest, on_rows)
+
+  def _open(self, name: str) -> Any:
+    if name not in self._arrays:
+      self._arrays[name] = self._place.open_array(name)
+    return self._arrays[name]
+
+
+class LatentBatches(batches.Batches):
+  """An endless, shuffled, checkpointable iterator over batches of this process.
+
+  Yields `{"latents": float32 [b, h, w, c], "labels": int32 [b]}`. Each epoch
+  has another order, and every row at most once.
+  """
+
+  def __init__(
+    self,
+    latents: Latents,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    threads: int = 4,
+    shuffle_shards: int = 0,
+  ):
+    """Describes the iterator; nothing is read before the first batch.
+
+    Args:
+      latents: the store.
+      batch_size: of this process.
+      seed: of the order.
+      process_index: of this process.
+      process_count: processes that share the rows.
+      workers: loader processes; 0 reads in threads of this one.
+      threads: batches that each process reads at once.
+      shuffle_shards: 0 shuffles all rows with each other. Else that many shards
+        at a time, in random order: a bucket is then read once an epoch, if the
+        store's cache holds as many.
+
+    Raises:
+      ValueError: a number that cannot be, or a store with fewer rows than a
+        batch of all processes.
+    """
+    for name, value, least in (
+      ("batch_size", batch_size, 1), ("seed", seed, 0), ("threads", threads, 1),
+      ("workers", workers, 0), ("shuffle_shards", shuffle_shards, 0),
+    ):  # fmt: skip
+      if value < least:
+        raise ValueError(f"{name}={value} is below {least}")
+    if not 0 <= process_index < process_count:
+      raise ValueError(f"process {process_index} of {process_count}")
+    order = _Order(latents, batch_size * process_count, seed, shuffle_shards)
+    part = slice(process_index * batch_size, (process_index + 1) * batch_size)
+    dataset = grain.MapDataset.source(order).map(
+      lambda rows: latents.read(rows[part])
+    )
+    super().__init__(dataset, workers=workers, threads=threads)
+
+
+class _Order:
+  """Number of a batch, without end, to its rows."""
+
+  def __init__(
+    self, latents: Latents, batch_size: int, seed: int, shuffle_shards: int
+  ):
+    shards = latents.manifest["shards"]
+    sizes = [shard["rows"] for shard in shards] * len(latents.manifest["views"])
+    self._starts = np.concatenate([[0], np.cumsum(sizes)])
+    self._batch_size, self._seed = batch_size, seed
+    self._window = shuffle_shards or len(sizes)
+    self._batches = len(latents) // batch_size  # of an epoch
+    if not self._batches:
+      raise ValueError(
+        f"{latents.path} has {len(latents)} rows, and a batch of all processes "
+        f"{batch_size}; use a smaller config.batch_size"
+      )
+    self._epoch = (-1, np.empty(0, np.int64))
+
+  def __len__(self) -> int:
+    return 2**40  # batches: more than anybody reads
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    epoch, batch = divmod(index, self._batches)
+    rows = self._rows(epoch)
+    return rows[batch * self._batch_size : (batch + 1) * self._batch_size]
+
+  def _rows(self, epoch: int) -> np.ndarray:
+    found, rows = self._epoch  # read at once: other threads replace it
+    if found == epoch:
+      return rows
+    rng = np.random.default_rng((self._seed, epoch))
+    shards = rng.permutation(len(self._starts) - 1)
+    windows = []
+    for i in range(0, len(shards), self._window):
+      window = [
+        np.arange(self._starts[shard], self._starts[shard + 1])
+        for shard in shards[i : i + self._window]
+      ]
+      windows.append(rng.permutation(np.concatenate(window)))
+    rows = np.concatenate(windows)
+    self._epoch = (epoch, rows)
+    return rows

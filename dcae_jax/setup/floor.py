@@ -1,0 +1,159 @@
+"""Fits block PCA to images: the floor that reports show beside autoencoders."""
+
+import concurrent.futures
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from dcae_jax.autoencoder import block_pca
+from dcae_jax.data import images, sources, transforms
+from dcae_jax.setup import wiring
+from dcae_jax.training import checkpoint
+
+_LOG = logging.getLogger(__name__)
+NAME = "floor: block PCA"  # of its row in tables and pictures
+_MOST_IMAGES = 2_000
+_BLOCKS = 2**15  # over all images, about: ten for each of 3072 values
+_ROWS = 4_096  # blocks that enter the moments at once, in few large products
+
+
+class Material(NamedTuple):
+  """What a floor is fitted to.
+
+  Attributes:
+    weighted_sources: with the weights of their mixture.
+    decoding: of their files.
+    cropping: of a training run, whose crops are seen as well; or None.
+  """
+
+  weighted_sources: list[tuple[sources.Source, float]]
+  decoding: images.Decoding
+  cropping: images.Cropping | None = None
+
+
+def of_run(run: str) -> Material:
+  """What a run of train_autoencoder sees, given its work directory.
+
+  Raises:
+    ValueError: there is no such run, or its source is not here.
+  """
+  config = ConfigDict(checkpoint.read_run_config(run))
+  c = config.data
+  return Material(
+    wiring.weighted_sources(c.source),
+    images.Decoding(
+      config.model.image_channels, c.min_size, c.max_megapixels, c.shorter_side
+    ),
+    images.Cropping(c.crop, config.resolution, c.min_area, c.flip),
+  )
+
+
+def fit(
+  material: Material,
+  spatial_compression: int,
+  latent_channels: int,
+  resolutions: Iterable[int],
+  *,
+  threads: int,
+) -> block_pca.BlockPCA:
+  """Block PCA with latents of the size of an autoencoder's.
+
+  Of a bounded number of images, evenly spaced over the sources, blocks at
+  random places: in a crop as training takes it, and in the whole image at each
+  resolution that is measured, since the statistics of blocks change with the
+  scale. The same blocks whenever it is called with the same arguments.
+
+  Args:
+    material: the images.
+    spatial_compression: of the autoencoder.
+    latent_channels: of the autoencoder.
+    resolutions: sides that are measured, in pixels.
+    threads: that read images.
+
+  Raises:
+    ValueError: there is no block PCA of that size, or no usable image.
+  """
+  channels = material.decoding.channels
+  f, c = block_pca.shape(spatial_compression, latent_channels, channels)
+  start = time.perf_counter()
+  found = block_pca.fit(_batches(material, f, tuple(resolutions), threads), c)
+  if jax.process_count() > 1:
+    # Of the first process: libraries of linear algebra may round differently.
+    found.variables = multihost_utils.broadcast_one_to_all(found.variables)
+  _LOG.info(
+    "%s with latents f%dc%d, fitted in %.1f s",
+    NAME, f, c, time.perf_counter() - start,
+  )  # fmt: skip
+  return found
+
+
+def _batches(
+  material: Material, f: int, resolutions: tuple[int, ...], threads: int
+) -> Iterator[np.ndarray]:
+  """Blocks [n, f, f, channels] in [-1, 1]."""
+  chosen = _chosen(material.weighted_sources)
+  views = len(resolutions) + (material.cropping is not None)
+  blocks_of_view = -(-_BLOCKS // (len(chosen) * views))
+
+  def blocks(numbered: tuple[int, tuple[sources.Source, int]]):
+    number, (source, index) = numbered
+    rng = np.random.default_rng(number)
+    try:
+      image, _ = images.open_image(source, index, material.decoding)
+    except Exception:  # too small or unusable; training names them
+      return None
+    seen = [transforms.dm_resize(image, side) for side in resolutions]
+    pixels = [np.asarray(x).reshape(*x.size[::-1], -1) for x in seen]
+    if material.cropping is not None:
+      pixels.append(images.crop(image, material.cropping, rng))
+    return np.concatenate(
+      [_random_blocks(x, f, blocks_of_view, rng) for x in pixels]
+    )
+
+  waiting, rows, total = [], 0, 0
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    for found in pool.map(blocks, enumerate(chosen)):
+      if found is None:
+        continue
+      waiting.append(found)
+      rows += len(found)
+      total += len(found)
+      if rows >= _ROWS:
+        yield np.concatenate(waiting) / 127.5 - 1.0
+        waiting, rows = [], 0
+  if not total:
+    raise ValueError(
+      f"none of {len(chosen)} images can be used to fit block PCA"
+    )
+  if waiting:
+    yield np.concatenate(waiting) / 127.5 - 1.0
+
+
+def _chosen(
+  weighted_sources: list[tuple[sources.Source, float]],
+) -> list[tuple[sources.Source, int]]:
+  """Evenly spaced images of each source, in the proportions of the mixture."""
+  total = sum(weight for _, weight in weighted_sources)
+  chosen = []
+  for source, weight in weighted_sources:
+    number = max(1, round(_MOST_IMAGES * weight / total))
+    number = min(number, len(source))
+    chosen += [(source, i * len(source) // number) for i in range(number)]
+  return chosen
+
+
+def _random_blocks(
+  pixels: np.ndarray, f: int, number: int, rng: np.random.Generator
+) -> np.ndarray:
+  """Of an image uint8 [h, w, c]: [number, f, f, c]."""
+  windows = np.lib.stride_tricks.sliding_window_view(pixels, (f, f), (0, 1))
+  height, width = windows.shape[:2]
+  tops = rng.integers(height, size=number)
+  lefts = rng.integers(width, size=number)
+  return windows[tops, lefts].transpose(0, 2, 3, 1)

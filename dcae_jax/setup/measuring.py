@@ -1,0 +1,196 @@
+"""Measuring autoencoders on images, for training, reports and evaluations.
+
+Images of a source over a mesh, the measurement of one resolution, progress.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dcae_jax.data import images, sources
+from dcae_jax.evaluation import reconstruction
+from dcae_jax.setup import metric_networks
+from dcae_jax.training import sharding
+
+_LOG = logging.getLogger(__name__)
+_SECONDS_BETWEEN_LINES = 10  # of progress
+_LARGEST_SIDE = 2**14  # pixels
+
+
+def check_reading(config: ConfigDict) -> None:
+  """Raises ValueError for numbers that no images can be read with."""
+  if not config.resolutions:
+    raise ValueError("config.resolutions is empty; name at least one")
+  for side in config.resolutions:
+    if type(side) is not int or not 1 <= side <= _LARGEST_SIDE:
+      raise ValueError(
+        f"image side {side!r} in config.resolutions is not a whole number from "
+        f"1 to {_LARGEST_SIDE}"
+      )
+  for key, least in (("batch_size", 1), ("max_images", 0), ("threads", 1)):
+    if not config[key] >= least:
+      raise ValueError(f"config.{key}={config[key]} is below {least}")
+  if not config.max_megapixels > 0:
+    raise ValueError(
+      f"config.max_megapixels={config.max_megapixels} is not positive"
+    )
+
+
+class EvaluationImages:
+  """Centre crops of a source in batches over the devices of a mesh."""
+
+  def __init__(
+    self,
+    source: sources.Source,
+    decoding: images.Decoding,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    max_images: int,
+    threads: int,
+  ):
+    """Opens nothing yet.
+
+    Args:
+      source: of the images.
+      decoding: of its files.
+      mesh: of the devices.
+      batch_size: at most all images; rounded up to what the mesh divides.
+      max_images: 0: all.
+      threads: loader threads.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    self.total = sources.limited(source, max_images)
+    batch_size = -(-min(batch_size, self.total) // ways) * ways
+    self.skipped = images.Skipped()
+    self._source, self._decoding, self._mesh = source, decoding, mesh
+    self._reading = {
+      "batch_size": batch_size // jax.process_count(),
+      "max_images": max_images,
+      "process_index": jax.process_index(),
+      "process_count": jax.process_count(),
+      "threads": threads,
+      "skipped": self.skipped,
+    }
+
+  def batches(self, resolution: int) -> Iterator[reconstruction.Batch]:
+    """All images, in order, as squares of that side."""
+    for batch in images.evaluation_batches(
+      self._source, self._decoding, resolution, **self._reading
+    ):
+      images_of_batch = sharding.put_images(batch.pop("images"), self._mesh)
+      rows = sharding.put_rows(batch, self._mesh)
+      yield reconstruction.Batch(images_of_batch, rows["mask"], rows["indices"])
+
+
+class Evaluation:
+  """Measures an autoencoder on images, at any resolution."""
+
+  def __init__(
+    self,
+    networks: reconstruction.Networks,
+    reader: EvaluationImages,
+    mesh: Mesh,
+    *,
+    samples: int,
+    extremes: int = 0,
+    references: Mapping[int, Mapping[str, Any]] | None = None,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      networks: the autoencoder's functions, and those of the metrics.
+      reader: of the images.
+      mesh: of the devices.
+      samples: first images to return as pictures.
+      extremes: worst and best images to return as pictures.
+      references: by resolution, mean and covariance of reference features by
+        name; None: those of the originals.
+    """
+    self._reader = reader
+    self._samples, self._extremes = samples, extremes
+    self._references = references or {}
+    self._parameters = jax.device_put(
+      dict(networks.parameters), sharding.replicated(mesh)
+    )
+    known = {name for found in self._references.values() for name in found}
+    self._measure_batch = reconstruction.create(
+      networks,
+      sharding.replicated(mesh),
+      features_of_originals=set(networks.features) - known,
+    )
+
+  def measure(
+    self,
+    variables: Any,
+    resolution: int,
+    on_batch: Callable[[list[dict[str, float]]], None] | None = None,
+  ) -> reconstruction.Result:
+    """One resolution; see `reconstruction.measure`."""
+    return reconstruction.measure(
+      self._measure_batch,
+      variables,
+      self._parameters,
+      self._reader.batches(resolution),
+      samples=self._samples,
+      extremes=self._extremes,
+      references=self._references.get(resolution),
+      on_batch=on_batch,
+    )
+
+
+class Progress:
+  """Says now and then how many images are done, and how long the rest takes."""
+
+  def __init__(self, total: int):
+    self._total, self._done = total, 0
+    self._start = self._said = time.monotonic()
+
+  @property
+  def seconds(self) -> float:
+    """Since the start."""
+    return time.monotonic() - self._start
+
+  def add(self, images: int) -> None:
+    self._done += images
+    now = time.monotonic()
+    if now - self._said < _SECONDS_BETWEEN_LINES:
+      return
+    self._said = now
+    rate = self._done / self.seconds
+    left = (self._total - self._done) / max(rate, 1e-9)
+    _LOG.info(
+      "%d/%d images, %.3g images/s, about %.0f s left",
+      self._done, self._total, rate, left,
+    )  # fmt: skip
+
+  def finish(self) -> None:
+    """Says how many of the images could be used."""
+    rate = self._done / self.seconds
+    _LOG.info(
+      "%d of %d images used, %.3g images/s", self._done, self._total, rate
+    )
+
+
+def on_mesh(variables: Any, mesh: Mesh) -> Any:
+  """An autoencoder's variables, where `sharding` has them live."""
+  # From the host: one device's arrays cannot be sent to other processes.
+  placed = sharding.shardings(variables, mesh)
+  return jax.device_put(jax.device_get(variables), placed)
+
+
+def networks_of(
+  autoencoder: Any, metrics: metric_networks.Opened
+) -> reconstruction.Networks:
+  """What evaluates whatever has an `apply` with the methods of autoencoders."""
+  return metric_networks.networks(
+    functools.partial(autoencoder.apply, method="encode"),
+    functools.partial(autoencoder.apply, method="decode"),
+    metrics,
+  )

@@ -1,0 +1,211 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcae_jax.autoencoder import families, phases
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.dcae import residual_autoencoding
+from dcae_jax.autoencoder.sd_vae import network as sd_vae
+
+TINY = "tiny-sd-vae-f8"
+
+
+def _perturbed(model, seed=0):
+  """Random variables, also where initial values are constant."""
+  rng = np.random.default_rng(seed)
+
+  def random(path, x):
+    if path[-1].key in ("scale", "var"):
+      return jnp.asarray(rng.uniform(0.5, 1.5, x.shape), "float32")
+    gain = np.prod((1, *x.shape[:-1])) ** -0.5
+    return jnp.asarray(rng.normal(size=x.shape) * gain, "float32")
+
+  return jax.tree.map_with_path(random, dcae.abstract_variables(model, 3))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  model = families.create(TINY)
+  images = np.random.default_rng(1).uniform(-1, 1, (2, 16, 24, 3))
+  return model, _perturbed(model), jnp.asarray(images, "float32")
+
+
+def test_f8c4_has_as_many_parameters_as_stable_diffusions():
+  found = dcae.abstract_variables(families.create("sd-vae-f8c4"), 3)
+  assert phases.count(found) == 83_653_863
+  assert found["batch_stats"] == {}
+
+
+@pytest.mark.parametrize("name", sd_vae.VARIANTS)
+def test_names_tell_the_shapes(name):
+  model = families.create(name)
+  f, variant = model.spatial_compression, sd_vae.VARIANTS[name]
+  assert f == variant.spatial_compression
+  last = f"f{f}" if name == TINY else f"f{f}c{variant.latent_channels}"
+  assert name.endswith(f"sd-vae-{last}")
+  variables = dcae.abstract_variables(model, 3)
+  images = jax.ShapeDtypeStruct((2, 2 * f, 3 * f, 3), "float32")
+  encode = lambda v, x: model.apply(v, x, method="encode")
+  z = jax.eval_shape(encode, variables, images)
+  assert z.shape == (2, 2, 3, variant.latent_channels)
+  again = jax.eval_shape(model.apply, variables, images)
+  assert again.shape == images.shape
+  assert z.dtype == again.dtype == jnp.float32
+
+
+def test_default_patterns_of_the_phases_match():
+  params = dcae.abstract_variables(families.create(TINY), 3)["params"]
+  for create in phases.PHASES.values():
+    mask = phases.trainable_mask(params, create().trainable)
+    assert any(jax.tree.leaves(mask))
+  assert params["decoder"]["project_out"]["conv"]["kernel"]
+
+
+def test_latents_are_the_mean_of_the_posterior(tiny):
+  model, variables, images = tiny
+  mean, log_variance = model.apply(variables, images, method="posterior")
+  z = model.apply(variables, images, method="encode")
+  np.testing.assert_array_equal(z, mean)
+  assert mean.shape == log_variance.shape == (2, 2, 3, 4)
+  # The first half of the channels, which the other half does not enter.
+  changed = jax.tree.map(lambda x: x, variables)
+  mix = changed["params"]["encoder"]["project_out"]["mix"]
+  mix["bias"] = mix["bias"] + np.repeat([0.0, 100.0], 4).astype("float32")
+  same, large = model.apply(changed, images, method="posterior")
+  np.testing.assert_array_equal(same, mean)
+  np.testing.assert_array_equal(large, np.full_like(large, 20.0))
+
+
+def test_samples_scatter_around_the_mean_by_the_standard_deviation(tiny):
+  model, variables, images = tiny
+  sample = jax.jit(
+    lambda key: model.apply(variables, images, key, method="reconstruct_sample")
+  )
+  y, divergences = sample(jax.random.key(0))
+  again, _ = sample(jax.random.key(0))
+  other, same = sample(jax.random.key(1))
+  np.testing.assert_array_equal(y, again)
+  assert jnp.any(y != other)
+  np.testing.assert_array_equal(divergences, same)
+  mean, log_variance = model.apply(variables, images, method="posterior")
+  noise = jax.random.normal(jax.random.key(0), mean.shape)
+  z = mean + jnp.sqrt(jnp.exp(log_variance)) * noise
+  expected = model.apply(variables, z, method="decode")
+  np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_kl_divergence_is_the_closed_form():
+  rng = np.random.default_rng(0)
+  mean, log_variance = rng.normal(size=(2, 3, 2, 2, 5)).astype("float32")
+  found = sd_vae.kl_divergence(jnp.asarray(mean), jnp.asarray(log_variance))
+  deviation = np.exp(log_variance.astype("float64") / 2)
+  expected = -np.log(deviation) + (deviation**2 + mean**2) / 2 - 0.5
+  np.testing.assert_allclose(found, expected.sum((1, 2, 3)), rtol=1e-5)
+  zero = jnp.zeros((1, 2, 2, 5))
+  np.testing.assert_array_equal(sd_vae.kl_divergence(zero, zero), [0.0])
+
+
+def test_attention_is_softmax_attention():
+  rng = np.random.default_rng(0)
+  q, k, v = rng.normal(size=(3, 2, 3, 4, 5)).astype("float32") * 2
+  found = sd_vae.attention(*map(jnp.asarray, (q, k, v)))
+  flat = lambda x: x.reshape(2, 12, 5).astype("float64")
+  scores = np.exp(flat(q) @ flat(k).swapaxes(1, 2) / np.sqrt(5))
+  expected = scores / scores.sum(-1, keepdims=True) @ flat(v)
+  np.testing.assert_allclose(
+    found, expected.reshape(v.shape), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_rematerialisation_changes_neither_values_nor_gradients(tiny):
+  model, variables, images = tiny
+
+  def gradient(model):
+    loss = lambda params: jnp.mean(
+      jnp.abs(model.apply({**variables, "params": params}, images) - images)
+    )
+    return jax.jit(jax.value_and_grad(loss))(variables["params"])
+
+  other = gradient(families.create(TINY, rematerialisation=True))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+    gradient(model),
+    other,
+  )
+
+
+def test_bfloat16_stays_close_and_parameters_stay_float32(tiny):
+  model, variables, images = tiny
+  half = families.create(TINY, dtype="bfloat16")
+  shapes = dcae.abstract_variables(half, 3)
+  assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+  expected = model.apply(variables, images)
+  found = half.apply(variables, images)
+  assert found.dtype == jnp.float32
+  difference = jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)
+  assert 0 < difference < 0.05
+
+
+def test_sides_that_do_not_divide_are_refused(tiny):
+  model, variables, _ = tiny
+  for method in ("encode", "posterior"):
+    with pytest.raises(ValueError, match=r"20 is not divisible by 8"):
+      model.apply(variables, jnp.zeros((1, 16, 20, 3)), method=method)
+
+
+@pytest.mark.parametrize("name", ["tiny-f8", TINY])
+def test_space_to_channel_only_rearranges_latents(name):
+  plain = families.create(name)
+  model = families.create(name, space_to_channel=8)
+  assert model.spatial_compression == 64
+  variables = _perturbed(plain)
+  assert jax.tree.map(jnp.shape, dcae.abstract_variables(model, 3)) == (
+    jax.tree.map(jnp.shape, variables)
+  )
+  images = np.random.default_rng(1).uniform(-1, 1, (1, 64, 128, 3))
+  images = jnp.asarray(images, "float32")
+  encode, decode = (
+    lambda model, x, method=method: jax.jit(
+      lambda variables, x: model.apply(variables, x, method=method)
+    )(variables, x)
+    for method in ("encode", "decode")
+  )
+  z, moved = encode(plain, images), encode(model, images)
+  assert moved.shape == (1, 1, 2, 64 * z.shape[-1])
+  expected = residual_autoencoding.space_to_channel(z, 8)
+  np.testing.assert_array_equal(moved, expected)
+  np.testing.assert_array_equal(  # channel-major: its channel 0 comes first
+    moved[0, 0, 1, :64], np.ravel(z[0, :, 8:, 0])
+  )
+  y = decode(plain, z)
+  np.testing.assert_array_equal(decode(model, moved), y)
+  both = jax.jit(model.apply)(variables, images)
+  np.testing.assert_allclose(both, y, rtol=1e-4, atol=1e-5)
+  with pytest.raises(ValueError, match=r"32 is not divisible by 64"):
+    model.apply(variables, images[:, :32], method="encode")
+
+
+def test_f8c4_and_squares_of_8_are_an_f64c256():
+  model = families.create("sd-vae-f8c4", space_to_channel=8)
+  assert model.spatial_compression == 64
+  variables = dcae.abstract_variables(model, 3)
+  images = jax.ShapeDtypeStruct((1, 256, 256, 3), "float32")
+  encode = lambda v, x: model.apply(v, x, method="encode")
+  assert jax.eval_shape(encode, variables, images).shape == (1, 4, 4, 256)
+
+
+@pytest.mark.parametrize("factor", [0, -2, True, 1000])
+def test_squares_that_cannot_be_are_refused(factor):
+  for name in ("tiny-f8", TINY):
+    with pytest.raises(ValueError, match=r"whole number from 1 to 64"):
+      families.create(name, space_to_channel=factor)
+
+
+def test_what_sd_vae_has_not_is_refused():
+  with pytest.raises(ValueError, match="SD-VAE has no shortcuts"):
+    families.create(TINY, residual_autoencoding=False)
+  with pytest.raises(ValueError, match="width 30 is not divisible by 4"):
+    families.create(sd_vae.Variant(4, (16, 30), groups=4))
+  with pytest.raises(ValueError, match=r"'f8'.*f64c128.*sd-vae-f8c4"):
+    families.create("f8")

@@ -1,0 +1,91 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from dcae_jax.autoencoder import phases
+from dcae_jax.autoencoder.dcae import network as dcae
+
+
+@pytest.fixture(scope="module")
+def parameters():
+  model = dcae.create("tiny-f8")
+  images = jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
+  return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+
+def _learning(parameters, patterns):
+  mask = phases.trainable_mask(parameters, patterns)
+  paths = phases.parameter_paths(parameters)
+  return [p for p, m in zip(paths, jax.tree.leaves(mask), strict=True) if m]
+
+
+def test_phases_train_what_the_paper_names(parameters):
+  everything = phases.parameter_paths(parameters)
+  for phase, modules in [
+    (phases.low_resolution_full_training(), ("",)),
+    (
+      phases.high_resolution_latent_adaptation(),
+      ("encoder/project_out/", "decoder/project_in/"),
+    ),
+    (phases.low_resolution_local_refinement(), ("decoder/project_out/",)),
+  ]:
+    expected = [p for p in everything if p.startswith(modules)]
+    assert _learning(parameters, phase.trainable) == expected
+
+
+def test_only_phase_1_moves_statistics_and_only_phase_3_is_adversarial():
+  found = {
+    name: (phase().moves_batch_statistics, phase().adversarial)
+    for name, phase in phases.PHASES.items()
+  }
+  assert list(found.values()) == [(True, False), (False, False), (False, True)]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_config_defaults_are_those_of_the_phases(number):
+  config = getattr(base, f"phase{number}")("f32c32")
+  default = phases.PHASES[config.phase]()
+  assert phases.create(config.phase, config.trainable) == default
+
+
+def test_patterns_are_modules_or_shell_patterns(parameters):
+  assert _learning(parameters, ("decoder/stage_3",)) == _learning(
+    parameters, ("decoder/stage_3/*",)
+  )
+  biases = _learning(parameters, ("*/bias",))
+  assert biases and all(path.endswith("/bias") for path in biases)
+
+
+def test_patterns_that_match_nothing_are_refused(parameters):
+  with pytest.raises(ValueError, match=r"'decoder/head'.*decoder/project_out"):
+    phases.trainable_mask(parameters, ("decoder/project_in", "decoder/head"))
+  with pytest.raises(ValueError, match="nothing would learn"):
+    phases.trainable_mask(parameters, ())
+
+
+def test_combine_inverts_partition_and_masked_leaves_do_not_exist():
+  tree = {"a": {"b": jnp.ones(2), "c": jnp.zeros(3)}, "d": jnp.ones(4)}
+  mask = {"a": {"b": True, "c": False}, "d": True}
+  trainable, frozen = phases.partition(tree, mask)
+  assert phases.count(trainable) == 6 and phases.count(frozen) == 3
+  assert phases.parameter_paths(frozen) == ["a/c"]
+  combined = phases.combine(trainable, frozen)
+  assert jax.tree.structure(combined) == jax.tree.structure(tree)
+  assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, combined, tree)))
+
+
+def test_unknown_phases_are_refused_with_the_known_ones():
+  with pytest.raises(ValueError, match="low_resolution_full_training"):
+    phases.create("phase2", ("*",))
+
+
+def test_blocks_of_a_stage_may_learn_differently():
+  shapes = dcae.abstract_variables(dcae.create("f32c32"), 3)["params"]
+  alike = lambda *patterns: phases.blocks_learn_alike(
+    phases.trainable_mask(shapes, patterns)
+  )
+  assert alike("*") and alike("decoder/project_out")
+  assert alike("encoder/stage_2", "decoder/*/norm/scale")
+  assert not alike("decoder/stage_1/block_4")
+  assert not alike("encoder/*/block_0/conv1/kernel")

@@ -1,0 +1,263 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcae_jax.evaluation import fid, image_metrics, reconstruction
+from dcae_jax.evaluation.report import figures
+from dcae_jax.training import hardware, sharding
+
+
+def _images(n, channels=3):
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 256, (n, 16, 16, channels)).astype(np.uint8)
+
+
+def _batches(images, size, holes=()):
+  """Whole batches on the devices; the images at `holes` are masked."""
+  n, rest = len(images), -len(images) % size
+  mask = ~np.isin(np.arange(n + rest), [*holes, *range(n, n + rest)])
+  noise = np.full((rest, *images.shape[1:]), 200, np.uint8)
+  images = np.concatenate([images, noise])
+  images[list(holes)] = 77
+  for i in range(0, n + rest, size):
+    part = slice(i, i + size)
+    yield reconstruction.Batch(
+      jnp.asarray(images[part]),
+      jnp.asarray(mask[part]),
+      jnp.arange(i, i + size, dtype="int32"),
+    )
+
+
+def _by_batch(batches, mesh):
+  spec = jax.sharding.PartitionSpec(("data", "fsdp"))
+  placed = jax.sharding.NamedSharding(mesh, spec)
+  return (jax.device_put(batch, placed) for batch in batches)
+
+
+NETWORKS = reconstruction.Networks(
+  encode=lambda variables, x: x[:, ::2, ::2] * variables,
+  decode=lambda variables, z: jnp.repeat(jnp.repeat(z, 2, 1), 2, 2),
+  lpips=lambda p, a, b: p * jnp.mean(jnp.abs(a - b), axis=(1, 2, 3)),
+  features={
+    "rfid": lambda p, x: p * jnp.mean(x, axis=(1, 2)) / 255,
+    "other": lambda p, x: jnp.mean(x / 255, axis=(1, 2)) ** p,
+  },
+  parameters={"lpips": 2.0, "rfid": 3.0, "other": 2.0},
+)
+
+
+def _measure(batches, mesh=None, references=None, networks=NETWORKS, **kwargs):
+  mesh = mesh or sharding.create_mesh(8, 1, 1)
+  of_originals = set(networks.features) - set(references or {})
+  measure_batch = reconstruction.create(
+    networks, sharding.replicated(mesh), of_originals
+  )
+  return reconstruction.measure(
+    measure_batch,
+    jnp.float32(0.9),
+    networks.parameters,
+    batches,
+    references=references,
+    **({"samples": 3} | kwargs),
+  )
+
+
+def _expected(images):
+  """Without batches: numpy over the whole set."""
+  pixels = jnp.asarray(images, "float32")
+  z = 0.9 * (pixels[:, ::2, ::2] / 127.5 - 1)
+  found = image_metrics.quantise(z.repeat(2, 1).repeat(2, 2))
+  features = lambda x: 3 * np.asarray(x, float).mean((1, 2)) / 255
+  moments = [fid.Moments(images.shape[-1]) for _ in range(2)]
+  for m, x in zip(moments, (found, pixels), strict=True):
+    m.update(features(x))
+  a, b = moments
+  metrics = {
+    name: getattr(image_metrics, name)(found, pixels)
+    for name in ("psnr", "ssim")
+  }
+  metrics["lpips"] = 2 * jnp.abs(found / 127.5 - pixels / 127.5).mean((1, 2, 3))
+  means = {name: float(jnp.mean(x)) for name, x in metrics.items()}
+  means["rfid"] = fid.frechet_distance(
+    a.mean, a.covariance, b.mean, b.covariance
+  )
+  means["latent_rms"] = float(jnp.sqrt(jnp.mean(jnp.square(z))))
+  return np.asarray(z), found, means
+
+
+@pytest.mark.parametrize("n", [2, 7, 11, 31])
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_n_images_in_are_n_images_counted(n, size):
+  """Neither the remainder, nor holes, nor the batch size change a number."""
+  images = _images(n + 2)
+  holes = (1, n // 2 + 1)
+  good = np.delete(images, holes, axis=0)
+  _, _, expected = _expected(good)
+  mesh = sharding.create_mesh(8, 1, 1)
+  seen = []
+  found = _measure(
+    _by_batch(_batches(images, size, holes), mesh), on_batch=seen.extend
+  )
+  kept = np.delete(np.arange(n + 2), sorted(set(holes)))
+  assert found.count == len(good) == len(kept)
+  assert [row["index"] for row in seen] == kept.tolist()
+  for name, value in expected.items():
+    assert found.metrics[name] == pytest.approx(value, rel=1e-4), name
+  assert all(sum(bins) == len(good) for bins in found.histograms.values())
+  for name in ("psnr", "ssim", "lpips"):
+    mean = np.mean([row[name] for row in seen])
+    assert found.metrics[name] == pytest.approx(mean, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 1, 4)])
+def test_numbers_do_not_depend_on_the_devices(shape):
+  mesh = sharding.create_mesh(*shape)
+  images = _images(13)
+  found = _measure(_by_batch(_batches(images, 8), mesh), mesh)
+  _, _, expected = _expected(images)
+  assert found.count == 13
+  for name, value in expected.items():
+    assert found.metrics[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_latents_are_measured_per_channel():
+  images = _images(5)
+  z, _, _ = _expected(images)
+  found = _measure(_batches(images, 2)).latents
+  assert found["rms"] == pytest.approx(np.sqrt(np.mean(z**2)), rel=1e-5)
+  np.testing.assert_allclose(
+    found["channels"]["mean"], z.mean((0, 1, 2)), rtol=1e-4, atol=1e-6
+  )
+
+
+def test_first_worst_and_best_images_are_shown():
+  images = _images(9) // 4 * (1 + np.arange(9) % 4)[:, None, None, None]
+  images = images.astype(np.uint8)
+  seen = []
+  found = _measure(
+    _batches(images, 4, holes=[1]), extremes=2, on_batch=seen.extend
+  )
+  by_psnr = sorted(seen, key=lambda row: row["psnr"])
+  indices = lambda pictures: [picture.index for picture in pictures]
+  assert indices(found.samples) == [0, 2, 3]
+  assert [p.values["psnr"] for p in found.worst] == [
+    row["psnr"] for row in by_psnr[:2]
+  ]
+  assert [p.values["psnr"] for p in found.best] == [
+    row["psnr"] for row in by_psnr[::-1][:2]
+  ]
+  _, reconstructions, _ = _expected(images)
+  for picture in found.samples + found.worst + found.best:
+    np.testing.assert_array_equal(picture.original, images[picture.index])
+    np.testing.assert_array_equal(
+      picture.reconstruction, reconstructions[picture.index]
+    )
+    assert picture.latents.shape == (8, 8, 3)
+
+
+def test_reference_statistics_take_the_place_of_the_originals():
+  images = _images(9)
+  reference = (np.zeros(3), np.eye(3))
+  found = _measure(_batches(images, 4), references={"rfid": reference})
+  _, reconstructions, expected = _expected(images)
+  moments = fid.Moments(3)
+  moments.update(3 * np.asarray(reconstructions).mean((1, 2)) / 255)
+  distance = fid.frechet_distance(moments.mean, moments.covariance, *reference)
+  assert found.metrics["rfid"] == pytest.approx(distance, rel=1e-4)
+  assert found.metrics["psnr"] == pytest.approx(expected["psnr"], rel=1e-4)
+
+
+def test_one_image_has_no_distance_but_says_so():
+  found = _measure(_batches(_images(1), 2))
+  assert found.count == 1
+  assert "rfid" not in found.metrics and "psnr" in found.metrics
+  assert "at least 2 images, not 1" in found.absent["rfid"]
+
+
+def test_no_usable_image_is_an_error():
+  with pytest.raises(ValueError, match="no image"):
+    _measure(_batches(_images(2), 2, holes=[0, 1]))
+
+
+def test_a_reconstruction_that_is_not_finite_is_named():
+  networks = NETWORKS._replace(
+    decode=lambda variables, z: jnp.where(
+      jnp.arange(z.shape[0])[:, None, None, None] == 1, jnp.nan,
+      jnp.repeat(jnp.repeat(z, 2, 1), 2, 2),
+    )
+  )  # fmt: skip
+  with pytest.raises(FloatingPointError, match="image 1 are not finite"):
+    _measure(_batches(_images(4), 4), networks=networks)
+
+
+def test_error_map_is_black_where_equal_and_white_at_64():
+  image = np.full((2, 2, 3), 100, np.uint8)
+  other = image + np.array([[0, 8], [32, 64]], np.uint8)[..., None]
+  found = figures.error_map(image, other)
+  assert found[0, 0].tolist() == [0, 0, 0]
+  assert found[1, 1].tolist() == [255, 255, 255]
+  assert 0 < found[0, 1, 0] < 255 and found[0, 1, 1:].tolist() == [0, 0]
+  assert figures.error_map(image[..., :1], other[..., :1]).shape == (2, 2, 3)
+
+
+def test_detailed_window_finds_the_edges():
+  image = np.zeros((64, 96, 3), np.uint8)
+  image[40:52:2, 60:80] = 255
+  rows, columns = figures.detailed_window(image)
+  assert (rows.stop - rows.start, columns.stop - columns.start) == (16, 24)
+  assert rows.start <= 40 and rows.stop + 8 >= 52
+  assert columns.start <= 66 <= columns.stop
+
+
+def test_latent_channels_are_a_grid_of_grey_pictures():
+  z = np.random.default_rng(0).normal(size=(4, 8, 21)).astype("float32")
+  picture = figures.latent_channels(z)
+  assert picture.shape == (2 * (32 + 4) + 4, 16 * (64 + 4) + 4, 3)
+  assert figures.latent_channels(np.zeros((1, 1, 1))).shape == (72, 72, 3)
+
+
+def test_grid_shows_every_image_in_its_place():
+  rows = [np.full((3, 8, 6, 3), 10 * i, np.uint8) for i in range(2)]
+  found = figures.grid(rows)
+  assert found.shape == (2 * (8 + 4) + 4, 3 * (6 + 4) + 4, 3)
+  for i in range(2):
+    assert np.all(found[4 + i * 12 : 12 + i * 12, 4:10] == 10 * i)
+  labelled = figures.grid(rows, ["a", "longer label"])
+  assert labelled.shape[1] > found.shape[1]
+  np.testing.assert_array_equal(
+    labelled[:, -found.shape[1] + 4 :][:, :6], found[:, 4:10]
+  )
+
+
+def test_grey_images_make_a_grid():
+  assert figures.grid([np.zeros((1, 8, 8, 1), np.uint8)]).shape == (16, 16, 3)
+
+
+def test_headings_stand_above_their_columns():
+  rows = [np.zeros((3, 40, 40, 3), np.uint8)] * 2
+  plain, headed = figures.grid(rows), figures.grid(rows, headings={1: "title"})
+  head = len(headed) - len(plain)
+  np.testing.assert_array_equal(headed[head:], plain)
+  dark = np.flatnonzero((headed[:head] < 128).any(axis=(0, 2)))
+  assert head and 40 < dark.min() < 60  # where the second column begins
+
+
+def test_reduced_images_keep_their_means_and_small_ones_their_pixels():
+  image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+  found = figures.reduced(image, 16)
+  assert found.shape == (16, 16, 3)
+  means = image.reshape(16, 4, 16, 4, 3).mean((1, 3))
+  np.testing.assert_allclose(found, means, atol=1.01)  # rounded twice
+  assert figures.reduced(image, 64) is image
+
+
+def test_loss_curves_are_a_png_and_skip_what_is_missing():
+  lines = [{"step": 1, "train/a": 1.0}, {"step": 2, "eval/psnr": 20.0}]
+  found = figures.loss_curves({"one": lines, "two": []}, ("train/a", "x"))
+  assert found.startswith(b"\x89PNG")
+
+
+def test_peak_rate_of_this_machine_is_measured():
+  assert jax.devices()[0].platform == "cpu"
+  assert 1e8 < hardware.peak_flops() < 1e14

@@ -1,0 +1,56 @@
+import json
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from dcae_jax.runs import metrics_writer
+
+
+def _write(workdir, first_step, steps):
+  writer = metrics_writer.MetricsWriter(epath.Path(workdir), first_step, True)
+  for step in steps:
+    writer.scalars(step, {"train/loss/l1": step / 10})
+  writer.close()
+
+
+def _steps(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line)["step"] for line in lines]
+
+
+def test_lines_beyond_the_restored_step_are_written_again(tmp_path):
+  _write(tmp_path, 0, [1, 2, 3, 4])
+  _write(tmp_path, 2, [3, 4, 5])
+  assert _steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
+  _write(tmp_path, 0, [1, 2])
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 3, "train/lo')
+  assert len(metrics_writer.read_lines(epath.Path(tmp_path / "metrics.jsonl")))
+  _write(tmp_path, 3, [4])
+  assert _steps(tmp_path) == [1, 2, 4]
+
+
+def test_images_are_saved_as_png(tmp_path):
+  writer = metrics_writer.MetricsWriter(epath.Path(tmp_path), 0, True)
+  pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+  writer.image(7, "grid", pixels)
+  writer.image(8, "grey", pixels[..., :1])
+  writer.close()
+  for name, expected in (("grid_00000007", pixels), ("grey_00000008", None)):
+    with Image.open(tmp_path / "samples" / f"{name}.png") as image:
+      found = np.asarray(image)
+    if expected is None:
+      expected = pixels[..., 0]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_other_processes_write_nothing(tmp_path):
+  writer = metrics_writer.MetricsWriter(epath.Path(tmp_path), 0, False)
+  writer.scalars(1, {"a": 1.0})
+  writer.image(1, "grid", np.zeros((2, 2, 3), np.uint8))
+  writer.close()
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,553 @@
+"""A run as a user has it: files, resuming, hand-over, kills, bad input."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+import dcae_jax
+from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.weights import conversion
+from dcae_jax.tasks import train_autoencoder
+from dcae_jax.training import checkpoint
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+
+
+def _run(config, workdir):
+  return train_autoencoder.run(config, epath.Path(workdir))
+
+
+def _saved(workdir, step=None):
+  """The arrays of a checkpoint, as numpy, by path."""
+  directory = workdir / "checkpoints"
+  steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
+  directory = directory / str(step or max(steps))
+  arrays = {}
+  for item in ("params", "ema", "optimizer"):
+    with ocp.StandardCheckpointer() as checkpointer:
+      tree = checkpointer.restore(directory / item)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      arrays[f"{item}/{name}"] = np.asarray(leaf)
+  return arrays
+
+
+def _assert_same_bits(a, b):
+  assert a.keys() == b.keys()
+  for name, array in a.items():
+    assert array.tobytes() == b[name].tobytes(), name
+
+
+def _lines(workdir):
+  text = (workdir / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def _losses(workdir):
+  key = "train/loss/total"
+  return {x["step"]: x[key] for x in _lines(workdir) if key in x}
+
+
+@pytest.fixture(scope="module")
+def phase_1(tiny_config, tmp_path_factory):
+  """A finished run of phase 1."""
+  workdir = tmp_path_factory.mktemp("runs") / "phase1"
+  assert _run(tiny_config(1), workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def resumed(tiny_config, tmp_path_factory):
+  """The same, of two times two steps, killed while it wrote step 3."""
+  workdir = tmp_path_factory.mktemp("runs") / "resumed"
+  assert _run(tiny_config(1, steps=2), workdir)
+  half = workdir / "checkpoints" / "3.orbax-checkpoint-tmp-99"
+  (half / "params").mkdir(parents=True)
+  (half / "params" / "junk").write_text("cut off")
+  assert _run(tiny_config(1), workdir)
+  return workdir
+
+
+def test_work_directory_holds_what_the_contract_says(phase_1):
+  config = json.loads((phase_1 / "config.json").read_text())
+  assert config["model"]["variant"] == "tiny-f8" and config["steps"] == 4
+  assert [p.name for p in (phase_1 / "checkpoints").iterdir()] == ["4"]
+  train = [x for x in _lines(phase_1) if "train/loss/l1" in x]
+  assert [x["step"] for x in train] == [1, 2, 3, 4]
+  assert {
+    "train/loss/total",
+    "train/gradient_norm",
+    "train/learning_rate",
+    "train/images_per_second",
+    "train/model_flops_utilization",
+  } <= train[-1].keys()
+  evaluated = [x for x in _lines(phase_1) if "eval/psnr" in x]
+  assert [x["step"] for x in evaluated] == [0, 4]
+  assert "eval/ssim" in evaluated[1]
+  result = json.loads((phase_1 / "result.json").read_text())
+  assert result["step"] == 4 and result["images_skipped"] == 0
+  assert result["eval/psnr"] == evaluated[1]["eval/psnr"]
+  assert result["parameters"] == result["parameters_trained"] == 1_165_612
+  assert result["floor/psnr"] > result["eval/psnr"] and "floor/ssim" in result
+  samples = sorted(p.name for p in (phase_1 / "samples").iterdir())
+  assert samples == [f"reconstructions_32px_0000000{i}.png" for i in (0, 4)]
+  assert list(phase_1.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("phase", [2, 3])
+def test_later_phases_start_from_the_earlier_run_and_leave_the_rest(
+  tiny_config, phase_1, tmp_path, phase
+):
+  config = tiny_config(phase, init_from=str(phase_1))
+  assert _run(config, tmp_path)
+  before, after = _saved(phase_1), _saved(tmp_path)
+  learning = tuple(
+    f"{item}/params/{module}/"
+    for item in ("params", "ema")
+    for module in config.trainable
+  )
+  shared = [k for k in before if k.startswith(("params/", "ema/"))]
+  assert len(shared) > 100
+  for name in shared:
+    same = before[name].tobytes() == after[name].tobytes()
+    assert same != name.startswith(learning), name
+  assert int(after["optimizer/step"]) == 4
+  moments = [
+    k for k in after if "/mu/" in k and not k.startswith("optimizer/d")
+  ]
+  assert moments and all(
+    any(module in k for module in config.trainable) for k in moments
+  )
+
+
+def test_interrupted_and_resumed_ends_with_the_same_bits(phase_1, resumed):
+  """Two steps, then the rest, against four in one go."""
+  _assert_same_bits(_saved(phase_1), _saved(resumed))
+  assert _losses(phase_1) == _losses(resumed)
+
+
+def test_a_half_written_checkpoint_is_never_restored(phase_1, resumed):
+  """Nor kept: it was of a later step than the whole ones."""
+  steps = [path.name for path in (resumed / "checkpoints").iterdir()]
+  assert sorted(steps) == ["2", "4"]
+  assert _losses(phase_1)[3] == _losses(resumed)[3]
+
+
+def test_muon_resumes_with_the_same_bits(tiny_config, tmp_path):
+  """In phase 1, with means over two steps that end at the interruption."""
+  changes = {"optimizer.kind": "muon", "log_every": 2}
+  assert _run(tiny_config(1, **changes), tmp_path / "whole")
+  assert _run(tiny_config(1, steps=2, **changes), tmp_path / "resumed")
+  assert _run(tiny_config(1, **changes), tmp_path / "resumed")
+  saved = _saved(tmp_path / "whole")
+  _assert_same_bits(saved, _saved(tmp_path / "resumed"))
+  assert sum("/muon/" in name and "/mu/" in name for name in saved) > 20
+  losses = _losses(tmp_path / "whole")
+  assert list(losses) == [2, 4] and losses[4] < losses[2]
+  assert losses == _losses(tmp_path / "resumed")
+
+
+def test_fine_tuning_begins_with_the_evaluation_of_what_it_starts_from(
+  tiny_config, phase_1, tmp_path
+):
+  """With Muon in phase 2, where few kernels learn."""
+  changes = {"init_from": str(phase_1), "optimizer.kind": "muon", "steps": 1}
+  assert _run(tiny_config(2, **changes), tmp_path)
+  before, after = [x for x in _lines(tmp_path) if "eval/psnr" in x]
+  result = json.loads((phase_1 / "result.json").read_text())
+  assert before["eval/psnr"] == pytest.approx(result["eval/psnr"], abs=1e-4)
+  assert after["eval/psnr"] != before["eval/psnr"]
+
+
+def test_the_discriminator_learns_at_its_own_rate(tiny_config):
+  changes = {
+    "optimizer.kind": "muon",
+    "optimizer.warmup_steps": 0,
+    "discriminator.learning_rate": 0.25,
+    "init_from": "a run",
+  }
+  setup = train_autoencoder._setup(tiny_config(3, **changes))
+  adamw, params = setup.adversarial.optimizer, {"bias": np.zeros(3, "f4")}
+  updates, _ = adamw.update(
+    {"bias": np.ones(3, "f4")}, adamw.init(params), params
+  )
+  np.testing.assert_allclose(updates["bias"], -0.25, rtol=1e-5)
+
+
+def test_a_work_directory_of_another_phase_is_refused(tiny_config, phase_1):
+  config = tiny_config(2, init_from=str(phase_1))
+  with pytest.raises(ValueError, match=r"holds a run of another .*phase: 'low"):
+    _run(config, phase_1)
+
+
+def test_a_phase_can_start_from_the_averages(tiny_config, phase_1, tmp_path):
+  changes = {"init_from": str(phase_1), "start_from_averages": True}
+  assert _run(tiny_config(3, steps=1, **changes), tmp_path)
+  before, after = _saved(phase_1), _saved(tmp_path)
+  name = "params/encoder/project_in/conv/kernel"
+  assert np.any(before[f"params/{name}"] != before[f"ema/{name}"])
+  for item in ("params", "ema"):
+    np.testing.assert_array_equal(
+      after[f"{item}/{name}"], before[f"ema/{name}"]
+    )
+
+
+def test_a_finished_run_does_nothing_when_started_again(tiny_config, phase_1):
+  before = _saved(phase_1)
+  result = (phase_1 / "result.json").read_text()
+  assert _run(tiny_config(1), phase_1)
+  _assert_same_bits(before, _saved(phase_1))
+  assert (phase_1 / "result.json").read_text() == result
+
+
+def test_a_run_ends_with_a_table_of_before_after_and_the_floor(
+  tiny_config, phase_1, tmp_path, caplog
+):
+  shutil.copytree(phase_1, tmp_path / "run")
+  with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 0, "eval/psnr": 1.234, "eval/ssim": 0.5}\n')
+  caplog.set_level("INFO")
+  assert _run(tiny_config(1), tmp_path / "run")
+  text = caplog.messages[-1]
+  rows = [line for line in text.splitlines() if " 32 " in line]
+  names = [row.split("|")[1].strip() for row in rows]
+  assert names == ["step 0", "step 4", "floor: block PCA"]
+  assert "1.23 | 0.5000" in rows[0]
+  assert "run/samples" in text and "run/result.json" in text
+
+
+def test_the_evaluation_of_a_run_measures_lpips(tiny_config, tmp_path):
+  changes = {"evaluation.metrics": ("lpips",), "evaluation.max_images": 2}
+  assert _run(tiny_config(1, steps=1, **changes), tmp_path)
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert 0 < result["floor/lpips"] < result["eval/lpips"] < 2
+
+
+def test_a_trained_run_is_loaded_saved_and_trained_further(
+  tiny_config, phase_1, tmp_path
+):
+  """Run to folder to fine-tuning run, in both layouts, keeping the weights."""
+  ae = dcae_jax.load(phase_1)
+  assert ae.variant == "tiny-f8"
+  result = json.loads((phase_1 / "result.json").read_text())
+  np.testing.assert_allclose(ae.scaling_factor, result["scaling_factor"])
+  assert 1 / ae.scaling_factor == pytest.approx(result["eval/latent_rms"])
+  for layout in conversion.LAYOUTS:
+    folder = tmp_path / layout
+    ae.save(folder, layout=layout)
+    assert "step 4 of a training run" in (folder / "README.md").read_text()
+    config = tiny_config(3, init_from=str(folder), **{"model.variant": ""})
+    train_autoencoder.run(config, epath.Path(tmp_path / f"{layout}_run"))
+    after = dcae_jax.load(tmp_path / f"{layout}_run")
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      after.variables["params"]["encoder"],
+      ae.variables["params"]["encoder"],
+    )
+    head = after.variables["params"]["decoder"]["project_out"]["conv"]["bias"]
+    before = ae.variables["params"]["decoder"]["project_out"]["conv"]["bias"]
+    assert np.any(np.asarray(head) != before)
+
+
+def test_fine_tuning_takes_any_architecture_from_its_weights(
+  tiny_config, tmp_path
+):
+  stages = tuple(
+    dcae.Stage(width, 1, **settings)
+    for width, settings in (
+      (16, {}),
+      (32, {}),
+      (64, {"block": "efficientvit", "scales": (5,)}),
+    )
+  )
+  variant = dcae.Variant(
+    8, stages, stages, downsample="strided", upsample="nearest"
+  )
+  variables = jax.jit(dcae.create(variant).init)(
+    jax.random.key(0), np.zeros((1, 4, 4, 3), "float32")
+  )
+  own = dcae_jax.Autoencoder(variant, variables, scaling_factor=1.0)
+  own.save(tmp_path / "own")
+  changes = {"model.variant": "", "steps": 1}
+  config = tiny_config(2, init_from=str(tmp_path / "own"), **changes)
+  train_autoencoder.run(config, epath.Path(tmp_path / "run"))
+  found = dcae_jax.load(tmp_path / "run")
+  assert found.variant == "custom" and found.architecture == variant
+  # The next phase takes it from that run; a named variant does not fit.
+  changes["init_from"] = str(tmp_path / "run")
+  config = tiny_config(3, **changes)
+  train_autoencoder.run(config, epath.Path(tmp_path / "next"))
+  assert dcae_jax.load(tmp_path / "next").architecture == variant
+  config = tiny_config(3, init_from=str(tmp_path / "own"))
+  with pytest.raises(ValueError, match=r"variant='custom'.*model\.variant=''"):
+    train_autoencoder.run(config, epath.Path(tmp_path / "other"))
+  config = tiny_config(1, **{"model.variant": ""})
+  with pytest.raises(ValueError, match=r"config\.model\.variant is empty"):
+    train_autoencoder.run(config, epath.Path(tmp_path / "other"))
+  assert not (tmp_path / "other").exists()
+
+
+def test_init_from_another_kind_of_model_is_refused(
+  tiny_config, phase_1, tmp_path
+):
+  for key, value in (
+    ("model.variant", "tiny-f32"),
+    ("model.residual_autoencoding", False),
+    ("model.image_channels", 1),
+  ):
+    changes = {key: value, "init_from": str(phase_1)}
+    config = tiny_config(2, **changes)
+    with pytest.raises(ValueError, match=rf"init_from=.*{key}"):
+      _run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_work_directory_of_another_config_is_refused_and_untouched(
+  tiny_config, phase_1
+):
+  before = (phase_1 / "config.json").read_text()
+  config = tiny_config(1, seed=1, **{"optimizer.learning_rate": 0.5})
+  with pytest.raises(
+    ValueError, match=r"optimizer\.learning_rate: 0\.001 there, 0\.5 now; seed"
+  ):
+    _run(config, phase_1)
+  assert (phase_1 / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model.variant": "f16c4"}, "unknown variant 'f16c4'.*f32c32"),
+    ({"model.dtype": "int8"}, "dtype 'int8'"),
+    ({"model.image_channels": 2}, "1 .grey. or 3"),
+    ({"phase": "phase1"}, "low_resolution_full_training"),
+    ({"trainable": ("decoder/head",)}, "'decoder/head' matches no parameter"),
+    ({"resolution": 36}, "side 36 is not divisible by 8.*use 32 or 40"),
+    ({"resolution": 0}, "resolution=0 is below 1"),
+    ({"evaluation.resolutions": (32, 20)}, "side 20 is not divisible"),
+    ({"evaluation.resolutions": ()}, "resolutions is empty"),
+    ({"batch_size": 12}, "batch_size=12 is not divisible by 8"),
+    ({"batch_size": 8, "accumulation": 2}, "divisible by 16"),
+    ({"mesh.fsdp": 3}, r"config\.mesh .*8 devices"),
+    ({"steps": 0}, r"config\.steps=0 is below 1"),
+    ({"optimizer.learning_rate": float("nan")}, "learning_rate=nan"),
+    ({"optimizer.kind": "lion"}, "kind='lion'; known are adamw, muon"),
+    ({"optimizer.schedule": "wsd"}, "decay_steps=0 leaves nothing to decay"),
+    ({"optimizer.final_rate": 1.5}, "final_rate=1.5 is above 1"),
+    ({"discriminator.learning_rate": -1.0}, "rate=-1.0 is below 0"),
+    ({"ema.decay": 1.0}, "not below 1"),
+    ({"data.crop": "centre"}, "unknown crop 'centre'"),
+    ({"seed": -1}, "seed=-1 is below 0"),
+    ({"optimizer.beta1": 1.0}, "beta1=1.0 is not below 1"),
+    ({"model.dtype": "float16"}, "float16"),
+    ({"data.min_area": 2.0}, "min_area=2.0 is above 1"),
+    ({"data.shorter_side": 16}, "shorter_side=16 is below .*resolution=32"),
+    ({"data.min_size": 16}, "min_size=16 is below .*resolution=32"),
+    ({"data.min_size": 4000}, "none of the 12 images can be used"),
+    ({"data.source.path": "/nowhere"}, "'/nowhere' does not exist"),
+    ({"data.source.kind": "webdataset"}, "unknown source kind"),
+    ({"data.source.kind": "mixture"}, "at least one member"),
+    ({"lpips.weight": 0.25, "lpips.path": "/nowhere.npz"}, "no file /nowhere"),
+    ({"lpips.network": "squeeze"}, "unknown LPIPS network"),
+    ({"lpips.weight": 0.25, "lpips.network": "alexnet", "resolution": 24},
+     "too small for LPIPS"),
+    ({"init_from": "/nowhere"}, "'/nowhere' is not the work directory"),
+  ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_anything_is_written(
+  tiny_config, tmp_path, changes, message
+):
+  workdir = tmp_path / "run"
+  with pytest.raises(ValueError, match=message):
+    _run(tiny_config(1, **changes), workdir)
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize("phase", [2, 3])
+def test_later_phases_need_init_from(tiny_config, tmp_path, phase):
+  with pytest.raises(ValueError, match=r"set --config\.init_from"):
+    _run(tiny_config(phase), tmp_path / "run")
+
+
+def test_adaptive_weight_needs_the_last_layer(tiny_config, phase_1, tmp_path):
+  config = tiny_config(
+    3, init_from=str(phase_1), trainable=("decoder/stage_1",)
+  )
+  with pytest.raises(ValueError, match=r"adaptive needs decoder/project_out"):
+    _run(config, tmp_path / "run")
+
+
+def test_too_small_a_disk_is_refused(tiny_config, tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: _Disk())
+  with pytest.raises(ValueError, match=r"no space left .*0\.1 MB free"):
+    _run(tiny_config(1), workdir)
+  assert not workdir.exists()
+
+
+class _Disk:
+  free = 100_000
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(
+  tiny_config, phase_1, tmp_path
+):
+  shutil.copytree(phase_1, tmp_path, dirs_exist_ok=True)
+  for path in (tmp_path / "checkpoints" / "4" / "params").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"damaged")
+  with pytest.raises(
+    ValueError, match=r"reading .*checkpoints/4 failed: .*rem"
+  ):
+    _run(tiny_config(1, steps=5), tmp_path)
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
+  tiny_config, tmp_path
+):
+  changes = {
+    "steps": 50,
+    "checkpoint.every": 1,
+    "optimizer.learning_rate": 2e9,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.warmup_steps": 0,
+  }
+  with pytest.raises(FloatingPointError, match=r"train/.* at step \d+;"):
+    _run(tiny_config(1, **changes), tmp_path)
+  for name, array in _saved(tmp_path).items():
+    if name.startswith("params/"):
+      assert np.all(np.isfinite(array)), name
+
+
+def test_phase_2_watches_low_resolution_too(tiny_config, phase_1, tmp_path):
+  changes = {
+    "init_from": str(phase_1),
+    "resolution": 64,
+    "evaluation.resolutions": (64, 32),
+    "steps": 2,
+  }
+  assert _run(tiny_config(2, **changes), tmp_path)
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert {"eval/psnr", "eval/32px/psnr", "eval/32px/ssim"} <= result.keys()
+
+
+def test_skipped_images_are_counted(tiny_config, photographs, tmp_path):
+  folder = tmp_path / "images"
+  folder.mkdir()
+  for i, path in enumerate(sorted(photographs.rglob("*.png"))[:3]):
+    (folder / f"{i}.png").write_bytes(path.read_bytes())
+  (folder / "broken.jpg").write_bytes(b"broken")
+  changes = {"steps": 2, "data.source.path": str(folder)}
+  assert _run(tiny_config(1, **changes), tmp_path / "run")
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  assert result["images_skipped"] == 1
+
+
+class _Process:
+  """`python -m dcae_jax.main` on one device, on the same small world."""
+
+  def __init__(self, photographs, compilation_cache, workdir, *extra):
+    source = "data.source", "evaluation.source"
+    flags = {f"{s}.path": photographs for s in source}
+    flags |= {
+      "model.variant": "tiny-f8",
+      "model.dtype": "float32",
+      "resolution": 32,
+      "batch_size": 8,
+      "steps": 40,
+      "lpips.weight": 0,
+      "optimizer.warmup_steps": 2,
+      "data.workers": 0,
+      "evaluation.resolutions": "(32,)",
+      "evaluation.every": 0,
+      "evaluation.batch_size": 8,
+      "checkpoint.every": 3,
+      "log_every": 1,
+      "compilation_cache": compilation_cache,
+    }
+    self.workdir = workdir
+    arguments = [f"--config.{k}={v}" for k, v in flags.items()]
+    environment = os.environ | {
+      "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")
+    }
+    self.process = subprocess.Popen(
+      [
+        sys.executable,
+        "-m",
+        "dcae_jax.main",
+        "--config=configs/f32_phase1.py",
+        f"--workdir={os.path.relpath(workdir, REPOSITORY)}",
+        *arguments,
+        *extra,
+      ],
+      cwd=REPOSITORY,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  def wait_for_step(self, step, seconds=240):
+    end = time.monotonic() + seconds
+    path = self.workdir / "metrics.jsonl"
+    while time.monotonic() < end and self.process.poll() is None:
+      if path.exists() and len(path.read_text().splitlines()) >= step:
+        return
+      time.sleep(0.01)
+    raise AssertionError(self.process.communicate()[0])
+
+  def finish(self):
+    output, _ = self.process.communicate(timeout=300)
+    return self.process.returncode, output
+
+
+def test_kill_and_sigterm_lose_nothing(
+  photographs, compilation_cache, tmp_path
+):
+  """One run to its end; another killed twice and terminated once."""
+  start = lambda name: _Process(photographs, compilation_cache, tmp_path / name)
+  code, output = start("whole").finish()
+  assert code == 0, output
+  for step in (5, 16):
+    run = start("killed")
+    run.wait_for_step(step)
+    run.process.send_signal(signal.SIGKILL)
+    assert run.finish()[0] == -signal.SIGKILL
+  run = start("killed")
+  run.wait_for_step(24)
+  run.process.send_signal(signal.SIGTERM)
+  code, output = run.finish()
+  assert code == 0 and "SIGTERM: saved step" in output, output
+  assert not (tmp_path / "killed" / "result.json").exists()
+  code, output = start("killed").finish()
+  assert code == 0 and "going on from step" in output, output
+  _assert_same_bits(_saved(tmp_path / "whole"), _saved(tmp_path / "killed"))
+  assert _losses(tmp_path / "whole") == _losses(tmp_path / "killed")
+
+
+def test_bad_input_is_one_line_on_the_command_line(
+  photographs, compilation_cache, tmp_path
+):
+  for extra, message in [
+    ("--config.resolutoin=32", 'Did you mean "resolution"'),
+    ("--config.resolution=33", "error: image side 33 is not divisible by 8"),
+    ("--config.task=train", "error: unknown config.task 'train'"),
+    ("--config.batch_size=x", "batch_size"),
+  ]:
+    run = _Process(photographs, compilation_cache, tmp_path / "run", extra)
+    code, output = run.finish()
+    assert code == 2 and message in output, output
+    errors = [x for x in output.splitlines() if x.strip()]
+    assert len(errors) == 1, output
+  assert not (tmp_path / "run").exists()

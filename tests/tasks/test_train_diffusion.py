@@ -1,0 +1,331 @@
+"""Training of a latent diffusion model, on a store that is filled by hand."""
+
+import importlib
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+from conftest import fill_store
+from etils import epath
+
+from configs import base
+from dcae_jax.autoencoder import train_step as autoencoder_train_step
+from dcae_jax.diffusion import objectives
+from dcae_jax.diffusion import train_step as diffusion_train_step
+from dcae_jax.diffusion.denoisers import families as denoisers
+from dcae_jax.latents import reader
+from dcae_jax.setup import denoising
+from dcae_jax.tasks import train_diffusion
+from dcae_jax.training import checkpoint, loop, optimizer
+from dcae_jax.training import state as state_lib
+
+SHAPE, ROWS, CLASSES = (2, 2, 16), 48, 3
+
+
+@pytest.fixture(scope="module")
+def config(tiny_diffusion):
+  return tiny_diffusion
+
+
+def _losses(workdir):
+  text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  return [x["train/loss/mse"] for x in lines if "train/loss/mse" in x]
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  assert train_diffusion.run(config(), epath.Path(workdir))
+  return workdir
+
+
+def _variables(workdir):
+  """Step and tree of the last checkpoint: parameters, then averages."""
+  settings = json.loads((workdir / "config.json").read_text())
+  c = base.latent_diffusion()
+  c.model.update(settings["model"])
+  model = denoising.model(c.model, denoising.objective(c.objective))
+  abstract = {"batch_stats": {}} | denoisers.abstract_variables(model)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  placed = jax.tree.map(lambda _: device, abstract)
+  found = checkpoint.restore_variables(str(workdir), "params", abstract, placed)
+  return found, denoising.averages(str(workdir), model, device)
+
+
+def test_interrupted_training_goes_on_bit_for_bit(whole, config, tmp_path):
+  """And the numbers of the model are the store's."""
+  workdir = tmp_path / "run"
+  train_diffusion.run(config(steps=2), epath.Path(workdir))
+  train_diffusion.run(config(steps=4), epath.Path(workdir))
+  for one, two in zip(_variables(whole), _variables(workdir), strict=True):
+    assert one[0] == two[0] == 4
+    jax.tree.map(np.testing.assert_array_equal, one[1], two[1])
+  losses = [_losses(w) for w in (whole, workdir)]
+  assert losses[0] == losses[1] and len(losses[0]) == 4
+  model = json.loads((whole / "config.json").read_text())["model"]
+  found = model["latent_size"], model["latent_channels"], model["num_classes"]
+  assert found == (2, 16, 3)
+  result = json.loads((whole / "result.json").read_text())
+  assert result["step"] == 4 and result["parameters"] > 1_000_000
+
+
+def test_muon_learns_dense_layers(config, tmp_path):
+  """Faster than AdamW with the same rate, initial values and batches."""
+  found = {}
+  for kind in ("muon", "adamw"):
+    changes = {"optimizer.kind": kind, "optimizer.learning_rate": 0.02}
+    train_diffusion.run(config(**changes), epath.Path(tmp_path / kind))
+    found[kind] = _losses(tmp_path / kind)
+  assert found["muon"][0] == pytest.approx(found["adamw"][0], rel=1e-5)
+  assert found["muon"][3] < found["adamw"][3]
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1)])
+def test_any_mesh_has_the_same_losses(mesh, whole, config, tmp_path):
+  names = ("mesh.data", "mesh.fsdp", "mesh.spatial")
+  sizes = dict(zip(names, mesh, strict=True))
+  train_diffusion.run(config(**sizes), epath.Path(tmp_path))
+  assert _losses(tmp_path) == pytest.approx(_losses(whole), rel=1e-4)
+
+
+def test_it_learns_the_classes_and_shows_samples(
+  config, tiny_latents, tmp_path
+):
+  """Samples of a class come out nearer to its latents than to others'."""
+  c = config(
+    steps=130,
+    batch_size=32,
+    log_every=50,
+    **{
+      "samples.count": 3, "sampler.steps": 12, "ema.decay": 0.95,
+      "optimizer.learning_rate": 2e-3, "samples.guidance": (1.0,),
+      "model.variant": "DiT-tiny",
+      "objective.kind": "flow", "sampler.kind": "euler",
+    },
+  )  # fmt: skip
+  train_diffusion.run(c, epath.Path(tmp_path))
+  assert _losses(tmp_path)[-1] < 0.6
+  (picture,) = (tmp_path / "samples").glob("samples_*.png")  # none of step 0
+  assert picture.stat().st_size > 500
+  c = denoising.with_store(c, reader.Latents(tiny_latents))
+  objective = denoising.objective(c.objective)
+  sampler = denoising.sampler(c.sampler, objective)
+  model = denoising.model(c.model, objective)
+  whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sample = denoising.sample_function(
+    model, objective, sampler, c.sampler, 1.0, whole
+  )
+  _, ema = _variables(tmp_path)[1]
+  labels = np.arange(12, dtype=np.int32) % CLASSES
+  z = np.asarray(jax.jit(sample)(ema, jax.random.key(5), labels))
+  found = reader.Latents(tiny_latents).read(np.arange(ROWS))
+  means = np.stack(
+    [found["latents"][found["labels"] == i].mean(0) for i in range(CLASSES)]
+  )
+  distance = np.square(z[:, None] - means[None]).mean((2, 3, 4))
+  assert (distance.argmin(1) == labels).all()
+  assert np.median(distance.min(1)) < 0.5
+
+
+def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
+  """All dropped: labels do not matter. None: they do."""
+  c = denoising.with_store(config(), reader.Latents(tiny_latents))
+  objective = objectives.scaled_linear()
+  model = denoising.model(c.model, objective)
+  variables = jax.jit(model.init)(
+    jax.random.key(0), np.zeros((1, *SHAPE), "float32"),
+    np.zeros(1, "float32"), np.zeros(1, "int32"),
+  )  # fmt: skip
+  adamw, schedule = optimizer.create(optimizer.Settings(**c.optimizer), c.steps)
+  mask = jax.tree.map(lambda _: True, variables["params"])
+  batch = reader.Latents(tiny_latents).read(np.arange(16))
+  others = batch | {"labels": (batch["labels"] + 1) % CLASSES}
+  totals = {}
+  for dropout, candidates in ((0.0, ()), (1.0, ()), (0.0, (4, 16))):
+    step = jax.jit(
+      diffusion_train_step.create(
+        apply=model.apply,
+        objective=objective,
+        num_classes=CLASSES,
+        label_dropout=dropout,
+        channel_candidates=candidates,
+        optimizer=adamw,
+        schedule=schedule,
+        ema=autoencoder_train_step.Ema(0.5, 0),
+        seed=0,
+      )
+    )
+    state = state_lib.create({"batch_stats": {}} | variables, mask, adamw)
+    after, metrics = step(state, batch)
+    _, changed = step(state, others)
+    equal = metrics["loss/total"] == changed["loss/total"]
+    assert bool(equal) == (dropout == 1.0)
+    totals[dropout, candidates] = float(metrics["loss/total"])
+    half = jax.tree.map(lambda a, b: (a + b) / 2, state.params, after.params)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
+      after.ema["params"], half,
+    )  # fmt: skip
+  assert len(set(totals.values())) == 3
+
+
+def test_it_starts_from_the_averages_of_another_run(whole, config, tmp_path):
+  c = config(init_from=str(whole), steps=1, **{"optimizer.learning_rate": 0.0})
+  train_diffusion.run(c, epath.Path(tmp_path / "run"))
+  (_, parameters), (_, before) = _variables(whole)
+  same = jax.tree.map(np.array_equal, parameters["params"], before["params"])
+  assert not all(jax.tree.leaves(same))
+  (_, after), _ = _variables(tmp_path / "run")
+  jax.tree.map(np.testing.assert_array_equal, before["params"], after["params"])
+  other = config(init_from=str(whole), **{"model.patch_size": 2})
+  with pytest.raises(ValueError, match=r"is another one \(patch_size: 1 there"):
+    train_diffusion.run(other, epath.Path(tmp_path / "other"))
+
+
+def test_samples_that_are_not_finite_do_not_stop_training(
+  config, tmp_path, caplog
+):
+  """As those of dopri5, where the steps do not suffice."""
+  c = config(
+    steps=2,
+    **{
+      "objective.kind": "flow", "sampler.kind": "dopri5", "sampler.steps": 8,
+      "samples.count": 2,
+    },
+  )  # fmt: skip
+  assert train_diffusion.run(c, epath.Path(tmp_path))
+  assert "samples at guidance 3 are not finite, and left out" in caplog.text
+  assert (tmp_path / "checkpoints" / "2").exists()
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
+  whole, config, tmp_path, monkeypatch
+):
+  saved = loop.run
+
+  def interrupted(step_fn, *args, **kwargs):
+    def step(*arguments):
+      os.kill(os.getpid(), signal.SIGTERM)
+      return step_fn(*arguments)
+
+    return saved(step, *args, **kwargs)
+
+  monkeypatch.setattr(loop, "run", interrupted)
+  assert not train_diffusion.run(config(), epath.Path(tmp_path))
+  monkeypatch.undo()
+  assert (tmp_path / "checkpoints" / "1").exists()
+  assert train_diffusion.run(config(), epath.Path(tmp_path))
+  for one, two in zip(_variables(whole), _variables(tmp_path), strict=True):
+    jax.tree.map(np.testing.assert_array_equal, one[1], two[1])
+
+
+def test_other_latents_are_refused_on_resume(
+  tiny_autoencoder, config, tmp_path
+):
+  labels = np.arange(48, dtype=np.int32) % 3
+  paths = [
+    fill_store(tmp_path / f"{rows}", tiny_autoencoder, labels[:rows], classes=3)
+    for rows in (48, 32)
+  ]
+  run = epath.Path(tmp_path / "run")
+  train_diffusion.run(config(latents=paths[0], steps=1), run)
+  (tmp_path / "48").rename(tmp_path / "moved")  # a store may move
+  moved = str(tmp_path / "moved")
+  train_diffusion.run(config(latents=moved, steps=2), run)
+  with pytest.raises(ValueError, match=r"began with other latents \(count: 48"):
+    train_diffusion.run(config(latents=paths[1], steps=3), run)
+  (run / "latents.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"latents\.json.*cannot be read"):
+    train_diffusion.run(config(latents=moved, steps=3), run)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"latents": ""}, "config.latents is empty"),
+    ({"latents": "/nowhere"}, "is no latent store"),
+    ({"model.variant": "UViT-G"}, "unknown denoiser 'UViT-G'"),
+    ({"model.patch_size": 4}, "latent side 2 is not divisible"),
+    ({"model.latent_channels": 8}, "config.model.latent_channels=8, but"),
+    ({"model.latent_size": 4}, "config.model.latent_size=4, but"),
+    ({"objective.kind": "ddpm"}, "unknown config.objective.kind='ddpm'"),
+    ({"objective.kind": "flow"}, "Euler, Heun, Dopri5 do"),
+    ({"sampler.kind": "dpm"}, "unknown config.sampler.kind='dpm'"),
+    ({"sampler.steps": 1}, "1 steps are too few for DPMSolver"),
+    ({"samples.guidance": (1.0, -0.5)}, "guidance scale -0.5 is negative"),
+    ({"sampler.interval": (500.0, 100.0)}, "interval"),
+    ({"sampler.interval": (500.0,)}, "is not two numbers"),
+    ({"objective.logit_normal": (0.0,), "objective.kind": "flow"}, "not two"),
+    ({"init_from": "/nowhere"}, "not the work directory of an earlier run"),
+    ({"channel_candidates": (32,)}, "candidate channel numbers"),
+    ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8"),
+    ({"batch_size": 64}, "48 rows, and a batch of all processes 64"),
+    ({"mesh.spatial": 2, "mesh.data": 4}, "splits images"),
+    ({"optimizer.schedule": "step"}, "schedule='step'; known are constant"),
+    ({"optimizer.final_rate": -1.0}, "final_rate=-1.0 is not from 0 to 1"),
+    ({"label_dropout": 1.5}, "label_dropout=1.5 is not from 0 to 1"),
+    ({"autoencoder": "/nowhere", "samples.count": 1}, "cannot be loaded"),
+  ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+  changes, message, config, tmp_path
+):
+  with pytest.raises(ValueError, match=message):
+    train_diffusion.run(config(**changes), epath.Path(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_labels_out_of_range_are_refused(tiny_autoencoder, config, tmp_path):
+  labels = np.arange(ROWS, dtype=np.int32) % 5
+  path = fill_store(tmp_path / "store", tiny_autoencoder, labels, classes=3)
+  with pytest.raises(ValueError, match="labels from 0 to 4, and 3 classes"):
+    train_diffusion.run(config(latents=path), epath.Path(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+  ("name", "tokens", "macs"),
+  [
+    ("f32_dit_xl", 256, 118.68),
+    ("f32_usit_2b", 256, 414.91),
+    ("f32_uvit_h", 256, 133.25),
+    ("f64_uvit_h", 64, 33.25),
+    ("f128_uvit_h", 64, None),
+    ("sd_vae_f8_uvit_h", 1024, None),
+  ],
+)
+def test_recipes_are_the_papers(name, tokens, macs):
+  """On latents of 512 px images, of f128 1024 px; GMACs where published."""
+  c = importlib.import_module(f"configs.{name}").get_config()
+  size, channels = {
+    "f32": (16, 32), "f64": (8, 128), "f128": (8, 512), "sd": (64, 4),
+  }[name.split("_")[0]]  # fmt: skip
+  c.model.latent_size, c.model.latent_channels = size, channels
+  c.model.num_classes = 1000
+  train_diffusion.check(c)
+  denoiser = denoising.model(c.model, denoising.objective(c.objective))
+  assert (size // c.model.patch_size) ** 2 == tokens
+  if macs:
+    assert denoiser.forward_macs == pytest.approx(macs * 1e9, rel=0.01)
+  o, objective, sampler = c.optimizer, c.objective.kind, c.sampler
+  found = (
+    o.learning_rate, o.beta1, o.beta2, o.weight_decay, o.warmup_steps,
+    c.batch_size, c.steps, objective, sampler.kind,
+  )  # fmt: skip
+  family = name.split("_")[-2]
+  assert found == {
+    "uvit": (
+      2e-4, 0.99, 0.99, 0.03, 5000, 1024, 500_000, "scaled_linear",
+      "dpm_solver",
+    ),
+    "usit": (1e-4, 0.99, 0.99, 0.0, 5000, 1024, 500_000, "flow", "dopri5"),
+    "dit": (1e-4, 0.9, 0.999, 0.0, 0, 256, 3_000_000, "improved_ddpm", "ddpm"),
+  }[family]  # fmt: skip
+  assert c.ema.decay == 0.9999 and c.label_dropout == 0.1
+  ramp, decay_all = (0, False) if family == "dit" else (2_000, True)
+  assert c.ema.ramp_steps == ramp and o.decay_all == decay_all
+  assert sampler.steps == {"uvit": 30, "usit": 1000, "dit": 250}[family]

@@ -1,0 +1,198 @@
+"""All three phases and the report through the command line, with real LPIPS."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import REPOSITORY, run_main
+from etils import epath
+from PIL import Image
+
+import dcae_jax
+from configs import base, quickstart
+from dcae_jax.setup import floor
+from dcae_jax.tasks import report, train_phases
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, compilation_cache):
+  """The quickstart, shortened."""
+  directory = tmp_path_factory.mktemp("runs") / "quickstart"
+  flags = [f"--config.phase{i}.steps=3" for i in (1, 2, 3)]
+  flags += [f"--config.phase{i}.log_every=1" for i in (1, 2, 3)]
+  for part in ("phase1", "phase2", "phase3", "report"):
+    flags.append(f"--config.{part}.compilation_cache={compilation_cache}")
+  flags.append("--config.phase1.batch_size=8")
+  found = run_main(
+    "configs/quickstart.py",
+    f"--workdir={os.path.relpath(directory, REPOSITORY)}",
+    *flags,
+  )
+  assert found.returncode == 0, found.stderr
+  assert "report.md" in found.stderr.splitlines()[-1]
+  for text in (f"| {floor.NAME} |  64 |", "| step 3 ", "picture:", "samples:"):
+    assert text in found.stderr
+  for noise in ("Warning", "Traceback", "Exception", "leaked"):
+    assert noise not in found.stderr, found.stderr
+  return directory
+
+
+def test_a_phase_of_it_must_be_named(workdir):
+  with pytest.raises(ValueError, match=r"three phases.*phase3"):
+    dcae_jax.load(workdir)
+  assert dcae_jax.load(workdir / "phase3").variant == "tiny-f8-rms"
+
+
+def test_quickstart_writes_a_report(workdir):
+  numbers = json.loads((workdir / "report" / "report.json").read_text())
+  assert list(numbers) == [floor.NAME, "phase1", "phase2", "phase3"]
+  for found in numbers.values():
+    assert all(
+      5 < x["psnr"] < 40
+      and 0 < x["ssim"] < 1
+      and 0 < x["lpips"] < 2
+      and x["frechet_efficientnet_lite0"] > 0
+      for x in found.values()
+    )
+  for size, found in numbers[floor.NAME].items():  # above runs of three steps
+    assert found["psnr"] > numbers["phase3"][size]["psnr"] + 3
+  high = max(quickstart.get_config().report.resolutions)
+  for name, height in (("reconstructions", 5 * high), ("loss_curves", 100)):
+    with Image.open(workdir / "report" / f"{name}.png") as image:
+      assert image.size[1] > height
+  table = (workdir / "report" / "report.md").read_text()
+  for name, found in numbers.items():
+    rows = [x for x in table.splitlines() if x.startswith(f"| {name} ")]
+    for row, (size, metrics) in zip(rows, found.items(), strict=True):
+      cells = [cell.strip() for cell in row.strip("|").split("|")]
+      assert cells[1:4] == [
+        size,
+        f"{metrics['psnr']:.2f}",
+        f"{metrics['ssim']:.4f}",
+      ]
+  assert "8 images, fewer than 2048" in table
+
+
+def test_report_agrees_with_the_runs_own_evaluation(workdir):
+  numbers = json.loads((workdir / "report" / "report.json").read_text())
+  del numbers[floor.NAME]
+  for phase, found in numbers.items():
+    result = json.loads((workdir / phase / "result.json").read_text())
+    resolutions = quickstart.get_config()[phase].evaluation.resolutions
+    for metric in ("psnr", "ssim", "lpips"):
+      own = found[str(resolutions[0])][metric]
+      assert abs(own - result[f"eval/{metric}"]) < 1e-3
+
+
+def test_runs_end_with_their_floor(workdir):
+  """The same as in the report, where the crops are the same."""
+  numbers = json.loads((workdir / "report" / "report.json").read_text())
+  result = json.loads((workdir / "phase1" / "result.json").read_text())
+  for size, prefix in (("64", "floor"), ("128", "floor/128px")):
+    for metric in ("psnr", "ssim", "lpips"):
+      expected = numbers[floor.NAME][size][metric]
+      assert result[f"{prefix}/{metric}"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_report_without_the_training_images_has_no_floor_and_says_so(
+  workdir, tmp_path, compilation_cache
+):
+  run = tmp_path / "run"
+  shutil.copytree(workdir / "phase1", run)
+  config = json.loads((run / "config.json").read_text())
+  config["data"]["source"] |= {"kind": "folder", "path": "/not/here"}
+  del config["model"]["scan"]  # of a run from before this key
+  (run / "config.json").write_text(json.dumps(config))
+  c = base.report()
+  c.runs.one = str(run)
+  c.source = base.source("embedded", split="validation")
+  c.resolutions, c.max_images, c.metrics = (64,), 2, ()
+  c.compilation_cache = compilation_cache
+  report.run(c, epath.Path(tmp_path / "report"))
+  numbers = json.loads((tmp_path / "report" / "report.json").read_text())
+  assert list(numbers) == ["one"]
+  text = (tmp_path / "report" / "report.md").read_text()
+  assert f"{floor.NAME} is absent: image folder '/not/here'" in text
+
+
+def test_a_run_from_before_sources_had_parts_has_its_floor(workdir, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(workdir / "phase1", run)
+  config = json.loads((run / "config.json").read_text())
+  del config["data"]["source"]["part"], config["data"]["source"]["held_out"]
+  (run / "config.json").write_text(json.dumps(config))
+  ((source, _),) = floor.of_run(str(run)).weighted_sources
+  assert len(source) == 81
+
+
+def test_phases_are_trained_with_the_losses_of_the_paper(workdir):
+  keys = {}
+  for phase in ("phase1", "phase2", "phase3"):
+    text = (workdir / phase / "metrics.jsonl").read_text().splitlines()
+    keys[phase] = set().union(*(json.loads(line) for line in text))
+  for found in keys.values():
+    assert {"train/loss/l1", "train/loss/lpips"} <= found
+  gan = {"train/loss/generator", "train/loss/discriminator"}
+  assert gan <= keys["phase3"]
+  assert not gan & (keys["phase1"] | keys["phase2"])
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("phase3.trainable", ("decoder/head",), "'decoder/head' matches no"),
+    (
+      "phase3.model.variant",
+      "tiny-f32",
+      "phase1 has .*'tiny-f8-rms'.*'tiny-f32'",
+    ),
+    ("phase2.lpips.path", "/nowhere.npz", "no file /nowhere"),
+    ("phase3.data.source.kind", "folder", "image folder '' does not exist"),
+    ("report.resolutions", (64, 65), "side 65 is not divisible"),
+  ],
+)
+def test_all_phases_are_checked_before_the_first_starts(
+  tmp_path, key, value, message
+):
+  config = quickstart.get_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=message):
+    train_phases.run(config, epath.Path(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_between_phases_starts_no_other(tmp_path, monkeypatch):
+  started = []
+
+  def phase(config, workdir, sigterm):
+    started.append(workdir.name)
+    sigterm.received = True  # during the last evaluation, say
+    return True
+
+  monkeypatch.setattr(train_phases.train_autoencoder, "run", phase)
+  config = quickstart.get_config()
+  assert not train_phases.run(config, epath.Path(tmp_path / "run"))
+  assert started == ["phase1"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({}, "runs is empty"),
+    ({"runs.a": "/nowhere"}, "'/nowhere' is not the work directory"),
+    ({"runs.a": "/nowhere", "resolutions": ()}, "resolutions is empty"),
+    ({"runs.a": "/nowhere", "samples": 0}, "samples=0"),
+    ({"runs.a": "/nowhere", "metrics": ("fid",)}, "unknown metric 'fid'"),
+  ],
+)
+def test_reports_without_runs_are_refused(tmp_path, changes, message):
+  config = base.report()
+  for key, value in changes.items():
+    if key.startswith("runs."):
+      config.runs[key.removeprefix("runs.")] = value
+    else:
+      config[key] = value
+  with pytest.raises(ValueError, match=message):
+    report.run(config, epath.Path(tmp_path / "report"))
+  assert not (tmp_path / "report").exists()
