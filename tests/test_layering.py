@@ -1,4 +1,4 @@
-"""Who may import whom: an `ast` walk over the design's table."""
+"""Who may import whom: an `ast` walk over the design's arrows."""
 
 import ast
 import pathlib
@@ -7,131 +7,66 @@ import sys
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-# Of our own: prefixes. Of others: packages, beyond numpy and the standard ones.
-RULES = {
-  "dcae_jax/__init__.py": ({"dcae_jax.autoencoder"}, set()),
-  "dcae_jax/autoencoder.py": (
-    {
-      "dcae_jax.architecture",
-      "dcae_jax.arrays",
-      "dcae_jax.data",
-      "dcae_jax.evaluation",
-      "dcae_jax.models",
-      "dcae_jax.released",
-      "dcae_jax.tiling",
-      "dcae_jax.training",
-      "dcae_jax.weights",
-    },
-    {"etils", "jax"},
-  ),
-  "dcae_jax/arrays.py": ({"dcae_jax.models"}, {"jax"}),
-  "dcae_jax/block_pca.py": (
-    {"dcae_jax.evaluation"},
-    {"einops", "jax", "jaxtyping"},
-  ),
-  "dcae_jax/architecture.py": (
-    {
-      "dcae_jax.autoencoder_dc",
-      "dcae_jax.autoencoder_kl",
-      "dcae_jax.models",
-    },
-    {"jax"},
-  ),
-  "dcae_jax/autoencoder_dc.py": (
-    {"dcae_jax.models", "dcae_jax.settings"},
-    set(),
-  ),
-  "dcae_jax/autoencoder_kl.py": (
-    {"dcae_jax.models", "dcae_jax.settings"},
-    set(),
-  ),
-  "dcae_jax/layouts.py": ({"dcae_jax.models"}, set()),
-  "dcae_jax/settings.py": (set(), set()),
-  "dcae_jax/released.py": (
-    {
-      "dcae_jax.architecture",
-      "dcae_jax.layouts",
-      "dcae_jax.safetensors_files",
-      "dcae_jax.weights",
-    },
-    set(),
-  ),
-  "dcae_jax/safetensors_files.py": (set(), {"huggingface_hub", "safetensors"}),
-  "dcae_jax/tiling.py": (set(), {"jax"}),
-  "dcae_jax/weights.py": (
-    {
-      "dcae_jax.architecture",
-      "dcae_jax.layouts",
-      "dcae_jax.models",
-      "dcae_jax.safetensors_files",
-    },
-    {"einops", "jax", "safetensors"},
-  ),
-  "configs": ({"configs.base", "configs.quickstart"}, {"ml_collections"}),
-  "dcae_jax/host_memory.py": (set(), set()),
-  "dcae_jax/main.py": (
-    {"dcae_jax.host_memory"},
-    {"absl", "etils", "jax", "ml_collections"},
-  ),
-  "dcae_jax/tasks": (
-    {"dcae_jax"},
-    {"etils", "jax", "ml_collections", "optax"},
-  ),
-  "dcae_jax/training": (
-    {
-      "dcae_jax.training",
-      "dcae_jax.phases",
-      "dcae_jax.losses",
-      "dcae_jax.diffusion",
-    },
-    {"clu", "etils", "flax", "jax", "jaxtyping", "optax"},
-  ),
-  "dcae_jax/training/checkpoint.py": (
-    {"dcae_jax.training"},
-    {"etils", "jax", "orbax"},
-  ),
-  "dcae_jax/training/metrics_writer.py": (
-    set(),
-    {"PIL", "etils", "tensorboardX"},
-  ),
-  "dcae_jax/phases.py": (set(), {"jax", "optax"}),
-  "dcae_jax/losses.py": (set(), {"jax", "jaxtyping"}),
-  "dcae_jax/diffusion.py": (set(), {"jax", "jaxtyping"}),
-  "dcae_jax/samplers.py": ({"dcae_jax.diffusion"}, {"jax", "jaxtyping"}),
-  "dcae_jax/evaluation": ({"dcae_jax.evaluation"}, {"jax", "jaxtyping"}),
-  "dcae_jax/evaluation/fid.py": (set(), {"etils"}),
-  "dcae_jax/evaluation/figures.py": (set(), {"PIL", "matplotlib"}),
-  "dcae_jax/models": (
-    {"dcae_jax.models"},
-    {"einops", "flax", "jax", "jaxtyping"},
-  ),
-  "dcae_jax/models/pretrained.py": (
-    {"dcae_jax.torch_files"},
-    {"safetensors"},
-  ),
-  "dcae_jax/torch_files.py": (set(), set()),
-  "dcae_jax/data": (
-    {"dcae_jax.data"},
-    {"PIL", "etils", "grain", "tensorflow_datasets"},
-  ),
-  "dcae_jax/data/sources.py": (
-    {"dcae_jax.data"},
-    {"etils", "fsspec", "tensorflow_datasets"},
-  ),
-  "dcae_jax/data/batches.py": (set(), {"absl", "grain"}),
-  "dcae_jax/data/storage.py": (set(), {"tensorstore"}),
-  "dcae_jax/data/latent_store.py": ({"dcae_jax.data"}, {"ml_dtypes"}),
+# From the top: a room imports itself and those of the levels below its own.
+LEVELS = (
+  ("tasks",), ("setup",), ("evaluation",), ("latents", "diffusion"),
+  ("autoencoder",), ("training",), ("data", "nn", "runs"),
+)  # fmt: skip
+BELOW = {
+  room: {room}.union(*LEVELS[level + 1 :])
+  for level, rooms in enumerate(LEVELS)
+  for room in rooms
 }
+BELOW |= {"__init__.py": {"autoencoder"}, "main.py": {"runs"}}
+# Arrows that go up, each with its reason.
+UPWARDS = {
+  "autoencoder/block_pca.py": {"evaluation.fid"},  # its streaming moments
+  "evaluation/samples.py": {"setup.measuring"},  # the line of progress
+  "latents/decode.py": {"evaluation.image_metrics"},  # its rounding to 8 bits
+  "training/state.py": {"autoencoder.phases"},  # the partition of parameters
+}
+# Packages of others, and which places may import them; the longest one decides.
+# Numpy and the standard library may be anywhere.
+NETWORKS = {"einops", "flax", "jax", "jaxtyping"}
+OTHERS = {
+  "__init__.py": set(),
+  "main.py": {"absl", "etils", "jax", "ml_collections"},
+  "tasks": {"etils", "jax", "ml_collections", "optax"},
+  "setup": {"etils", "jax", "ml_collections"},
+  "evaluation": {"etils", "jax", "jaxtyping"},
+  "evaluation/networks/pretrained.py": {"safetensors"},
+  "evaluation/report": {"etils"},
+  "evaluation/report/figures.py": {"PIL", "matplotlib"},
+  "latents": {"etils", "jax"},
+  "latents/reader.py": {"grain"},  # loader processes start without jax
+  "latents/rows.py": {"grain"},
+  "latents/store.py": {"ml_dtypes"},
+  "diffusion": {"jax", "jaxtyping", "optax"},
+  "diffusion/denoisers": NETWORKS,
+  "autoencoder": NETWORKS | {"etils", "optax"},
+  "autoencoder/weights": {"einops", "jax", "safetensors"},
+  "autoencoder/weights/safetensors_files.py": {
+    "huggingface_hub", "safetensors",
+  },
+  "training": {"clu", "flax", "jax", "optax"},
+  "training/checkpoint.py": {"etils", "jax", "orbax"},
+  "data": {"PIL", "absl", "etils", "fsspec", "grain", "tensorflow_datasets"},
+  "nn": NETWORKS,
+  "runs": set(),
+  "runs/metrics_writer.py": {"PIL", "etils", "tensorboardX"},
+  "runs/storage.py": {"tensorstore"},
+}  # fmt: skip
 FILES = sorted(
   str(path.relative_to(REPOSITORY))
   for folder in ("configs", "dcae_jax")
   for path in (REPOSITORY / folder).rglob("*.py")
   if path.read_text().strip()
 )
+OURS = [file.removeprefix("dcae_jax/") for file in FILES if "dcae_jax/" in file]
 
 
-def _imports(path):
-  for node in ast.walk(ast.parse(path.read_text())):
+def _imports(file):
+  for node in ast.walk(ast.parse((REPOSITORY / file).read_text())):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -139,17 +74,71 @@ def _imports(path):
       yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_imports_follow_the_layers(file):
-  rule = max((r for r in RULES if file.startswith(r)), key=len)
-  own, others = RULES[rule]
-  for name in _imports(REPOSITORY / file):
-    package = name.split(".")[0]
-    if package in ("configs", "dcae_jax"):
-      allowed = any(name == o or name.startswith(f"{o}.") for o in own)
-    else:
-      allowed = package in others | {"numpy"} | sys.stdlib_module_names
-    assert allowed, f"{file} imports {name}"
+def _of_ours(file):
+  for name in _imports(f"dcae_jax/{file}"):
+    package, _, rest = name.partition(".")
+    assert package != "configs", f"{file} imports {name}"
+    if package == "dcae_jax":
+      yield rest
+
+
+def _is_upward(file, name):
+  return name.partition(".")[0] not in BELOW[file.partition("/")[0]]
+
+
+@pytest.mark.parametrize("file", OURS)
+def test_arrows_go_down(file):
+  for name in _of_ours(file):
+    if name not in UPWARDS.get(file, ()):
+      assert not _is_upward(file, name), f"{file} imports {name}"
+
+
+def test_exceptions_are_needed():
+  found = {
+    file: {name for name in _of_ours(file) if _is_upward(file, name)}
+    for file in OURS
+  }
+  assert {file: names for file, names in found.items() if names} == UPWARDS
+
+
+@pytest.mark.parametrize("file", OURS)
+def test_packages_of_others_stay_in_their_places(file):
+  known = [p for p in OTHERS if file == p or file.startswith(f"{p}/")]
+  allowed = OTHERS[max(known, key=len)] | {"dcae_jax", "numpy"}
+  for name in _imports(f"dcae_jax/{file}"):
+    package = name.partition(".")[0]
+    fits = package in allowed | sys.stdlib_module_names
+    assert fits, f"{file} imports {name}"
+
+
+def test_every_folder_is_a_room():
+  folders = {file.partition("/")[0] for file in OURS}
+  assert folders == set(BELOW)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if "configs/" in f])
+def test_configs_are_data(file):
+  for name in _imports(file):
+    package = name.partition(".")[0]
+    allowed = {"configs", "ml_collections"} | sys.stdlib_module_names
+    assert package in allowed, f"{file} imports {name}"
+
+
+@pytest.mark.parametrize(
+  "start",
+  ["data/batches", "data/images", "latents/reader", "latents/store"],
+)
+def test_what_loader_processes_import_has_no_jax(start):
+  waiting, seen = [f"{start}.py"], set()
+  while waiting:
+    file = waiting.pop()
+    seen.add(file)
+    for name in _imports(f"dcae_jax/{file}"):
+      assert name.partition(".")[0] not in {"jax", "flax", "optax"}, file
+    for name in _of_ours(file):
+      other = f"{name.replace('.', '/')}.py"
+      if other in OURS and other not in seen:
+        waiting.append(other)
 
 
 def test_main_imports_only_flags_at_the_top():
