@@ -14,7 +14,7 @@ import numpy as np
 from configs import base
 from dcae_jax.autoencoder import phases, train_step
 from dcae_jax.autoencoder.dcae import network as dcae
-from dcae_jax.training import optimizer
+from dcae_jax.training import freezing, optimizer
 from dcae_jax.training import state as state_lib
 
 
@@ -32,7 +32,7 @@ def main() -> None:
   settings = optimizer.Settings(**base.autoencoder().optimizer)
   adamw, schedule = optimizer.create(settings, steps=1)
   for name, phase in phases.PHASES.items():
-    mask = phases.trainable_mask(variables["params"], phase().trainable)
+    mask = freezing.trainable_mask(variables["params"], phase().trainable)
     state = jax.eval_shape(
       lambda v, mask=mask: state_lib.create(v, mask, adamw), variables
     )
@@ -50,7 +50,7 @@ def main() -> None:
     lowered = traced.lower(lowering_platforms=("tpu",))
     flops = lowered.cost_analysis()["flops"]
     first = first or flops
-    moments = 4 * phases.count(state.optimizer) / 1e6
+    moments = 4 * freezing.count(state.optimizer) / 1e6
     print(
       f"{name:36} {flops / 1e9:12.3f} GFLOP  {flops / first:6.3f} of phase 1"
       f"  optimizer state {moments:10.3f} MB",

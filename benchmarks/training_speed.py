@@ -93,7 +93,7 @@ def jax_training(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
   from dcae_jax.autoencoder import patchgan, phases, train_step
   from dcae_jax.autoencoder.dcae import network as dcae
   from dcae_jax.runs import host_memory
-  from dcae_jax.training import optimizer
+  from dcae_jax.training import freezing, optimizer
   from dcae_jax.training import state as state_lib
 
   host_memory.keep_freed()  # as the command line does
@@ -103,7 +103,7 @@ def jax_training(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
   )
   phase = phases.create(config.phase, config.trainable)
   variables = dcae.abstract_variables(model, 3)
-  mask = phases.trainable_mask(variables["params"], phase.trainable)
+  mask = freezing.trainable_mask(variables["params"], phase.trainable)
   settings = optimizer.Settings(**config.optimizer)
   adamw, schedule = optimizer.create(settings, config.steps)
   discriminator = adversarial = None
@@ -261,11 +261,11 @@ def measure(child: str, case: Case, settings: Any, repeats: int) -> None:
   if child == "jax":
     import jax
 
-    from dcae_jax.autoencoder import phases
+    from dcae_jax.training import freezing
 
     state, train = jax_training(case)
     images = jax.numpy.asarray(images)
-    trained = phases.count(state.optimizer[0].mu)
+    trained = freezing.count(state.optimizer[0].mu)
 
     def step():
       nonlocal state

@@ -19,12 +19,7 @@ BELOW = {
 }
 BELOW |= {"__init__.py": {"autoencoder"}, "main.py": {"runs"}}
 # Arrows that go up, each with its reason.
-UPWARDS = {
-  "autoencoder/block_pca.py": {"evaluation.fid"},  # its streaming moments
-  "evaluation/samples.py": {"setup.measuring"},  # the line of progress
-  "latents/decode.py": {"evaluation.image_metrics"},  # its rounding to 8 bits
-  "training/state.py": {"autoencoder.phases"},  # the partition of parameters
-}
+UPWARDS = {}
 # Packages of others, and which places may import them; the longest one decides.
 # Numpy and the standard library may be anywhere.
 NETWORKS = {"einops", "flax", "jax", "jaxtyping"}

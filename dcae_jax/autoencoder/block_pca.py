@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from dcae_jax.evaluation import fid
+from dcae_jax.autoencoder import streaming_moments
 
 # Pixels a side: of a block of 32 the covariance takes 75 MB, of 64 1.2 GB.
 LARGEST_BLOCK = 32
@@ -130,7 +130,7 @@ def fit(batches: Iterable[np.ndarray], latent_channels: int) -> BlockPCA:
     if moments is None:
       channels = blocks.shape[-1]
       shape(blocks.shape[1], latent_channels, channels)
-      moments = fid.Moments(blocks[0].size)
+      moments = streaming_moments.Moments(blocks[0].size)
     moments.update(blocks.reshape(len(blocks), -1))
   if moments is None or moments.count < 2:
     raise ValueError("block PCA needs at least two blocks")

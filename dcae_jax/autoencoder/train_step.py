@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, UInt8
 
 from dcae_jax.autoencoder import losses, phases
+from dcae_jax.training import freezing
 from dcae_jax.training import state as state_lib
 
 Tree = Any
@@ -123,7 +124,7 @@ def create(
     return (reconstructions, None), moved
 
   def reconstruct(trainable, frozen, batch_stats, images, key):
-    params = gather(phases.combine(trainable, frozen))
+    params = gather(freezing.combine(trainable, frozen))
     variables = {"params": params, "batch_stats": batch_stats}
     if not phase.moves_batch_statistics:
       return forward(variables, images, key), batch_stats
@@ -165,7 +166,7 @@ def create(
     """Of one part of the batch: (gradients of both, batch_stats, metrics)."""
     images = to_float(images)
     key = sampling_key(state.step, part)
-    trainable, frozen = phases.partition(state.params, mask)
+    trainable, frozen = freezing.partition(state.params, mask)
     outputs, pull_back, batch_stats = jax.vjp(
       lambda learns: reconstruct(learns, frozen, batch_stats, images, key),
       trainable,
@@ -232,12 +233,12 @@ def create(
     (gradient, discriminator_gradient), batch_stats, metrics = accumulated(
       state, images, perceptual_parameters
     )
-    trainable, frozen = phases.partition(state.params, mask)
+    trainable, frozen = freezing.partition(state.params, mask)
     updates, optimizer_state = optimizer.update(
       gradient, state.optimizer, trainable
     )
     trainable = optax.apply_updates(trainable, updates)
-    averages, frozen_averages = phases.partition(state.ema["params"], mask)
+    averages, frozen_averages = freezing.partition(state.ema["params"], mask)
     decay = ema.at(state.step + 1)
     average = lambda old, new: decay * old + (1 - decay) * new
     averages = jax.tree.map(average, averages, trainable)
@@ -250,10 +251,10 @@ def create(
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     state = state.replace(
       step=state.step + 1,
-      params=phases.combine(trainable, frozen),
+      params=freezing.combine(trainable, frozen),
       batch_stats=batch_stats,
       ema={
-        "params": phases.combine(averages, frozen_averages),
+        "params": freezing.combine(averages, frozen_averages),
         "batch_stats": averaged_stats,
       },
       optimizer=optimizer_state,

@@ -1,8 +1,8 @@
 """Frechet distance between sets of images (FID, arXiv 1706.08500).
 
-Streaming moments of network features, in float64, and the distance between the
-Gaussians that have them. Which network the features come from is not known
-here: with the FID Inception the distance is FID (rFID for reconstructions).
+The distance between the Gaussians that have the moments of network features.
+Which network the features come from is not known here: with the FID Inception
+the distance is FID (rFID for reconstructions).
 """
 
 import hashlib
@@ -15,56 +15,6 @@ from etils import epath
 # Of Inception's 2048 features; a covariance of fewer images is of low rank, and
 # the distance far too large.
 FEWEST_IMAGES = 2048
-
-
-class Moments:
-  """Mean and covariance of rows that come in batches of any size.
-
-  Chan's update in float64: nothing is lost to cancellation, however large the
-  mean is, and memory does not grow with the number of rows.
-
-  Attributes:
-    count: rows so far.
-    mean: float64 [d].
-  """
-
-  def __init__(self, dimensions: int):
-    self.count = 0
-    self.mean = np.zeros(dimensions)
-    self._scatter = np.zeros((dimensions, dimensions))
-
-  def update(self, rows: np.ndarray) -> None:
-    """Adds rows [n, d].
-
-    Raises:
-      FloatingPointError: values that are not finite.
-    """
-    rows = np.asarray(rows, np.float64)
-    if not len(rows):
-      return
-    if not np.isfinite(rows).all():
-      raise FloatingPointError("features are not finite")
-    mean = rows.mean(axis=0)
-    centred = rows - mean
-    total = self.count + len(rows)
-    shift = mean - self.mean
-    self._scatter += centred.T @ centred
-    self._scatter += np.outer(shift, shift) * (self.count * len(rows) / total)
-    self.mean = self.mean + shift * (len(rows) / total)
-    self.count = total
-
-  @property
-  def covariance(self) -> np.ndarray:
-    """Float64 [d, d], unbiased.
-
-    Raises:
-      ValueError: fewer than two rows.
-    """
-    if self.count < 2:
-      raise ValueError(
-        f"a Frechet distance needs at least 2 images, not {self.count}"
-      )
-    return self._scatter / (self.count - 1)
 
 
 def frechet_distance(

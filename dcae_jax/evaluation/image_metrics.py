@@ -9,11 +9,6 @@ _RADIUS = 5  # of an 11 pixel window
 SMALLEST_SIDE = 2 * _RADIUS + 1
 
 
-def quantise(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-  """[-1, 1] floats to whole numbers from 0 to 255, as a saved file holds."""
-  return jnp.clip(jnp.round(images * 127.5 + 127.5), 0.0, 255.0)
-
-
 def psnr(
   images: Float[Array, "b h w c"], others: Float[Array, "b h w c"]
 ) -> Float[Array, " b"]:

@@ -15,7 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dcae_jax.autoencoder import latent_statistics
+from dcae_jax.autoencoder import (
+  latent_statistics,
+  quantisation,
+  streaming_moments,
+)
 from dcae_jax.evaluation import fid, image_metrics
 
 # Edges of histograms, per metric; what lies beyond counts in the last bin.
@@ -129,7 +133,7 @@ def create(
   def measure_batch(variables, parameters, batch):
     images = batch.images.astype(jnp.float32)
     z = networks.encode(variables, images / 127.5 - 1.0)
-    found = image_metrics.quantise(networks.decode(variables, z))
+    found = quantisation.quantise(networks.decode(variables, z))
     values = {
       "psnr": image_metrics.psnr(found, images),
       "ssim": image_metrics.ssim(found, images),
@@ -279,7 +283,9 @@ class _Totals:
       (self._original_moments, small.original_features),
     ):
       for name, rows in features.items():
-        moments.setdefault(name, fid.Moments(rows.shape[1])).update(rows[good])
+        moments.setdefault(
+          name, streaming_moments.Moments(rows.shape[1])
+        ).update(rows[good])
     rows = [
       {"index": int(index)} | {name: float(v[i]) for name, v in values.items()}
       for i, index in enumerate(indices)

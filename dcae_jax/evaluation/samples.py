@@ -17,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dcae_jax.autoencoder import autoencoder
-from dcae_jax.evaluation import image_metrics
+from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.evaluation.networks import inception
 from dcae_jax.latents import decode
-from dcae_jax.runs import metrics_writer
-from dcae_jax.setup import measuring
+from dcae_jax.runs import metrics_writer, progress_lines
 from dcae_jax.training import sharding
 
 IMAGES = ("png", "npz", "")
@@ -124,7 +122,7 @@ class Drawing:
 
     def show(variables, parameters, z):
       unscaled = decode.unscaled(description, z)
-      pixels = image_metrics.quantise(
+      pixels = quantisation.quantise(
         ae.apply(variables, unscaled, method="decode")
       )
       shown = {
@@ -189,7 +187,7 @@ def fill(
   Raises:
     FloatingPointError: latents are not finite.
   """
-  progress = measuring.Progress(sum(part.rows for part in missing))
+  progress = progress_lines.Progress(sum(part.rows for part in missing))
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for part, arrays in _fetched(drawing, missing, stopped):
       if not np.isfinite(arrays["latent_rms"]).all():

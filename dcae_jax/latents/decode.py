@@ -12,9 +12,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from dcae_jax.autoencoder import autoencoder
+from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.autoencoder.weights import conversion
-from dcae_jax.evaluation import image_metrics
 from dcae_jax.latents import encode, reader
 from dcae_jax.runs import differences, metrics_writer
 
@@ -67,7 +66,7 @@ def load_autoencoder(
 
 def to_pixels(ae: autoencoder.Autoencoder, z: np.ndarray) -> np.ndarray:
   """Latents [n, h, w, c] as they are stored, to uint8 images."""
-  return np.asarray(image_metrics.quantise(ae.decode(z)), np.uint8)
+  return np.asarray(quantisation.quantise(ae.decode(z)), np.uint8)
 
 
 def unscaled(manifest: dict[str, Any], z: Any) -> Any:

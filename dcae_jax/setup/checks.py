@@ -13,7 +13,7 @@ from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.data import images
 from dcae_jax.evaluation.networks import lpips
 from dcae_jax.setup import metric_networks, wiring
-from dcae_jax.training import optimizer
+from dcae_jax.training import freezing, optimizer
 
 _LARGEST = 2**31 - 1  # counts are int32
 _BELOW_1 = 1 - 1e-12
@@ -39,7 +39,7 @@ def check_autoencoder(
   variables = dcae.abstract_variables(
     wiring.model(config.model), config.model.image_channels
   )
-  mask = phases.trainable_mask(variables["params"], phase.trainable)
+  mask = freezing.trainable_mask(variables["params"], phase.trainable)
   if not config.evaluation.resolutions:
     raise ValueError(
       "config.evaluation.resolutions is empty; name at least one"

@@ -1,11 +1,9 @@
 """Measuring autoencoders on images, for training, reports and evaluations.
 
-Images of a source over a mesh, the measurement of one resolution, progress.
+Images of a source over a mesh, and the measurement of one resolution.
 """
 
 import functools
-import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,8 +16,6 @@ from dcae_jax.evaluation import reconstruction
 from dcae_jax.setup import metric_networks
 from dcae_jax.training import sharding
 
-_LOG = logging.getLogger(__name__)
-_SECONDS_BETWEEN_LINES = 10  # of progress
 _LARGEST_SIDE = 2**14  # pixels
 
 
@@ -142,39 +138,6 @@ class Evaluation:
       extremes=self._extremes,
       references=self._references.get(resolution),
       on_batch=on_batch,
-    )
-
-
-class Progress:
-  """Says now and then how many images are done, and how long the rest takes."""
-
-  def __init__(self, total: int):
-    self._total, self._done = total, 0
-    self._start = self._said = time.monotonic()
-
-  @property
-  def seconds(self) -> float:
-    """Since the start."""
-    return time.monotonic() - self._start
-
-  def add(self, images: int) -> None:
-    self._done += images
-    now = time.monotonic()
-    if now - self._said < _SECONDS_BETWEEN_LINES:
-      return
-    self._said = now
-    rate = self._done / self.seconds
-    left = (self._total - self._done) / max(rate, 1e-9)
-    _LOG.info(
-      "%d/%d images, %.3g images/s, about %.0f s left",
-      self._done, self._total, rate, left,
-    )  # fmt: skip
-
-  def finish(self) -> None:
-    """Says how many of the images could be used."""
-    rate = self._done / self.seconds
-    _LOG.info(
-      "%d of %d images used, %.3g images/s", self._done, self._total, rate
     )
 
 

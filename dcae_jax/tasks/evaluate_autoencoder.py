@@ -32,7 +32,7 @@ from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.data import images, sources, transforms
 from dcae_jax.evaluation import fid, reconstruction
 from dcae_jax.evaluation.report import evaluation_report, figures, page
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, progress_lines
 from dcae_jax.setup import floor, measuring, metric_networks, wiring
 from dcae_jax.training import checkpoint, sharding
 
@@ -290,7 +290,7 @@ def _evaluate(
   by_resolution = {}
   for resolution in config.resolutions:
     _LOG.info("%s at %d px: %d images", name, resolution, reader.total)
-    progress = measuring.Progress(reader.total)
+    progress = progress_lines.Progress(reader.total)
     columns = ("psnr", "ssim", *(["lpips"] if networks.lpips else []))
     path = workdir / f"images_{resolution}px.csv"
     with _image_table(path, source, columns) as add_rows:

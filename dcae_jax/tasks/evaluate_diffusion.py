@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.autoencoder import autoencoder
+from dcae_jax.autoencoder import autoencoder, streaming_moments
 from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.diffusion import objectives, samplers
@@ -371,7 +371,7 @@ def _measure(
   reference: fid.Statistics | None,
 ) -> dict[str, float]:
   """The metrics of one scale."""
-  moments = fid.Moments(inception.FEATURES)
+  moments = streaming_moments.Moments(inception.FEATURES)
   features, logits, squares = [], [], 0.0
   needed = ("latent_rms", *(("features", "logits") if config.metrics else ()))
   parts = _parts(config, scale)

@@ -23,8 +23,8 @@ from dcae_jax.data import images, sources, transforms
 from dcae_jax.latents import encode as latent_encoding
 from dcae_jax.latents import rows
 from dcae_jax.latents import store as latent_store
-from dcae_jax.runs import metrics_writer, stopwatch
-from dcae_jax.setup import measuring, wiring
+from dcae_jax.runs import metrics_writer, progress_lines, stopwatch
+from dcae_jax.setup import wiring
 from dcae_jax.training import loop
 
 _LOG = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ class _Export:
 
   def _survey(self) -> bool:
     """Finds out what cannot be used; False if stopped."""
-    progress = measuring.Progress(self._total // jax.process_count())
+    progress = progress_lines.Progress(self._total // jax.process_count())
     _LOG.info("trying which of %d images can be used", self._total)
     self._store.survey(
       self._total,
@@ -348,7 +348,9 @@ class _Export:
           group_size=size,
           devices=devices,
         )
-    progress = measuring.Progress(sum(len(part) for part in shards.values()))
+    progress = progress_lines.Progress(
+      sum(len(part) for part in shards.values())
+    )
     loaded = rows.load_batches(
       self._rows,
       list(shards.items()),

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from dcae_jax.autoencoder import autoencoder
 from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
-from dcae_jax.runs import metrics_writer
-from dcae_jax.setup import measuring, wiring
+from dcae_jax.runs import metrics_writer, progress_lines
+from dcae_jax.setup import wiring
 
 _LOG = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _plain(values: dict[str, Any]) -> str:
 
 
 def _verify(store: reader.Latents) -> list[str]:
-  progress = measuring.Progress(store.manifest["count"])
+  progress = progress_lines.Progress(store.manifest["count"])
   problems = store.verify(progress.add)
   _LOG.info(
     "checksums of %d rows: %s",

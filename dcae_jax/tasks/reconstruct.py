@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.autoencoder import autoencoder
+from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.data import images, sources, transforms
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.evaluation.report import figures
@@ -74,7 +74,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       _LOG.warning("skipped %s", skipped[-1])
       continue
     original = np.asarray(image).reshape(image.height, image.width, -1)
-    found = image_metrics.quantise(ae.reconstruct(original[None], **options))
+    found = quantisation.quantise(ae.reconstruct(original[None], **options))
     pixels = jnp.asarray(original[None], jnp.float32)
     psnr = float(image_metrics.psnr(found, pixels)[0])
     height, width, _ = original.shape

@@ -13,10 +13,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax.autoencoder import streaming_moments
 from dcae_jax.data import images
 from dcae_jax.evaluation import fid
 from dcae_jax.evaluation.networks import inception
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, progress_lines
 from dcae_jax.setup import measuring, wiring
 from dcae_jax.training import sharding
 
@@ -67,8 +68,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   ).astype(int)
   counts = {}
   for resolution in config.resolutions:
-    progress = measuring.Progress(reader.total)
-    moments, kept = fid.Moments(inception.FEATURES), []
+    progress = progress_lines.Progress(reader.total)
+    moments, kept = streaming_moments.Moments(inception.FEATURES), []
     for batch in reader.batches(resolution):
       rows, mask, indices = jax.device_get(features(parameters, batch))
       kept.append(rows[mask & np.isin(indices, chosen)])

@@ -34,7 +34,7 @@ from dcae_jax.setup import (
   training_run,
   wiring,
 )
-from dcae_jax.training import checkpoint, loop, optimizer, sharding
+from dcae_jax.training import checkpoint, freezing, loop, optimizer, sharding
 from dcae_jax.training import state as state_lib
 
 _LOG = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def _setup(
     settings, config.steps, sharding.on_whole_arrays(mesh)
   )
   variables = dcae.abstract_variables(autoencoder, config.model.image_channels)
-  mask = phases.trainable_mask(variables["params"], phase.trainable)
+  mask = freezing.trainable_mask(variables["params"], phase.trainable)
   if config.model.scan and not phases.blocks_learn_alike(mask):
     # Stacked blocks are differentiated together, frozen ones too.
     autoencoder = wiring.model(_changed(config, scan=False).model)
@@ -481,15 +481,15 @@ def _floor(
 
 
 def _describe(config: ConfigDict, setup: _Setup, held_out: int) -> None:
-  learning, frozen = phases.partition(setup.abstract.params, setup.mask)
+  learning, frozen = freezing.partition(setup.abstract.params, setup.mask)
   _LOG.info(
     "%s of %s at %d px: %s parameters learn, %s are frozen; %d devices, "
     "%d held-out images",
     config.phase,
     config.model.variant,
     config.resolution,
-    f"{phases.count(learning):,}",
-    f"{phases.count(frozen):,}",
+    f"{freezing.count(learning):,}",
+    f"{freezing.count(frozen):,}",
     setup.mesh.size,
     held_out,
   )
@@ -508,14 +508,14 @@ def _result(
   workdir: epath.Path, step: int, skipped: int, setup: _Setup
 ) -> dict[str, float]:
   """The last of each metric, and what the run is."""
-  learning, _ = phases.partition(setup.abstract.params, setup.mask)
+  learning, _ = freezing.partition(setup.abstract.params, setup.mask)
   result = {"images_skipped": skipped}
   result |= metrics_writer.last_values(workdir / "metrics.jsonl")
   return result | {
     "step": step,
     "scaling_factor": 1 / result["eval/latent_rms"],
-    "parameters": phases.count(setup.abstract.params),
-    "parameters_trained": phases.count(learning),
+    "parameters": freezing.count(setup.abstract.params),
+    "parameters_trained": freezing.count(learning),
   }
 
 

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dcae_jax.autoencoder import autoencoder, phases
+from dcae_jax.autoencoder import autoencoder
 from dcae_jax.autoencoder import train_step as autoencoder_train_step
 from dcae_jax.diffusion import objectives, samplers
 from dcae_jax.diffusion import train_step as diffusion_train_step
@@ -25,7 +25,7 @@ from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
 from dcae_jax.runs import metrics_writer
 from dcae_jax.setup import denoising, training_run, wiring
-from dcae_jax.training import checkpoint, loop, optimizer, sharding
+from dcae_jax.training import checkpoint, freezing, loop, optimizer, sharding
 from dcae_jax.training import state as state_lib
 
 _LOG = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def run(
   _LOG.info(
     "%s on %d latents of %s: %s parameters, %d devices",
     config.model.variant, len(store), store.path,
-    f"{phases.count(setup.abstract.params):,}", setup.mesh.size,
+    f"{freezing.count(setup.abstract.params):,}", setup.mesh.size,
   )  # fmt: skip
   decode.write_description(workdir, described)
 
@@ -362,7 +362,7 @@ def _finish(workdir: epath.Path, step: int, setup: _Setup) -> None:
     return
   result = metrics_writer.last_values(workdir / "metrics.jsonl") | {
     "step": step,
-    "parameters": phases.count(setup.abstract.params),
+    "parameters": freezing.count(setup.abstract.params),
     "forward_macs": setup.denoiser.forward_macs,
   }
   metrics_writer.write_whole(

@@ -56,7 +56,7 @@ def create(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimizer and its learning rate as a function of the step.
 
-  Applied to the trainable part of `phases.partition`, it has no state for
+  Applied to the trainable part of `freezing.partition`, it has no state for
   frozen parameters.
 
   Args:

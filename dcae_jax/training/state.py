@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcae_jax.autoencoder import phases
+from dcae_jax.training import freezing
 
 Tree = Any
 
@@ -51,7 +51,7 @@ def create(
 
   Args:
     variables: `{"params": ..., "batch_stats": ...}`.
-    mask: which parameters learn (`phases.trainable_mask`).
+    mask: which parameters learn (`freezing.trainable_mask`).
     optimizer: of the autoencoder.
     ema: averages to go on from; None: a copy of `variables`.
     discriminator: its parameters, in phase 3.
@@ -59,7 +59,7 @@ def create(
   """
   params = variables["params"]
   batch_stats = variables["batch_stats"]
-  trainable, _ = phases.partition(params, mask)
+  trainable, _ = freezing.partition(params, mask)
   if ema is None:
     ema = {"params": params, "batch_stats": batch_stats}
   optimizer_state = None

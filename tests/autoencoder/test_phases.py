@@ -1,10 +1,10 @@
 import jax
-import jax.numpy as jnp
 import pytest
 
 from configs import base
 from dcae_jax.autoencoder import phases
 from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.training import freezing
 
 
 @pytest.fixture(scope="module")
@@ -15,13 +15,13 @@ def parameters():
 
 
 def _learning(parameters, patterns):
-  mask = phases.trainable_mask(parameters, patterns)
-  paths = phases.parameter_paths(parameters)
+  mask = freezing.trainable_mask(parameters, patterns)
+  paths = freezing.parameter_paths(parameters)
   return [p for p, m in zip(paths, jax.tree.leaves(mask), strict=True) if m]
 
 
 def test_phases_train_what_the_paper_names(parameters):
-  everything = phases.parameter_paths(parameters)
+  everything = freezing.parameter_paths(parameters)
   for phase, modules in [
     (phases.low_resolution_full_training(), ("",)),
     (
@@ -59,20 +59,9 @@ def test_patterns_are_modules_or_shell_patterns(parameters):
 
 def test_patterns_that_match_nothing_are_refused(parameters):
   with pytest.raises(ValueError, match=r"'decoder/head'.*decoder/project_out"):
-    phases.trainable_mask(parameters, ("decoder/project_in", "decoder/head"))
+    freezing.trainable_mask(parameters, ("decoder/project_in", "decoder/head"))
   with pytest.raises(ValueError, match="nothing would learn"):
-    phases.trainable_mask(parameters, ())
-
-
-def test_combine_inverts_partition_and_masked_leaves_do_not_exist():
-  tree = {"a": {"b": jnp.ones(2), "c": jnp.zeros(3)}, "d": jnp.ones(4)}
-  mask = {"a": {"b": True, "c": False}, "d": True}
-  trainable, frozen = phases.partition(tree, mask)
-  assert phases.count(trainable) == 6 and phases.count(frozen) == 3
-  assert phases.parameter_paths(frozen) == ["a/c"]
-  combined = phases.combine(trainable, frozen)
-  assert jax.tree.structure(combined) == jax.tree.structure(tree)
-  assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, combined, tree)))
+    freezing.trainable_mask(parameters, ())
 
 
 def test_unknown_phases_are_refused_with_the_known_ones():
@@ -83,7 +72,7 @@ def test_unknown_phases_are_refused_with_the_known_ones():
 def test_blocks_of_a_stage_may_learn_differently():
   shapes = dcae.abstract_variables(dcae.create("f32c32"), 3)["params"]
   alike = lambda *patterns: phases.blocks_learn_alike(
-    phases.trainable_mask(shapes, patterns)
+    freezing.trainable_mask(shapes, patterns)
   )
   assert alike("*") and alike("decoder/project_out")
   assert alike("encoder/stage_2", "decoder/*/norm/scale")

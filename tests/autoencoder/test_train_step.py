@@ -10,7 +10,7 @@ import pytest
 from configs import base
 from dcae_jax.autoencoder import patchgan, phases, train_step
 from dcae_jax.autoencoder.dcae import network as dcae
-from dcae_jax.training import optimizer
+from dcae_jax.training import freezing, optimizer
 from dcae_jax.training import state as state_lib
 
 PHASES = list(phases.PHASES.values())
@@ -44,7 +44,7 @@ def _images(n=8, seed=0):
 
 def _build(model, variables, phase, **options):
   """(jitted step, state, mask) of a phase."""
-  mask = phases.trainable_mask(variables["params"], phase.trainable)
+  mask = freezing.trainable_mask(variables["params"], phase.trainable)
   transformation, schedule = optimizer.create(
     dataclasses.replace(OPTIMIZER, **options.pop("optimizer", {})), steps=100
   )
@@ -83,7 +83,7 @@ def _build(model, variables, phase, **options):
 
 def _moved(before, after):
   """Paths of the leaves that are not bit-identical."""
-  paths = phases.parameter_paths(before)
+  paths = freezing.parameter_paths(before)
   pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
   return {
     path
@@ -104,13 +104,13 @@ def test_frozen_parameters_do_not_move_and_trainable_ones_do(
   after = state
   for seed in range(3):
     after, _ = step_fn(after, _images(seed=seed), {})
-  learning, _ = phases.partition(state.params, mask)
-  expected = set(phases.parameter_paths(learning))
+  learning, _ = freezing.partition(state.params, mask)
+  expected = set(freezing.parameter_paths(learning))
   assert _moved(state.params, after.params) == expected
   assert _moved(state.ema["params"], after.ema["params"]) - {
     "encoder/project_in/conv/bias"
   } == expected - {"encoder/project_in/conv/bias"}
-  statistics = set(phases.parameter_paths(state.batch_stats))
+  statistics = set(freezing.parameter_paths(state.batch_stats))
   expected = statistics if phase.moves_batch_statistics else set()
   assert _moved(state.batch_stats, after.batch_stats) == expected
   averaged = _moved(state.ema["batch_stats"], after.ema["batch_stats"])
@@ -126,8 +126,8 @@ def test_muon_has_no_state_for_frozen_parameters_and_leaves_their_bits(
   step_fn, state, mask = _build(
     model, variables, phase, accumulation=2, optimizer={"kind": "muon"}
   )
-  learning, _ = phases.partition(state.params, mask)
-  kernels = {x for x in phases.parameter_paths(learning) if "kernel" in x}
+  learning, _ = freezing.partition(state.params, mask)
+  kernels = {x for x in freezing.parameter_paths(learning) if "kernel" in x}
   leaves = jax.tree.leaves_with_path(state.optimizer)
   paths = {
     jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
@@ -139,7 +139,7 @@ def test_muon_has_no_state_for_frozen_parameters_and_leaves_their_bits(
   momenta = [x for x in paths if "/mu/" in x and x.endswith("kernel")]
   assert len(momenta) == len(kernels) == 2
   after, _ = step_fn(state, _images(), {})
-  expected = set(phases.parameter_paths(learning))
+  expected = set(freezing.parameter_paths(learning))
   assert _moved(state.params, after.params) == expected
   assert _moved(state.ema["params"], after.ema["params"]) == expected
 
@@ -160,11 +160,13 @@ def test_optimizer_has_moments_for_trainable_leaves_only(
   model, variables, phase
 ):
   _, state, mask = _build(model, variables, phase())
-  learning, _ = phases.partition(state.params, mask)
+  learning, _ = freezing.partition(state.params, mask)
   adam = optax.tree.get(state.optimizer, "mu")
-  assert phases.parameter_paths(adam) == phases.parameter_paths(learning)
+  assert freezing.parameter_paths(adam) == freezing.parameter_paths(learning)
   scalars = sum(1 for x in jax.tree.leaves(state.optimizer) if x.ndim == 0)
-  assert phases.count(state.optimizer) == 2 * phases.count(learning) + scalars
+  assert (
+    freezing.count(state.optimizer) == 2 * freezing.count(learning) + scalars
+  )
 
 
 def test_flops_of_frozen_phases_against_phase_1():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
+from dcae_jax.autoencoder import streaming_moments
 from dcae_jax.evaluation import fid
 
 
@@ -14,7 +15,7 @@ def _features(n, d=12, seed=0, shift=0.0):
 
 
 def _moments(rows, size=None):
-  moments = fid.Moments(rows.shape[1])
+  moments = streaming_moments.Moments(rows.shape[1])
   for start in range(0, len(rows), size or 1000):
     moments.update(rows[start : start + (size or 1000)])
   return moments
@@ -95,7 +96,7 @@ def test_features_that_are_not_finite_stop_it():
   rows = _features(3)
   rows[1, 2] = np.nan
   with pytest.raises(FloatingPointError, match="not finite"):
-    fid.Moments(12).update(rows)
+    streaming_moments.Moments(12).update(rows)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dcae_jax.autoencoder import quantisation, streaming_moments
 from dcae_jax.evaluation import fid, image_metrics, reconstruction
 from dcae_jax.evaluation.report import figures
 from dcae_jax.training import hardware, sharding
@@ -67,9 +68,9 @@ def _expected(images):
   """Without batches: numpy over the whole set."""
   pixels = jnp.asarray(images, "float32")
   z = 0.9 * (pixels[:, ::2, ::2] / 127.5 - 1)
-  found = image_metrics.quantise(z.repeat(2, 1).repeat(2, 2))
+  found = quantisation.quantise(z.repeat(2, 1).repeat(2, 2))
   features = lambda x: 3 * np.asarray(x, float).mean((1, 2)) / 255
-  moments = [fid.Moments(images.shape[-1]) for _ in range(2)]
+  moments = [streaming_moments.Moments(images.shape[-1]) for _ in range(2)]
   for m, x in zip(moments, (found, pixels), strict=True):
     m.update(features(x))
   a, b = moments
@@ -161,7 +162,7 @@ def test_reference_statistics_take_the_place_of_the_originals():
   reference = (np.zeros(3), np.eye(3))
   found = _measure(_batches(images, 4), references={"rfid": reference})
   _, reconstructions, expected = _expected(images)
-  moments = fid.Moments(3)
+  moments = streaming_moments.Moments(3)
   moments.update(3 * np.asarray(reconstructions).mean((1, 2)) / 255)
   distance = fid.frechet_distance(moments.mean, moments.covariance, *reference)
   assert found.metrics["rfid"] == pytest.approx(distance, rel=1e-4)

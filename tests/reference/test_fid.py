@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from pytorch_fid import fid_score
 
+from dcae_jax.autoencoder import streaming_moments
 from dcae_jax.evaluation import fid
 
 
@@ -15,7 +16,7 @@ def _features(n, d, seed):
 
 
 def _ours(rows):
-  moments = fid.Moments(rows.shape[1])
+  moments = streaming_moments.Moments(rows.shape[1])
   for part in np.array_split(rows, 13):
     moments.update(part)
   return moments.mean, moments.covariance

@@ -17,6 +17,7 @@ from PIL import Image
 
 import dcae_jax
 from configs import base
+from dcae_jax.autoencoder import streaming_moments
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.evaluation import fid, sample_metrics, samples
 from dcae_jax.evaluation.networks import inception
@@ -126,7 +127,7 @@ def test_metrics_are_those_of_the_written_images(
       spread = direct.std(axis=0).mean()  # over images
       assert abs(recorded - direct).max() < 0.3 * spread
     found = result["guidance"][f"{scale:g}"]
-    moments = fid.Moments(inception.FEATURES)
+    moments = streaming_moments.Moments(inception.FEATURES)
     moments.update(features)
     assert found["gfid"] == pytest.approx(
       fid.frechet_distance(

@@ -17,7 +17,7 @@ from dcae_jax.autoencoder import families, phases, train_step
 from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.sd_vae import network as sd_vae
 from dcae_jax.tasks import train_autoencoder
-from dcae_jax.training import optimizer
+from dcae_jax.training import freezing, optimizer
 from dcae_jax.training import state as state_lib
 from tasks.test_train_autoencoder import _assert_same_bits, _lines, _saved
 
@@ -100,7 +100,7 @@ def _images(n=8, seed=0):
 
 def _build(model, variables, weight, **options):
   """(jitted step, state)."""
-  mask = phases.trainable_mask(variables["params"], PHASE_1.trainable)
+  mask = freezing.trainable_mask(variables["params"], PHASE_1.trainable)
   settings = dataclasses.replace(
     optimizer.Settings(**base.autoencoder().optimizer),
     learning_rate=1e-3,
@@ -222,7 +222,7 @@ def test_a_run_measures_the_kl_loss_and_evaluates_the_mean(phase_1):
     np.testing.assert_allclose(x["train/loss/total"], total, rtol=1e-6)
   result = json.loads((phase_1 / "result.json").read_text())
   model = families.create(TINY)
-  count = phases.count(dcae.abstract_variables(model, 3))
+  count = freezing.count(dcae.abstract_variables(model, 3))
   assert result["parameters"] == result["parameters_trained"] == count
   assert {"eval/psnr", "eval/ssim", "scaling_factor"} <= result.keys()
 

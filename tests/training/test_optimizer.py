@@ -10,8 +10,7 @@ import optax
 import pytest
 
 from configs import base
-from dcae_jax.autoencoder import phases
-from dcae_jax.training import optimizer, sharding
+from dcae_jax.training import freezing, optimizer, sharding
 
 ADAMW = dataclasses.replace(
   optimizer.Settings(**base.autoencoder().optimizer),
@@ -42,7 +41,7 @@ def _random(seed):
 
 
 def _leaves(tree):
-  paths = phases.parameter_paths(tree)
+  paths = freezing.parameter_paths(tree)
   return dict(zip(paths, jax.tree.leaves(tree), strict=True))
 
 

@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcae_jax.autoencoder import families, phases
+from dcae_jax.autoencoder import families
 from dcae_jax.autoencoder.dcae import efficientvit
 from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.training import freezing
 
 # Trainable parameters of encoder and decoder, running batch statistics.
 PARAMETERS = {
@@ -41,9 +42,9 @@ def test_parameter_counts_are_the_published_ones(variant):
   f = model.spatial_compression
   variables, _, _ = _shapes(model, f, f)
   found = (
-    phases.count(variables["params"]["encoder"]),
-    phases.count(variables["params"]["decoder"]),
-    phases.count(variables.get("batch_stats", {})),
+    freezing.count(variables["params"]["encoder"]),
+    freezing.count(variables["params"]["decoder"]),
+    freezing.count(variables.get("batch_stats", {})),
   )
   assert found == PARAMETERS[variant]
 
@@ -198,7 +199,7 @@ def test_only_the_branches_of_blocks_start_smaller():
     shapes = dcae.abstract_variables(model, 3)["params"]
     before = jax.tree.map(lambda x: np.full((), 7.0), shapes)
     after = dcae.with_branch_scale(before, 0.25)
-    paths = phases.parameter_paths(before)
+    paths = freezing.parameter_paths(before)
     changed = [
       path
       for path, x in zip(paths, jax.tree.leaves(after), strict=True)

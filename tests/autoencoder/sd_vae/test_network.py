@@ -7,6 +7,7 @@ from dcae_jax.autoencoder import families, phases
 from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.dcae import residual_autoencoding
 from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.training import freezing
 
 TINY = "tiny-sd-vae-f8"
 
@@ -33,7 +34,7 @@ def tiny():
 
 def test_f8c4_has_as_many_parameters_as_stable_diffusions():
   found = dcae.abstract_variables(families.create("sd-vae-f8c4"), 3)
-  assert phases.count(found) == 83_653_863
+  assert freezing.count(found) == 83_653_863
   assert found["batch_stats"] == {}
 
 
@@ -57,7 +58,7 @@ def test_names_tell_the_shapes(name):
 def test_default_patterns_of_the_phases_match():
   params = dcae.abstract_variables(families.create(TINY), 3)["params"]
   for create in phases.PHASES.values():
-    mask = phases.trainable_mask(params, create().trainable)
+    mask = freezing.trainable_mask(params, create().trainable)
     assert any(jax.tree.leaves(mask))
   assert params["decoder"]["project_out"]["conv"]["kernel"]
 

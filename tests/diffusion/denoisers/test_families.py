@@ -6,8 +6,8 @@ import numpy as np
 import numpy_denoisers
 import pytest
 
-from dcae_jax.autoencoder import phases
 from dcae_jax.diffusion.denoisers import families as denoisers
+from dcae_jax.training import freezing
 
 SETTINGS = {"latent_size": 16, "latent_channels": 32, "num_classes": 1000}
 # DC-AE's table 3: millions of parameters.
@@ -47,7 +47,7 @@ def _inputs(model, images):
 def test_parameter_counts_are_the_published_ones(name):
   variables = denoisers.abstract_variables(_create(name))
   assert set(variables) == {"params"}
-  assert round(phases.count(variables) / 1e6, 2) == PARAMETERS[name]
+  assert round(freezing.count(variables) / 1e6, 2) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("key", MACS, ids=lambda key: f"{key[0]}-{key[1]}")

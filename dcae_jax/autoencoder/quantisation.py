@@ -1,0 +1,9 @@
+"""Images as a saved file holds them: 8-bit pixels."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def quantise(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+  """[-1, 1] floats to whole numbers from 0 to 255, as a saved file holds."""
+  return jnp.clip(jnp.round(images * 127.5 + 127.5), 0.0, 255.0)

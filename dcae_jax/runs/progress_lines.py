@@ -1,0 +1,41 @@
+"""Says in the log how far work on many images is."""
+
+import logging
+import time
+
+_LOG = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10  # of progress
+
+
+class Progress:
+  """Says now and then how many images are done, and how long the rest takes."""
+
+  def __init__(self, total: int):
+    self._total, self._done = total, 0
+    self._start = self._said = time.monotonic()
+
+  @property
+  def seconds(self) -> float:
+    """Since the start."""
+    return time.monotonic() - self._start
+
+  def add(self, images: int) -> None:
+    self._done += images
+    now = time.monotonic()
+    if now - self._said < _SECONDS_BETWEEN_LINES:
+      return
+    self._said = now
+    rate = self._done / self.seconds
+    left = (self._total - self._done) / max(rate, 1e-9)
+    _LOG.info(
+      "%d/%d images, %.3g images/s, about %.0f s left",
+      self._done, self._total, rate, left,
+    )  # fmt: skip
+
+  def finish(self) -> None:
+    """Says how many of the images could be used."""
+    rate = self._done / self.seconds
+    _LOG.info(
+      "%d of %d images used, %.3g images/s", self._done, self._total, rate
+    )

@@ -1,0 +1,83 @@
+"""Which parameters of a tree learn: patterns over paths, and the two parts.
+
+A parameter's path is such as `encoder/project_out/conv/kernel`. What a phase
+lets learn is not known here.
+"""
+
+import fnmatch
+from typing import Any
+
+import jax
+import optax
+
+Tree = Any
+
+
+def parameter_paths(parameters: Tree) -> list[str]:
+  """The paths of all leaves, in the tree's own order."""
+  leaves, _ = jax.tree.flatten_with_path(parameters)
+  return [_path(path) for path, _ in leaves]
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+  return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def trainable_mask(parameters: Tree, patterns: tuple[str, ...]) -> Tree:
+  """A tree of booleans: True where a parameter learns.
+
+  A pattern names a module ("decoder/project_out") or is a shell pattern over
+  the whole path ("encoder/*/norm/scale").
+
+  Raises:
+    ValueError: a pattern that matches no parameter, or no patterns at all.
+  """
+  paths = parameter_paths(parameters)
+  if not patterns:
+    raise ValueError("no trainable patterns are given, so nothing would learn")
+  for pattern in patterns:
+    if not any(_matches(path, pattern) for path in paths):
+      modules = sorted({"/".join(path.split("/")[:2]) for path in paths})
+      raise ValueError(
+        f"trainable pattern {pattern!r} matches no parameter; there are "
+        f"{', '.join(modules)}, and what is below them"
+      )
+  return jax.tree.map_with_path(
+    lambda keys, _: any(_matches(_path(keys), p) for p in patterns), parameters
+  )
+
+
+def _matches(path: str, pattern: str) -> bool:
+  pattern = pattern.rstrip("/")
+  return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(
+    path, f"{pattern}/*"
+  )
+
+
+def partition(parameters: Tree, mask: Tree) -> tuple[Tree, Tree]:
+  """Splits into (trainable, frozen), with `optax.MaskedNode` for the others.
+
+  A masked node has no leaves: what is built over the trainable part (gradients,
+  optimizer state) does not exist for frozen parameters.
+  """
+  masked = optax.MaskedNode()
+  trainable = jax.tree.map(
+    lambda leaf, learns: leaf if learns else masked, parameters, mask
+  )
+  frozen = jax.tree.map(
+    lambda leaf, learns: masked if learns else leaf, parameters, mask
+  )
+  return trainable, frozen
+
+
+def combine(trainable: Tree, frozen: Tree) -> Tree:
+  """Inverse of `partition`."""
+  is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
+  return jax.tree.map(
+    lambda a, b: b if is_masked(a) else a, trainable, frozen, is_leaf=is_masked
+  )
+
+
+def count(parameters: Tree) -> int:
+  """Number of scalars in a tree of arrays or shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(parameters))
