@@ -14,13 +14,16 @@ import numpy as np
 from configs import base
 from dcae_jax.autoencoder import phases, train_step
 from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.training import freezing, optimizer
 from dcae_jax.training import state as state_lib
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--variant", default="tiny-f32", choices=dcae.VARIANTS)
+  parser.add_argument(
+    "--variant", default="tiny-f32", choices=variants.VARIANTS
+  )
   parser.add_argument("--resolution", type=int, default=64)
   parser.add_argument("--batch_size", type=int, default=4)
   arguments = parser.parse_args()

@@ -19,11 +19,11 @@ import numpy as np
 import safetensors.numpy
 
 from dcae_jax.autoencoder import families
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.autoencoder.weights import conversion
 
 
-def _write(variant: dcae.Variant, folder: pathlib.Path) -> int:
+def _write(variant: variants.Variant, folder: pathlib.Path) -> int:
   """Returns the bytes of the parameters and batch statistics in float32."""
   rng = np.random.default_rng(0)
   tensors = {}
@@ -67,7 +67,7 @@ def main() -> None:
     _load(options.load)
     return
   with tempfile.TemporaryDirectory() as folder:
-    size = _write(dcae.check_variant(options.variant), pathlib.Path(folder))
+    size = _write(variants.check_variant(options.variant), pathlib.Path(folder))
     found = subprocess.run(
       [sys.executable, "-m", "benchmarks.loading_memory", "--load", folder],
       capture_output=True,

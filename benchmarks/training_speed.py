@@ -77,10 +77,9 @@ class Case(NamedTuple):
 
 def architecture(variant: str) -> dict[str, Any]:
   """Arguments of diffusers' AutoencoderDC."""
-  from dcae_jax.autoencoder.dcae import hub_config
-  from dcae_jax.autoencoder.dcae import network as dcae
+  from dcae_jax.autoencoder.dcae import hub_config, variants
 
-  config = hub_config.to_config(dcae.VARIANTS[variant], 3, 1.0, 0.0)
+  config = hub_config.to_config(variants.VARIANTS[variant], 3, 1.0, 0.0)
   del config["_class_name"]
   return config
 

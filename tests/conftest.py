@@ -100,8 +100,9 @@ def save_tiny_autoencoder(
   """Initial values of tiny-f8, in the diffusers layout; returns the folder."""
   import dcae_jax
   from dcae_jax.autoencoder.dcae import network as dcae
+  from dcae_jax.autoencoder.dcae import variants
 
-  variant = dcae.VARIANTS["tiny-f8"]
+  variant = variants.VARIANTS["tiny-f8"]
   variables = jax.jit(dcae.create(variant).init)(
     jax.random.key(seed), np.zeros((1, 8, 8, 3), "float32")
   )

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from dcae_jax.autoencoder import arrays, families, latent_statistics, tiling
 from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.dcae import variants as dcae_variants
 from dcae_jax.autoencoder.sd_vae import network as sd_vae
 from dcae_jax.autoencoder.weights import conversion, released
 from dcae_jax.data import images as images_lib
@@ -144,7 +145,7 @@ class _Kind(NamedTuple):
 
 
 _KINDS = {
-  dcae.Variant: _Kind(
+  dcae_variants.Variant: _Kind(
     "Deep compression autoencoder", "dc-ae", "DC-AE, arXiv 2410.10733", ""
   ),
   sd_vae.Variant: _Kind(
@@ -534,7 +535,7 @@ class Autoencoder:
         f"channels={channels!r} is not from 1 to {self.latent_channels}"
       )
     v = self.architecture
-    is_ordered = isinstance(v, dcae.Variant) and not (
+    is_ordered = isinstance(v, dcae_variants.Variant) and not (
       v.encoder_shortcut or v.decoder_shortcut
     )
     if not is_ordered or self.model.space_to_channel != 1:

@@ -10,12 +10,13 @@ from jax.typing import DTypeLike
 
 from dcae_jax.autoencoder.dcae import hub_config as dcae_hub_config
 from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.dcae import variants as dcae_variants
 from dcae_jax.autoencoder.sd_vae import hub_config as sd_vae_hub_config
 from dcae_jax.autoencoder.sd_vae import network as sd_vae
 
-Variant = dcae.Variant | sd_vae.Variant
+Variant = dcae_variants.Variant | sd_vae.Variant
 Model = dcae.DCAE | sd_vae.SDVAE
-VARIANTS: dict[str, Variant] = dcae.VARIANTS | sd_vae.VARIANTS
+VARIANTS: dict[str, Variant] = dcae_variants.VARIANTS | sd_vae.VARIANTS
 # By the classes that diffusers has for them; the first one where none is named.
 _CONFIGS: dict[str, ModuleType] = {
   "AutoencoderDC": dcae_hub_config,
@@ -66,7 +67,7 @@ def create(
     "dtype": dtype,
     "space_to_channel": space_to_channel,
   }
-  if isinstance(v, dcae.Variant):
+  if isinstance(v, dcae_variants.Variant):
     return dcae.create(
       v, residual_autoencoding=residual_autoencoding, scan=scan, **shared
     )
@@ -80,7 +81,7 @@ def create(
 
 def class_name(variant: Variant) -> str:
   """The class that diffusers has for it."""
-  is_dc = isinstance(variant, dcae.Variant)
+  is_dc = isinstance(variant, dcae_variants.Variant)
   return "AutoencoderDC" if is_dc else "AutoencoderKL"
 
 
@@ -141,6 +142,6 @@ def name_of(variant: Variant) -> str:
 
 
 def _plain(variant: Variant) -> Variant:
-  if isinstance(variant, dcae.Variant):
+  if isinstance(variant, dcae_variants.Variant):
     return dcae_hub_config.plain(variant)
   return variant

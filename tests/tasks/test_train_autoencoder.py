@@ -17,6 +17,7 @@ from etils import epath
 
 import dcae_jax
 from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.tasks import train_autoencoder
 from dcae_jax.training import checkpoint
@@ -264,14 +265,14 @@ def test_fine_tuning_takes_any_architecture_from_its_weights(
   tiny_config, tmp_path
 ):
   stages = tuple(
-    dcae.Stage(width, 1, **settings)
+    variants.Stage(width, 1, **settings)
     for width, settings in (
       (16, {}),
       (32, {}),
       (64, {"block": "efficientvit", "scales": (5,)}),
     )
   )
-  variant = dcae.Variant(
+  variant = variants.Variant(
     8, stages, stages, downsample="strided", upsample="nearest"
   )
   variables = jax.jit(dcae.create(variant).init)(

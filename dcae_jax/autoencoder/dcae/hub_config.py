@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.autoencoder.weights import settings
 from dcae_jax.nn import normalization
 
@@ -41,14 +42,14 @@ DEFAULTS = {
 }
 
 
-def from_config(config: dict[str, Any]) -> tuple[dcae.Variant, int]:
+def from_config(config: dict[str, Any]) -> tuple[variants.Variant, int]:
   """The variant and image channels of an AutoencoderDC `config.json`.
 
   Raises:
     ValueError: an unknown block, norm or activation, or lists that do not fit.
   """
   c = DEFAULTS | config
-  variant = dcae.Variant(
+  variant = variants.Variant(
     settings.count(c, "latent_channels"),
     encoder=_stages(c | _ENCODER_ONLY, "encoder"),
     decoder=_stages(c, "decoder"),
@@ -64,7 +65,7 @@ def from_config(config: dict[str, Any]) -> tuple[dcae.Variant, int]:
       c["decoder_conv_act_fn"], "decoder_conv_act_fn"
     ),
   )
-  dcae.check_architecture(variant)
+  variants.check_architecture(variant)
   return variant, settings.count(c, "in_channels")
 
 
@@ -73,7 +74,7 @@ _ENCODER_ONLY = {"encoder_norm_types": "rms_norm", "encoder_act_fns": "silu"}
 
 
 def to_config(
-  variant: dcae.Variant,
+  variant: variants.Variant,
   image_channels: int,
   scaling_factor: float,
   shift_factor: float,
@@ -121,7 +122,7 @@ def to_config(
   return {key: c[key] for key in ("_class_name", *DEFAULTS)}
 
 
-def plain(variant: dcae.Variant) -> dcae.Variant:
+def plain(variant: variants.Variant) -> variants.Variant:
   """The same architecture, without settings that do nothing in it."""
   return dataclasses.replace(
     variant,
@@ -130,16 +131,16 @@ def plain(variant: dcae.Variant) -> dcae.Variant:
   )
 
 
-def _plain_stage(stage: dcae.Stage) -> dcae.Stage:
+def _plain_stage(stage: variants.Stage) -> variants.Stage:
   """Without settings that do nothing: of other blocks, or of none."""
   if not stage.depth:
-    return dcae.Stage(stage.width, 0)
+    return variants.Stage(stage.width, 0)
   if stage.block == "res":
-    return stage._replace(scales=(), head_dim=dcae.Stage(1, 1).head_dim)
+    return stage._replace(scales=(), head_dim=variants.Stage(1, 1).head_dim)
   return stage._replace(activation="silu")
 
 
-def _stages(c: dict[str, Any], part: str) -> tuple[dcae.Stage, ...]:
+def _stages(c: dict[str, Any], part: str) -> tuple[variants.Stage, ...]:
   widths = c[f"{part}_block_out_channels"]
   if not isinstance(widths, list | tuple) or len(widths) < 2:
     raise ValueError(
@@ -171,7 +172,7 @@ def _stages(c: dict[str, Any], part: str) -> tuple[dcae.Stage, ...]:
   ):
     width, depth, block, norm, activation, scales = values
     stages.append(
-      dcae.Stage(
+      variants.Stage(
         settings.whole(width, f"{part}_block_out_channels[{i}]", 1),
         settings.whole(depth, f"{part}_layers_per_block[{i}]", 0, 100),
         settings.known(block, _BLOCK_TYPES, f"{part}_block_types[{i}]"),

@@ -1,13 +1,12 @@
-"""DC-AE (arXiv 2410.10733): encoder, decoder and the published variants.
+"""DC-AE (arXiv 2410.10733): encoder and decoder.
 
 A plain autoencoder: no quantisation, no KL term, latents unbounded. Stages are
 listed from shallow (image) to deep (latent), for the decoder too. Shallow
 stages hold ResBlocks, deep ones EfficientViT blocks (section 3.3).
 """
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +14,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dcae_jax.autoencoder.dcae import efficientvit, residual_autoencoding
+from dcae_jax.autoencoder.dcae import (
+  efficientvit,
+  residual_autoencoding,
+  variants,
+)
 from dcae_jax.nn import convolution, normalization
 
 ACTIVATIONS = {
@@ -25,29 +28,6 @@ ACTIVATIONS = {
   "mish": jax.nn.mish,
   "identity": lambda x: x,
 }
-
-
-class Stage(NamedTuple):
-  """The blocks at one resolution.
-
-  Attributes:
-    width: channels.
-    depth: number of blocks. 0 in the shallowest stage: the projection to or
-      from the image then resamples by 2 itself.
-    block: "res" or "efficientvit".
-    norm: a key of `normalization.NORMS`.
-    activation: of a ResBlock, a key of `ACTIVATIONS`.
-    scales: aggregation kernel sizes of EfficientViT's attention.
-    head_dim: channels of a head of EfficientViT's attention.
-  """
-
-  width: int
-  depth: int
-  block: str = "res"
-  norm: str = "rms_norm"
-  activation: str = "silu"
-  scales: tuple[int, ...] = ()
-  head_dim: int = efficientvit.HEAD_DIM
 
 
 class ResBlock(nn.Module):
@@ -70,7 +50,7 @@ class ResBlock(nn.Module):
 
 def _apply_blocks(
   module: nn.Module,
-  stage: Stage,
+  stage: variants.Stage,
   scan: bool,
   rematerialisation: bool,
   dtype: DTypeLike,
@@ -121,7 +101,7 @@ def _apply_blocks(
 class EncoderStage(nn.Module):
   """Blocks, then the downsampling to the next deeper stage, if there is one."""
 
-  stage: Stage
+  stage: variants.Stage
   deeper_width: int | None
   downsample: str
   residual_autoencoding: bool
@@ -148,7 +128,7 @@ class EncoderStage(nn.Module):
 class DecoderStage(nn.Module):
   """The upsampling from the next deeper stage, if there is one, then blocks."""
 
-  stage: Stage
+  stage: variants.Stage
   is_deepest: bool
   upsample: str
   residual_autoencoding: bool
@@ -235,7 +215,7 @@ class Encoder(nn.Module):
     dtype: of the computation; attention and norms are float32.
   """
 
-  stages: tuple[Stage, ...]
+  stages: tuple[variants.Stage, ...]
   latent_channels: int
   downsample: str = "space_to_channel"
   latent_shortcut: bool = True
@@ -298,7 +278,7 @@ class Decoder(nn.Module):
     dtype: of the computation; attention and norms are float32.
   """
 
-  stages: tuple[Stage, ...]
+  stages: tuple[variants.Stage, ...]
   image_channels: int = 3
   upsample: str = "channel_to_space"
   latent_shortcut: bool = True
@@ -355,7 +335,9 @@ class DCAE(nn.Module):
 
   @property
   def spatial_compression(self) -> int:
-    return spatial_compression(self.encoder.stages) * self.space_to_channel
+    return (
+      variants.spatial_compression(self.encoder.stages) * self.space_to_channel
+    )
 
   def encode(
     self, images: Float[Array, "b h w c"]
@@ -374,17 +356,6 @@ class DCAE(nn.Module):
     self, images: Float[Array, "b h w c"]
   ) -> Float[Array, "b h w c"]:
     return self.decode(self.encode(images))
-
-
-def spatial_compression(stages: tuple[Stage, ...]) -> int:
-  """How many times smaller than the image's the sides of the latents are.
-
-  Each stage but the deepest halves them, if it has blocks; without blocks in
-  the shallowest one, the projection from the image does.
-  """
-  return 2 ** sum(
-    i == 0 or stage.depth > 0 for i, stage in enumerate(stages[:-1])
-  )
 
 
 def abstract_variables(model: nn.Module, image_channels: int) -> Any:
@@ -428,120 +399,6 @@ def check_side(side: int, spatial_compression: int) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """An architecture; the fields are those of Encoder and Decoder."""
-
-  latent_channels: int
-  encoder: tuple[Stage, ...]
-  decoder: tuple[Stage, ...]
-  downsample: str = "space_to_channel"
-  upsample: str = "channel_to_space"
-  encoder_shortcut: bool = True
-  decoder_shortcut: bool = True
-  head_activation: str = "relu"
-
-  @property
-  def spatial_compression(self) -> int:
-    return spatial_compression(self.encoder)
-
-
-def _stages(
-  widths: tuple[int, ...],
-  depths: tuple[int, ...],
-  shallow: dict[str, Any] | None = None,
-  deep: dict[str, Any] | None = None,
-) -> tuple[Stage, ...]:
-  """Stages 0 to 2 with the settings `shallow`, the others with `deep`."""
-  return tuple(
-    Stage(width, depth, **((shallow if i < 3 else deep) or {}))
-    for i, (width, depth) in enumerate(zip(widths, depths, strict=True))
-  )
-
-
-_EFFICIENTVIT = {"block": "efficientvit"}
-_MULTI_SCALE = {"block": "efficientvit", "scales": (5,)}
-_BATCH_NORM = {"norm": "batch_norm", "activation": "relu"}
-
-
-def _paper(
-  latent_channels: int,
-  widths: tuple[int, ...],
-  encoder_depths: tuple[int, ...],
-  decoder_depths: tuple[int, ...],
-) -> Variant:
-  return Variant(
-    latent_channels,
-    encoder=_stages(widths, encoder_depths, deep=_EFFICIENTVIT),
-    decoder=_stages(widths, decoder_depths, _BATCH_NORM, _EFFICIENTVIT),
-  )
-
-
-def _tiny(latent_channels: int, widths: tuple[int, ...]) -> Variant:
-  depths = (0,) + (1,) * (len(widths) - 1)
-  return _paper(latent_channels, widths, depths, depths)
-
-
-def _with_rms_norm(variant: Variant) -> Variant:
-  """Without batch norm: what trains is what is evaluated."""
-  decoder = tuple(stage._replace(norm="rms_norm") for stage in variant.decoder)
-  return dataclasses.replace(variant, decoder=decoder)
-
-
-_F32_WIDTHS = (128, 256, 512, 512, 1024, 1024)
-_SANA_ENCODER = _stages(_F32_WIDTHS, (2, 2, 2, 3, 3, 3), deep=_MULTI_SCALE)
-
-VARIANTS: dict[str, Variant] = {
-  "f32c32": _paper(32, _F32_WIDTHS, (0, 4, 8, 2, 2, 2), (0, 5, 10, 2, 2, 2)),
-  "f64c128": _paper(
-    128,
-    (*_F32_WIDTHS, 2048),
-    (0, 4, 8, 2, 2, 2, 2),
-    (0, 5, 10, 2, 2, 2, 2),
-  ),
-  "f128c512": _paper(
-    512,
-    (*_F32_WIDTHS, 2048, 2048),
-    (0, 4, 8, 2, 2, 2, 2, 2),
-    (0, 5, 10, 2, 2, 2, 2, 2),
-  ),
-  "f32c32-sana": Variant(
-    32,
-    encoder=_SANA_ENCODER,
-    decoder=_stages(_F32_WIDTHS, (3,) * 6, deep=_MULTI_SCALE),
-    downsample="strided",
-    upsample="nearest",
-  ),
-  "f32c32-lite": Variant(
-    32,
-    encoder=_SANA_ENCODER,
-    decoder=_stages(_F32_WIDTHS, (0, 3, 5, 4, 4, 4)),
-    downsample="strided",
-    head_activation="silu",
-  ),
-  "f32c128-1.5": Variant(
-    128,
-    encoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
-    decoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
-    encoder_shortcut=False,
-    decoder_shortcut=False,
-    head_activation="silu",
-  ),
-  "f64c128-1.5": Variant(
-    128,
-    encoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
-    decoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
-    encoder_shortcut=False,
-    decoder_shortcut=False,
-    head_activation="silu",
-  ),
-  "tiny-f8": _tiny(16, (16, 32, 64, 128)),
-  "tiny-f8-rms": _with_rms_norm(_tiny(16, (16, 32, 64, 128))),
-  "tiny-f32": _tiny(32, (16, 32, 64, 64, 128, 128)),
-  "tiny-f64": _tiny(64, (16, 32, 64, 64, 128, 128, 256)),
-}
-
-
 def check_dtype(dtype: DTypeLike) -> None:
   """Raises ValueError for numbers that layers do not compute with."""
   known = ("float32", "bfloat16")  # float16 would overflow in attention
@@ -551,40 +408,6 @@ def check_dtype(dtype: DTypeLike) -> None:
     name = str(dtype)
   if name not in known:
     raise ValueError(f"unknown dtype {name!r}; known are {', '.join(known)}")
-
-
-def check_variant(name: str) -> Variant:
-  """The variant of that name; ValueError with the known names otherwise."""
-  if name not in VARIANTS:
-    raise ValueError(
-      f"unknown variant {name!r}; known are {', '.join(VARIANTS)}"
-    )
-  return VARIANTS[name]
-
-
-def check_architecture(variant: Variant) -> None:
-  """Raises ValueError for stages that do not fit together."""
-  compressions = [spatial_compression(variant.encoder)]
-  compressions.append(spatial_compression(variant.decoder))
-  if len(set(compressions)) > 1:
-    raise ValueError(
-      f"the encoder divides image sides by {compressions[0]}, and the decoder "
-      f"multiplies them by {compressions[1]}; give both as many stages"
-    )
-  for stage in variant.encoder[1:]:
-    if stage.width % 4 and variant.downsample == "space_to_channel":
-      raise ValueError(
-        f"encoder stage width {stage.width} is not divisible by 4, as the "
-        "rearrangement of 2x2 pixels to channels before it needs it"
-      )
-  for stage in (*variant.encoder, *variant.decoder):
-    if stage.block == "efficientvit" and stage.width < stage.head_dim:
-      raise ValueError(
-        f"stage width {stage.width} is below {stage.head_dim}, the channels of "
-        "one attention head"
-      )
-    if any(size % 2 == 0 for size in stage.scales):
-      raise ValueError(f"attention scales {stage.scales} are not all odd")
 
 
 def check_space_to_channel(factor: int) -> None:
@@ -598,7 +421,7 @@ def check_space_to_channel(factor: int) -> None:
 
 
 def create(
-  variant: str | Variant,
+  variant: str | variants.Variant,
   *,
   image_channels: int = 3,
   residual_autoencoding: bool = True,
@@ -623,8 +446,8 @@ def create(
   Raises:
     ValueError: unknown variant, or stages that do not fit together.
   """
-  v = check_variant(variant) if isinstance(variant, str) else variant
-  check_architecture(v)
+  v = variants.check_variant(variant) if isinstance(variant, str) else variant
+  variants.check_architecture(v)
   check_space_to_channel(space_to_channel)
   shared = {
     "residual_autoencoding": residual_autoencoding,

@@ -7,7 +7,7 @@ its authors ("original") and that of diffusers; SD-VAE's is diffusers' alone.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.dcae import variants as dcae_variants
 from dcae_jax.autoencoder.sd_vae import network as sd_vae
 
 
@@ -101,22 +101,26 @@ _OLDER = {
 }  # fmt: skip
 
 
-def modules(variant: dcae.Variant | sd_vae.Variant) -> Iterator[Module]:
+def modules(
+  variant: dcae_variants.Variant | sd_vae.Variant,
+) -> Iterator[Module]:
   """All modules of an autoencoder that have parameters."""
-  if isinstance(variant, dcae.Variant):
+  if isinstance(variant, dcae_variants.Variant):
     yield from _of_dcae(variant)
   else:
     yield from _of_sd_vae(variant)
 
 
-def known(variant: dcae.Variant | sd_vae.Variant) -> tuple[str, ...]:
+def known(variant: dcae_variants.Variant | sd_vae.Variant) -> tuple[str, ...]:
   """The layouts that weights of a variant come in."""
-  if isinstance(variant, dcae.Variant):
+  if isinstance(variant, dcae_variants.Variant):
     return ("original", "diffusers")
   return ("diffusers",)
 
 
-def names(variant: dcae.Variant | sd_vae.Variant, layout: str) -> set[str]:
+def names(
+  variant: dcae_variants.Variant | sd_vae.Variant, layout: str
+) -> set[str]:
   """Of all modules in a layout that the variant comes in; see `modules`."""
   found = set()
   for module in modules(variant):
@@ -133,7 +137,7 @@ def older_name(name: str) -> str:
   return f"{module}.attentions.{rest}" if rest else name
 
 
-def _of_dcae(variant: dcae.Variant) -> Iterator[Module]:
+def _of_dcae(variant: dcae_variants.Variant) -> Iterator[Module]:
   """All modules; a convolution that also rearranges is one level deeper."""
   unshuffles = variant.downsample == "space_to_channel"
   resamples = not variant.encoder[0].depth
@@ -195,7 +199,7 @@ def _of_dcae(variant: dcae.Variant) -> Iterator[Module]:
 
 
 def _stage(
-  stage: dcae.Stage, names: tuple[str, str, str], first_block: int
+  stage: dcae_variants.Stage, names: tuple[str, str, str], first_block: int
 ) -> Iterator[Module]:
   ours, original, diffusers = names
   inside = list(_BLOCKS[stage.block])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dcae_jax.autoencoder import families
-from dcae_jax.autoencoder.dcae import efficientvit
+from dcae_jax.autoencoder.dcae import efficientvit, variants
 from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.training import freezing
 
@@ -49,18 +49,18 @@ def test_parameter_counts_are_the_published_ones(variant):
   assert found == PARAMETERS[variant]
 
 
-@pytest.mark.parametrize("variant", dcae.VARIANTS)
+@pytest.mark.parametrize("variant", variants.VARIANTS)
 def test_any_multiple_of_the_compression_is_encoded_and_decoded(variant):
   model = dcae.create(variant)
   f = model.spatial_compression
   _, z, images = _shapes(model, 2 * f, 3 * f)
-  assert z.shape == (2, 2, 3, dcae.VARIANTS[variant].latent_channels)
+  assert z.shape == (2, 2, 3, variants.VARIANTS[variant].latent_channels)
   assert images.shape == (2, 2 * f, 3 * f, 3)
   assert z.dtype == images.dtype == jnp.float32
 
 
 def test_variant_names_tell_compression_and_latent_channels():
-  for name, variant in dcae.VARIANTS.items():
+  for name, variant in variants.VARIANTS.items():
     f = variant.spatial_compression
     assert name.removeprefix("tiny-").startswith(f"f{f}")
     if not name.startswith("tiny-"):
@@ -114,13 +114,13 @@ def test_rematerialisation_changes_neither_values_nor_gradients(tiny):
 @pytest.fixture(scope="module")
 def deep():
   """Several blocks a stage, with both kinds of block and of norm."""
-  deepest = dcae.Stage(32, 2, "efficientvit")
-  return dcae.Variant(
+  deepest = variants.Stage(32, 2, "efficientvit")
+  return variants.Variant(
     8,
-    encoder=(dcae.Stage(16, 0), dcae.Stage(16, 3), deepest),
+    encoder=(variants.Stage(16, 0), variants.Stage(16, 3), deepest),
     decoder=(
-      dcae.Stage(16, 0),
-      dcae.Stage(16, 3, norm="batch_norm", activation="relu"),
+      variants.Stage(16, 0),
+      variants.Stage(16, 3, norm="batch_norm", activation="relu"),
       deepest,
     ),
   )

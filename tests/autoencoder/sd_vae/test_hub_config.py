@@ -12,6 +12,7 @@ from autoencoder.weights.test_conversion import random_tensors
 from benchmarks import parity
 from dcae_jax.autoencoder import families
 from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.dcae import variants as dcae_variants
 from dcae_jax.autoencoder.sd_vae import network as sd_vae
 from dcae_jax.autoencoder.weights import conversion, released
 
@@ -218,7 +219,7 @@ def test_only_diffusers_has_an_sd_vae(ae, tmp_path):
     ae.save(tmp_path / "x", layout="original")
   assert not (tmp_path / "x").exists()
   with pytest.raises(ValueError, match="AutoencoderDC has no shift_factor"):
-    families.to_config(dcae.VARIANTS["f32c32"], 3, 1.0, 0.1)
+    families.to_config(dcae_variants.VARIANTS["f32c32"], 3, 1.0, 0.1)
 
 
 @pytest.mark.parametrize(

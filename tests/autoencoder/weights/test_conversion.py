@@ -12,6 +12,7 @@ import dcae_jax
 from benchmarks import parity
 from dcae_jax.autoencoder import families
 from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.autoencoder.weights import conversion, released
 
 CONFIG = parity.reduced(parity.CONFIGS["f32c32"]) | {"scaling_factor": 0.5}
@@ -52,9 +53,9 @@ def write_model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", conversion.LAYOUTS)
-@pytest.mark.parametrize("name", dcae.VARIANTS)
+@pytest.mark.parametrize("name", variants.VARIANTS)
 def test_table_names_each_parameter_once(name, layout):
-  variant = dcae.VARIANTS[name]
+  variant = variants.VARIANTS[name]
   entries = conversion.table(variant, 3, layout)
   names = [name for entry in entries for name in entry.names]
   assert len(set(names)) == len(names)
@@ -100,7 +101,7 @@ def test_names_are_those_of_the_released_files():
   for line in NAMES.strip().splitlines():
     first, *others = line.split()
     if not line.startswith(" "):
-      variant = dcae.VARIANTS[first]
+      variant = variants.VARIANTS[first]
       expected = released._expected(variant, 3, others[0])
     else:
       assert expected[first] == tuple(map(int, others)), line
@@ -109,7 +110,7 @@ def test_names_are_those_of_the_released_files():
 @pytest.mark.parametrize("name", parity.CONFIGS)
 def test_released_configs_are_the_named_variants(name):
   variant, channels = families.from_config(parity.CONFIGS[name])
-  assert variant == dcae.VARIANTS[name] and channels == 3
+  assert variant == variants.VARIANTS[name] and channels == 3
   config = families.to_config(variant, 1, 0.25)
   assert families.from_config(config) == (variant, 1)
   assert config["scaling_factor"] == 0.25
@@ -193,7 +194,7 @@ def test_half_precision_files_load_as_float32(write_model):
   np.testing.assert_array_equal(found, tensors["encoder.conv_out.bias"])
 
 
-TINY = families.to_config(dcae.VARIANTS["tiny-f8"], 3, 1.0)
+TINY = families.to_config(variants.VARIANTS["tiny-f8"], 3, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -251,13 +252,13 @@ def test_variant_is_recognised_without_a_config(write_model, layout):
 @pytest.mark.parametrize("name", parity.CONFIGS)
 @pytest.mark.parametrize("layout", conversion.LAYOUTS)
 def test_each_released_variant_is_recognised_by_its_shapes(name, layout):
-  shapes = released._expected(dcae.VARIANTS[name], 3, layout)
+  shapes = released._expected(variants.VARIANTS[name], 3, layout)
   found = released._recognise("a file", shapes, 3, layout)
-  assert found == dcae.VARIANTS[name]
+  assert found == variants.VARIANTS[name]
 
 
 def test_scaling_factor_comes_from_config_name_or_variant():
-  in_and_mix = dcae.VARIANTS["f32c32"]
+  in_and_mix = variants.VARIANTS["f32c32"]
   name = released._released_name
   for path in (
     "mit-han-lab/dc-ae-f32c32-mix-1.0-diffusers",
@@ -271,7 +272,9 @@ def test_scaling_factor_comes_from_config_name_or_variant():
   assert name("dc-ae-f64c128-in-1.0", None, in_and_mix) == ""
   assert name("dc-ae-f32c32-mix-1.0/mine/model.x", None, in_and_mix) == ""
   assert released._published_factor("", in_and_mix) is None
-  assert released._published_factor("", dcae.VARIANTS["f32c32-sana"]) == 0.41407
+  assert (
+    released._published_factor("", variants.VARIANTS["f32c32-sana"]) == 0.41407
+  )
 
 
 def test_ambiguous_scaling_factor_must_be_given(monkeypatch, write_model):
@@ -318,10 +321,10 @@ def test_bad_configs_say_what_is_wrong(write_model, changes, message):
 
 
 def test_settings_that_diffusers_lacks_are_not_saved():
-  variant = dcae.Variant(
+  variant = variants.Variant(
     8,
-    (dcae.Stage(8, 1, norm="batch_norm"), dcae.Stage(16, 1)),
-    (dcae.Stage(8, 1), dcae.Stage(16, 1)),
+    (variants.Stage(8, 1, norm="batch_norm"), variants.Stage(16, 1)),
+    (variants.Stage(8, 1), variants.Stage(16, 1)),
   )
   with pytest.raises(ValueError, match="no AutoencoderDC config"):
     families.to_config(variant, 3, 1.0)

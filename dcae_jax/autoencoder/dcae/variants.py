@@ -1,0 +1,195 @@
+"""The architectures of DC-AE (arXiv 2410.10733) by name, as plain numbers.
+
+Stages are listed from shallow (image) to deep (latent), for the decoder too.
+Shallow stages hold ResBlocks, deep ones EfficientViT blocks (section 3.3).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from dcae_jax.autoencoder.dcae import efficientvit
+
+
+class Stage(NamedTuple):
+  """The blocks at one resolution.
+
+  Attributes:
+    width: channels.
+    depth: number of blocks. 0 in the shallowest stage: the projection to or
+      from the image then resamples by 2 itself.
+    block: "res" or "efficientvit".
+    norm: a key of `normalization.NORMS`.
+    activation: of a ResBlock, a key of `ACTIVATIONS`.
+    scales: aggregation kernel sizes of EfficientViT's attention.
+    head_dim: channels of a head of EfficientViT's attention.
+  """
+
+  width: int
+  depth: int
+  block: str = "res"
+  norm: str = "rms_norm"
+  activation: str = "silu"
+  scales: tuple[int, ...] = ()
+  head_dim: int = efficientvit.HEAD_DIM
+
+
+def spatial_compression(stages: tuple[Stage, ...]) -> int:
+  """How many times smaller than the image's the sides of the latents are.
+
+  Each stage but the deepest halves them, if it has blocks; without blocks in
+  the shallowest one, the projection from the image does.
+  """
+  return 2 ** sum(
+    i == 0 or stage.depth > 0 for i, stage in enumerate(stages[:-1])
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """An architecture; the fields are those of Encoder and Decoder."""
+
+  latent_channels: int
+  encoder: tuple[Stage, ...]
+  decoder: tuple[Stage, ...]
+  downsample: str = "space_to_channel"
+  upsample: str = "channel_to_space"
+  encoder_shortcut: bool = True
+  decoder_shortcut: bool = True
+  head_activation: str = "relu"
+
+  @property
+  def spatial_compression(self) -> int:
+    return spatial_compression(self.encoder)
+
+
+def _stages(
+  widths: tuple[int, ...],
+  depths: tuple[int, ...],
+  shallow: dict[str, Any] | None = None,
+  deep: dict[str, Any] | None = None,
+) -> tuple[Stage, ...]:
+  """Stages 0 to 2 with the settings `shallow`, the others with `deep`."""
+  return tuple(
+    Stage(width, depth, **((shallow if i < 3 else deep) or {}))
+    for i, (width, depth) in enumerate(zip(widths, depths, strict=True))
+  )
+
+
+_EFFICIENTVIT = {"block": "efficientvit"}
+
+_MULTI_SCALE = {"block": "efficientvit", "scales": (5,)}
+
+_BATCH_NORM = {"norm": "batch_norm", "activation": "relu"}
+
+
+def _paper(
+  latent_channels: int,
+  widths: tuple[int, ...],
+  encoder_depths: tuple[int, ...],
+  decoder_depths: tuple[int, ...],
+) -> Variant:
+  return Variant(
+    latent_channels,
+    encoder=_stages(widths, encoder_depths, deep=_EFFICIENTVIT),
+    decoder=_stages(widths, decoder_depths, _BATCH_NORM, _EFFICIENTVIT),
+  )
+
+
+def _tiny(latent_channels: int, widths: tuple[int, ...]) -> Variant:
+  depths = (0,) + (1,) * (len(widths) - 1)
+  return _paper(latent_channels, widths, depths, depths)
+
+
+def _with_rms_norm(variant: Variant) -> Variant:
+  """Without batch norm: what trains is what is evaluated."""
+  decoder = tuple(stage._replace(norm="rms_norm") for stage in variant.decoder)
+  return dataclasses.replace(variant, decoder=decoder)
+
+
+_F32_WIDTHS = (128, 256, 512, 512, 1024, 1024)
+
+_SANA_ENCODER = _stages(_F32_WIDTHS, (2, 2, 2, 3, 3, 3), deep=_MULTI_SCALE)
+
+VARIANTS: dict[str, Variant] = {
+  "f32c32": _paper(32, _F32_WIDTHS, (0, 4, 8, 2, 2, 2), (0, 5, 10, 2, 2, 2)),
+  "f64c128": _paper(
+    128,
+    (*_F32_WIDTHS, 2048),
+    (0, 4, 8, 2, 2, 2, 2),
+    (0, 5, 10, 2, 2, 2, 2),
+  ),
+  "f128c512": _paper(
+    512,
+    (*_F32_WIDTHS, 2048, 2048),
+    (0, 4, 8, 2, 2, 2, 2, 2),
+    (0, 5, 10, 2, 2, 2, 2, 2),
+  ),
+  "f32c32-sana": Variant(
+    32,
+    encoder=_SANA_ENCODER,
+    decoder=_stages(_F32_WIDTHS, (3,) * 6, deep=_MULTI_SCALE),
+    downsample="strided",
+    upsample="nearest",
+  ),
+  "f32c32-lite": Variant(
+    32,
+    encoder=_SANA_ENCODER,
+    decoder=_stages(_F32_WIDTHS, (0, 3, 5, 4, 4, 4)),
+    downsample="strided",
+    head_activation="silu",
+  ),
+  "f32c128-1.5": Variant(
+    128,
+    encoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
+    decoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
+    encoder_shortcut=False,
+    decoder_shortcut=False,
+    head_activation="silu",
+  ),
+  "f64c128-1.5": Variant(
+    128,
+    encoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
+    decoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
+    encoder_shortcut=False,
+    decoder_shortcut=False,
+    head_activation="silu",
+  ),
+  "tiny-f8": _tiny(16, (16, 32, 64, 128)),
+  "tiny-f8-rms": _with_rms_norm(_tiny(16, (16, 32, 64, 128))),
+  "tiny-f32": _tiny(32, (16, 32, 64, 64, 128, 128)),
+  "tiny-f64": _tiny(64, (16, 32, 64, 64, 128, 128, 256)),
+}
+
+
+def check_variant(name: str) -> Variant:
+  """The variant of that name; ValueError with the known names otherwise."""
+  if name not in VARIANTS:
+    raise ValueError(
+      f"unknown variant {name!r}; known are {', '.join(VARIANTS)}"
+    )
+  return VARIANTS[name]
+
+
+def check_architecture(variant: Variant) -> None:
+  """Raises ValueError for stages that do not fit together."""
+  compressions = [spatial_compression(variant.encoder)]
+  compressions.append(spatial_compression(variant.decoder))
+  if len(set(compressions)) > 1:
+    raise ValueError(
+      f"the encoder divides image sides by {compressions[0]}, and the decoder "
+      f"multiplies them by {compressions[1]}; give both as many stages"
+    )
+  for stage in variant.encoder[1:]:
+    if stage.width % 4 and variant.downsample == "space_to_channel":
+      raise ValueError(
+        f"encoder stage width {stage.width} is not divisible by 4, as the "
+        "rearrangement of 2x2 pixels to channels before it needs it"
+      )
+  for stage in (*variant.encoder, *variant.decoder):
+    if stage.block == "efficientvit" and stage.width < stage.head_dim:
+      raise ValueError(
+        f"stage width {stage.width} is below {stage.head_dim}, the channels of "
+        "one attention head"
+      )
+    if any(size % 2 == 0 for size in stage.scales):
+      raise ValueError(f"attention scales {stage.scales} are not all odd")
