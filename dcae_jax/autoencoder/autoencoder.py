@@ -24,8 +24,9 @@ from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.dcae import variants as dcae_variants
 from dcae_jax.autoencoder.sd_vae import network as sd_vae
 from dcae_jax.autoencoder.weights import conversion, released
+from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images as images_lib
-from dcae_jax.data import sources, transforms
+from dcae_jax.data import sources
 from dcae_jax.runs import metrics_writer
 from dcae_jax.training import checkpoint
 
@@ -501,7 +502,7 @@ class Autoencoder:
           "both whole numbers below 65536"
         )
     dcae.check_side(resolution, self.spatial_compression)
-    transforms.check_channels(self.image_channels)
+    image_decoding.check_channels(self.image_channels)
     source = sources.folder(folder)
     decoding = images_lib.Decoding(self.image_channels)
     images_lib.check_not_empty(source, decoding)

@@ -19,7 +19,8 @@ import grain
 import numpy as np
 from PIL import Image
 
-from dcae_jax.data import batches, sources, transforms
+from dcae_jax.data import batches, crops, sources
+from dcae_jax.data import decoding as image_decoding
 
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 10_000  # replacements in a row, before giving up
@@ -33,7 +34,7 @@ EVALUATION_CROP = (
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-  """How files become images; the fields are those of `transforms.decode`."""
+  """How files become images; its fields are those of `decoding.decode`."""
 
   channels: int = 3
   min_size: int = 0
@@ -46,7 +47,7 @@ class Cropping:
   """How images become squares.
 
   Attributes:
-    kind: one of `transforms.CROPS`.
+    kind: one of `crops.CROPS`.
     size: side of the square, in pixels.
     min_area: least part of the image that a random-resized crop covers.
     flip: mirror at random.
@@ -58,9 +59,9 @@ class Cropping:
   flip: bool = False
 
   def __post_init__(self):
-    if self.kind not in transforms.CROPS:
+    if self.kind not in crops.CROPS:
       raise ValueError(
-        f"unknown crop {self.kind!r}; known are {', '.join(transforms.CROPS)}"
+        f"unknown crop {self.kind!r}; known are {', '.join(crops.CROPS)}"
       )
 
 
@@ -98,14 +99,16 @@ def open_image(
   """Reads and decodes an image; returns it with its label.
 
   Raises:
-    transforms.TooSmallError: it is left out on purpose.
+    decoding.TooSmallError: it is left out on purpose.
     UnusableError: the image is at fault, now and later.
     Exception: of any other kind, where it could not be read: a network, a disk.
   """
   record = read_record(source, index)
   try:
-    image = transforms.decode(record.encoded, **dataclasses.asdict(decoding))
-  except (transforms.TooSmallError, MemoryError):
+    image = image_decoding.decode(
+      record.encoded, **dataclasses.asdict(decoding)
+    )
+  except (image_decoding.TooSmallError, MemoryError):
     raise
   except Exception as error:  # Pillow raises anything
     reason = " ".join(str(error).split())
@@ -121,11 +124,11 @@ def crop(
   `rng` is not used by a `dm_crop` without flips.
   """
   if cropping.kind == "dm_crop":
-    image = transforms.dm_crop(image, cropping.size)
+    image = crops.dm_crop(image, cropping.size)
   elif cropping.kind == "random_crop":
-    image = transforms.random_crop(image, cropping.size, rng)
+    image = crops.random_crop(image, cropping.size, rng)
   else:
-    image = transforms.random_resized_crop(
+    image = crops.random_resized_crop(
       image, cropping.size, rng, cropping.min_area
     )
   pixels = np.asarray(image).reshape(cropping.size, cropping.size, -1)
@@ -194,7 +197,7 @@ class _Load:
       return None
     try:
       image, label = open_image(self._source, index, self._decoding)
-    except transforms.TooSmallError:
+    except image_decoding.TooSmallError:
       self._unusable.add(index)
       return None
     except Exception as error:  # also what storage refuses
@@ -251,7 +254,7 @@ def check_not_empty(source: sources.Source, decoding: Decoding) -> None:
   for index in range(len(source)):
     try:
       encoded = source[index].encoded
-      transforms.decode(encoded, **dataclasses.asdict(decoding))
+      image_decoding.decode(encoded, **dataclasses.asdict(decoding))
       return
     except Exception as error:
       if len(reasons) < 3:
@@ -329,7 +332,7 @@ def evaluation_batches(
   threads: int = 4,
   skipped: Skipped,
 ) -> Iterator[batches.Batch]:
-  """Centre crops (`transforms.dm_crop`) in order, with a mask and indices.
+  """Centre crops (`crops.dm_crop`) in order, with a mask and indices.
 
   Every process yields the same number of whole batches; `mask` is False where
   an image is missing or not usable. `max_images` of 0 means all.

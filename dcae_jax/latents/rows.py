@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import grain
 import numpy as np
 
-from dcae_jax.data import images, sources, transforms
+from dcae_jax.data import decoding as image_decoding
+from dcae_jax.data import images, sources
 
 
 class Row(NamedTuple):
@@ -71,7 +72,7 @@ class Crops:
   def reason(self, index: int) -> str | None:
     try:
       images.open_image(self._source, index, self._decoding)
-    except transforms.TooSmallError as error:
+    except image_decoding.TooSmallError as error:
       return f"{error} pixels: smaller than {self._decoding.min_size}"
     except images.UnusableError as error:
       return str(error)
@@ -80,7 +81,7 @@ class Crops:
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
     try:
       image, label = images.open_image(self._source, index, self._decoding)
-    except (transforms.TooSmallError, images.UnusableError) as error:
+    except (image_decoding.TooSmallError, images.UnusableError) as error:
       raise _changed(self._source, index, error) from error
     found = []
     for crop in crops:

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import block_pca
-from dcae_jax.data import images, sources, transforms
+from dcae_jax.data import crops, images, sources
 from dcae_jax.setup import wiring
 from dcae_jax.training import checkpoint
 
@@ -108,7 +108,7 @@ def _batches(
       image, _ = images.open_image(source, index, material.decoding)
     except Exception:  # too small or unusable; training names them
       return None
-    seen = [transforms.dm_resize(image, side) for side in resolutions]
+    seen = [crops.dm_resize(image, side) for side in resolutions]
     pixels = [np.asarray(x).reshape(*x.size[::-1], -1) for x in seen]
     if material.cropping is not None:
       pixels.append(images.crop(image, material.cropping, rng))

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from dcae_jax.autoencoder import families
 from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.weights import released
-from dcae_jax.data import sources, transforms
+from dcae_jax.data import decoding, sources
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.runs import differences, metrics_writer, storage
 from dcae_jax.training import checkpoint
@@ -223,7 +223,7 @@ def single_source(config: ConfigDict) -> sources.Source:
 
 def check_resolutions(resolutions: tuple[int, ...], config: ConfigDict) -> None:
   """Raises ValueError for sides that cannot be encoded or evaluated."""
-  transforms.check_channels(config.image_channels)
+  decoding.check_channels(config.image_channels)
   check_sides(resolutions, model(config).spatial_compression)
 
 

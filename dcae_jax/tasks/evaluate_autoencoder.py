@@ -29,7 +29,8 @@ from dcae_jax.autoencoder import (
 )
 from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.weights import conversion
-from dcae_jax.data import images, sources, transforms
+from dcae_jax.data import decoding as image_decoding
+from dcae_jax.data import images, sources
 from dcae_jax.evaluation import fid, reconstruction
 from dcae_jax.evaluation.report import evaluation_report, figures, page
 from dcae_jax.runs import metrics_writer, progress_lines
@@ -82,7 +83,7 @@ def check(config: ConfigDict) -> None:
 
 def _check_model(path: str, config: ConfigDict) -> None:
   variant, channels = wiring.variant_of(path)
-  transforms.check_channels(channels)
+  image_decoding.check_channels(channels)
   compression = variant.spatial_compression * config.space_to_channel
   wiring.check_sides(config.resolutions, compression)
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from dcae_jax.autoencoder import autoencoder, families, latent_statistics
 from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.weights import conversion
-from dcae_jax.data import images, sources, transforms
+from dcae_jax.data import decoding, images, sources
 from dcae_jax.latents import encode as latent_encoding
 from dcae_jax.latents import rows
 from dcae_jax.latents import store as latent_store
@@ -77,7 +77,7 @@ def check(config: ConfigDict) -> None:
       "config.flip and config.crops_per_image need images; the source is of "
       "kind 'npy', latents"
     )
-  transforms.check_channels(wiring.model_of(config.init_from)["image_channels"])
+  decoding.check_channels(wiring.model_of(config.init_from)["image_channels"])
   latent_shape(config)
 
 

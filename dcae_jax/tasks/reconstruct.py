@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import autoencoder, quantisation
-from dcae_jax.data import images, sources, transforms
+from dcae_jax.data import decoding, images, sources
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.evaluation.report import figures
 from dcae_jax.runs import metrics_writer
@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     "stride": config.stride or None,
   }
   ae.check_options(**options)
-  transforms.check_channels(ae.image_channels)
+  decoding.check_channels(ae.image_channels)
   originals = [pictures.name(i) for i in range(len(pictures))]
   names = _file_names(originals)
   for original, name in zip(originals, names, strict=True):
@@ -63,7 +63,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   rows, skipped, start = [], [], time.monotonic()
   for i, name in enumerate(names):
     try:
-      image = transforms.decode(
+      image = decoding.decode(
         pictures[i].encoded,
         channels=ae.image_channels,
         max_megapixels=config.max_megapixels,

@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import autoencoder, block_pca
-from dcae_jax.data import images, sources, transforms
+from dcae_jax.data import decoding, images, sources
 from dcae_jax.evaluation import fid, reconstruction
 from dcae_jax.evaluation.report import figures, page, text_table
 from dcae_jax.runs import metrics_writer
@@ -41,7 +41,7 @@ def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
   for run in config.runs.values():
     checkpoint.read_run_config(run)
     variant, channels = wiring.variant_of(run)
-    transforms.check_channels(channels)
+    decoding.check_channels(channels)
     wiring.check_sides(config.resolutions, variant.spatial_compression)
 
 

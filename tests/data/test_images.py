@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcae_jax.data import images, sources, transforms
+from dcae_jax.data import crops, images, sources
 
 
 def _training(pairs, **changes):
@@ -170,7 +170,7 @@ def test_evaluation_is_in_order_and_masks_what_is_missing(damaged):
   assert len(skipped) == 4
   image = Image.open(damaged.name(2)).convert("RGB")
   np.testing.assert_array_equal(
-    shares[0][0]["images"][1], np.asarray(transforms.dm_crop(image, 32))
+    shares[0][0]["images"][1], np.asarray(crops.dm_crop(image, 32))
   )
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 
 import dcae_jax
 from configs import base
-from dcae_jax.data import transforms
+from dcae_jax.data import crops
 from dcae_jax.evaluation import fid
 from dcae_jax.evaluation.networks import inception, lpips
 from dcae_jax.tasks import (
@@ -112,7 +112,7 @@ def workdir(
 def _crops(pictures, side=RESOLUTION):
   for file in sorted(pictures.glob("??.png")):
     with Image.open(file) as image:
-      yield np.asarray(transforms.dm_crop(image.convert("RGB"), side))
+      yield np.asarray(crops.dm_crop(image.convert("RGB"), side))
 
 
 def test_result_holds_the_row_of_the_papers_table(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from dcae_jax.data import transforms
+from dcae_jax.data import crops as image_crops
+from dcae_jax.data import decoding
 
 
 def _encode(image, kind="PNG", **options):
@@ -20,7 +21,7 @@ def _gradient(height=40, width=60):
 
 
 def _pixels(encoded, **options):
-  return np.asarray(transforms.decode(encoded, **options))
+  return np.asarray(decoding.decode(encoded, **options))
 
 
 def test_cmyk_palette_and_rgb_look_the_same():
@@ -115,32 +116,32 @@ def test_grey_channels():
 )
 def test_what_cannot_be_decoded_is_refused(encoded):
   with pytest.raises(Exception, match=r"\w"):
-    transforms.decode(encoded)
+    decoding.decode(encoded)
 
 
 def test_decompression_bombs_are_refused_from_their_header():
   bomb = _encode(Image.new("1", (30_000, 30_000)))
   assert len(bomb) < 200_000
   with pytest.raises(ValueError, match="30000x30000 pixels are more than 89"):
-    transforms.decode(bomb)
+    decoding.decode(bomb)
 
 
 def test_strips_that_would_explode_when_enlarged_are_refused():
   with pytest.raises(ValueError, match="5000x1 pixels are too narrow"):
-    transforms.decode(_encode(_gradient(1, 5000)))
+    decoding.decode(_encode(_gradient(1, 5000)))
 
 
 def test_small_images_are_told_apart():
-  with pytest.raises(transforms.TooSmallError):
-    transforms.decode(_encode(_gradient(40, 60)), min_size=41)
-  transforms.decode(_encode(_gradient(40, 60)), min_size=40)
+  with pytest.raises(decoding.TooSmallError):
+    decoding.decode(_encode(_gradient(40, 60)), min_size=41)
+  decoding.decode(_encode(_gradient(40, 60)), min_size=40)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_shorter_side_reduces_and_never_enlarges(kind):
   encoded = _encode(_gradient(400, 600), kind)
-  assert transforms.decode(encoded, shorter_side=100).size == (150, 100)
-  assert transforms.decode(encoded, shorter_side=500).size == (600, 400)
+  assert decoding.decode(encoded, shorter_side=100).size == (150, 100)
+  assert decoding.decode(encoded, shorter_side=500).size == (600, 400)
 
 
 def test_dm_crop_halves_then_resizes_then_crops_the_centre():
@@ -148,8 +149,8 @@ def test_dm_crop_halves_then_resizes_then_crops_the_centre():
   expected = image.resize((120, 100), Image.Resampling.BOX)
   expected = expected.resize((77, 64), Image.Resampling.BICUBIC)
   expected = np.asarray(expected)[:, 6 : 6 + 64]
-  np.testing.assert_array_equal(transforms.dm_crop(image, 64), expected)
-  assert transforms.dm_crop(_gradient(10, 12), 64).size == (64, 64)
+  np.testing.assert_array_equal(image_crops.dm_crop(image, 64), expected)
+  assert image_crops.dm_crop(_gradient(10, 12), 64).size == (64, 64)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (65, 200), (20, 30), (1, 90)])
@@ -157,8 +158,8 @@ def test_random_crops_have_the_size_and_differ(shape):
   image = _gradient(*shape)
   rng = np.random.default_rng(0)
   for crop in (
-    lambda: transforms.random_crop(image, 64, rng),
-    lambda: transforms.random_resized_crop(image, 64, rng, 0.2),
+    lambda: image_crops.random_crop(image, 64, rng),
+    lambda: image_crops.random_resized_crop(image, 64, rng, 0.2),
   ):
     crops = [np.asarray(crop()) for _ in range(5)]
     assert {c.shape for c in crops} == {(64, 64, 3)}
@@ -168,7 +169,7 @@ def test_random_crops_have_the_size_and_differ(shape):
 def test_random_crop_takes_the_images_own_pixels():
   image = _gradient(100, 120)
   found = np.asarray(
-    transforms.random_crop(image, 64, np.random.default_rng(1))
+    image_crops.random_crop(image, 64, np.random.default_rng(1))
   )
   left, top = int(found[0, 0, 1]) // 4, int(found[0, 0, 0]) // 4
   expected = np.asarray(image)[top : top + 64, left : left + 64]
