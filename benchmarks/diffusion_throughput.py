@@ -47,7 +47,7 @@ import optax
 from configs import base
 from dcae_jax.autoencoder import families
 from dcae_jax.autoencoder.dcae import network as dcae
-from dcae_jax.diffusion import objectives, samplers
+from dcae_jax.diffusion import guidance, objectives, samplers
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.diffusion.denoisers import uvit
 from dcae_jax.training import optimizer
@@ -149,7 +149,7 @@ def _programs(
 
   def guided(parameters, labels):
     apply = lambda z, t, labels: network(parameters, labels)(z, t)
-    return objectives.guided(apply, labels, _CLASSES, _GUIDANCE)
+    return guidance.guided(apply, labels, _CLASSES, _GUIDANCE)
 
   def train(parameters, state, key, z, labels):
     def loss(parameters):

@@ -1,9 +1,9 @@
-"""Latent diffusion: forward processes, training targets, guidance.
+"""Latent diffusion: forward processes and training targets.
 
 Everything acts on scaled latents z and on functions model_fn(z, t) of noisy
 latents and of the number that the network sees as time. Both processes are
-z_t = alpha(t) z_0 + sigma(t) noise. Networks are elsewhere, and so are the
-samplers (`samplers.py`). Arithmetic outside the network is float32.
+z_t = alpha(t) z_0 + sigma(t) noise. Networks are elsewhere, and so are
+samplers and guidance. Arithmetic outside the network is float32.
 """
 
 import dataclasses
@@ -391,65 +391,3 @@ def random_channel_mask(
     )
   kept = jax.random.choice(key, jnp.asarray(tuple(candidates)), (b, 1, 1, 1))
   return (jnp.arange(channels)[None, None, None] < kept).astype(jnp.float32)
-
-
-def check_guidance(scale: float, interval: tuple[float, float] | None) -> None:
-  """Raises ValueError for a negative scale, or an empty interval."""
-  if not 0 <= scale < np.inf:
-    what = "negative" if scale < 0 else "not a finite number"
-    raise ValueError(
-      f"guidance scale {scale} is {what}; 1 is without guidance, and larger "
-      "scales guide"
-    )
-  if interval is not None and not 0 <= interval[0] < interval[1] <= 1000:
-    raise ValueError(
-      f"guidance interval {interval} is not (low, high) between 0 and 1000; "
-      "None is for all times"
-    )
-
-
-def guided(
-  network: Callable[[Latents, Float[Array, " b"], Int[Array, " b"]], Output],
-  labels: Int[Array, " b"],
-  null_label: int,
-  scale: float,
-  interval: tuple[float, float] | None = None,
-) -> ModelFunction:
-  """Classifier-free guidance as model_fn(z, t) (arXiv 2207.12598).
-
-  The output is null + scale (conditional - null) on all latent channels (the
-  code of DiT guides the first three only); learned variances, which come after
-  them, are the conditional ones. Both halves are one call of 2b examples, each
-  with its own null beside it, so that a batch which is split over devices stays
-  where it is.
-
-  Args:
-    network: a function of (z, t, labels).
-    null_label: the label that stands for none, such as 1000.
-    scale: 1 is the conditional network alone, and costs no more; 0 the
-      unconditional one.
-    interval: the times (low, high), ends included and as the network sees them
-      (0 to 1000), within which guidance acts; outside, the output is the
-      conditional one (arXiv 2404.07724).
-
-  Raises:
-    ValueError: a negative scale, or an empty interval.
-  """
-  check_guidance(scale, interval)
-  if scale == 1:
-    return lambda z, t: network(z, t, labels)
-
-  def model_fn(z, t):
-    both = jnp.stack([labels, jnp.full_like(labels, null_label)], 1)
-    output = network(jnp.repeat(z, 2, 0), jnp.repeat(t, 2), both.reshape(-1))
-    output = output.astype(jnp.float32).reshape(len(z), 2, *output.shape[1:])
-    conditional, null = output[:, 0], output[:, 1]
-    excess = jnp.full(t.shape, scale - 1, jnp.float32)
-    if interval is not None:
-      inside = (interval[0] <= t) & (t <= interval[1])
-      excess = jnp.where(inside, excess, 0.0)
-    guides = jnp.arange(output.shape[-1]) < z.shape[-1]
-    excess = _spread(excess) * guides[None, None, None]
-    return conditional + excess * (conditional - null)
-
-  return model_fn

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from dcae_jax.diffusion import guidance as classifier_free
 from dcae_jax.diffusion import objectives, samplers
 from dcae_jax.diffusion.denoisers import dit, uvit
 from dcae_jax.diffusion.denoisers import families as denoisers
@@ -62,7 +63,7 @@ def check_guidance(key: str, scales: Sequence[Any]) -> None:
   for scale in scales:
     if not _is_number(scale):
       raise ValueError(f"{key}={scales}: {scale!r} is not a finite number")
-    objectives.check_guidance(scale, None)
+    classifier_free.check_guidance(scale, None)
   if len({f"{scale:g}" for scale in scales}) < len(scales):
     raise ValueError(f"{key}={scales} names a scale twice (six digits count)")
 
@@ -91,7 +92,7 @@ def sampler(
   """
   found = _chosen(_SAMPLERS, config, "sampler")
   samplers.check(found, objective, config.steps)
-  objectives.check_guidance(1.0, _pair(config, "sampler", "interval"))
+  classifier_free.check_guidance(1.0, _pair(config, "sampler", "interval"))
   return found
 
 
@@ -187,7 +188,7 @@ def sample_function(
     z = jax.random.normal(noise_key, (len(labels), *shape), jnp.float32)
     z = jax.lax.with_sharding_constraint(z, sharding)
     network = lambda z, t, labels: denoiser.apply(variables, z, t, labels)
-    model_fn = objectives.guided(
+    model_fn = classifier_free.guided(
       network, labels, denoiser.num_classes, guidance, interval
     )
     return sampler.sample(objective, model_fn, sampler_key, z, config.steps)
