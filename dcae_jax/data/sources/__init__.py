@@ -1,0 +1,32 @@
+"""Where images come from: a folder, a TFDS dataset, or an installed package.
+
+A kind of source is one file; here stands what the others call.
+"""
+
+from dcae_jax.data.sources.embedded_photographs import embedded
+from dcae_jax.data.sources.files import (
+  SUFFIXES,
+  Files,
+  folder,
+  latent_files,
+  pictures,
+)
+from dcae_jax.data.sources.protocol import Record, Source, limited
+from dcae_jax.data.sources.subsets import ClassPerImage, Subset, split
+from dcae_jax.data.sources.tensorflow_dataset import TensorFlowDataset
+
+__all__ = [
+  "SUFFIXES",
+  "ClassPerImage",
+  "Files",
+  "Record",
+  "Source",
+  "Subset",
+  "TensorFlowDataset",
+  "embedded",
+  "folder",
+  "latent_files",
+  "limited",
+  "pictures",
+  "split",
+]

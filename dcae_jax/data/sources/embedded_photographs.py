@@ -1,0 +1,84 @@
+"""Photographs inside packages of the Python package index."""
+
+import importlib.util
+import pathlib
+
+from dcae_jax.data.sources import files
+
+# Photographs inside packages of the Python package index: package, pattern of
+# the files, and what stands in it. The two sets share no photograph and no
+# scene. (Left out: drawings, renders, paintings, crops of others, near-blank
+# pictures.) New ones go last: whoever takes the first ones keeps what they had.
+_EMBEDDED = {
+  "train": (
+    (
+      "interior_photos",  # MIT; photographs of Pexels
+      "images/pexels-{}.jpg",
+      "1317558 2416933 2560067 36030587 36179987 36236147 36358763 4389955 "
+      "4400637 4543103 5386834 5604956 5853819 6373478 6707631 6830376 6956495 "
+      "6963783 6963788 7247504 7303773 7303782 7303800 7303842 7303992 7303994 "
+      "7303995 7688357 cup-of-couple-6962851 cup-of-couple-6963787 "
+      "cup-of-couple-7303987 maksgelatin-4352247",
+    ),
+    (
+      "skimage",  # public domain, CC0, or no known restrictions
+      "data/{}",
+      "brick.png grass.png gravel.png hubble_deep_field.jpg ihc.png retina.jpg",
+    ),
+    (
+      "theme_soft_design",  # MIT
+      "static/img/{}.jpg",
+      "anastasia annie-spratt blog7-1 blog7-2 blog7-3 brooke card-2 card-3 "
+      "charles ivana ivancik jordan kal-visuals marie meeting nastuh team-1 "
+      "team-2 team-3 team-4 toa-heftiba",
+    ),
+    (
+      "theme_material_kit",  # MIT
+      "static/assets/img/{}.jpg",
+      "bg bg0 bg10 bg2 bg3 bg5 bg9 bruce-mars city-profile examples/blog-9-4 "
+      "examples/blog2 examples/testimonial-6-2 examples/testimonial-6-3 "
+      "ivana-square ivana-squares team-1 team-2 team-3 team-4 team-5",
+    ),
+    # Public domain.
+    ("matplotlib", "mpl-data/sample_data/{}.jpg", "grace_hopper"),
+    ("skimage", "data/{}.png", "coins"),  # no known restrictions
+  ),
+  "validation": (
+    ("skimage", "data/{}.png", "astronaut chelsea coffee"),
+    ("sklearn", "datasets/images/{}.jpg", "china flower"),
+    ("skimage", "data/{}", "motorcycle_left.png rocket.jpg camera.png"),
+  ),
+}
+
+
+def embedded(split: str) -> files.Files:
+  """Photographs inside installed packages: nothing is downloaded.
+
+  Args:
+    split: "train" or "validation"; different photographs.
+
+  Raises:
+    ValueError: unknown split, or a package that is not installed.
+  """
+  if split not in _EMBEDDED:
+    raise ValueError(
+      f"embedded photographs have the splits {', '.join(_EMBEDDED)}, "
+      f"not {split!r}"
+    )
+  listed = [
+    (package, pattern.format(name))
+    for package, pattern, names in _EMBEDDED[split]
+    for name in names.split()
+  ]
+  paths = []
+  for package, file in listed:
+    spec = importlib.util.find_spec(package)
+    directory = pathlib.Path(spec.origin).parent if spec else None
+    if directory is None or not (directory / file).is_file():
+      raise ValueError(
+        f"the embedded photograph {package}/{file} is not installed; run "
+        "`pip install -r requirements-quickstart.txt`"
+      )
+    paths.append(str(directory / file))
+  keys = [f"{package}/{file}" for package, file in listed]
+  return files.unlabelled(paths, keys)

@@ -1,0 +1,73 @@
+"""Prepared datasets of TFDS, read without TensorFlow."""
+
+import hashlib
+
+import tensorflow_datasets as tfds
+
+from dcae_jax.data.sources import protocol
+
+
+class TensorFlowDataset:
+  """Images of a prepared TFDS dataset in array_record format.
+
+  Reads without TensorFlow, local or `gs://`, without decoding.
+  """
+
+  def __init__(self, name: str, split: str, data_dir: str):
+    self._arguments = (name, split, data_dir)
+    self._builder = self._prepared()
+    label = dict(self._builder.info.features).get("label")
+    self.classes = list(getattr(label, "names", None) or [])
+    self._records = self._builder.as_data_source(
+      split=split, decoders={"image": tfds.decode.SkipDecoding()}
+    )
+
+  def _prepared(self):
+    name, split, data_dir = self._arguments
+    try:
+      builder = tfds.builder(name, data_dir=data_dir or None)
+    except tfds.core.DatasetNotFoundError as error:
+      place = data_dir or "the default place"
+      raise ValueError(
+        f"there is no TFDS dataset {name!r} in {place}"
+      ) from error
+    if "image" not in builder.info.features:
+      raise ValueError(
+        f"TFDS dataset {name!r} has no feature `image`; its features are "
+        f"{', '.join(builder.info.features)}"
+      )
+    if split not in builder.info.splits:
+      known = ", ".join(builder.info.splits) or "none: it is not prepared"
+      raise ValueError(
+        f"TFDS dataset {name!r} has no split {split!r}; there are {known}"
+      )
+    return builder
+
+  def __getstate__(self):
+    return self._arguments
+
+  def __setstate__(self, arguments):
+    self.__init__(*arguments)
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def name(self, index: int) -> str:
+    name, split, _ = self._arguments
+    return f"{name}:{split}[{index}]"
+
+  def key(self, index: int) -> str:
+    """The split and the position in it."""
+    return f"{self._arguments[1]}[{index}]"
+
+  def fingerprint(self) -> str:
+    """sha256 of the dataset's name and version, and its split's shards."""
+    info, (_, split, _) = self._builder.info, self._arguments
+    shards = info.splits[split]
+    entry = (info.full_name, split, len(self), shards.num_examples)
+    return hashlib.sha256(repr(entry).encode()).hexdigest()
+
+  def __getitem__(self, index: int) -> protocol.Record:
+    example = self._records[index]
+    label = int(example["label"]) if "label" in example else 0
+    return protocol.Record(self.name(index), example["image"], label)
