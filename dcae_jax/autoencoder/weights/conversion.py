@@ -20,6 +20,7 @@ from einops import rearrange
 
 from dcae_jax.autoencoder import families
 from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder.sd_vae import tensor_names as sd_vae_tensor_names
 from dcae_jax.autoencoder.weights import safetensors_files, tensor_names
 
 Tree = Any
@@ -135,7 +136,7 @@ def as_stored(entry: Entry, shapes: dict[str, tuple[int, ...]]) -> Entry:
 
   SD-VAE's attention had other names, and its matrices may be 1x1 kernels.
   """
-  older = tuple(map(tensor_names.older_name, entry.names))
+  older = tuple(map(sd_vae_tensor_names.older_name, entry.names))
   if any(name in shapes for name in set(older) - set(entry.names)):
     entry = entry._replace(names=older)
   if (entry.theirs, entry.ours) == _MATRIX and all(

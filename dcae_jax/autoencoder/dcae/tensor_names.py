@@ -1,0 +1,147 @@
+"""Names of DC-AE's modules in its two layouts: the authors', and diffusers'."""
+
+from collections.abc import Iterator
+
+from dcae_jax.autoencoder.dcae import variants
+from dcae_jax.autoencoder.weights import module_name
+
+# Inside a block of DC-AE.
+_BLOCKS = {
+  "res": (
+    module_name.Module("conv1", "main.conv1.conv", "conv1"),
+    module_name.Module("conv2", "main.conv2.conv", "conv2"),
+    module_name.Module("norm", "main.conv2.norm", "norm"),
+  ),
+  "efficientvit": (
+    module_name.Module(
+      "context/qkv",
+      "context_module.main.qkv.conv",
+      ("attn.to_q", "attn.to_k", "attn.to_v"),
+      matrix=True,
+    ),
+    module_name.Module(
+      "context/project",
+      "context_module.main.proj.conv",
+      "attn.to_out",
+      matrix=True,
+    ),
+    module_name.Module(
+      "context/norm", "context_module.main.proj.norm", "attn.norm_out"
+    ),
+    module_name.Module(
+      "local/inverted",
+      "local_module.main.inverted_conv.conv",
+      "conv_out.conv_inverted",
+    ),
+    module_name.Module(
+      "local/depthwise",
+      "local_module.main.depth_conv.conv",
+      "conv_out.conv_depth",
+    ),
+    module_name.Module(
+      "local/point", "local_module.main.point_conv.conv", "conv_out.conv_point"
+    ),
+    module_name.Module(
+      "local/norm", "local_module.main.point_conv.norm", "conv_out.norm"
+    ),
+  ),
+}
+
+# One such pair for each scale of the attention.
+_SCALE = (
+  module_name.Module(
+    "context/aggregate_{}",
+    "context_module.main.aggreg.{}.0",
+    "attn.to_qkv_multiscale.{}.proj_in",
+  ),
+  module_name.Module(
+    "context/aggregate_{}_mix",
+    "context_module.main.aggreg.{}.1",
+    "attn.to_qkv_multiscale.{}.proj_out",
+  ),
+)
+
+
+def modules(variant: variants.Variant) -> Iterator[module_name.Module]:
+  """All modules; a convolution that also rearranges is one level deeper."""
+  unshuffles = variant.downsample == "space_to_channel"
+  resamples = not variant.encoder[0].depth
+  yield module_name.Module(
+    f"encoder/project_in{'/conv' if resamples else ''}",
+    f"encoder.project_in.conv{'.conv' if resamples and unshuffles else ''}",
+    f"encoder.conv_in{'.conv' if resamples else ''}",
+  )
+  for i, stage in enumerate(variant.encoder):
+    names = (
+      f"encoder/stage_{i}",
+      f"encoder.stages.{i}.op_list",
+      f"encoder.down_blocks.{i}",
+    )
+    yield from _stage(stage, names, first_block=0)
+    if stage.depth and i + 1 < len(variant.encoder):
+      ours, original, diffusers = names
+      yield module_name.Module(
+        f"{ours}/downsample/conv",
+        f"{original}.{stage.depth}.main.conv{'.conv' if unshuffles else ''}",
+        f"{diffusers}.{stage.depth}.conv",
+      )
+  inside = ".main" if variant.encoder_shortcut else ""
+  yield module_name.Module(
+    "encoder/project_out/conv",
+    f"encoder.project_out{inside}.op_list.0.conv",
+    "encoder.conv_out",
+  )
+  inside = ".main" if variant.decoder_shortcut else ""
+  yield module_name.Module(
+    "decoder/project_in/conv",
+    f"decoder.project_in{inside}.conv",
+    "decoder.conv_in",
+  )
+  for i, stage in enumerate(variant.decoder):
+    ours, original, diffusers = names = (
+      f"decoder/stage_{i}",
+      f"decoder.stages.{i}.op_list",
+      f"decoder.up_blocks.{i}",
+    )
+    upsamples = stage.depth > 0 and i + 1 < len(variant.decoder)
+    if upsamples:
+      yield module_name.Module(
+        f"{ours}/upsample/conv",
+        f"{original}.0.main.conv.conv",
+        f"{diffusers}.0.conv",
+      )
+    yield from _stage(stage, names, first_block=int(upsamples))
+  deeper = "" if variant.decoder[0].depth else ".conv"
+  yield module_name.Module(
+    "decoder/project_out/norm", "decoder.project_out.op_list.0",
+    "decoder.norm_out",
+  )  # fmt: skip
+  yield module_name.Module(
+    "decoder/project_out/conv",
+    f"decoder.project_out.op_list.2.conv{deeper}",
+    f"decoder.conv_out{deeper}",
+  )
+
+
+def _stage(
+  stage: variants.Stage, names: tuple[str, str, str], first_block: int
+) -> Iterator[module_name.Module]:
+  ours, original, diffusers = names
+  inside = list(_BLOCKS[stage.block])
+  for i in range(len(stage.scales)):
+    inside += [
+      module_name.Module(*(name.format(i) for name in module[:3]))
+      for module in _SCALE
+    ]
+  for i in range(stage.depth):
+    prefix = f"{diffusers}.{first_block + i}."
+    for module in inside:
+      parts = module.diffusers
+      yield module_name.Module(
+        f"{ours}/block_{i}/{module.ours}",
+        f"{original}.{first_block + i}.{module.original}",
+        prefix + parts
+        if isinstance(parts, str)
+        else tuple(prefix + part for part in parts),
+        module.matrix,
+      )

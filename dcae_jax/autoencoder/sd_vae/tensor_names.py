@@ -1,0 +1,85 @@
+"""Names of SD-VAE's modules in diffusers' layout, the only one it comes in."""
+
+from collections.abc import Iterator
+
+from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.autoencoder.weights import module_name
+
+_ENDS = {
+  "encoder/project_in": "encoder.conv_in",
+  "encoder/project_out/norm": "encoder.conv_norm_out",
+  "encoder/project_out/conv": "encoder.conv_out",
+  "encoder/project_out/mix": "quant_conv",
+  "decoder/project_in/mix": "post_quant_conv",
+  "decoder/project_in/conv": "decoder.conv_in",
+  "decoder/project_out/norm": "decoder.conv_norm_out",
+  "decoder/project_out/conv": "decoder.conv_out",
+}
+
+_BLOCK = {
+  "norm1": "norm1",
+  "conv1": "conv1",
+  "norm2": "norm2",
+  "conv2": "conv2",
+  "shortcut": "conv_shortcut",
+}
+
+# Projections of SD-VAE's attention, now and before.
+_OLDER = {
+  "to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"
+}  # fmt: skip
+
+
+def older_name(name: str) -> str:
+  """What older files of diffusers' AutoencoderKL have instead of a name."""
+  module, _, rest = name.partition(".attentions.")
+  for now, before in _OLDER.items():
+    rest = rest.replace(f".{now}.", f".{before}.")
+  return f"{module}.attentions.{rest}" if rest else name
+
+
+def modules(variant: sd_vae.Variant) -> Iterator[module_name.Module]:
+  """All modules, and those that only other variants have."""
+  for ours, diffusers in _ENDS.items():
+    yield module_name.Module(ours, "", diffusers)
+  deepest = len(variant.widths) - 1
+  for part, depth, blocks, resampling in (
+    (
+      "encoder",
+      variant.depth,
+      "down_blocks.{}",
+      ("downsample", "downsamplers"),
+    ),
+    ("decoder", variant.depth + 1, "up_blocks.{}", ("upsample", "upsamplers")),
+  ):
+    yield from _unit(f"{part}/middle", f"{part}.mid_block", 2)
+    for i in range(deepest + 1):
+      # Theirs go from the input to the output.
+      place = i if part == "encoder" else deepest - i
+      ours, diffusers = f"{part}/stage_{i}", f"{part}.{blocks.format(place)}"
+      yield from _unit(ours, diffusers, depth)
+      yield module_name.Module(
+        f"{ours}/{resampling[0]}/conv",
+        "",
+        f"{diffusers}.{resampling[1]}.0.conv",
+      )
+
+
+def _unit(
+  ours: str, diffusers: str, depth: int
+) -> Iterator[module_name.Module]:
+  """Blocks of SD-VAE and their attention."""
+  for i in range(depth):
+    for name, theirs in _BLOCK.items():
+      yield module_name.Module(
+        f"{ours}/block_{i}/{name}", "", f"{diffusers}.resnets.{i}.{theirs}"
+      )
+    attention = f"{ours}/attention_{i}", f"{diffusers}.attentions.{i}"
+    yield module_name.Module(
+      f"{attention[0]}/norm", "", f"{attention[1]}.group_norm"
+    )
+    parts = tuple(f"{attention[1]}.to_{x}" for x in "qkv")
+    yield module_name.Module(f"{attention[0]}/qkv", "", parts, matrix=True)
+    yield module_name.Module(
+      f"{attention[0]}/project", "", f"{attention[1]}.to_out.0", matrix=True
+    )
