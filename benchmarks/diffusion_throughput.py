@@ -45,8 +45,7 @@ import jax.numpy as jnp
 import optax
 
 from configs import base
-from dcae_jax.autoencoder import families
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import families, network
 from dcae_jax.diffusion import guidance, objectives, samplers
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.diffusion.denoisers import uvit
@@ -63,7 +62,7 @@ class Latents(NamedTuple):
   """A row of table 3.
 
   Attributes:
-    autoencoder: a key of `families.VARIANTS`.
+    autoencoder: a key of `families.variants()`.
     patch_size: of the denoiser.
     training: the paper's throughput over f8's.
     sampling: the paper's throughput over f8's.
@@ -201,7 +200,7 @@ def _decoder(latents: Latents, dtype: str) -> tuple[Callable, tuple]:
   model = families.create(latents.autoencoder, dtype=dtype)
   decode = lambda variables, z: model.apply(variables, z, method="decode")
   z = jax.ShapeDtypeStruct((1, *latents.shape), "float32")
-  return decode, (dcae.abstract_variables(model, 3), z)
+  return decode, (network.abstract_variables(model, 3), z)
 
 
 def _filled(arguments: Any) -> Any:

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from configs import base
-from dcae_jax.autoencoder import phases, train_step
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import families, phases, train_step
 from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.training import freezing, optimizer
 from dcae_jax.training import state as state_lib
@@ -27,7 +26,7 @@ def main() -> None:
   parser.add_argument("--resolution", type=int, default=64)
   parser.add_argument("--batch_size", type=int, default=4)
   arguments = parser.parse_args()
-  model = dcae.create(arguments.variant)
+  model = families.create(arguments.variant)
   side, first = arguments.resolution, None
   images = jax.ShapeDtypeStruct((arguments.batch_size, side, side, 3), np.uint8)
   image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)

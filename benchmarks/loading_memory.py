@@ -23,7 +23,7 @@ from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.autoencoder.weights import conversion
 
 
-def _write(variant: variants.Variant, folder: pathlib.Path) -> int:
+def _write(variant: variants.Architecture, folder: pathlib.Path) -> int:
   """Returns the bytes of the parameters and batch statistics in float32."""
   rng = np.random.default_rng(0)
   tensors = {}

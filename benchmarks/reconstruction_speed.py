@@ -45,9 +45,9 @@ def images(batch: int, side: int) -> np.ndarray:
 def measure_jax(side: int, repeats: int) -> None:
   import jax
 
-  from dcae_jax.autoencoder.dcae import network as dcae
+  from dcae_jax.autoencoder import families
 
-  model = dcae.create("f32c32")
+  model = families.create("f32c32")
   variables = jax.jit(model.init)(jax.random.key(0), images(1, 32))
   encode, decode = (
     jax.jit(lambda v, x, part=part: model.apply(v, x, method=part))

@@ -89,19 +89,24 @@ def jax_training(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
   import jax
   import jax.numpy as jnp
 
-  from dcae_jax.autoencoder import patchgan, phases, train_step
-  from dcae_jax.autoencoder.dcae import network as dcae
+  from dcae_jax.autoencoder import (
+    families,
+    network,
+    patchgan,
+    phases,
+    train_step,
+  )
   from dcae_jax.runs import host_memory
   from dcae_jax.training import freezing, optimizer
   from dcae_jax.training import state as state_lib
 
   host_memory.keep_freed()  # as the command line does
   config = case.config
-  model = dcae.create(
+  model = families.create(
     case.variant, rematerialisation=False, scan=config.model.scan
   )
   phase = phases.create(config.phase, config.trainable)
-  variables = dcae.abstract_variables(model, 3)
+  variables = network.abstract_variables(model, 3)
   mask = freezing.trainable_mask(variables["params"], phase.trainable)
   settings = optimizer.Settings(**config.optimizer)
   adamw, schedule = optimizer.create(settings, config.steps)

@@ -99,11 +99,11 @@ def save_tiny_autoencoder(
 ) -> pathlib.Path:
   """Initial values of tiny-f8, in the diffusers layout; returns the folder."""
   import dcae_jax
-  from dcae_jax.autoencoder.dcae import network as dcae
+  from dcae_jax.autoencoder import families
   from dcae_jax.autoencoder.dcae import variants
 
   variant = variants.VARIANTS["tiny-f8"]
-  variables = jax.jit(dcae.create(variant).init)(
+  variables = jax.jit(families.create(variant).init)(
     jax.random.key(seed), np.zeros((1, 8, 8, 3), "float32")
   )
   autoencoder = dcae_jax.Autoencoder(

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from dcae_jax import main
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import network
 from dcae_jax.setup import checks, wiring
 from dcae_jax.tasks import evaluate_autoencoder, train_autoencoder, train_phases
 
@@ -60,7 +60,7 @@ def test_config_has_the_keys_of_base_and_builds(name):
       phase.model.variant = phase.model.variant or "f32c32"
     checks.check_autoencoder(phase, predecessor_is_pending=True)
     model = wiring.model(phase.model)
-    dcae.abstract_variables(model, phase.model.image_channels)
+    network.abstract_variables(model, phase.model.image_channels)
 
 
 @pytest.mark.parametrize("variant", ["f32", "f64", "f128"])

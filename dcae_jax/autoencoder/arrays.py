@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import network
 
 _TOLERANCE = 1e-3  # of [-1, 1]
 
@@ -123,7 +123,7 @@ def padded(x: np.ndarray, factor: int, pad: str | None) -> np.ndarray:
   if pad is None:
     for side in x.shape[1:3]:
       try:
-        dcae.check_side(side, factor)
+        network.check_side(side, factor)
       except ValueError as error:
         raise ValueError(f'{error}, or pad with pad="reflect"') from None
   return np.pad(x, [(0, 0), *((0, m) for m in missing), (0, 0)], mode=pad)

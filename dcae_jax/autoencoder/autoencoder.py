@@ -11,7 +11,7 @@ On one device; training and evaluation over many devices are tasks of their own.
 import functools
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,19 @@ import numpy as np
 from etils import epath
 from jax.typing import ArrayLike, DTypeLike
 
-from dcae_jax.autoencoder import arrays, families, latent_statistics, tiling
-from dcae_jax.autoencoder.dcae import network as dcae
-from dcae_jax.autoencoder.dcae import variants as dcae_variants
-from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.autoencoder import (
+  arrays,
+  families,
+  latent_statistics,
+  model_card,
+  network,
+  tiling,
+)
 from dcae_jax.autoencoder.weights import conversion, released
 from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images as images_lib
 from dcae_jax.data import sources
+from dcae_jax.nn import precision
 from dcae_jax.runs import metrics_writer
 from dcae_jax.training import checkpoint
 
@@ -58,8 +63,8 @@ def load(
       tensors do not fit, or its scaling factor must be given.
   """
   path = os.path.expanduser(os.fspath(path))
-  dcae.check_dtype(dtype)
-  dcae.check_space_to_channel(space_to_channel)
+  precision.check_dtype(dtype)
+  network.check_space_to_channel(space_to_channel)
   if checkpoint.is_run(path):
     return _load_run(path, scaling_factor, dtype, space_to_channel)
   found = released.find(path)
@@ -67,7 +72,7 @@ def load(
   if scaling_factor is None:
     scaling_factor, scaling_origin = found.scaling_factor, f"of {found.label}"
   if scaling_factor is None and not found.name:
-    candidates = released.published_factors(found.variant)
+    candidates = released.published_factors(found.architecture)
     if candidates:
       known = ", ".join(f"{name}: {x}" for name, x in candidates.items())
       raise ValueError(
@@ -76,7 +81,7 @@ def load(
       )
   variables, counts = conversion.read(found.entries, found.files)
   return Autoencoder(
-    found.variant,
+    found.architecture,
     variables,
     image_channels=found.image_channels,
     scaling_factor=scaling_factor,
@@ -84,9 +89,7 @@ def load(
     dtype=dtype,
     space_to_channel=space_to_channel,
     batch_counts=counts,
-    origin=found.label,
-    released_name=found.name,
-    scaling_origin=scaling_origin,
+    provenance=model_card.Provenance(found.label, found.name, scaling_origin),
   )
 
 
@@ -97,13 +100,13 @@ def _load_run(
   space_to_channel: int,
 ) -> "Autoencoder":
   config = checkpoint.read_run_config(run)["model"]
-  variant = families.of_model(config["variant"], config["architecture"])
+  architecture = families.of_model(config["variant"], config["architecture"])
   channels = config["image_channels"]
   residual = config["residual_autoencoding"]
   model = families.create(
-    variant, image_channels=channels, residual_autoencoding=residual
+    architecture, image_channels=channels, residual_autoencoding=residual
   )
-  abstract = dcae.abstract_variables(model, channels)
+  abstract = network.abstract_variables(model, channels)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   placed = jax.tree.map(lambda _: device, abstract)
   step, variables = checkpoint.restore_variables(run, "ema", abstract, placed)
@@ -122,38 +125,19 @@ def _load_run(
   metrics = [
     f"{k} {evaluated[k]:.4g}" for k in ("psnr", "ssim") if k in evaluated
   ]
+  origin = f"averaged weights of step {step} of a training run"
+  if metrics:
+    origin += f" (held-out images: {', '.join(metrics)})"
   return Autoencoder(
-    variant,
+    architecture,
     variables,
     image_channels=channels,
     scaling_factor=scaling_factor,
     dtype=dtype,
     residual_autoencoding=residual,
     space_to_channel=space_to_channel,
-    scaling_origin=scaling_origin,
-    origin=f"averaged weights of step {step} of a training run"
-    + (f" (held-out images: {', '.join(metrics)})" if metrics else ""),
+    provenance=model_card.Provenance(origin, scaling_factor=scaling_origin),
   )
-
-
-class _Kind(NamedTuple):
-  """What the model card says of a kind of autoencoder."""
-
-  title: str
-  tag: str
-  source: str
-  latents: str
-
-
-_KINDS = {
-  dcae_variants.Variant: _Kind(
-    "Deep compression autoencoder", "dc-ae", "DC-AE, arXiv 2410.10733", ""
-  ),
-  sd_vae.Variant: _Kind(
-    "SD-VAE", "sd-vae", "SD-VAE (AutoencoderKL), arXiv 2112.10752",
-    ", the mean of a normal distribution",
-  ),
-}  # fmt: skip
 
 
 class Autoencoder:
@@ -164,7 +148,7 @@ class Autoencoder:
   the means). Results are float32 JAX arrays.
 
   Attributes:
-    variant: a key of `dcae_jax.autoencoder.families.VARIANTS`, or "custom".
+    variant: a key of `dcae_jax.autoencoder.families.variants()`, or "custom".
     architecture: its widths, depths and blocks.
     variables: `{"params": ..., "batch_stats": ...}`, for `model.apply`.
     model: the linen module.
@@ -175,7 +159,7 @@ class Autoencoder:
 
   def __init__(
     self,
-    variant: families.Variant,
+    architecture: families.Architecture,
     variables: Any,
     *,
     image_channels: int = 3,
@@ -185,14 +169,12 @@ class Autoencoder:
     residual_autoencoding: bool = True,
     space_to_channel: int = 1,
     batch_counts: dict[str, int] | None = None,
-    origin: str = "not stated",
-    released_name: str = "",
-    scaling_origin: str = "given",
+    provenance: model_card.Provenance | None = None,
   ):
     """Wraps variables; `load` makes them from files.
 
     Args:
-      variant: the architecture.
+      architecture: such as `families.check_variant("f32c32")`.
       variables: `{"params": ..., "batch_stats": ...}`.
       image_channels: of the images.
       scaling_factor: if it is known.
@@ -201,19 +183,16 @@ class Autoencoder:
       residual_autoencoding: False for a network without shortcuts.
       space_to_channel: as for `load`.
       batch_counts: what a file had of them, to be saved again.
-      origin: where the weights come from, for the model card.
-      released_name: of the released model they are, if they are one.
-      scaling_origin: where the scaling factor comes from, for the model card.
+      provenance: where they come from, for the model card.
     """
-    dcae.check_dtype(dtype)
-    self.architecture = variant
-    self.variant = families.name_of(variant)
+    self.architecture = architecture
+    self.variant = families.name_of(architecture)
     self.variables = variables
-    self.scaling_factor = scaling_factor
+    self._scaling_factor = _checked_factor(scaling_factor)
     self.shift_factor = shift_factor
     self.image_channels = image_channels
     self.model = families.create(
-      variant,
+      architecture,
       image_channels=image_channels,
       residual_autoencoding=residual_autoencoding,
       dtype=dtype,
@@ -222,9 +201,7 @@ class Autoencoder:
     self._dtype = dtype
     self._residual_autoencoding = residual_autoencoding
     self._batch_counts = batch_counts or {}
-    self._origin = origin
-    self._released_name = released_name
-    self._scaling_origin = scaling_origin
+    self._provenance = provenance or model_card.Provenance()
     self._encode = jax.jit(functools.partial(self.apply, method="encode"))
     self._decode = jax.jit(functools.partial(self.apply, method="decode"))
 
@@ -250,13 +227,8 @@ class Autoencoder:
 
   @scaling_factor.setter
   def scaling_factor(self, value: float | ArrayLike | None) -> None:
-    if value is not None:
-      is_number = np.ndim(value) == 0 and not isinstance(value, str | bool)
-      if not (is_number and 0 < value < 1e30):
-        raise ValueError(f"scaling_factor={value!r} is not a positive number")
-      value = float(value)
-    self._scaling_factor = value
-    self._scaling_origin = "given"
+    self._scaling_factor = _checked_factor(value)
+    self._provenance = self._provenance._replace(scaling_factor="given")
 
   @property
   def spatial_compression(self) -> int:
@@ -408,7 +380,9 @@ class Autoencoder:
     if factor is None:
       raise ValueError("there are no images, or their latents are all zero")
     self.scaling_factor = factor
-    self._scaling_origin = f"1 / RMS of the latents of {images} {name}"
+    self._provenance = self._provenance._replace(
+      scaling_factor=f"1 / RMS of the latents of {images} {name}"
+    )
     return self.scaling_factor
 
   def save(self, folder: str | os.PathLike, layout: str = "diffusers") -> None:
@@ -447,7 +421,7 @@ class Autoencoder:
       self.scaling_factor,
       self.shift_factor,
     )
-    name = self._released_name or released.name_for(self.variant)
+    name = self._provenance.released_name or released.name_for(self.variant)
     if layout == "original" and name:  # there, a name is the architecture
       config = {"model_name": name} | config
     conversion.save(
@@ -455,41 +429,10 @@ class Autoencoder:
       layout,
       self.variables,
       self._batch_counts,
-      variant=self.architecture,
+      architecture=self.architecture,
       image_channels=self.image_channels,
       config=config,
-      model_card=self._model_card(layout),
-    )
-
-  def _model_card(self, layout: str) -> str:
-    f = self.spatial_compression
-    kind = _KINDS[type(self.architecture)]
-    library = "dcae_jax"
-    load_it = 'import dcae_jax\n\nae = dcae_jax.load("FOLDER")'
-    if layout == "diffusers":
-      library, name = "diffusers", families.class_name(self.architecture)
-      load_it = (
-        f'from diffusers import {name}\n\nae = {name}.from_pretrained("FOLDER")'
-      )
-    scale = "Multiply latents by it before diffusion, and divide them by it"
-    if self.shift_factor:
-      scale = (
-        f"Subtract the shift factor, {self.shift_factor:.6g}, from latents and "
-        "multiply them by it before diffusion; divide them by it and add the "
-        "shift factor"
-      )
-    return (
-      f"---\nlibrary_name: {library}\ntags:\n- autoencoder\n- {kind.tag}\n"
-      f"---\n\n# {kind.title}, {self.variant}\n\n"
-      f"Compresses each side {f} times: an image of {8 * f} x {8 * f} pixels "
-      f"has 8 x 8 latents of {self.latent_channels} channels{kind.latents}. "
-      "Images are in [-1, 1].\n\n"
-      f"- Weights: {self._origin}.\n"
-      f"- Scaling factor: {self.scaling_factor:.6g} ({self._scaling_origin}). "
-      f"{scale} before decoding.\n"
-      f"- Architecture: {kind.source}. Written by dcae_jax, layout "
-      f"`{layout}`.\n\n"
-      f"```python\n{load_it}\n```\n"
+      model_card=model_card.text(self, self._provenance, layout),
     )
 
   def _crops(
@@ -501,7 +444,7 @@ class Autoencoder:
           f"resolution={resolution!r} and max_images={max_images!r} are not "
           "both whole numbers below 65536"
         )
-    dcae.check_side(resolution, self.spatial_compression)
+    network.check_side(resolution, self.spatial_compression)
     image_decoding.check_channels(self.image_channels)
     source = sources.folder(folder)
     decoding = images_lib.Decoding(self.image_channels)
@@ -535,12 +478,19 @@ class Autoencoder:
       raise ValueError(
         f"channels={channels!r} is not from 1 to {self.latent_channels}"
       )
-    v = self.architecture
-    is_ordered = isinstance(v, dcae_variants.Variant) and not (
-      v.encoder_shortcut or v.decoder_shortcut
-    )
+    family = families.of(self.architecture)
+    is_ordered = family.orders_channels(self.architecture)
     if not is_ordered or self.model.space_to_channel != 1:
       raise ValueError(
         "channels= is for DC-AE 1.5, whose latents are ordered; this "
         f"{self.variant} needs all {self.latent_channels}"
       )
+
+
+def _checked_factor(value: float | ArrayLike | None) -> float | None:
+  if value is None:
+    return None
+  is_number = np.ndim(value) == 0 and not isinstance(value, str | bool)
+  if not (is_number and 0 < value < 1e30):
+    raise ValueError(f"scaling_factor={value!r} is not a positive number")
+  return float(value)

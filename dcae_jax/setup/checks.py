@@ -8,8 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dcae_jax.autoencoder import patchgan, phases, train_step
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import network, patchgan, phases, train_step
 from dcae_jax.data import images
 from dcae_jax.evaluation.networks import lpips
 from dcae_jax.setup import metric_networks, wiring
@@ -36,7 +35,7 @@ def check_autoencoder(
     (config.resolution, *config.evaluation.resolutions),
     config.model,
   )
-  variables = dcae.abstract_variables(
+  variables = network.abstract_variables(
     wiring.model(config.model), config.model.image_channels
   )
   mask = freezing.trainable_mask(variables["params"], phase.trainable)

@@ -18,8 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dcae_jax.autoencoder import families
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import families, network
 from dcae_jax.autoencoder.weights import released
 from dcae_jax.data import decoding, sources
 from dcae_jax.evaluation import image_metrics
@@ -84,9 +83,8 @@ def check_bounds(
       raise ValueError(f"config.{key}={value} is not from {least} to {most}")
 
 
-def model(config: ConfigDict) -> families.Model:
+def model(config: ConfigDict) -> network.Network:
   """The autoencoder of `config.model`."""
-  dcae.check_dtype(config.dtype)
   return families.create(
     families.of_model(config.variant, config.architecture.to_dict()),
     image_channels=config.image_channels,
@@ -107,15 +105,15 @@ def model_of(source: str) -> dict[str, Any]:
     model = checkpoint.read_run_config(source)["model"]
     return {key: model[key] for key in MODEL_KEYS}
   found = released.find(source)
-  name, settings = families.name_of(found.variant), {}
+  name, settings = families.name_of(found.architecture), {}
   if name == "custom":
-    settings = families.to_config(found.variant, found.image_channels, 1.0)
+    settings = families.to_config(found.architecture, found.image_channels, 1.0)
   return dict(
     zip(MODEL_KEYS, (name, settings, found.image_channels, True), strict=True)
   )
 
 
-def variant_of(source: str) -> tuple[families.Variant, int]:
+def variant_of(source: str) -> tuple[families.Architecture, int]:
   """The architecture of a run or of released weights, and image channels.
 
   Raises:
@@ -131,7 +129,7 @@ def with_model(config: ConfigDict) -> ConfigDict:
   if config.model.variant:
     return config
   if not config.init_from:
-    known = ", ".join(families.VARIANTS)
+    known = ", ".join(families.variants())
     raise ValueError(
       f"config.model.variant is empty; name one of {known}, or set "
       "config.init_from, whose model is taken then"
@@ -232,7 +230,7 @@ def check_sides(resolutions: tuple[int, ...], compression: int) -> None:
   for resolution in resolutions:
     if not isinstance(resolution, int):
       raise ValueError(f"image side {resolution!r} is not a whole number")
-    dcae.check_side(resolution, compression)
+    network.check_side(resolution, compression)
     if resolution < image_metrics.SMALLEST_SIDE:
       raise ValueError(
         f"image side {resolution} is below {image_metrics.SMALLEST_SIDE}, the "

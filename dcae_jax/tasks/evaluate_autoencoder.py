@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -26,13 +25,14 @@ from dcae_jax.autoencoder import (
   block_pca,
   families,
   latent_statistics,
+  network,
 )
-from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images, sources
 from dcae_jax.evaluation import fid, reconstruction
 from dcae_jax.evaluation.report import evaluation_report, figures, page
+from dcae_jax.nn import precision
 from dcae_jax.runs import metrics_writer, progress_lines
 from dcae_jax.setup import floor, measuring, metric_networks, wiring
 from dcae_jax.training import checkpoint, sharding
@@ -63,7 +63,7 @@ def check(config: ConfigDict) -> None:
       "space_to_channel": (1, most), "seed": (0, most),
     },
   )  # fmt: skip
-  dcae.check_dtype(config.dtype)
+  precision.check_dtype(config.dtype)
   metric_networks.check(config)
   metric_networks.check_reference(config)
   if config.init_from:
@@ -357,13 +357,10 @@ def _load(config: ConfigDict) -> autoencoder.Autoencoder:
     )
   variant = families.check_variant(config.variant)
   model = families.create(variant)
-  side = model.spatial_compression
-  variables = jax.jit(model.init)(
-    jax.random.key(config.seed), jnp.zeros((1, side, side, 3), jnp.float32)
-  )
+  initial = jax.jit(lambda key: network.initial_variables(model, 3, key))
   return autoencoder.Autoencoder(
     variant,
-    {"batch_stats": {}} | variables,
+    initial(jax.random.key(config.seed)),
     dtype=config.dtype,
     space_to_channel=config.space_to_channel,
   )

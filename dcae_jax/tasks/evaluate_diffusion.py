@@ -16,13 +16,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import autoencoder, streaming_moments
-from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.diffusion import objectives, samplers
 from dcae_jax.evaluation import fid, sample_metrics, samples
 from dcae_jax.evaluation.networks import inception, pretrained
 from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
+from dcae_jax.nn import precision
 from dcae_jax.runs import differences, metrics_writer
 from dcae_jax.setup import denoising, wiring
 from dcae_jax.training import checkpoint, loop, sharding
@@ -89,7 +89,7 @@ def check(config: ConfigDict) -> None:
         f"config.samples={config.samples} is below {_LEAST[metric]}, the least "
         f"for {metric}; draw more, or choose other config.metrics"
       )
-  dcae.check_dtype(config.compute_dtype)
+  precision.check_dtype(config.compute_dtype)
 
 
 def run(

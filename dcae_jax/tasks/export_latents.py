@@ -16,13 +16,18 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.autoencoder import autoencoder, families, latent_statistics
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import (
+  autoencoder,
+  families,
+  latent_statistics,
+  network,
+)
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.data import decoding, images, sources
 from dcae_jax.latents import encode as latent_encoding
 from dcae_jax.latents import rows
 from dcae_jax.latents import store as latent_store
+from dcae_jax.nn import precision
 from dcae_jax.runs import metrics_writer, progress_lines, stopwatch
 from dcae_jax.setup import wiring
 from dcae_jax.training import loop
@@ -65,7 +70,7 @@ def check(config: ConfigDict) -> None:
       f"config.shard_rows={config.shard_rows} is not a multiple of "
       f"{latent_store.CHUNK_ROWS}"
     )
-  dcae.check_dtype(config.compute_dtype)
+  precision.check_dtype(config.compute_dtype)
   images.Cropping(config.crop, config.resolution)
   if config.crops_per_image > 1 and config.crop == "dm_crop":
     raise ValueError(
@@ -86,7 +91,7 @@ def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
   model = wiring.model_of(config.init_from)
   variant = families.of_model(model["variant"], model["architecture"])
   compression = variant.spatial_compression * config.space_to_channel
-  dcae.check_side(config.resolution, compression)
+  network.check_side(config.resolution, compression)
   side = config.resolution // compression
   return side, side, variant.latent_channels * config.space_to_channel**2
 

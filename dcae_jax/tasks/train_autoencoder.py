@@ -18,9 +18,13 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dcae_jax.autoencoder import families, patchgan, phases, train_step
-from dcae_jax.autoencoder.dcae import network as dcae
-from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.autoencoder import (
+  families,
+  network,
+  patchgan,
+  phases,
+  train_step,
+)
 from dcae_jax.autoencoder.weights import conversion, released
 from dcae_jax.data import images, sources
 from dcae_jax.evaluation.networks import lpips, pretrained
@@ -88,7 +92,7 @@ def open_inputs(config: ConfigDict) -> Inputs:
 class _Setup(NamedTuple):
   """What is known before anything is compiled."""
 
-  autoencoder: families.Model
+  autoencoder: network.Network
   phase: phases.Phase
   mask: Any
   mesh: Mesh
@@ -200,7 +204,9 @@ def _setup(
   autoencoder_optimizer, schedule = optimizer.create(
     settings, config.steps, sharding.on_whole_arrays(mesh)
   )
-  variables = dcae.abstract_variables(autoencoder, config.model.image_channels)
+  variables = network.abstract_variables(
+    autoencoder, config.model.image_channels
+  )
   mask = freezing.trainable_mask(variables["params"], phase.trainable)
   if config.model.scan and not phases.blocks_learn_alike(mask):
     # Stacked blocks are differentiated together, frozen ones too.
@@ -272,15 +278,13 @@ def _initial_state(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
     return jitted(variables, ema)
 
   def create_from_nothing(key):
-    side = setup.autoencoder.spatial_compression
-    channels = config.model.image_channels
-    variables = setup.autoencoder.init(
-      key, jnp.zeros((1, side, side, channels), jnp.float32)
+    variables = network.initial_variables(
+      setup.autoencoder, config.model.image_channels, key
     )
-    params = dcae.with_branch_scale(
+    family = families.of(setup.autoencoder.architecture)
+    variables["params"] = family.with_branch_scale(
       variables["params"], config.initial_branch_scale
     )
-    variables = {"batch_stats": {}} | variables | {"params": params}
     return _create_state(config, setup, variables, None)
 
   key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -311,13 +315,12 @@ def _batches(config: ConfigDict, inputs: Inputs) -> images.TrainingImages:
 def _step(
   config: ConfigDict,
   setup: _Setup,
-  autoencoder: families.Model,
+  autoencoder: network.Network,
   gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable:
-  network = config.lpips.network
-  perceptual = lambda p, x, y: lpips.distance(p, x, y, network)
+  perceptual = lambda p, x, y: lpips.distance(p, x, y, config.lpips.network)
   variational = None
-  if isinstance(autoencoder, sd_vae.SDVAE):
+  if families.of(autoencoder.architecture).samples_latents:
     variational = train_step.Variational(
       functools.partial(autoencoder.apply, method="reconstruct_sample"),
       config.kl.weight,

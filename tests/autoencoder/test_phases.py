@@ -2,14 +2,13 @@ import jax
 import pytest
 
 from configs import base
-from dcae_jax.autoencoder import phases
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import families, network, phases
 from dcae_jax.training import freezing
 
 
 @pytest.fixture(scope="module")
 def parameters():
-  model = dcae.create("tiny-f8")
+  model = families.create("tiny-f8")
   images = jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
   return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
@@ -70,7 +69,7 @@ def test_unknown_phases_are_refused_with_the_known_ones():
 
 
 def test_blocks_of_a_stage_may_learn_differently():
-  shapes = dcae.abstract_variables(dcae.create("f32c32"), 3)["params"]
+  shapes = network.abstract_variables(families.create("f32c32"), 3)["params"]
   alike = lambda *patterns: phases.blocks_learn_alike(
     freezing.trainable_mask(shapes, patterns)
   )

@@ -8,8 +8,7 @@ import optax
 import pytest
 
 from configs import base
-from dcae_jax.autoencoder import patchgan, phases, train_step
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import families, patchgan, phases, train_step
 from dcae_jax.training import freezing, optimizer
 from dcae_jax.training import state as state_lib
 
@@ -23,7 +22,7 @@ OPTIMIZER = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def model():
-  return dcae.create("tiny-f8")
+  return families.create("tiny-f8")
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +169,7 @@ def test_optimizer_has_moments_for_trainable_leaves_only(
 
 
 def test_flops_of_frozen_phases_against_phase_1():
-  model = dcae.create("tiny-f32")
+  model = families.create("tiny-f32")
   images = jax.ShapeDtypeStruct((4, 64, 64, 3), "uint8")
   shape = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
   variables = jax.eval_shape(model.init, jax.random.key(0), shape)

@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 
 import dcae_jax
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import families
 from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.tasks import train_autoencoder
@@ -272,10 +272,10 @@ def test_fine_tuning_takes_any_architecture_from_its_weights(
       (64, {"block": "efficientvit", "scales": (5,)}),
     )
   )
-  variant = variants.Variant(
+  variant = variants.Architecture(
     8, stages, stages, downsample="strided", upsample="nearest"
   )
-  variables = jax.jit(dcae.create(variant).init)(
+  variables = jax.jit(families.create(variant).init)(
     jax.random.key(0), np.zeros((1, 4, 4, 3), "float32")
   )
   own = dcae_jax.Autoencoder(variant, variables, scaling_factor=1.0)

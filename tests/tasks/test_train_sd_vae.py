@@ -13,9 +13,8 @@ from etils import epath
 
 import dcae_jax
 from configs import base
-from dcae_jax.autoencoder import families, phases, train_step
-from dcae_jax.autoencoder.dcae import network as dcae
-from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.autoencoder import families, network, phases, train_step
+from dcae_jax.autoencoder.sd_vae import variants as sd_vae_variants
 from dcae_jax.tasks import train_autoencoder
 from dcae_jax.training import freezing, optimizer
 from dcae_jax.training import state as state_lib
@@ -60,7 +59,7 @@ def build(model, variables):
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
   """A folder of weights of an architecture that has no name."""
-  variant = sd_vae.Variant(
+  variant = sd_vae_variants.Architecture(
     3, (8, 8), depth=1, groups=2, encoder_attending=(1,), decoder_mixes=False
   )
   model = families.create(variant)
@@ -222,7 +221,7 @@ def test_a_run_measures_the_kl_loss_and_evaluates_the_mean(phase_1):
     np.testing.assert_allclose(x["train/loss/total"], total, rtol=1e-6)
   result = json.loads((phase_1 / "result.json").read_text())
   model = families.create(TINY)
-  count = freezing.count(dcae.abstract_variables(model, 3))
+  count = freezing.count(network.abstract_variables(model, 3))
   assert result["parameters"] == result["parameters_trained"] == count
   assert {"eval/psnr", "eval/ssim", "scaling_factor"} <= result.keys()
 

@@ -42,14 +42,14 @@ DEFAULTS = {
 }
 
 
-def from_config(config: dict[str, Any]) -> tuple[variants.Variant, int]:
-  """The variant and image channels of an AutoencoderDC `config.json`.
+def from_config(config: dict[str, Any]) -> tuple[variants.Architecture, int]:
+  """The architecture and image channels of an AutoencoderDC `config.json`.
 
   Raises:
     ValueError: an unknown block, norm or activation, or lists that do not fit.
   """
   c = DEFAULTS | config
-  variant = variants.Variant(
+  architecture = variants.Architecture(
     settings.count(c, "latent_channels"),
     encoder=_stages(c | _ENCODER_ONLY, "encoder"),
     decoder=_stages(c, "decoder"),
@@ -65,8 +65,8 @@ def from_config(config: dict[str, Any]) -> tuple[variants.Variant, int]:
       c["decoder_conv_act_fn"], "decoder_conv_act_fn"
     ),
   )
-  variants.check_architecture(variant)
-  return variant, settings.count(c, "in_channels")
+  variants.check_architecture(architecture)
+  return architecture, settings.count(c, "in_channels")
 
 
 # Of the encoder these are fixed.
@@ -74,7 +74,7 @@ _ENCODER_ONLY = {"encoder_norm_types": "rms_norm", "encoder_act_fns": "silu"}
 
 
 def to_config(
-  variant: variants.Variant,
+  architecture: variants.Architecture,
   image_channels: int,
   scaling_factor: float,
   shift_factor: float,
@@ -90,15 +90,15 @@ def to_config(
       "latents of a DC-AE are scaled alone"
     )
   c = {"_class_name": "AutoencoderDC", "in_channels": image_channels}
-  c["latent_channels"] = variant.latent_channels
+  c["latent_channels"] = architecture.latent_channels
   attending = [
     stage
-    for stage in variant.encoder + variant.decoder
+    for stage in architecture.encoder + architecture.decoder
     if stage.block == "efficientvit"
   ]
-  c["attention_head_dim"] = (attending or variant.encoder)[0].head_dim
+  c["attention_head_dim"] = (attending or architecture.encoder)[0].head_dim
   for part in ("encoder", "decoder"):
-    found = getattr(variant, part)
+    found = getattr(architecture, part)
     columns = {
       "block_types": [_BLOCK_TYPES[stage.block] for stage in found],
       "block_out_channels": [stage.width for stage in found],
@@ -108,13 +108,13 @@ def to_config(
       "act_fns": [_ACTIVATIONS.get(stage.activation) for stage in found],
     }
     c |= {f"{part}_{name}": column for name, column in columns.items()}
-  c["upsample_block_type"] = _UPSAMPLES[variant.upsample]
-  c["downsample_block_type"] = _DOWNSAMPLES[variant.downsample]
-  c["encoder_out_shortcut"] = variant.encoder_shortcut
-  c["decoder_in_shortcut"] = variant.decoder_shortcut
-  c["decoder_conv_act_fn"] = variant.head_activation
+  c["upsample_block_type"] = _UPSAMPLES[architecture.upsample]
+  c["downsample_block_type"] = _DOWNSAMPLES[architecture.downsample]
+  c["encoder_out_shortcut"] = architecture.encoder_shortcut
+  c["decoder_in_shortcut"] = architecture.decoder_shortcut
+  c["decoder_conv_act_fn"] = architecture.head_activation
   c["scaling_factor"] = scaling_factor
-  if plain(from_config(c)[0]) != plain(variant):
+  if plain(from_config(c)[0]) != plain(architecture):
     raise ValueError(
       "this architecture has no AutoencoderDC config: its encoder has RMS "
       "norms and SiLU, and all heads have the same number of channels"
@@ -122,12 +122,12 @@ def to_config(
   return {key: c[key] for key in ("_class_name", *DEFAULTS)}
 
 
-def plain(variant: variants.Variant) -> variants.Variant:
+def plain(architecture: variants.Architecture) -> variants.Architecture:
   """The same architecture, without settings that do nothing in it."""
   return dataclasses.replace(
-    variant,
-    encoder=tuple(map(_plain_stage, variant.encoder)),
-    decoder=tuple(map(_plain_stage, variant.decoder)),
+    architecture,
+    encoder=tuple(map(_plain_stage, architecture.encoder)),
+    decoder=tuple(map(_plain_stage, architecture.decoder)),
   )
 
 

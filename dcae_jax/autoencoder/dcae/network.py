@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dcae_jax.autoencoder import network
 from dcae_jax.autoencoder.dcae import (
   efficientvit,
   residual_autoencoding,
@@ -51,9 +52,7 @@ class ResBlock(nn.Module):
 def _apply_blocks(
   module: nn.Module,
   stage: variants.Stage,
-  scan: bool,
-  rematerialisation: bool,
-  dtype: DTypeLike,
+  options: network.Options,
   x: Float[Array, "b h w c"],
 ) -> Float[Array, "b h w c"]:
   """The blocks of a stage, one after the other, inside the stage's `module`.
@@ -62,17 +61,19 @@ def _apply_blocks(
   are stacked for the length of the call, and the compiler sees one block in a
   loop, not each of them: it is faster, and the program is smaller.
   """
-  wrap = nn.remat if rematerialisation else lambda block: block
+  wrap = nn.remat if options.rematerialisation else lambda block: block
 
-  def create(**options):
+  def create(**place):
     if stage.block == "res":
-      return wrap(ResBlock)(stage.norm, stage.activation, dtype, **options)
+      return wrap(ResBlock)(
+        stage.norm, stage.activation, options.dtype, **place
+      )
     return wrap(efficientvit.EfficientViTBlock)(
-      stage.scales, stage.norm, stage.head_dim, dtype, **options
+      stage.scales, stage.norm, stage.head_dim, options.dtype, **place
     )
 
   names = [f"block_{i}" for i in range(stage.depth)]
-  if not scan or stage.depth < 2 or module.is_initializing():
+  if not options.scan or stage.depth < 2 or module.is_initializing():
     for name in names:
       x = create(name=name)(x)
     return x
@@ -104,22 +105,17 @@ class EncoderStage(nn.Module):
   stage: variants.Stage
   deeper_width: int | None
   downsample: str
-  residual_autoencoding: bool
-  rematerialisation: bool
-  scan: bool
-  dtype: DTypeLike
+  options: network.Options
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-    x = _apply_blocks(
-      self, self.stage, self.scan, self.rematerialisation, self.dtype, x
-    )
+    x = _apply_blocks(self, self.stage, self.options, x)
     if self.deeper_width is not None:
       x = residual_autoencoding.Downsample(
         self.deeper_width,
         self.downsample,
-        self.residual_autoencoding,
-        self.dtype,
+        self.options.residual_autoencoding,
+        self.options.dtype,
         name="downsample",
       )(x)
     return x
@@ -131,10 +127,7 @@ class DecoderStage(nn.Module):
   stage: variants.Stage
   is_deepest: bool
   upsample: str
-  residual_autoencoding: bool
-  rematerialisation: bool
-  scan: bool
-  dtype: DTypeLike
+  options: network.Options
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -142,13 +135,11 @@ class DecoderStage(nn.Module):
       x = residual_autoencoding.Upsample(
         self.stage.width,
         self.upsample,
-        self.residual_autoencoding,
-        self.dtype,
+        self.options.residual_autoencoding,
+        self.options.dtype,
         name="upsample",
       )(x)
-    return _apply_blocks(
-      self, self.stage, self.scan, self.rematerialisation, self.dtype, x
-    )
+    return _apply_blocks(self, self.stage, self.options, x)
 
 
 class LatentProjection(nn.Module):
@@ -202,171 +193,95 @@ class ImageProjection(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Images to latents, `spatial_compression(stages)` times smaller.
+  """Images to latents, `architecture.spatial_compression` times smaller."""
 
-  Attributes:
-    stages: shallow to deep.
-    latent_channels: of the output.
-    downsample: kind of `residual_autoencoding.Downsample`.
-    latent_shortcut: averaging shortcut around the projection to latents.
-    residual_autoencoding: False removes every shortcut.
-    rematerialisation: recompute each block's activations in the backward pass.
-    scan: compile the blocks of a stage as a loop over one.
-    dtype: of the computation; attention and norms are float32.
-  """
-
-  stages: tuple[variants.Stage, ...]
-  latent_channels: int
-  downsample: str = "space_to_channel"
-  latent_shortcut: bool = True
-  residual_autoencoding: bool = True
-  rematerialisation: bool = False
-  scan: bool = False
-  dtype: DTypeLike = "float32"
+  architecture: variants.Architecture
+  options: network.Options
 
   @nn.compact
   def __call__(
     self, images: Float[Array, "b h w c"]
   ) -> Float[Array, "b h2 w2 d"]:
-    first, *deeper = self.stages
+    a, options = self.architecture, self.options
+    first, *deeper = a.encoder
     if first.depth:
       project_in = convolution.Conv(
-        first.width, dtype=self.dtype, name="project_in"
+        first.width, dtype=options.dtype, name="project_in"
       )
     else:
       project_in = residual_autoencoding.Downsample(
         deeper[0].width,
-        self.downsample,
+        a.downsample,
         residual_autoencoding=False,
-        dtype=self.dtype,
+        dtype=options.dtype,
         name="project_in",
       )
-    x = project_in(images.astype(self.dtype))
+    x = project_in(images.astype(options.dtype))
     widths = [stage.width for stage in deeper] + [None]
-    for i, (stage, width) in enumerate(zip(self.stages, widths, strict=True)):
+    for i, (stage, width) in enumerate(zip(a.encoder, widths, strict=True)):
       if stage.depth:
         x = EncoderStage(
-          stage,
-          width,
-          self.downsample,
-          self.residual_autoencoding,
-          self.rematerialisation,
-          self.scan,
-          self.dtype,
-          name=f"stage_{i}",
+          stage, width, a.downsample, options, name=f"stage_{i}"
         )(x)
     return LatentProjection(
-      self.latent_channels,
-      self.latent_shortcut and self.residual_autoencoding,
-      self.dtype,
+      a.latent_channels,
+      a.encoder_shortcut and options.residual_autoencoding,
+      options.dtype,
       name="project_out",
     )(x)
 
 
 class Decoder(nn.Module):
-  """Latents to images, `spatial_compression(stages)` times larger.
+  """Latents to images; the stages run from deep to shallow."""
 
-  Attributes:
-    stages: shallow to deep; they run from deep to shallow.
-    image_channels: of the output.
-    upsample: kind of `residual_autoencoding.Upsample`.
-    latent_shortcut: duplicating shortcut around the projection from latents.
-    head_activation: before the last convolution, a key of `ACTIVATIONS`.
-    residual_autoencoding: False removes every shortcut.
-    rematerialisation: recompute each block's activations in the backward pass.
-    scan: compile the blocks of a stage as a loop over one.
-    dtype: of the computation; attention and norms are float32.
-  """
-
-  stages: tuple[variants.Stage, ...]
-  image_channels: int = 3
-  upsample: str = "channel_to_space"
-  latent_shortcut: bool = True
-  head_activation: str = "relu"
-  residual_autoencoding: bool = True
-  rematerialisation: bool = False
-  scan: bool = False
-  dtype: DTypeLike = "float32"
+  architecture: variants.Architecture
+  image_channels: int
+  options: network.Options
 
   @nn.compact
   def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    a, options = self.architecture, self.options
     x = LatentProjection(
-      self.stages[-1].width,
-      self.latent_shortcut and self.residual_autoencoding,
-      self.dtype,
+      a.decoder[-1].width,
+      a.decoder_shortcut and options.residual_autoencoding,
+      options.dtype,
       name="project_in",
-    )(z.astype(self.dtype))
-    for i, stage in reversed(list(enumerate(self.stages))):
+    )(z.astype(options.dtype))
+    for i, stage in reversed(list(enumerate(a.decoder))):
       if stage.depth:
         x = DecoderStage(
           stage,
-          i + 1 == len(self.stages),
-          self.upsample,
-          self.residual_autoencoding,
-          self.rematerialisation,
-          self.scan,
-          self.dtype,
+          i + 1 == len(a.decoder),
+          a.upsample,
+          options,
           name=f"stage_{i}",
         )(x)
     return ImageProjection(
       self.image_channels,
-      None if self.stages[0].depth else self.upsample,
-      self.head_activation,
+      None if a.decoder[0].depth else a.upsample,
+      a.head_activation,
       name="project_out",
     )(x)
 
 
-class DCAE(nn.Module):
-  """A deep compression autoencoder: `encode`, `decode`, or both by a call.
-
-  Images are float in [-1, 1], NHWC; latents are not scaled. Both directions
-  return float32.
-
-  Attributes:
-    encoder: of images.
-    decoder: of latents.
-    space_to_channel: `p x p` latent positions are moved into channels, as in
-      table 1's "f8 + p=8"; 1: none. It changes no parameter.
-  """
-
-  encoder: Encoder
-  decoder: Decoder
-  space_to_channel: int = 1
-
-  @property
-  def spatial_compression(self) -> int:
-    return (
-      variants.spatial_compression(self.encoder.stages) * self.space_to_channel
-    )
-
-  def encode(
-    self, images: Float[Array, "b h w c"]
-  ) -> Float[Array, "b h2 w2 d"]:
-    """Raises ValueError for sides that the compression does not divide."""
-    for side in images.shape[1:3]:
-      check_side(side, self.spatial_compression)
-    z = self.encoder(images).astype("float32")
-    return residual_autoencoding.space_to_channel(z, self.space_to_channel)
-
-  def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-    z = residual_autoencoding.channel_to_space(z, self.space_to_channel)
-    return self.decoder(z).astype("float32")
-
-  def __call__(
-    self, images: Float[Array, "b h w c"]
-  ) -> Float[Array, "b h w c"]:
-    return self.decode(self.encode(images))
+class DCAE(network.Network):
+  """A deep compression autoencoder."""
 
 
-def abstract_variables(model: nn.Module, image_channels: int) -> Any:
-  """Shapes of `{"params": ..., "batch_stats": ...}`; nothing is allocated.
-
-  `model` is a `DCAE`, or another autoencoder with its interface.
-  """
-  side = model.spatial_compression
-  image = jax.ShapeDtypeStruct((1, side, side, image_channels), "float32")
-  found = jax.eval_shape(model.init, jax.random.key(0), image)
-  return {"batch_stats": {}} | found
+def create(
+  architecture: variants.Architecture,
+  image_channels: int,
+  space_to_channel: int,
+  options: network.Options,
+) -> DCAE:
+  """The module; ValueError for stages that do not fit together."""
+  variants.check_architecture(architecture)
+  return DCAE(
+    architecture,
+    Encoder(architecture, options),
+    Decoder(architecture, image_channels, options),
+    space_to_channel,
+  )
 
 
 def with_branch_scale(parameters: Any, scale: float) -> Any:
@@ -375,7 +290,7 @@ def with_branch_scale(parameters: Any, scale: float) -> Any:
   The norms that end the branches of blocks get it in place of 1, the size that
   the paper's models start from: several times that of what passes by. With 0,
   each block starts as the identity, and so the network as its resampling. Other
-  parameters, and those of an `SDVAE`, stay as they are.
+  parameters stay as they are.
   """
   return jax.tree.map_with_path(
     lambda keys, x: jnp.full_like(x, scale) if _is_branch_scale(keys) else x,
@@ -386,86 +301,3 @@ def with_branch_scale(parameters: Any, scale: float) -> Any:
 def _is_branch_scale(keys: tuple[Any, ...]) -> bool:
   path = jax.tree_util.keystr(keys, simple=True, separator="/")
   return "/block_" in path and path.endswith("/norm/scale")
-
-
-def check_side(side: int, spatial_compression: int) -> None:
-  """Raises ValueError unless `side` pixels make whole latent positions."""
-  if side < 1 or side % spatial_compression:
-    below = max(side // spatial_compression, 1) * spatial_compression
-    raise ValueError(
-      f"image side {side} is not divisible by {spatial_compression}, the "
-      f"spatial compression of this autoencoder; use {below} or "
-      f"{below + spatial_compression}"
-    )
-
-
-def check_dtype(dtype: DTypeLike) -> None:
-  """Raises ValueError for numbers that layers do not compute with."""
-  known = ("float32", "bfloat16")  # float16 would overflow in attention
-  try:
-    name = jnp.dtype(dtype).name
-  except TypeError:
-    name = str(dtype)
-  if name not in known:
-    raise ValueError(f"unknown dtype {name!r}; known are {', '.join(known)}")
-
-
-def check_space_to_channel(factor: int) -> None:
-  """Raises ValueError for a factor that latents cannot be rearranged by."""
-  is_whole = isinstance(factor, int) and not isinstance(factor, bool)
-  if not is_whole or not 1 <= factor <= 64:
-    raise ValueError(
-      f"space_to_channel={factor!r} is not a whole number from 1 to 64; 1 "
-      "leaves latents as they are"
-    )
-
-
-def create(
-  variant: str | variants.Variant,
-  *,
-  image_channels: int = 3,
-  residual_autoencoding: bool = True,
-  rematerialisation: bool = False,
-  scan: bool = False,
-  dtype: DTypeLike = "float32",
-  space_to_channel: int = 1,
-) -> DCAE:
-  """The module of a variant.
-
-  Args:
-    variant: a key of `VARIANTS`, or an architecture of one's own.
-    image_channels: 3, 1 for grey images, or any other number.
-    residual_autoencoding: False removes every shortcut, the paper's ablation.
-    rematerialisation: trade time for memory, block by block.
-    scan: compile the blocks of a stage as a loop over one; no parameter
-      changes.
-    dtype: of the computation; attention and norms stay float32.
-    space_to_channel: side of the squares of latent positions that are moved
-      into channels.
-
-  Raises:
-    ValueError: unknown variant, or stages that do not fit together.
-  """
-  v = variants.check_variant(variant) if isinstance(variant, str) else variant
-  variants.check_architecture(v)
-  check_space_to_channel(space_to_channel)
-  shared = {
-    "residual_autoencoding": residual_autoencoding,
-    "rematerialisation": rematerialisation,
-    "scan": scan,
-    "dtype": dtype,
-  }
-  return DCAE(
-    encoder=Encoder(
-      v.encoder, v.latent_channels, v.downsample, v.encoder_shortcut, **shared
-    ),
-    decoder=Decoder(
-      v.decoder,
-      image_channels,
-      v.upsample,
-      v.decoder_shortcut,
-      v.head_activation,
-      **shared,
-    ),
-    space_to_channel=space_to_channel,
-  )

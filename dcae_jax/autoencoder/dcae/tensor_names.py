@@ -62,48 +62,50 @@ _SCALE = (
 )
 
 
-def modules(variant: variants.Variant) -> Iterator[module_name.Module]:
+def modules(
+  architecture: variants.Architecture,
+) -> Iterator[module_name.Module]:
   """All modules; a convolution that also rearranges is one level deeper."""
-  unshuffles = variant.downsample == "space_to_channel"
-  resamples = not variant.encoder[0].depth
+  unshuffles = architecture.downsample == "space_to_channel"
+  resamples = not architecture.encoder[0].depth
   yield module_name.Module(
     f"encoder/project_in{'/conv' if resamples else ''}",
     f"encoder.project_in.conv{'.conv' if resamples and unshuffles else ''}",
     f"encoder.conv_in{'.conv' if resamples else ''}",
   )
-  for i, stage in enumerate(variant.encoder):
+  for i, stage in enumerate(architecture.encoder):
     names = (
       f"encoder/stage_{i}",
       f"encoder.stages.{i}.op_list",
       f"encoder.down_blocks.{i}",
     )
     yield from _stage(stage, names, first_block=0)
-    if stage.depth and i + 1 < len(variant.encoder):
+    if stage.depth and i + 1 < len(architecture.encoder):
       ours, original, diffusers = names
       yield module_name.Module(
         f"{ours}/downsample/conv",
         f"{original}.{stage.depth}.main.conv{'.conv' if unshuffles else ''}",
         f"{diffusers}.{stage.depth}.conv",
       )
-  inside = ".main" if variant.encoder_shortcut else ""
+  inside = ".main" if architecture.encoder_shortcut else ""
   yield module_name.Module(
     "encoder/project_out/conv",
     f"encoder.project_out{inside}.op_list.0.conv",
     "encoder.conv_out",
   )
-  inside = ".main" if variant.decoder_shortcut else ""
+  inside = ".main" if architecture.decoder_shortcut else ""
   yield module_name.Module(
     "decoder/project_in/conv",
     f"decoder.project_in{inside}.conv",
     "decoder.conv_in",
   )
-  for i, stage in enumerate(variant.decoder):
+  for i, stage in enumerate(architecture.decoder):
     ours, original, diffusers = names = (
       f"decoder/stage_{i}",
       f"decoder.stages.{i}.op_list",
       f"decoder.up_blocks.{i}",
     )
-    upsamples = stage.depth > 0 and i + 1 < len(variant.decoder)
+    upsamples = stage.depth > 0 and i + 1 < len(architecture.decoder)
     if upsamples:
       yield module_name.Module(
         f"{ours}/upsample/conv",
@@ -111,7 +113,7 @@ def modules(variant: variants.Variant) -> Iterator[module_name.Module]:
         f"{diffusers}.0.conv",
       )
     yield from _stage(stage, names, first_block=int(upsamples))
-  deeper = "" if variant.decoder[0].depth else ".conv"
+  deeper = "" if architecture.decoder[0].depth else ".conv"
   yield module_name.Module(
     "decoder/project_out/norm", "decoder.project_out.op_list.0",
     "decoder.norm_out",

@@ -45,8 +45,19 @@ def spatial_compression(stages: tuple[Stage, ...]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
-  """An architecture; the fields are those of Encoder and Decoder."""
+class Architecture:
+  """A DC-AE.
+
+  Attributes:
+    latent_channels: of the latents.
+    encoder: its stages.
+    decoder: its stages, of as many resolutions.
+    downsample: kind of `residual_autoencoding.Downsample`.
+    upsample: kind of `residual_autoencoding.Upsample`.
+    encoder_shortcut: averaging shortcut around the projection to latents.
+    decoder_shortcut: duplicating shortcut around the projection from latents.
+    head_activation: before the last convolution, a key of `ACTIVATIONS`.
+  """
 
   latent_channels: int
   encoder: tuple[Stage, ...]
@@ -87,30 +98,32 @@ def _paper(
   widths: tuple[int, ...],
   encoder_depths: tuple[int, ...],
   decoder_depths: tuple[int, ...],
-) -> Variant:
-  return Variant(
+) -> Architecture:
+  return Architecture(
     latent_channels,
     encoder=_stages(widths, encoder_depths, deep=_EFFICIENTVIT),
     decoder=_stages(widths, decoder_depths, _BATCH_NORM, _EFFICIENTVIT),
   )
 
 
-def _tiny(latent_channels: int, widths: tuple[int, ...]) -> Variant:
+def _tiny(latent_channels: int, widths: tuple[int, ...]) -> Architecture:
   depths = (0,) + (1,) * (len(widths) - 1)
   return _paper(latent_channels, widths, depths, depths)
 
 
-def _with_rms_norm(variant: Variant) -> Variant:
+def _with_rms_norm(architecture: Architecture) -> Architecture:
   """Without batch norm: what trains is what is evaluated."""
-  decoder = tuple(stage._replace(norm="rms_norm") for stage in variant.decoder)
-  return dataclasses.replace(variant, decoder=decoder)
+  decoder = tuple(
+    stage._replace(norm="rms_norm") for stage in architecture.decoder
+  )
+  return dataclasses.replace(architecture, decoder=decoder)
 
 
 _F32_WIDTHS = (128, 256, 512, 512, 1024, 1024)
 
 _SANA_ENCODER = _stages(_F32_WIDTHS, (2, 2, 2, 3, 3, 3), deep=_MULTI_SCALE)
 
-VARIANTS: dict[str, Variant] = {
+VARIANTS: dict[str, Architecture] = {
   "f32c32": _paper(32, _F32_WIDTHS, (0, 4, 8, 2, 2, 2), (0, 5, 10, 2, 2, 2)),
   "f64c128": _paper(
     128,
@@ -124,21 +137,21 @@ VARIANTS: dict[str, Variant] = {
     (0, 4, 8, 2, 2, 2, 2, 2),
     (0, 5, 10, 2, 2, 2, 2, 2),
   ),
-  "f32c32-sana": Variant(
+  "f32c32-sana": Architecture(
     32,
     encoder=_SANA_ENCODER,
     decoder=_stages(_F32_WIDTHS, (3,) * 6, deep=_MULTI_SCALE),
     downsample="strided",
     upsample="nearest",
   ),
-  "f32c32-lite": Variant(
+  "f32c32-lite": Architecture(
     32,
     encoder=_SANA_ENCODER,
     decoder=_stages(_F32_WIDTHS, (0, 3, 5, 4, 4, 4)),
     downsample="strided",
     head_activation="silu",
   ),
-  "f32c128-1.5": Variant(
+  "f32c128-1.5": Architecture(
     128,
     encoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
     decoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
@@ -146,7 +159,7 @@ VARIANTS: dict[str, Variant] = {
     decoder_shortcut=False,
     head_activation="silu",
   ),
-  "f64c128-1.5": Variant(
+  "f64c128-1.5": Architecture(
     128,
     encoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
     decoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
@@ -161,31 +174,22 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def check_variant(name: str) -> Variant:
-  """The variant of that name; ValueError with the known names otherwise."""
-  if name not in VARIANTS:
-    raise ValueError(
-      f"unknown variant {name!r}; known are {', '.join(VARIANTS)}"
-    )
-  return VARIANTS[name]
-
-
-def check_architecture(variant: Variant) -> None:
+def check_architecture(architecture: Architecture) -> None:
   """Raises ValueError for stages that do not fit together."""
-  compressions = [spatial_compression(variant.encoder)]
-  compressions.append(spatial_compression(variant.decoder))
+  compressions = [spatial_compression(architecture.encoder)]
+  compressions.append(spatial_compression(architecture.decoder))
   if len(set(compressions)) > 1:
     raise ValueError(
       f"the encoder divides image sides by {compressions[0]}, and the decoder "
       f"multiplies them by {compressions[1]}; give both as many stages"
     )
-  for stage in variant.encoder[1:]:
-    if stage.width % 4 and variant.downsample == "space_to_channel":
+  for stage in architecture.encoder[1:]:
+    if stage.width % 4 and architecture.downsample == "space_to_channel":
       raise ValueError(
         f"encoder stage width {stage.width} is not divisible by 4, as the "
         "rearrangement of 2x2 pixels to channels before it needs it"
       )
-  for stage in (*variant.encoder, *variant.decoder):
+  for stage in (*architecture.encoder, *architecture.decoder):
     if stage.block == "efficientvit" and stage.width < stage.head_dim:
       raise ValueError(
         f"stage width {stage.width} is below {stage.head_dim}, the channels of "

@@ -5,7 +5,7 @@ That is the class which diffusers has for them.
 
 from typing import Any
 
-from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.autoencoder.sd_vae import variants
 from dcae_jax.autoencoder.weights import settings
 
 _DOWN_BLOCKS = {
@@ -34,8 +34,8 @@ DEFAULTS = {
 }
 
 
-def from_config(config: dict[str, Any]) -> tuple[sd_vae.Variant, int]:
-  """The variant and image channels of an AutoencoderKL `config.json`.
+def from_config(config: dict[str, Any]) -> tuple[variants.Architecture, int]:
+  """The architecture and image channels of an AutoencoderKL `config.json`.
 
   Raises:
     ValueError: an unknown block or activation, or lists that do not fit.
@@ -56,7 +56,7 @@ def from_config(config: dict[str, Any]) -> tuple[sd_vae.Variant, int]:
     for i, width in enumerate(widths)
   )
   shallow_to_deep = range(len(widths))
-  variant = sd_vae.Variant(
+  architecture = variants.Architecture(
     settings.count(c, "latent_channels"),
     widths,
     depth=settings.whole(c["layers_per_block"], "layers_per_block", 1, 100),
@@ -71,41 +71,42 @@ def from_config(config: dict[str, Any]) -> tuple[sd_vae.Variant, int]:
     encoder_mixes=settings.flag(c, "use_quant_conv"),
     decoder_mixes=settings.flag(c, "use_post_quant_conv"),
   )
-  sd_vae.check_architecture(variant)
-  return variant, image_channels
+  variants.check_architecture(architecture)
+  return architecture, image_channels
 
 
 def to_config(
-  variant: sd_vae.Variant,
+  architecture: variants.Architecture,
   image_channels: int,
   scaling_factor: float,
   shift_factor: float,
 ) -> dict[str, Any]:
   """Inverse of `from_config`."""
-  stages = range(len(variant.widths))
+  stages = range(len(architecture.widths))
   block = lambda names, attends: names["attending" if attends else "plain"]
   return {
     "_class_name": "AutoencoderKL",
     "in_channels": image_channels,
     "out_channels": image_channels,
     "down_block_types": [
-      block(_DOWN_BLOCKS, i in variant.encoder_attending) for i in stages
+      block(_DOWN_BLOCKS, i in architecture.encoder_attending) for i in stages
     ],
     "up_block_types": [
-      block(_UP_BLOCKS, i in variant.decoder_attending) for i in stages[::-1]
+      block(_UP_BLOCKS, i in architecture.decoder_attending)
+      for i in stages[::-1]
     ],
-    "block_out_channels": list(variant.widths),
-    "layers_per_block": variant.depth,
+    "block_out_channels": list(architecture.widths),
+    "layers_per_block": architecture.depth,
     "act_fn": "silu",
-    "latent_channels": variant.latent_channels,
-    "norm_num_groups": variant.groups,
+    "latent_channels": architecture.latent_channels,
+    "norm_num_groups": architecture.groups,
     # The side of its tiles, where somebody switches tiling on there.
-    "sample_size": 32 * variant.spatial_compression,
+    "sample_size": 32 * architecture.spatial_compression,
     "scaling_factor": scaling_factor,
     "shift_factor": shift_factor or None,
-    "use_quant_conv": variant.encoder_mixes,
-    "use_post_quant_conv": variant.decoder_mixes,
-    "mid_block_add_attention": variant.middle_attention,
+    "use_quant_conv": architecture.encoder_mixes,
+    "use_post_quant_conv": architecture.decoder_mixes,
+    "mid_block_add_attention": architecture.middle_attention,
   }
 
 

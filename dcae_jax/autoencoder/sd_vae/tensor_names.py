@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.autoencoder.sd_vae import variants
 from dcae_jax.autoencoder.weights import module_name
 
 _ENDS = {
@@ -38,19 +38,26 @@ def older_name(name: str) -> str:
   return f"{module}.attentions.{rest}" if rest else name
 
 
-def modules(variant: sd_vae.Variant) -> Iterator[module_name.Module]:
+def modules(
+  architecture: variants.Architecture,
+) -> Iterator[module_name.Module]:
   """All modules, and those that only other variants have."""
   for ours, diffusers in _ENDS.items():
     yield module_name.Module(ours, "", diffusers)
-  deepest = len(variant.widths) - 1
+  deepest = len(architecture.widths) - 1
   for part, depth, blocks, resampling in (
     (
       "encoder",
-      variant.depth,
+      architecture.depth,
       "down_blocks.{}",
       ("downsample", "downsamplers"),
     ),
-    ("decoder", variant.depth + 1, "up_blocks.{}", ("upsample", "upsamplers")),
+    (
+      "decoder",
+      architecture.depth + 1,
+      "up_blocks.{}",
+      ("upsample", "upsamplers"),
+    ),
   ):
     yield from _unit(f"{part}/middle", f"{part}.mid_block", 2)
     for i in range(deepest + 1):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,8 @@ import safetensors
 import safetensors.numpy
 from einops import rearrange
 
-from dcae_jax.autoencoder import families
-from dcae_jax.autoencoder.dcae import network as dcae
-from dcae_jax.autoencoder.sd_vae import tensor_names as sd_vae_tensor_names
-from dcae_jax.autoencoder.weights import safetensors_files, tensor_names
+from dcae_jax.autoencoder import families, network
+from dcae_jax.autoencoder.weights import safetensors_files
 
 Tree = Any
 
@@ -81,7 +80,7 @@ class Entry(NamedTuple):
 
 
 def table(
-  variant: families.Variant, image_channels: int, layout: str
+  architecture: families.Architecture, image_channels: int, layout: str
 ) -> list[Entry]:
   """Where each of our arrays stands in a file of that layout.
 
@@ -89,20 +88,21 @@ def table(
   the statistics have seen, `batch_counts/.../count`, which we do not use.
 
   Raises:
-    ValueError: an unknown layout, or one that the variant does not come in.
+    ValueError: an unknown layout, or one that the family does not come in.
   """
   if layout not in LAYOUTS:
     raise ValueError(
       f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}"
     )
-  if layout not in tensor_names.known(variant):
+  family = families.of(architecture)
+  if layout not in family.layouts:
     raise ValueError(
-      f"the layout {layout!r} is that of DC-AE's authors, whose code has no "
-      "SD-VAE; use 'diffusers'"
+      f"{family.name} does not come in the layout {layout!r}; use "
+      f"{' or '.join(map(repr, family.layouts))}"
     )
-  modules = {module.ours: module for module in tensor_names.modules(variant)}
+  modules = {module.ours: module for module in family.modules(architecture)}
   entries = []
-  for path, shape in _our_shapes(variant, image_channels).items():
+  for path, shape in _our_shapes(architecture, image_channels).items():
     _, _, rest = path.partition("/")
     module, _, leaf = rest.rpartition("/")
     names = getattr(modules[module], layout)
@@ -117,10 +117,10 @@ def table(
 
 @functools.lru_cache(maxsize=32)
 def _our_shapes(
-  variant: families.Variant, image_channels: int
+  architecture: families.Architecture, image_channels: int
 ) -> dict[str, tuple[int, ...]]:
-  model = families.create(variant, image_channels=image_channels)
-  abstract = dcae.abstract_variables(model, image_channels)
+  model = families.create(architecture, image_channels=image_channels)
+  abstract = network.abstract_variables(model, image_channels)
   shapes = {path: leaf.shape for path, leaf in _flat(abstract).items()}
   counts = {
     "batch_counts" + path.removeprefix("batch_stats").removesuffix("mean")
@@ -131,12 +131,16 @@ def _our_shapes(
   return shapes | counts
 
 
-def as_stored(entry: Entry, shapes: dict[str, tuple[int, ...]]) -> Entry:
+def as_stored(
+  entry: Entry,
+  shapes: dict[str, tuple[int, ...]],
+  older_name: Callable[[str], str],
+) -> Entry:
   """The entry as a file of these tensors has it, if that is in an older way.
 
-  SD-VAE's attention had other names, and its matrices may be 1x1 kernels.
+  Names may be those before (`Family.older_name`), and matrices 1x1 kernels.
   """
-  older = tuple(map(sd_vae_tensor_names.older_name, entry.names))
+  older = tuple(map(older_name, entry.names))
   if any(name in shapes for name in set(older) - set(entry.names)):
     entry = entry._replace(names=older)
   if (entry.theirs, entry.ours) == _MATRIX and all(
@@ -203,7 +207,7 @@ def save(
   variables: Tree,
   counts: dict[str, int],
   *,
-  variant: families.Variant,
+  architecture: families.Architecture,
   image_channels: int,
   config: dict[str, Any],
   model_card: str,
@@ -215,16 +219,16 @@ def save(
     layout: a key of `LAYOUTS`.
     variables: `{"params": ..., "batch_stats": ...}`.
     counts: of batches behind the batch statistics, as `read` returns them.
-    variant: of the variables.
+    architecture: of the variables.
     image_channels: of the images.
     config: the contents of config.json.
     model_card: the text of README.md.
 
   Raises:
-    ValueError: a layout that is unknown, or not the variant's, or a folder
+    ValueError: a layout that is unknown, or not the family's, or a folder
       that holds something else.
   """
-  entries = table(variant, image_channels, layout)
+  entries = table(architecture, image_channels, layout)
   if not os.fspath(folder):
     raise ValueError("the folder to save to is empty; name one")
   folder = pathlib.Path(os.path.expanduser(folder))

@@ -9,11 +9,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from dcae_jax.autoencoder import families
-from dcae_jax.autoencoder.weights import (
-  conversion,
-  safetensors_files,
-  tensor_names,
-)
+from dcae_jax.autoencoder.weights import conversion, safetensors_files
 
 # Names of released models: the variant, and the published scaling factor.
 RELEASED: dict[str, tuple[str, float | None]] = {
@@ -46,7 +42,7 @@ class Released(NamedTuple):
   Attributes:
     source: what it was found by.
     name: the key of `RELEASED` that a config or a path names, or "".
-    variant: its architecture.
+    architecture: its widths, depths and blocks.
     image_channels: 3, unless a config or the file says otherwise.
     scaling_factor: None where it is not known.
     shift_factor: what is subtracted from latents before they are scaled.
@@ -56,7 +52,7 @@ class Released(NamedTuple):
 
   source: str
   name: str
-  variant: families.Variant
+  architecture: families.Architecture
   image_channels: int
   scaling_factor: float | None
   shift_factor: float
@@ -94,7 +90,7 @@ def find(source: str) -> Released:
   if any(".down_blocks." in name or ".conv_in." in name for name in tensors):
     layout = "diffusers"
   try:
-    defaults = families.defaults(config)
+    defaults = families.by_class(config).config_defaults
     is_described = "_class_name" in config or (
       config.keys() & defaults.keys() - _SAY_NOTHING
     )
@@ -109,7 +105,8 @@ def find(source: str) -> Released:
     image_channels = _image_channels(tensors)
     variant = _recognise(source, tensors, image_channels, layout)
     entries = conversion.table(variant, image_channels, layout)
-  entries = [conversion.as_stored(entry, tensors) for entry in entries]
+  older_name = families.of(variant).older_name
+  entries = [conversion.as_stored(x, tensors, older_name) for x in entries]
   _check_tensors(source, entries, tensors)
   # Beside a description, `model_name` names an architecture, not the weights.
   model_name = None if is_described else config.get("model_name")
@@ -140,7 +137,7 @@ def _scaling(source: str, config: dict[str, Any]) -> tuple[float | None, float]:
 
 
 def _expected(
-  variant: families.Variant, image_channels: int, layout: str
+  variant: families.Architecture, image_channels: int, layout: str
 ) -> dict[str, tuple[int, ...]]:
   shapes = {}
   for entry in conversion.table(variant, image_channels, layout):
@@ -161,10 +158,10 @@ def _recognise(
   tensors: dict[str, tuple[int, ...]],
   image_channels: int,
   layout: str,
-) -> families.Variant:
+) -> families.Architecture:
   """The variant that shares the most tensors with a file without a config."""
 
-  def shared(variant: families.Variant) -> float:
+  def shared(variant: families.Architecture) -> float:
     expected = _expected(variant, image_channels, layout).items()
     return len(expected & tensors.items()) / len(expected | tensors.items())
 
@@ -172,18 +169,27 @@ def _recognise(
   # Names are compared first: shapes take longer to find out.
   candidates = [
     variant
-    for variant in families.VARIANTS.values()
-    if layout in tensor_names.known(variant)
-    and 2 * len(modules & tensor_names.names(variant, layout)) > len(modules)
+    for variant in families.variants().values()
+    if layout in families.of(variant).layouts
+    and 2 * len(modules & _names(variant, layout)) > len(modules)
   ]
   best = max(candidates, key=shared, default=None)
   if best is None or shared(best) < 0.5:
-    known = ", ".join(families.VARIANTS)
+    known = ", ".join(families.variants())
     raise ValueError(
       f"{source!r} is not recognised as a DC-AE or an SD-VAE: put its "
       f"config.json beside the safetensors file (known without one: {known})"
     )
   return best
+
+
+def _names(architecture: families.Architecture, layout: str) -> set[str]:
+  """Of all modules in a layout that the family comes in."""
+  found = set()
+  for module in families.of(architecture).modules(architecture):
+    theirs = getattr(module, layout)
+    found.update((theirs,) if isinstance(theirs, str) else theirs)
+  return found
 
 
 def _check_tensors(
@@ -218,7 +224,7 @@ def _check_tensors(
 
 
 def _released_name(
-  source: str, model_name: Any, variant: families.Variant
+  source: str, model_name: Any, variant: families.Architecture
 ) -> str:
   """What a config says, the end of a path or hub id, or a cache's folder."""
   known = families.name_of(variant)
@@ -233,7 +239,7 @@ def _released_name(
   return ""
 
 
-def published_factors(variant: families.Variant) -> dict[str, float]:
+def published_factors(variant: families.Architecture) -> dict[str, float]:
   """Of all released models of a variant, by their names."""
   known = families.name_of(variant)
   return {
@@ -248,7 +254,9 @@ def name_for(variant: str) -> str:
   return next((n for n, (known, _) in RELEASED.items() if known == variant), "")
 
 
-def _published_factor(name: str, variant: families.Variant) -> float | None:
+def _published_factor(
+  name: str, variant: families.Architecture
+) -> float | None:
   """None where the published ones differ, or there is none."""
   if name:
     return RELEASED[name][1]

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.diffusion.denoisers import dit, uvit
+from dcae_jax.nn import precision
 
 PATCH_SIZES = (1, 2, 4, 8)
 _FAMILIES = ("DiT", "UViT")
@@ -145,7 +145,7 @@ def create(
   """
   v = check_variant(variant) if isinstance(variant, str) else variant
   check_architecture(v)
-  dcae.check_dtype(dtype)
+  precision.check_dtype(dtype)
   if isinstance(latent_size, int):
     latent_size = (latent_size, latent_size)
   _check_settings(latent_size, latent_channels, num_classes, patch_size)

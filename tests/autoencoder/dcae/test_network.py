@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcae_jax.autoencoder import families
+from dcae_jax.autoencoder import families, network
 from dcae_jax.autoencoder.dcae import efficientvit, variants
 from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.training import freezing
@@ -30,7 +30,7 @@ def _shapes(model, height, width, channels=3):
 
 @pytest.fixture(scope="module")
 def tiny():
-  model = dcae.create("tiny-f8")
+  model = families.create("tiny-f8")
   images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3))
   images = jnp.asarray(images, "float32")
   return model, jax.jit(model.init)(jax.random.key(0), images), images
@@ -38,7 +38,7 @@ def tiny():
 
 @pytest.mark.parametrize("variant", PARAMETERS)
 def test_parameter_counts_are_the_published_ones(variant):
-  model = dcae.create(variant)
+  model = families.create(variant)
   f = model.spatial_compression
   variables, _, _ = _shapes(model, f, f)
   found = (
@@ -51,7 +51,7 @@ def test_parameter_counts_are_the_published_ones(variant):
 
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 def test_any_multiple_of_the_compression_is_encoded_and_decoded(variant):
-  model = dcae.create(variant)
+  model = families.create(variant)
   f = model.spatial_compression
   _, z, images = _shapes(model, 2 * f, 3 * f)
   assert z.shape == (2, 2, 3, variants.VARIANTS[variant].latent_channels)
@@ -70,14 +70,14 @@ def test_variant_names_tell_compression_and_latent_channels():
 
 @pytest.mark.parametrize("channels", [1, 5])
 def test_image_channels_are_a_field(channels):
-  model = dcae.create("tiny-f8", image_channels=channels)
+  model = families.create("tiny-f8", image_channels=channels)
   _, _, images = _shapes(model, 16, 16, channels)
   assert images.shape == (2, 16, 16, channels)
 
 
 def test_ablation_removes_shortcuts_and_nothing_else(tiny):
   model, variables, images = tiny
-  ablation = dcae.create("tiny-f8", residual_autoencoding=False)
+  ablation = families.create("tiny-f8", residual_autoencoding=False)
   shapes, _, _ = _shapes(ablation, 16, 24)
   assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
   # With every learned path at zero only the shortcuts are left.
@@ -103,7 +103,7 @@ def test_rematerialisation_changes_neither_values_nor_gradients(tiny):
     )
     return jax.jit(jax.grad(loss))(variables["params"])
 
-  other = gradient(dcae.create("tiny-f8", rematerialisation=True))
+  other = gradient(families.create("tiny-f8", rematerialisation=True))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
     gradient(model),
@@ -115,7 +115,7 @@ def test_rematerialisation_changes_neither_values_nor_gradients(tiny):
 def deep():
   """Several blocks a stage, with both kinds of block and of norm."""
   deepest = variants.Stage(32, 2, "efficientvit")
-  return variants.Variant(
+  return variants.Architecture(
     8,
     encoder=(variants.Stage(16, 0), variants.Stage(16, 3), deepest),
     decoder=(
@@ -130,7 +130,7 @@ def test_scanned_blocks_compute_the_same_with_the_same_variables(deep):
   images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3))
   images = jnp.asarray(images, "float32")
   models = [
-    dcae.create(deep, scan=scan, rematerialisation=True)
+    families.create(deep, scan=scan, rematerialisation=True)
     for scan in (False, True)
   ]
   initial = [jax.jit(m.init)(jax.random.key(0), images) for m in models]
@@ -159,7 +159,7 @@ def test_scanned_blocks_compute_the_same_with_the_same_variables(deep):
 
 def test_bfloat16_stays_close_and_parameters_stay_float32(tiny):
   model, variables, images = tiny
-  half = dcae.create("tiny-f8", dtype="bfloat16")
+  half = families.create("tiny-f8", dtype="bfloat16")
   shapes, _, _ = _shapes(half, 16, 24)
   assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
   expected = model.apply(variables, images)
@@ -176,7 +176,7 @@ def test_sides_that_do_not_divide_are_refused(tiny, shape):
 
 def test_unknown_variants_are_refused_with_the_known_ones():
   with pytest.raises(ValueError, match=r"'f16c4'.*f64c128"):
-    dcae.create("f16c4")
+    families.create("f16c4")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_block_whose_branches_start_at_zero_is_the_identity(block):
 def test_only_the_branches_of_blocks_start_smaller():
   for name in ("tiny-f8", "tiny-sd-vae-f8"):
     model = families.create(name)
-    shapes = dcae.abstract_variables(model, 3)["params"]
+    shapes = network.abstract_variables(model, 3)["params"]
     before = jax.tree.map(lambda x: np.full((), 7.0), shapes)
     after = dcae.with_branch_scale(before, 0.25)
     paths = freezing.parameter_paths(before)

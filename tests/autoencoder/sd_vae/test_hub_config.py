@@ -10,10 +10,9 @@ import safetensors.numpy
 import dcae_jax
 from autoencoder.weights.test_conversion import random_tensors
 from benchmarks import parity
-from dcae_jax.autoencoder import families
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import families, network
 from dcae_jax.autoencoder.dcae import variants as dcae_variants
-from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.autoencoder.sd_vae import variants as sd_vae_variants
 from dcae_jax.autoencoder.weights import conversion, released
 
 FILE = conversion.LAYOUTS["diffusers"]
@@ -39,7 +38,7 @@ PUBLISHED = {
   "sample_size": 256,
   "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-TINY = families.to_config(sd_vae.VARIANTS["tiny-sd-vae-f8"], 3, 0.5)
+TINY = families.to_config(sd_vae_variants.VARIANTS["tiny-sd-vae-f8"], 3, 0.5)
 
 
 def _write(folder, config=CONFIG, tensors=None):
@@ -71,19 +70,19 @@ def ae(folder):
 
 def test_the_published_config_is_f8c4():
   variant, channels = families.from_config(PUBLISHED)
-  assert variant is sd_vae.VARIANTS["sd-vae-f8c4"] and channels == 3
+  assert variant is sd_vae_variants.VARIANTS["sd-vae-f8c4"] and channels == 3
   assert families.name_of(variant) == "sd-vae-f8c4"
   later = {"force_upcast": True, "latents_mean": None, "act_fn": "swish"}
   assert families.from_config(PUBLISHED | later) == (variant, 3)
 
 
-@pytest.mark.parametrize("name", sd_vae.VARIANTS)
+@pytest.mark.parametrize("name", sd_vae_variants.VARIANTS)
 def test_table_names_each_parameter_once(name):
-  variant = sd_vae.VARIANTS[name]
+  variant = sd_vae_variants.VARIANTS[name]
   entries = conversion.table(variant, 3, "diffusers")
   names = [name for entry in entries for name in entry.names]
   assert len(set(names)) == len(names)
-  abstract = dcae.abstract_variables(families.create(variant), 3)
+  abstract = network.abstract_variables(families.create(variant), 3)
   assert {e.path: e.shape for e in entries} == {
     path: leaf.shape for path, leaf in conversion._flat(abstract).items()
   }
@@ -112,7 +111,9 @@ decoder.conv_out.weight 3 128 3 3
 
 
 def test_names_are_those_of_the_published_file():
-  expected = released._expected(sd_vae.VARIANTS["sd-vae-f8c4"], 3, "diffusers")
+  expected = released._expected(
+    sd_vae_variants.VARIANTS["sd-vae-f8c4"], 3, "diffusers"
+  )
   for line in NAMES.strip().splitlines():
     name, *shape = line.split()
     assert expected[name] == tuple(map(int, shape)), line
@@ -161,9 +162,11 @@ def test_older_names_of_attention_load(tmp_path, ae, as_kernels):
 
 
 def test_the_file_is_recognised_without_a_config(tmp_path):
-  shapes = released._expected(sd_vae.VARIANTS["sd-vae-f8c4"], 3, "diffusers")
+  shapes = released._expected(
+    sd_vae_variants.VARIANTS["sd-vae-f8c4"], 3, "diffusers"
+  )
   found = released._recognise("a file", shapes, 3, "diffusers")
-  assert found is sd_vae.VARIANTS["sd-vae-f8c4"]
+  assert found is sd_vae_variants.VARIANTS["sd-vae-f8c4"]
   (_write(tmp_path, TINY) / "config.json").unlink()
   loaded = dcae_jax.load(tmp_path / FILE, scaling_factor=2.0)
   assert loaded.variant == "tiny-sd-vae-f8" and loaded.scaling_factor == 2.0
@@ -173,7 +176,7 @@ def test_the_file_is_recognised_without_a_config(tmp_path):
 
 
 def test_scaling_factor_comes_from_config_default_or_name():
-  f8c4 = sd_vae.VARIANTS["sd-vae-f8c4"]
+  f8c4 = sd_vae_variants.VARIANTS["sd-vae-f8c4"]
   for path, factor in (
     ("stabilityai/sd-vae-ft-mse", 0.18215),
     ("/x/models--stabilityai--sd-vae-ft-ema/snapshots/0/y", 0.18215),

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcae_jax.autoencoder import families, phases
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import families, network, phases
 from dcae_jax.autoencoder.dcae import residual_autoencoding
 from dcae_jax.autoencoder.sd_vae import network as sd_vae
+from dcae_jax.autoencoder.sd_vae import variants as sd_vae_variants
 from dcae_jax.training import freezing
 
 TINY = "tiny-sd-vae-f8"
@@ -22,7 +22,7 @@ def _perturbed(model, seed=0):
     gain = np.prod((1, *x.shape[:-1])) ** -0.5
     return jnp.asarray(rng.normal(size=x.shape) * gain, "float32")
 
-  return jax.tree.map_with_path(random, dcae.abstract_variables(model, 3))
+  return jax.tree.map_with_path(random, network.abstract_variables(model, 3))
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +33,19 @@ def tiny():
 
 
 def test_f8c4_has_as_many_parameters_as_stable_diffusions():
-  found = dcae.abstract_variables(families.create("sd-vae-f8c4"), 3)
+  found = network.abstract_variables(families.create("sd-vae-f8c4"), 3)
   assert freezing.count(found) == 83_653_863
   assert found["batch_stats"] == {}
 
 
-@pytest.mark.parametrize("name", sd_vae.VARIANTS)
+@pytest.mark.parametrize("name", sd_vae_variants.VARIANTS)
 def test_names_tell_the_shapes(name):
   model = families.create(name)
-  f, variant = model.spatial_compression, sd_vae.VARIANTS[name]
+  f, variant = model.spatial_compression, sd_vae_variants.VARIANTS[name]
   assert f == variant.spatial_compression
   last = f"f{f}" if name == TINY else f"f{f}c{variant.latent_channels}"
   assert name.endswith(f"sd-vae-{last}")
-  variables = dcae.abstract_variables(model, 3)
+  variables = network.abstract_variables(model, 3)
   images = jax.ShapeDtypeStruct((2, 2 * f, 3 * f, 3), "float32")
   encode = lambda v, x: model.apply(v, x, method="encode")
   z = jax.eval_shape(encode, variables, images)
@@ -56,7 +56,7 @@ def test_names_tell_the_shapes(name):
 
 
 def test_default_patterns_of_the_phases_match():
-  params = dcae.abstract_variables(families.create(TINY), 3)["params"]
+  params = network.abstract_variables(families.create(TINY), 3)["params"]
   for create in phases.PHASES.values():
     mask = freezing.trainable_mask(params, create().trainable)
     assert any(jax.tree.leaves(mask))
@@ -139,7 +139,7 @@ def test_rematerialisation_changes_neither_values_nor_gradients(tiny):
 def test_bfloat16_stays_close_and_parameters_stay_float32(tiny):
   model, variables, images = tiny
   half = families.create(TINY, dtype="bfloat16")
-  shapes = dcae.abstract_variables(half, 3)
+  shapes = network.abstract_variables(half, 3)
   assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
   expected = model.apply(variables, images)
   found = half.apply(variables, images)
@@ -161,7 +161,7 @@ def test_space_to_channel_only_rearranges_latents(name):
   model = families.create(name, space_to_channel=8)
   assert model.spatial_compression == 64
   variables = _perturbed(plain)
-  assert jax.tree.map(jnp.shape, dcae.abstract_variables(model, 3)) == (
+  assert jax.tree.map(jnp.shape, network.abstract_variables(model, 3)) == (
     jax.tree.map(jnp.shape, variables)
   )
   images = np.random.default_rng(1).uniform(-1, 1, (1, 64, 128, 3))
@@ -190,7 +190,7 @@ def test_space_to_channel_only_rearranges_latents(name):
 def test_f8c4_and_squares_of_8_are_an_f64c256():
   model = families.create("sd-vae-f8c4", space_to_channel=8)
   assert model.spatial_compression == 64
-  variables = dcae.abstract_variables(model, 3)
+  variables = network.abstract_variables(model, 3)
   images = jax.ShapeDtypeStruct((1, 256, 256, 3), "float32")
   encode = lambda v, x: model.apply(v, x, method="encode")
   assert jax.eval_shape(encode, variables, images).shape == (1, 4, 4, 256)
@@ -207,6 +207,6 @@ def test_what_sd_vae_has_not_is_refused():
   with pytest.raises(ValueError, match="SD-VAE has no shortcuts"):
     families.create(TINY, residual_autoencoding=False)
   with pytest.raises(ValueError, match="width 30 is not divisible by 4"):
-    families.create(sd_vae.Variant(4, (16, 30), groups=4))
+    families.create(sd_vae_variants.Architecture(4, (16, 30), groups=4))
   with pytest.raises(ValueError, match=r"'f8'.*f64c128.*sd-vae-f8c4"):
     families.create("f8")

@@ -10,8 +10,7 @@ import safetensors.numpy
 
 import dcae_jax
 from benchmarks import parity
-from dcae_jax.autoencoder import families
-from dcae_jax.autoencoder.dcae import network as dcae
+from dcae_jax.autoencoder import families, network
 from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.autoencoder.weights import conversion, released
 
@@ -59,7 +58,7 @@ def test_table_names_each_parameter_once(name, layout):
   entries = conversion.table(variant, 3, layout)
   names = [name for entry in entries for name in entry.names]
   assert len(set(names)) == len(names)
-  abstract = dcae.abstract_variables(dcae.create(variant), 3)
+  abstract = network.abstract_variables(families.create(variant), 3)
   ours = conversion._flat(abstract)
   found = {e.path: e.shape for e in entries if not e.is_count}
   assert found == {path: leaf.shape for path, leaf in ours.items()}
@@ -321,7 +320,7 @@ def test_bad_configs_say_what_is_wrong(write_model, changes, message):
 
 
 def test_settings_that_diffusers_lacks_are_not_saved():
-  variant = variants.Variant(
+  variant = variants.Architecture(
     8,
     (variants.Stage(8, 1, norm="batch_norm"), variants.Stage(16, 1)),
     (variants.Stage(8, 1), variants.Stage(16, 1)),

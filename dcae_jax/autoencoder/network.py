@@ -1,0 +1,119 @@
+"""What the networks of all families of autoencoders have in common."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from dcae_jax.autoencoder.dcae import residual_autoencoding
+from dcae_jax.nn import precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a network computes; its parameters stay the same.
+
+  Attributes:
+    residual_autoencoding: False removes DC-AE's shortcuts, the paper's
+      ablation.
+    rematerialisation: recompute each block's activations in the backward pass.
+    scan: compile the blocks of DC-AE's stages as loops.
+    dtype: of the computation; attention and norms are float32. ValueError for
+      numbers that layers do not compute with.
+  """
+
+  residual_autoencoding: bool = True
+  rematerialisation: bool = False
+  scan: bool = False
+  dtype: DTypeLike = "float32"
+
+  def __post_init__(self):
+    precision.check_dtype(self.dtype)
+
+
+class Network(nn.Module):
+  """An autoencoder: `encode`, `decode`, or both by a call.
+
+  Images are float in [-1, 1], NHWC; latents are not scaled. Both directions
+  return float32.
+
+  Attributes:
+    architecture: its widths, depths and blocks.
+    encoder: of images.
+    decoder: of latents.
+    space_to_channel: `p x p` latent positions are moved into channels, as in
+      table 1's "f8 + p=8"; 1: none. It changes no parameter.
+  """
+
+  architecture: Any
+  encoder: nn.Module
+  decoder: nn.Module
+  space_to_channel: int = 1
+
+  @property
+  def spatial_compression(self) -> int:
+    return self.architecture.spatial_compression * self.space_to_channel
+
+  def latents(
+    self, images: Float[Array, "b h w c"]
+  ) -> Float[Array, "b h2 w2 d"]:
+    """Before space goes to channels."""
+    return self.encoder(images).astype("float32")
+
+  def encode(
+    self, images: Float[Array, "b h w c"]
+  ) -> Float[Array, "b h2 w2 d"]:
+    """Raises ValueError for sides that the compression does not divide."""
+    for side in images.shape[1:3]:
+      check_side(side, self.spatial_compression)
+    z = self.latents(images)
+    return residual_autoencoding.space_to_channel(z, self.space_to_channel)
+
+  def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    z = residual_autoencoding.channel_to_space(z, self.space_to_channel)
+    return self.decoder(z).astype("float32")
+
+  def __call__(
+    self, images: Float[Array, "b h w c"]
+  ) -> Float[Array, "b h w c"]:
+    return self.decode(self.encode(images))
+
+
+def initial_variables(
+  model: nn.Module, image_channels: int, key: PRNGKeyArray
+) -> dict[str, Any]:
+  """`{"params": ..., "batch_stats": ...}` as training starts from them."""
+  side = model.spatial_compression
+  image = jnp.zeros((1, side, side, image_channels), jnp.float32)
+  return {"batch_stats": {}} | model.init(key, image)
+
+
+def abstract_variables(model: nn.Module, image_channels: int) -> dict[str, Any]:
+  """Shapes of `initial_variables`; nothing is allocated."""
+  initial = lambda key: initial_variables(model, image_channels, key)
+  return jax.eval_shape(initial, jax.random.key(0))
+
+
+def check_side(side: int, spatial_compression: int) -> None:
+  """Raises ValueError unless `side` pixels make whole latent positions."""
+  if side < 1 or side % spatial_compression:
+    below = max(side // spatial_compression, 1) * spatial_compression
+    raise ValueError(
+      f"image side {side} is not divisible by {spatial_compression}, the "
+      f"spatial compression of this autoencoder; use {below} or "
+      f"{below + spatial_compression}"
+    )
+
+
+def check_space_to_channel(factor: int) -> None:
+  """Raises ValueError for a factor that latents cannot be rearranged by."""
+  is_whole = isinstance(factor, int) and not isinstance(factor, bool)
+  if not is_whole or not 1 <= factor <= 64:
+    raise ValueError(
+      f"space_to_channel={factor!r} is not a whole number from 1 to 64; 1 "
+      "leaves latents as they are"
+    )

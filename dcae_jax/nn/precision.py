@@ -1,0 +1,15 @@
+"""The numbers that layers compute with."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def check_dtype(dtype: DTypeLike) -> None:
+  """Raises ValueError for numbers that layers do not compute with."""
+  known = ("float32", "bfloat16")  # float16 would overflow in attention
+  try:
+    name = jnp.dtype(dtype).name
+  except TypeError:
+    name = str(dtype)
+  if name not in known:
+    raise ValueError(f"unknown dtype {name!r}; known are {', '.join(known)}")
