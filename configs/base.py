@@ -73,11 +73,12 @@ def autoencoder() -> ConfigDict:
 
   # --- the model -----------------------------------------------------------
   c.model = ConfigDict()
-  # A key of VARIANTS in dcae_jax/autoencoder/families.py: DC-AEs, and SD-VAEs,
-  # the paper's baseline. "": the model of `init_from`.
+  # A name among the VARIANTS of dcae_jax/autoencoder/dcae/variants.py, DC-AEs,
+  # or sd_vae/variants.py, the paper's baseline. "": the model of `init_from`.
   c.model.variant = "f32c32"
-  # Filled in by the run where `init_from` is none of these ("custom"): its
-  # config, with the keys of diffusers' AutoencoderDC or AutoencoderKL.
+  # Where the architecture differs from the variant: keys of diffusers'
+  # AutoencoderDC or AutoencoderKL. A run stores all of them, so that it can be
+  # loaded where its variant is not known.
   c.model.architecture = ConfigDict()
   c.model.image_channels = 3  # 1: grey
   c.model.residual_autoencoding = True  # False: the paper's ablation

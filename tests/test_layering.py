@@ -39,7 +39,7 @@ OTHERS = {
   "diffusion": {"jax", "jaxtyping", "optax"},
   "diffusion/denoisers": NETWORKS,
   "autoencoder": NETWORKS | {"etils", "optax"},
-  "autoencoder/weights": {"einops", "jax", "safetensors"},
+  "autoencoder/weights": {"einops", "jax"},
   "autoencoder/weights/safetensors_files.py": {
     "huggingface_hub", "safetensors",
   },

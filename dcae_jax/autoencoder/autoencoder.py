@@ -27,7 +27,11 @@ from dcae_jax.autoencoder import (
   network,
   tiling,
 )
-from dcae_jax.autoencoder.weights import conversion, released
+from dcae_jax.autoencoder.weights import (
+  conversion,
+  released,
+  safetensors_files,
+)
 from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images as images_lib
 from dcae_jax.data import sources
@@ -424,13 +428,11 @@ class Autoencoder:
     name = self._provenance.released_name or released.name_for(self.variant)
     if layout == "original" and name:  # there, a name is the architecture
       config = {"model_name": name} | config
-    conversion.save(
+    entries = conversion.table(self.architecture, self.image_channels, layout)
+    safetensors_files.save(
       folder,
-      layout,
-      self.variables,
-      self._batch_counts,
-      architecture=self.architecture,
-      image_channels=self.image_channels,
+      conversion.LAYOUTS[layout],
+      conversion.to_tensors(entries, self.variables, self._batch_counts),
       config=config,
       model_card=model_card.text(self, self._provenance, layout),
     )

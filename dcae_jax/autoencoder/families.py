@@ -105,8 +105,46 @@ def to_config(
 
 
 def of_model(variant: str, config: dict[str, Any]) -> Architecture:
-  """What a run's `config.model` says: a named variant, or one by its config."""
-  return from_config(config)[0] if config else check_variant(variant)
+  """The architecture that `config.model` of a run describes.
+
+  Args:
+    variant: a name among `variants`, or any other beside a whole `config`.
+    config: `config.model.architecture`, the keys of a `config.json`: none, or
+      those in which it differs from the variant, or all of them.
+
+  Raises:
+    ValueError: an unknown variant and no whole config, or a key that the
+      variant does not have.
+  """
+  if not config:
+    return check_variant(variant)
+  if variant in variants():
+    whole = to_config(variants()[variant], 3, 1.0)
+    name = whole["_class_name"]
+    if config.keys() - whole.keys() or config.get("_class_name", name) != name:
+      raise ValueError(
+        f"config.model.architecture={config} does not fit {variant!r}, an "
+        f"{name}, whose keys are {', '.join(whole)}"
+      )
+    config = whole | config
+  elif variant != "custom" and "_class_name" not in config:
+    check_variant(variant)  # it is unknown, and the config is not whole
+  return from_config(config)[0]
+
+
+def described(
+  variant: str, config: dict[str, Any], image_channels: int
+) -> dict[str, Any]:
+  """`config.model.architecture` in whole, for runs that know no such variant.
+
+  {} where its class in diffusers has no setting for the architecture, which
+  then has its name alone.
+  """
+  architecture = of_model(variant, config)
+  try:
+    return to_config(architecture, image_channels, 1.0)
+  except ValueError:
+    return {}
 
 
 def name_of(architecture: Architecture) -> str:

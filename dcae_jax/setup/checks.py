@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dcae_jax.autoencoder import network, patchgan, phases, train_step
 from dcae_jax.data import images
 from dcae_jax.evaluation.networks import lpips
+from dcae_jax.runs import differences
 from dcae_jax.setup import metric_networks, wiring
 from dcae_jax.training import freezing, optimizer
 
@@ -148,13 +149,16 @@ def check_same_model(
   before: dict[str, Any], now: ConfigDict, name: str
 ) -> None:
   """Raises ValueError unless parameters of one fit the other."""
-  now = wiring.resolved(now)
-  for key in wiring.MODEL_KEYS:
-    if before[key] != now[key]:
+  there, here = (
+    differences.flat(wiring.described(model))
+    for model in (before, wiring.resolved(now))
+  )
+  for key in here:
+    if there.get(key) != here[key]:
       raise ValueError(
-        f"{name} has config.model.{key}={before[key]!r}, and this config "
-        f"{now[key]!r}; use weights of the same autoencoder, or take its model "
-        "with config.model.variant=''"
+        f"{name} has config.model.{key}={there.get(key)!r}, and this config "
+        f"{here[key]!r}; use weights of the same autoencoder, or take its "
+        "model with config.model.variant=''"
       )
 
 

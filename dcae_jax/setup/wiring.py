@@ -102,15 +102,26 @@ def model_of(source: str) -> dict[str, Any]:
     ValueError: `source` is neither, or what it holds is damaged.
   """
   if checkpoint.is_run(source):
-    model = checkpoint.read_run_config(source)["model"]
-    return {key: model[key] for key in MODEL_KEYS}
+    return described(checkpoint.read_run_config(source)["model"])
   found = released.find(source)
-  name, settings = families.name_of(found.architecture), {}
-  if name == "custom":
-    settings = families.to_config(found.architecture, found.image_channels, 1.0)
-  return dict(
-    zip(MODEL_KEYS, (name, settings, found.image_channels, True), strict=True)
+  return {
+    "variant": families.name_of(found.architecture),
+    "architecture": families.to_config(
+      found.architecture, found.image_channels, 1.0
+    ),
+    "image_channels": found.image_channels,
+    "residual_autoencoding": True,
+  }
+
+
+def described(model: dict[str, Any]) -> dict[str, Any]:
+  """`MODEL_KEYS`, with the architecture in whole."""
+  architecture = families.described(
+    model["variant"], model["architecture"], model["image_channels"]
   )
+  return {key: model[key] for key in MODEL_KEYS} | {
+    "architecture": architecture
+  }
 
 
 def variant_of(source: str) -> tuple[families.Architecture, int]:
@@ -125,10 +136,15 @@ def variant_of(source: str) -> tuple[families.Architecture, int]:
 
 
 def with_model(config: ConfigDict) -> ConfigDict:
-  """The config, with the model of `init_from` where it names none."""
+  """The config, with its model described in whole.
+
+  The model is that of `init_from` where it names none.
+  """
   if config.model.variant:
-    return config
-  if not config.init_from:
+    model = described(resolved(config.model))
+  elif config.init_from:
+    model = model_of(config.init_from)
+  else:
     known = ", ".join(families.variants())
     raise ValueError(
       f"config.model.variant is empty; name one of {known}, or set "
@@ -136,7 +152,7 @@ def with_model(config: ConfigDict) -> ConfigDict:
     )
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.model.update(model_of(config.init_from))
+    config.model.update(model)
   return config
 
 
@@ -293,7 +309,8 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
     raise ValueError(f"--workdir={workdir} is not a directory; choose another")
   if not path.exists():
     return
-  before, now = checkpoint.read_config(path), resolved(config)
+  before = _with_whole_models(checkpoint.read_config(path))
+  now = _with_whole_models(resolved(config))
   if before["task"] == now["task"] and now["task"] in _MADE_ANEW:
     return
   if (workdir / "result.json").exists() and not (
@@ -335,6 +352,15 @@ def _with_added_keys(
         did = _ADDED_LATER[key]
         found[path] = value if did is None else did
   return found
+
+
+def _with_whole_models(config: dict[str, Any]) -> dict[str, Any]:
+  """Earlier runs have only the names of their models' variants."""
+  for part in (config, *(config.get(f"phase{i}", {}) for i in (1, 2, 3))):
+    model = part.get("model", {})
+    if "architecture" in model and model["variant"]:
+      model |= described(model)
+  return config
 
 
 def _may_change(path: str) -> bool:

@@ -6,17 +6,13 @@ its axes; loading and saving read it in opposite directions.
 
 import functools
 import hashlib
-import json
 import math
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 from einops import rearrange
 
 from dcae_jax.autoencoder import families, network
@@ -97,8 +93,8 @@ def table(
   family = families.of(architecture)
   if layout not in family.layouts:
     raise ValueError(
-      f"{family.name} does not come in the layout {layout!r}; use "
-      f"{' or '.join(map(repr, family.layouts))}"
+      f"the layout {layout!r} is of authors whose code has no {family.name}; "
+      f"use {' or '.join(map(repr, family.layouts))}"
     )
   modules = {module.ours: module for module in family.modules(architecture)}
   entries = []
@@ -201,40 +197,11 @@ def read(
   return tree, counts
 
 
-def save(
-  folder: str | os.PathLike,
-  layout: str,
-  variables: Tree,
-  counts: dict[str, int],
-  *,
-  architecture: families.Architecture,
-  image_channels: int,
-  config: dict[str, Any],
-  model_card: str,
-) -> None:
-  """Writes a folder that diffusers, or the original code, loads as it is.
-
-  Args:
-    folder: new or empty, or one that holds the same kind of folder.
-    layout: a key of `LAYOUTS`.
-    variables: `{"params": ..., "batch_stats": ...}`.
-    counts: of batches behind the batch statistics, as `read` returns them.
-    architecture: of the variables.
-    image_channels: of the images.
-    config: the contents of config.json.
-    model_card: the text of README.md.
-
-  Raises:
-    ValueError: a layout that is unknown, or not the family's, or a folder
-      that holds something else.
-  """
-  entries = table(architecture, image_channels, layout)
-  if not os.fspath(folder):
-    raise ValueError("the folder to save to is empty; name one")
-  folder = pathlib.Path(os.path.expanduser(folder))
-  _check_folder(folder, LAYOUTS[layout])
-  ours = _flat(variables)
-  tensors = {}
+def to_tensors(
+  entries: list[Entry], variables: Tree, counts: dict[str, int]
+) -> dict[str, np.ndarray]:
+  """The inverse of `read`: all tensors of a file."""
+  ours, tensors = _flat(variables), {}
   for entry in entries:
     if entry.is_count:
       value = np.array(counts.get(entry.path, 0), np.int64)
@@ -242,21 +209,7 @@ def save(
       value = np.asarray(jax.device_get(ours[entry.path]), np.float32)
     parts = zip(entry.names, entry.to_theirs(value), strict=True)
     tensors |= {name: np.asarray(part, order="C") for name, part in parts}
-  folder.mkdir(parents=True, exist_ok=True)
-  # Each file whole or not at all, and none before all could be written.
-  names = (LAYOUTS[layout], "config.json", "README.md")
-  parts = [folder / f".{name}.part" for name in names]
-  try:
-    safetensors.numpy.save_file(tensors, parts[0], metadata={"format": "pt"})
-    parts[1].write_text(json.dumps(config, indent=2) + "\n")
-    parts[2].write_text(model_card)
-    for name, part in zip(names, parts, strict=True):
-      os.replace(part, folder / name)
-  except safetensors.SafetensorError as error:
-    raise ValueError(f"writing {folder} failed: {error}") from error
-  finally:
-    for part in parts:
-      part.unlink(missing_ok=True)
+  return tensors
 
 
 def fingerprint(variables: Tree) -> str:
@@ -275,32 +228,3 @@ def _flat(tree: Tree) -> dict[str, Any]:
     jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
     for keys, leaf in jax.tree.leaves_with_path(tree)
   }
-
-
-def _check_folder(folder: pathlib.Path, file: str) -> None:
-  """Raises ValueError where writing would destroy or confuse something."""
-  if ":/" in str(folder):
-    raise ValueError(
-      f"{folder} is not a local folder; save to one, and copy it there"
-    )
-  if folder.exists() and not folder.is_dir():
-    raise ValueError(f"{folder} is not a directory")
-  if (folder / "checkpoints").exists():
-    raise ValueError(
-      f"{folder} is the work directory of a run; choose another folder"
-    )
-  others = [path.name for path in folder.glob("*.safetensors*")]
-  others = [name for name in others if name != file]
-  if others:
-    raise ValueError(
-      f"{folder} already holds {', '.join(sorted(others))}; choose another "
-      "folder"
-    )
-  foreign = [
-    name for name in ("config.json", "README.md") if (folder / name).exists()
-  ]
-  if foreign and not (folder / file).exists():
-    raise ValueError(
-      f"{folder} holds the {' and '.join(foreign)} of something else; choose "
-      "another folder"
-    )

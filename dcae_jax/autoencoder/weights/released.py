@@ -86,36 +86,33 @@ def find(source: str) -> Released:
       if name in paths:
         raise ValueError(f"{name} stands in both {paths[name]} and {file}")
       tensors[name], paths[name] = shape, file
-  layout = "original"
-  if any(".down_blocks." in name or ".conv_in." in name for name in tensors):
-    layout = "diffusers"
   try:
     defaults = families.by_class(config).config_defaults
     is_described = "_class_name" in config or (
       config.keys() & defaults.keys() - _SAY_NOTHING
     )
     if is_described:
-      variant, image_channels = families.from_config(config)
-      entries = conversion.table(variant, image_channels, layout)
+      architecture, image_channels = families.from_config(config)
+      layout = _layout(architecture, tensors)
+      entries = conversion.table(architecture, image_channels, layout)
       # As the class in diffusers takes it.
       config = {"scaling_factor": defaults["scaling_factor"]} | config
   except ValueError as error:
     raise ValueError(f"config.json of {source!r}: {error}") from error
   if not is_described:
-    image_channels = _image_channels(tensors)
-    variant = _recognise(source, tensors, image_channels, layout)
-    entries = conversion.table(variant, image_channels, layout)
-  older_name = families.of(variant).older_name
+    architecture, image_channels, layout = _recognise(source, tensors)
+    entries = conversion.table(architecture, image_channels, layout)
+  older_name = families.of(architecture).older_name
   entries = [conversion.as_stored(x, tensors, older_name) for x in entries]
   _check_tensors(source, entries, tensors)
   # Beside a description, `model_name` names an architecture, not the weights.
   model_name = None if is_described else config.get("model_name")
-  name = _released_name(source, model_name, variant)
+  name = _released_name(source, model_name, architecture)
   factor, shift = _scaling(source, config)
   if factor is None:
-    factor = _published_factor(name, variant)
+    factor = _published_factor(name, architecture)
   return Released(
-    source, name, variant, image_channels, factor, shift, entries, paths
+    source, name, architecture, image_channels, factor, shift, entries, paths
   )
 
 
@@ -137,59 +134,82 @@ def _scaling(source: str, config: dict[str, Any]) -> tuple[float | None, float]:
 
 
 def _expected(
-  variant: families.Architecture, image_channels: int, layout: str
+  architecture: families.Architecture, image_channels: int, layout: str
 ) -> dict[str, tuple[int, ...]]:
   shapes = {}
-  for entry in conversion.table(variant, image_channels, layout):
+  for entry in conversion.table(architecture, image_channels, layout):
     shapes |= entry.tensor_shapes
   return shapes
 
 
-def _image_channels(tensors: dict[str, tuple[int, ...]]) -> int:
-  for name, shape in tensors.items():
-    first = name.startswith(("encoder.project_in.", "encoder.conv_in."))
-    if first and len(shape) == 4:
-      return shape[1]
-  return 3
-
-
 def _recognise(
-  source: str,
-  tensors: dict[str, tuple[int, ...]],
-  image_channels: int,
-  layout: str,
-) -> families.Architecture:
-  """The variant that shares the most tensors with a file without a config."""
+  source: str, tensors: dict[str, tuple[int, ...]]
+) -> tuple[families.Architecture, int, str]:
+  """What shares the most tensors with a file without a config.
 
-  def shared(variant: families.Architecture) -> float:
-    expected = _expected(variant, image_channels, layout).items()
+  Returns:
+    The architecture of a variant, image channels, and the layout.
+  """
+
+  def shared(candidate) -> float:
+    expected = _expected(*candidate).items()
     return len(expected & tensors.items()) / len(expected | tensors.items())
 
-  modules = {name.rpartition(".")[0] for name in tensors}
   # Names are compared first: shapes take longer to find out.
   candidates = [
-    variant
-    for variant in families.variants().values()
-    if layout in families.of(variant).layouts
-    and 2 * len(modules & _names(variant, layout)) > len(modules)
+    (architecture, _image_channels(architecture, layout, tensors), layout)
+    for architecture in families.variants().values()
+    for layout in families.of(architecture).layouts
+    if 2 * _known(architecture, layout, tensors) > len(_modules(tensors))
   ]
   best = max(candidates, key=shared, default=None)
   if best is None or shared(best) < 0.5:
+    names = ", ".join(family.name for family in families.FAMILIES)
     known = ", ".join(families.variants())
     raise ValueError(
-      f"{source!r} is not recognised as a DC-AE or an SD-VAE: put its "
-      f"config.json beside the safetensors file (known without one: {known})"
+      f"{source!r} is not recognised as one of {names}: put its config.json "
+      f"beside the safetensors file (known without one: {known})"
     )
   return best
 
 
-def _names(architecture: families.Architecture, layout: str) -> set[str]:
-  """Of all modules in a layout that the family comes in."""
-  found = set()
+def _layout(
+  architecture: families.Architecture, tensors: dict[str, tuple[int, ...]]
+) -> str:
+  """The layout with the most names of a file."""
+  layouts = families.of(architecture).layouts
+  return max(layouts, key=lambda x: _known(architecture, x, tensors))
+
+
+def _known(
+  architecture: families.Architecture,
+  layout: str,
+  tensors: dict[str, tuple[int, ...]],
+) -> int:
+  """How many of a file's modules an architecture has in a layout."""
+  known = set()
   for module in families.of(architecture).modules(architecture):
     theirs = getattr(module, layout)
-    found.update((theirs,) if isinstance(theirs, str) else theirs)
-  return found
+    known.update((theirs,) if isinstance(theirs, str) else theirs)
+  return len(_modules(tensors) & known)
+
+
+def _modules(tensors: dict[str, tuple[int, ...]]) -> set[str]:
+  return {name.rpartition(".")[0] for name in tensors}
+
+
+def _image_channels(
+  architecture: families.Architecture,
+  layout: str,
+  tensors: dict[str, tuple[int, ...]],
+) -> int:
+  """The inputs of the first convolution; 3 where the file has none."""
+  for module in families.of(architecture).modules(architecture):
+    if module.ours.startswith("encoder/project_in"):
+      shape = tensors.get(f"{getattr(module, layout)}.weight", ())
+      if len(shape) == 4:
+        return shape[1]
+  return 3
 
 
 def _check_tensors(
@@ -224,10 +244,10 @@ def _check_tensors(
 
 
 def _released_name(
-  source: str, model_name: Any, variant: families.Architecture
+  source: str, model_name: Any, architecture: families.Architecture
 ) -> str:
   """What a config says, the end of a path or hub id, or a cache's folder."""
-  known = families.name_of(variant)
+  known = families.name_of(architecture)
   *folders, before_last, last = ("", "", *pathlib.Path(source).parts)
   cached = [part for part in folders if part.startswith("models--")]
   for part in (model_name, last, before_last, *cached):
@@ -239,9 +259,9 @@ def _released_name(
   return ""
 
 
-def published_factors(variant: families.Architecture) -> dict[str, float]:
+def published_factors(architecture: families.Architecture) -> dict[str, float]:
   """Of all released models of a variant, by their names."""
-  known = families.name_of(variant)
+  known = families.name_of(architecture)
   return {
     name: factor
     for name, (variant_name, factor) in RELEASED.items()
@@ -255,10 +275,10 @@ def name_for(variant: str) -> str:
 
 
 def _published_factor(
-  name: str, variant: families.Architecture
+  name: str, architecture: families.Architecture
 ) -> float | None:
   """None where the published ones differ, or there is none."""
   if name:
     return RELEASED[name][1]
-  factors = set(published_factors(variant).values())
+  factors = set(published_factors(architecture).values())
   return factors.pop() if len(factors) == 1 else None

@@ -1,4 +1,5 @@
-"""Finding and reading safetensors: local folders and files, the hub's cache.
+"""Safetensors: finding and reading them in local folders and files and in the
+hub's cache, and writing the folders that other libraries load.
 
 Pickled checkpoints run code when they are read, so that they are refused, with
 the command that converts them.
@@ -13,6 +14,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 _RECIPE = (
@@ -170,3 +172,73 @@ def read(file: pathlib.Path, name: str) -> np.ndarray:
       return opened.get_tensor(name)
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(f"{name} in {file} cannot be read ({error})") from error
+
+
+def save(
+  folder: str | os.PathLike,
+  file: str,
+  tensors: dict[str, np.ndarray],
+  *,
+  config: dict[str, Any],
+  model_card: str,
+) -> None:
+  """Writes a folder that diffusers, or the original code, loads as it is.
+
+  Args:
+    folder: new or empty, or one that holds the same kind of folder.
+    file: that the library looks for.
+    tensors: by name.
+    config: the contents of config.json.
+    model_card: the text of README.md.
+
+  Raises:
+    ValueError: the folder holds something else, or cannot be written.
+  """
+  if not os.fspath(folder):
+    raise ValueError("the folder to save to is empty; name one")
+  folder = pathlib.Path(os.path.expanduser(folder))
+  _check_folder(folder, file)
+  folder.mkdir(parents=True, exist_ok=True)
+  # Each file whole or not at all, and none before all could be written.
+  names = (file, "config.json", "README.md")
+  parts = [folder / f".{name}.part" for name in names]
+  try:
+    safetensors.numpy.save_file(tensors, parts[0], metadata={"format": "pt"})
+    parts[1].write_text(json.dumps(config, indent=2) + "\n")
+    parts[2].write_text(model_card)
+    for name, part in zip(names, parts, strict=True):
+      os.replace(part, folder / name)
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"writing {folder} failed: {error}") from error
+  finally:
+    for part in parts:
+      part.unlink(missing_ok=True)
+
+
+def _check_folder(folder: pathlib.Path, file: str) -> None:
+  """Raises ValueError where writing would destroy or confuse something."""
+  if ":/" in str(folder):
+    raise ValueError(
+      f"{folder} is not a local folder; save to one, and copy it there"
+    )
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"{folder} is not a directory")
+  if (folder / "checkpoints").exists():
+    raise ValueError(
+      f"{folder} is the work directory of a run; choose another folder"
+    )
+  others = [path.name for path in folder.glob("*.safetensors*")]
+  others = [name for name in others if name != file]
+  if others:
+    raise ValueError(
+      f"{folder} already holds {', '.join(sorted(others))}; choose another "
+      "folder"
+    )
+  foreign = [
+    name for name in ("config.json", "README.md") if (folder / name).exists()
+  ]
+  if foreign and not (folder / file).exists():
+    raise ValueError(
+      f"{folder} holds the {' and '.join(foreign)} of something else; choose "
+      "another folder"
+    )

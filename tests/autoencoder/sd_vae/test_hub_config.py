@@ -165,7 +165,7 @@ def test_the_file_is_recognised_without_a_config(tmp_path):
   shapes = released._expected(
     sd_vae_variants.VARIANTS["sd-vae-f8c4"], 3, "diffusers"
   )
-  found = released._recognise("a file", shapes, 3, "diffusers")
+  found, *_ = released._recognise("a file", shapes)
   assert found is sd_vae_variants.VARIANTS["sd-vae-f8c4"]
   (_write(tmp_path, TINY) / "config.json").unlink()
   loaded = dcae_jax.load(tmp_path / FILE, scaling_factor=2.0)
