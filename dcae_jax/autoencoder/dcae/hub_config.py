@@ -54,10 +54,10 @@ def from_config(config: dict[str, Any]) -> tuple[variants.Architecture, int]:
     encoder=_stages(c | _ENCODER_ONLY, "encoder"),
     decoder=_stages(c, "decoder"),
     downsample=settings.known(
-      c["downsample_block_type"], _DOWNSAMPLES, "downsample_block_type"
+      c["downsample_block_type"], "downsample_block_type", _DOWNSAMPLES
     ),
     upsample=settings.known(
-      c["upsample_block_type"], _UPSAMPLES, "upsample_block_type"
+      c["upsample_block_type"], "upsample_block_type", _UPSAMPLES
     ),
     encoder_shortcut=settings.flag(c, "encoder_out_shortcut"),
     decoder_shortcut=settings.flag(c, "decoder_in_shortcut"),
@@ -89,14 +89,20 @@ def to_config(
       f"AutoencoderDC has no shift_factor, and this one is {shift_factor}; "
       "latents of a DC-AE are scaled alone"
     )
-  c = {"_class_name": "AutoencoderDC", "in_channels": image_channels}
-  c["latent_channels"] = architecture.latent_channels
-  attending = [
-    stage
-    for stage in architecture.encoder + architecture.decoder
-    if stage.block == "efficientvit"
-  ]
-  c["attention_head_dim"] = (attending or architecture.encoder)[0].head_dim
+  stages = (*architecture.encoder, *architecture.decoder)
+  attending = [stage for stage in stages if stage.block == "efficientvit"]
+  c = {
+    "_class_name": "AutoencoderDC",
+    "in_channels": image_channels,
+    "latent_channels": architecture.latent_channels,
+    "attention_head_dim": (attending or stages)[0].head_dim,
+    "upsample_block_type": _UPSAMPLES[architecture.upsample],
+    "downsample_block_type": _DOWNSAMPLES[architecture.downsample],
+    "encoder_out_shortcut": architecture.encoder_shortcut,
+    "decoder_in_shortcut": architecture.decoder_shortcut,
+    "decoder_conv_act_fn": architecture.head_activation,
+    "scaling_factor": scaling_factor,
+  }
   for part in ("encoder", "decoder"):
     found = getattr(architecture, part)
     columns = {
@@ -108,12 +114,6 @@ def to_config(
       "act_fns": [_ACTIVATIONS.get(stage.activation) for stage in found],
     }
     c |= {f"{part}_{name}": column for name, column in columns.items()}
-  c["upsample_block_type"] = _UPSAMPLES[architecture.upsample]
-  c["downsample_block_type"] = _DOWNSAMPLES[architecture.downsample]
-  c["encoder_out_shortcut"] = architecture.encoder_shortcut
-  c["decoder_in_shortcut"] = architecture.decoder_shortcut
-  c["decoder_conv_act_fn"] = architecture.head_activation
-  c["scaling_factor"] = scaling_factor
   if plain(from_config(c)[0]) != plain(architecture):
     raise ValueError(
       "this architecture has no AutoencoderDC config: its encoder has RMS "
@@ -147,44 +147,32 @@ def _stages(c: dict[str, Any], part: str) -> tuple[variants.Stage, ...]:
       f"{part}_block_out_channels={widths!r} is not a list of two or more"
     )
 
-  def column(name: str) -> list[Any]:
+  def of_stage(name: str, i: int) -> tuple[Any, str]:
+    """The value, and what an error calls it."""
     values = c[f"{part}_{name}"]
     if isinstance(values, str) or values is None:
-      return [values] * len(widths)
+      values = [values] * len(widths)
     if not isinstance(values, list | tuple) or len(values) != len(widths):
       raise ValueError(
         f"{part}_{name}={values!r} does not have one value for each of the "
         f"{len(widths)} stages of {part}_block_out_channels"
       )
-    return list(values)
+    return values[i], f"{part}_{name}[{i}]"
 
   stages = []
-  for i, values in enumerate(
-    zip(
-      column("block_out_channels"),
-      column("layers_per_block"),
-      column("block_types"),
-      column("norm_types"),
-      column("act_fns"),
-      column("qkv_multiscales"),
-      strict=True,
+  for i in range(len(widths)):
+    activation, name = of_stage("act_fns", i)
+    stage = variants.Stage(
+      settings.whole(*of_stage("block_out_channels", i), 1),
+      settings.whole(*of_stage("layers_per_block", i), 0, 100),
+      settings.known(*of_stage("block_types", i), _BLOCK_TYPES),
+      settings.known(*of_stage("norm_types", i), _NORMS),
+      "identity" if activation is None else _activation(activation, name),
+      _scales(*of_stage("qkv_multiscales", i)),
+      settings.count(c, "attention_head_dim"),
     )
-  ):
-    width, depth, block, norm, activation, scales = values
-    stages.append(
-      variants.Stage(
-        settings.whole(width, f"{part}_block_out_channels[{i}]", 1),
-        settings.whole(depth, f"{part}_layers_per_block[{i}]", 0, 100),
-        settings.known(block, _BLOCK_TYPES, f"{part}_block_types[{i}]"),
-        settings.known(norm, _NORMS, f"{part}_norm_types[{i}]"),
-        "identity"
-        if activation is None
-        else _activation(activation, f"{part}_act_fns[{i}]"),
-        _scales(scales, f"{part}_qkv_multiscales[{i}]"),
-        settings.count(c, "attention_head_dim"),
-      )
-    )
-  return tuple(map(_plain_stage, stages))
+    stages.append(_plain_stage(stage))
+  return tuple(stages)
 
 
 def _scales(values: Any, name: str) -> tuple[int, ...]:
@@ -196,4 +184,4 @@ def _scales(values: Any, name: str) -> tuple[int, ...]:
 def _activation(value: Any, name: str) -> str:
   if isinstance(value, str) and value.lower() == "swish":
     value = "silu"
-  return settings.known(value, _ACTIVATIONS, name)
+  return settings.known(value, name, _ACTIVATIONS)

@@ -1,65 +1,52 @@
 """Names of DC-AE's modules in its two layouts: the authors', and diffusers'."""
 
+import itertools
 from collections.abc import Iterator
 
 from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.autoencoder.weights import module_name
 
-# Inside a block of DC-AE.
+# Inside a block of DC-AE; the fields of `module_name.Module`.
 _BLOCKS = {
   "res": (
-    module_name.Module("conv1", "main.conv1.conv", "conv1"),
-    module_name.Module("conv2", "main.conv2.conv", "conv2"),
-    module_name.Module("norm", "main.conv2.norm", "norm"),
+    ("conv1", "main.conv1.conv", "conv1"),
+    ("conv2", "main.conv2.conv", "conv2"),
+    ("norm", "main.conv2.norm", "norm"),
   ),
   "efficientvit": (
-    module_name.Module(
-      "context/qkv",
-      "context_module.main.qkv.conv",
-      ("attn.to_q", "attn.to_k", "attn.to_v"),
-      matrix=True,
+    (
+      "context/qkv", "context_module.main.qkv.conv",
+      ("attn.to_q", "attn.to_k", "attn.to_v"), True,
     ),
-    module_name.Module(
-      "context/project",
-      "context_module.main.proj.conv",
-      "attn.to_out",
-      matrix=True,
-    ),
-    module_name.Module(
-      "context/norm", "context_module.main.proj.norm", "attn.norm_out"
-    ),
-    module_name.Module(
-      "local/inverted",
-      "local_module.main.inverted_conv.conv",
+    ("context/project", "context_module.main.proj.conv", "attn.to_out", True),
+    ("context/norm", "context_module.main.proj.norm", "attn.norm_out"),
+    (
+      "local/inverted", "local_module.main.inverted_conv.conv",
       "conv_out.conv_inverted",
     ),
-    module_name.Module(
-      "local/depthwise",
-      "local_module.main.depth_conv.conv",
+    (
+      "local/depthwise", "local_module.main.depth_conv.conv",
       "conv_out.conv_depth",
     ),
-    module_name.Module(
-      "local/point", "local_module.main.point_conv.conv", "conv_out.conv_point"
+    (
+      "local/point", "local_module.main.point_conv.conv",
+      "conv_out.conv_point",
     ),
-    module_name.Module(
-      "local/norm", "local_module.main.point_conv.norm", "conv_out.norm"
-    ),
+    ("local/norm", "local_module.main.point_conv.norm", "conv_out.norm"),
   ),
-}
+}  # fmt: skip
 
 # One such pair for each scale of the attention.
 _SCALE = (
-  module_name.Module(
-    "context/aggregate_{}",
-    "context_module.main.aggreg.{}.0",
+  (
+    "context/aggregate_{}", "context_module.main.aggreg.{}.0",
     "attn.to_qkv_multiscale.{}.proj_in",
   ),
-  module_name.Module(
-    "context/aggregate_{}_mix",
-    "context_module.main.aggreg.{}.1",
+  (
+    "context/aggregate_{}_mix", "context_module.main.aggreg.{}.1",
     "attn.to_qkv_multiscale.{}.proj_out",
   ),
-)
+)  # fmt: skip
 
 
 def modules(
@@ -131,19 +118,10 @@ def _stage(
   ours, original, diffusers = names
   inside = list(_BLOCKS[stage.block])
   for i in range(len(stage.scales)):
-    inside += [
-      module_name.Module(*(name.format(i) for name in module[:3]))
-      for module in _SCALE
-    ]
+    inside += [tuple(name.format(i) for name in row) for row in _SCALE]
   for i in range(stage.depth):
-    prefix = f"{diffusers}.{first_block + i}."
-    for module in inside:
-      parts = module.diffusers
-      yield module_name.Module(
-        f"{ours}/block_{i}/{module.ours}",
-        f"{original}.{first_block + i}.{module.original}",
-        prefix + parts
-        if isinstance(parts, str)
-        else tuple(prefix + part for part in parts),
-        module.matrix,
+    place = first_block + i
+    for module in itertools.starmap(module_name.Module, inside):
+      yield module.inside(
+        f"{ours}/block_{i}/", f"{original}.{place}.", f"{diffusers}.{place}."
       )

@@ -47,7 +47,7 @@ def from_config(config: dict[str, Any]) -> tuple[variants.Architecture, int]:
       f"in_channels={image_channels} and out_channels={c['out_channels']} "
       "differ; an autoencoder gives back what it takes"
     )
-  settings.known(c["act_fn"], _ACTIVATIONS, "act_fn")
+  settings.known(c["act_fn"], "act_fn", _ACTIVATIONS)
   widths = c["block_out_channels"]
   if not isinstance(widths, list | tuple) or not widths:
     raise ValueError(f"block_out_channels={widths!r} is not a list of widths")
@@ -123,6 +123,6 @@ def _attending(
   found = [
     stage
     for i, (stage, block) in enumerate(zip(stages, blocks, strict=True))
-    if settings.known(block, names, f"{key}[{i}]") == "attending"
+    if settings.known(block, f"{key}[{i}]", names) == "attending"
   ]
   return tuple(sorted(found))

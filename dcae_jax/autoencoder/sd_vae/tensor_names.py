@@ -16,13 +16,22 @@ _ENDS = {
   "decoder/project_out/conv": "decoder.conv_out",
 }
 
-_BLOCK = {
-  "norm1": "norm1",
-  "conv1": "conv1",
-  "norm2": "norm2",
-  "conv2": "conv2",
-  "shortcut": "conv_shortcut",
-}
+_BLOCK = tuple(
+  module_name.Module(ours, "", theirs)
+  for ours, theirs in (
+    ("norm1", "norm1"),
+    ("conv1", "conv1"),
+    ("norm2", "norm2"),
+    ("conv2", "conv2"),
+    ("shortcut", "conv_shortcut"),
+  )
+)
+
+_ATTENTION = (
+  module_name.Module("norm", "", "group_norm"),
+  module_name.Module("qkv", "", ("to_q", "to_k", "to_v"), matrix=True),
+  module_name.Module("project", "", "to_out.0", matrix=True),
+)
 
 # Projections of SD-VAE's attention, now and before.
 _OLDER = {
@@ -44,31 +53,18 @@ def modules(
   """All modules, and those that only other variants have."""
   for ours, diffusers in _ENDS.items():
     yield module_name.Module(ours, "", diffusers)
-  deepest = len(architecture.widths) - 1
-  for part, depth, blocks, resampling in (
-    (
-      "encoder",
-      architecture.depth,
-      "down_blocks.{}",
-      ("downsample", "downsamplers"),
-    ),
-    (
-      "decoder",
-      architecture.depth + 1,
-      "up_blocks.{}",
-      ("upsample", "upsamplers"),
-    ),
+  stages, depth = range(len(architecture.widths)), architecture.depth
+  # Theirs go from the input to the output.
+  for part, way, depth, order in (
+    ("encoder", "down", depth, stages),
+    ("decoder", "up", depth + 1, stages[::-1]),
   ):
     yield from _unit(f"{part}/middle", f"{part}.mid_block", 2)
-    for i in range(deepest + 1):
-      # Theirs go from the input to the output.
-      place = i if part == "encoder" else deepest - i
-      ours, diffusers = f"{part}/stage_{i}", f"{part}.{blocks.format(place)}"
+    for place, i in enumerate(order):
+      ours, diffusers = f"{part}/stage_{i}", f"{part}.{way}_blocks.{place}"
       yield from _unit(ours, diffusers, depth)
       yield module_name.Module(
-        f"{ours}/{resampling[0]}/conv",
-        "",
-        f"{diffusers}.{resampling[1]}.0.conv",
+        f"{ours}/{way}sample/conv", "", f"{diffusers}.{way}samplers.0.conv"
       )
 
 
@@ -77,16 +73,9 @@ def _unit(
 ) -> Iterator[module_name.Module]:
   """Blocks of SD-VAE and their attention."""
   for i in range(depth):
-    for name, theirs in _BLOCK.items():
-      yield module_name.Module(
-        f"{ours}/block_{i}/{name}", "", f"{diffusers}.resnets.{i}.{theirs}"
+    for module in _BLOCK:
+      yield module.inside(f"{ours}/block_{i}/", "", f"{diffusers}.resnets.{i}.")
+    for module in _ATTENTION:
+      yield module.inside(
+        f"{ours}/attention_{i}/", "", f"{diffusers}.attentions.{i}."
       )
-    attention = f"{ours}/attention_{i}", f"{diffusers}.attentions.{i}"
-    yield module_name.Module(
-      f"{attention[0]}/norm", "", f"{attention[1]}.group_norm"
-    )
-    parts = tuple(f"{attention[1]}.to_{x}" for x in "qkv")
-    yield module_name.Module(f"{attention[0]}/qkv", "", parts, matrix=True)
-    yield module_name.Module(
-      f"{attention[0]}/project", "", f"{attention[1]}.to_out.0", matrix=True
-    )

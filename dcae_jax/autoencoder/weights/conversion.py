@@ -101,12 +101,10 @@ def table(
   for path, shape in _our_shapes(architecture, image_channels).items():
     _, _, rest = path.partition("/")
     module, _, leaf = rest.rpartition("/")
-    names = getattr(modules[module], layout)
     theirs, *axes = _LEAVES[leaf]
     if leaf == "kernel" and layout == "diffusers" and modules[module].matrix:
       axes = _MATRIX
-    names = (names,) if isinstance(names, str) else names
-    names = tuple(f"{name}.{theirs}" for name in names)
+    names = tuple(f"{name}.{theirs}" for name in modules[module].names(layout))
     entries.append(Entry(path, shape, names, *axes))
   return entries
 

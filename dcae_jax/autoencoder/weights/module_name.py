@@ -17,3 +17,19 @@ class Module(NamedTuple):
   original: str
   diffusers: str | tuple[str, ...]
   matrix: bool = False
+
+  def inside(self, ours: str, original: str, diffusers: str) -> "Module":
+    """The module in another, whose names these are, each with its separator."""
+    parts = self.diffusers
+    return self._replace(
+      ours=ours + self.ours,
+      original=original + self.original,
+      diffusers=diffusers + parts
+      if isinstance(parts, str)
+      else tuple(diffusers + part for part in parts),
+    )
+
+  def names(self, layout: str) -> tuple[str, ...]:
+    """In a layout, in the order of its outputs."""
+    theirs = getattr(self, layout)
+    return (theirs,) if isinstance(theirs, str) else theirs

@@ -187,10 +187,8 @@ def _known(
   tensors: dict[str, tuple[int, ...]],
 ) -> int:
   """How many of a file's modules an architecture has in a layout."""
-  known = set()
-  for module in families.of(architecture).modules(architecture):
-    theirs = getattr(module, layout)
-    known.update((theirs,) if isinstance(theirs, str) else theirs)
+  modules = families.of(architecture).modules(architecture)
+  known = {name for module in modules for name in module.names(layout)}
   return len(_modules(tensors) & known)
 
 

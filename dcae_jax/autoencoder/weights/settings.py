@@ -18,7 +18,7 @@ def count(c: dict[str, Any], key: str) -> int:
   return whole(c[key], key, 1)
 
 
-def known(value: Any, names: dict[str, str], name: str) -> str:
+def known(value: Any, name: str, names: dict[str, str]) -> str:
   """Our name of a setting, in any case; `names` goes from ours to theirs.
 
   Raises ValueError for one that is not among them.

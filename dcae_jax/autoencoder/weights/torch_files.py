@@ -1,26 +1,25 @@
 """State dicts in PyTorch's files, without PyTorch and without running code.
 
-Both formats: archives (`torch.save` since 1.6) and what came before them, a row
-of pickles and then the numbers. A pickle can name any function to be called;
-here only the names of tensors, storages and ordered dictionaries are known, and
-each stands for plain data. Little-endian files, dense tensors on any device.
+The format of `torch.save` before 1.6, a row of pickles and then the numbers:
+the published files that are read here are all of it. A pickle can name any
+function to be called; only the names of tensors, storages and ordered
+dictionaries are admitted, and each stands for plain data. Little-endian files,
+dense tensors on any device.
 """
 
-import contextlib
 import io
 import os
 import pathlib
-import pickle
 import pickletools
 import struct
-import zipfile
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
+from dcae_jax.autoencoder.weights import restricted_pickle
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
 _HIGHEST_PICKLE_PROTOCOL = 2  # what torch.save writes unless told otherwise
 _LARGEST_MEMO = 2**20  # the unpickler allocates up to the index it is told
 _DTYPES = {
@@ -91,18 +90,9 @@ _ADMITTED = {
 } | {("torch", kind): kind for kind in _DTYPES}
 
 
-class _TensorsOnly(pickle.Unpickler):
-  """Admits the descriptions of tensors, and nothing that could run code."""
-
-  def find_class(self, module: str, name: str) -> Any:
-    if (module, name) not in _ADMITTED:
-      raise ValueError(
-        f"it names {module}.{name}, which is no part of a tensor"
-      )
-    return _ADMITTED[module, name]
-
+class _Unpickler(restricted_pickle.Unpickler):
   def persistent_load(self, pid: Any) -> _Storage:
-    # In the older format a sixth item describes views, which no longer exist.
+    # A sixth item describes views, which no longer exist.
     tag, kind, key, _, size, *view = pid
     if tag != "storage" or kind not in _DTYPES or view not in ([], [None]):
       raise ValueError("it describes a storage wrongly")
@@ -128,30 +118,18 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """
   path = pathlib.Path(path)
   try:
-    with path.open("rb") as file, _reasons():
-      if zipfile.is_zipfile(file):
-        return _read_archive(file)
-      file.seek(0)
-      return _read_legacy(file)
-  except (OSError, ValueError) as error:
+    with path.open("rb") as file:
+      return _read(file)
+  except Exception as error:  # whatever a damaged or hostile file raises
     reason = str(error).split("\n")[0]
+    if isinstance(error, EOFError):
+      reason = "it ends too early"
+    elif not isinstance(error, OSError | ValueError):
+      reason = f"it is damaged ({reason})"
     raise ValueError(
       f"{path} cannot be read as a state dict of PyTorch: {reason}; download "
       "or copy it again, or convert it to .safetensors where torch is installed"
     ) from error
-
-
-@contextlib.contextmanager
-def _reasons() -> Iterator[None]:
-  """Whatever a damaged or hostile file raises, as a ValueError."""
-  try:
-    yield
-  except (OSError, ValueError):
-    raise
-  except EOFError:
-    raise ValueError("it ends too early") from None
-  except Exception as error:
-    raise ValueError(f"it is damaged ({error})") from error
 
 
 def _unpickle(file: io.BufferedIOBase) -> Any:
@@ -166,47 +144,19 @@ def _unpickle(file: io.BufferedIOBase) -> Any:
     if "PUT" in instruction.name and argument > _LARGEST_MEMO:
       raise ValueError("its pickle asks for an absurd amount of memory")
   file.seek(start)
-  return _TensorsOnly(file, encoding="utf-8").load()
+  return _Unpickler(file, _ADMITTED, encoding="utf-8").load()
 
 
-def _read_archive(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
-  with zipfile.ZipFile(file) as archive:
-    roots = [
-      name.removesuffix("data.pkl")
-      for name in archive.namelist()
-      if name.count("/") == 1 and name.endswith("/data.pkl")
-    ]
-    if len(roots) != 1:
-      raise ValueError("it is an archive of another kind")
-
-    def member(name: str) -> bytes:
-      info = archive.getinfo(roots[0] + name)
-      if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{info.filename} in it is compressed")
-      return archive.read(info)
-
-    if f"{roots[0]}byteorder" in archive.namelist():
-      order = member("byteorder")
-      if order != b"little":
-        raise ValueError(f"its byte order is {order!r}; only little is known")
-    tensors = _tensors(_unpickle(io.BytesIO(member("data.pkl"))))
-    storages = {
-      key: _numbers(storage, member(f"data/{key}"))
-      for key, storage in _storages(tensors).items()
-    }
-  return _arrays(tensors, storages)
-
-
-def _read_legacy(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
+def _read(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
   try:
     magic = _unpickle(file)
   except Exception:
     magic = None
-  if magic != _LEGACY_MAGIC:
-    raise ValueError("it is neither an archive nor of the format before it")
+  if magic != _MAGIC:
+    raise ValueError("it is not of the format before torch 1.6")
   protocol = _unpickle(file)
-  if protocol != _LEGACY_PROTOCOL:
-    raise ValueError(f"its protocol is {protocol}, not {_LEGACY_PROTOCOL}")
+  if protocol != _PROTOCOL:
+    raise ValueError(f"its protocol is {protocol}, not {_PROTOCOL}")
   if not _unpickle(file)["little_endian"]:
     raise ValueError("its byte order is big; only little is known")
   tensors = _tensors(_unpickle(file))
@@ -216,8 +166,9 @@ def _read_legacy(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
     (size,) = struct.unpack("<q", _exactly(file, 8))
     if key not in described or size != described[key].size:
       raise ValueError(f"its storage {key!r} is not what its tensors expect")
-    count = size * np.dtype(_DTYPES[described[key].kind]).itemsize
-    storages[key] = _numbers(described[key], _exactly(file, count))
+    kind = described[key].kind
+    count = size * np.dtype(_DTYPES[kind]).itemsize
+    storages[key] = _numbers(kind, _exactly(file, count))
   return _arrays(tensors, storages)
 
 
@@ -250,17 +201,11 @@ def _storages(tensors: dict[str, _Tensor]) -> dict[str, _Storage]:
   return storages
 
 
-def _numbers(storage: _Storage, data: bytes) -> np.ndarray:
-  dtype = np.dtype(_DTYPES[storage.kind])
-  if len(data) != storage.size * dtype.itemsize:
-    raise ValueError(
-      f"its storage {storage.key!r} has {len(data)} bytes, not "
-      f"{storage.size * dtype.itemsize}"
-    )
-  numbers = np.frombuffer(data, dtype)
-  if storage.kind == "BoolStorage":
+def _numbers(kind: str, data: bytes) -> np.ndarray:
+  numbers = np.frombuffer(data, _DTYPES[kind])
+  if kind == "BoolStorage":
     numbers = numbers.astype(bool)
-  elif storage.kind == "BFloat16Storage":  # the upper half of a float32
+  elif kind == "BFloat16Storage":  # the upper half of a float32
     numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
   numbers.flags.writeable = False
   return numbers

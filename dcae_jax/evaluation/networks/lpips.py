@@ -7,7 +7,6 @@ initialisation: a distance without the published weights would mean nothing.
 """
 
 import pathlib
-import pickle
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dcae_jax.autoencoder.weights import restricted_pickle
 from dcae_jax.evaluation.networks import pretrained
 
 
@@ -214,23 +214,16 @@ def load(network: str, path: str = "") -> pretrained.Pretrained:
   )
 
 
-class _ArraysOnly(pickle.Unpickler):
-  """Admits numpy arrays of plain dtypes, and nothing that could run code."""
-
-  def find_class(self, module: str, name: str):
-    admitted = {
-      "_reconstruct": np._core.multiarray._reconstruct,
-      "ndarray": np.ndarray,
-      "dtype": np.dtype,
-    }
-    if module.split(".")[0] == "numpy" and name in admitted:
-      return admitted[name]
-    raise pickle.UnpicklingError(f"{module}.{name} is not a numpy array")
+_ARRAYS = {
+  ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+  ("numpy", "ndarray"): np.ndarray,
+  ("numpy", "dtype"): np.dtype,
+}
 
 
 def _read_checkpoint(path: pathlib.Path, network: str) -> dict[str, np.ndarray]:
   with path.open("rb") as file:
-    tree = _ArraysOnly(file).load()
+    tree = restricted_pickle.Unpickler(file, _ARRAYS).load()
   parameters = {}
   for i in range(len(NETWORKS[network].convolutions)):
     convolution = tree[NETWORKS[network].module][f"Conv_{i}"]
