@@ -27,7 +27,7 @@ from dcae_jax.autoencoder.weights import conversion, released
 from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images as images_lib
 from dcae_jax.data import sources
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, work_directory
 from dcae_jax.training import checkpoint
 
 _LARGEST_BATCH = 16  # images at a time; a larger batch goes in parts
@@ -60,7 +60,7 @@ def load(
   path = os.path.expanduser(os.fspath(path))
   dcae.check_dtype(dtype)
   dcae.check_space_to_channel(space_to_channel)
-  if checkpoint.is_run(path):
+  if work_directory.is_run(path):
     return _load_run(path, scaling_factor, dtype, space_to_channel)
   found = released.find(path)
   scaling_origin = "given"
@@ -96,7 +96,7 @@ def _load_run(
   dtype: DTypeLike,
   space_to_channel: int,
 ) -> "Autoencoder":
-  config = checkpoint.read_run_config(run)["model"]
+  config = work_directory.read_run_config(run)["model"]
   variant = families.of_model(config["variant"], config["architecture"])
   channels = config["image_channels"]
   residual = config["residual_autoencoding"]

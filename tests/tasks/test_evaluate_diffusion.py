@@ -22,10 +22,10 @@ from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.evaluation import fid, sample_metrics, samples
 from dcae_jax.evaluation.networks import inception
 from dcae_jax.latents import decode, reader
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, work_directory
 from dcae_jax.setup import denoising
 from dcae_jax.tasks import evaluate_diffusion, train_diffusion
-from dcae_jax.training import checkpoint, loop, sharding
+from dcae_jax.training import loop, sharding
 
 SAMPLES, BATCH, SCALES = 12, 8, (1.0, 2.5)
 
@@ -241,7 +241,7 @@ _PLAIN = (
 def test_each_device_draws_its_own_samples(trained):
   """The program of a device has an eighth of the work."""
   c = base.evaluate_diffusion()
-  run = checkpoint.read_run_config(str(trained), "train_diffusion")
+  run = work_directory.read_run_config(str(trained), "train_diffusion")
   model = evaluate_diffusion.open_model(c, run)
   mesh = sharding.local_mesh()
   whole, by_row = sharding.replicated(mesh), sharding.by_rows(mesh)
