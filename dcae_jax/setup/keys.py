@@ -32,10 +32,12 @@ def check(config: ConfigDict) -> None:
   values = differences.flat(config)
   for path, key in _keys(config).items():
     value = values.get(path)
-    if key.least is not None and not key.least <= value <= key.most:
-      raise ValueError(
-        f"config.{path}={value} is not from {key.least} to {key.most}"
-      )
+    if key.least is None:
+      continue
+    if not value >= key.least:  # also for NaN
+      raise ValueError(f"config.{path}={value} is below {key.least}")
+    if value > key.most:
+      raise ValueError(f"config.{path}={value} is above {key.most}")
 
 
 def completed(config: dict[str, Any]) -> ConfigDict:

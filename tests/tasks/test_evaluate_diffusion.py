@@ -471,7 +471,7 @@ def test_sigterm_stops_between_parts(config, tmp_path, monkeypatch):
     ({"guidance": (1.0, 1.0)}, "names a scale twice"),
     ({"classes": (0, 3)}, "class 3 in config.classes is not from 0 to 2"),
     ({"classes": (-1,)}, "class -1 in config.classes"),
-    ({"samples": 0}, "config.samples=0 is not from 1"),
+    ({"samples": 0}, "config.samples=0 is below 1"),
     ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8"),
     ({"images": "jpg"}, "config.images='jpg' is not among 'png', 'npz', ''"),
     ({"metrics": ("fid",)}, "unknown metric 'fid'.*gfid, inception_score"),

@@ -352,7 +352,7 @@ def test_a_work_directory_of_another_config_is_refused_and_untouched(
     ({"ema.decay": 1.0}, "not below 1"),
     ({"data.crop": "centre"}, "unknown crop 'centre'"),
     ({"seed": -1}, "seed=-1 is below 0"),
-    ({"optimizer.beta1": 1.0}, "beta1=1.0 is not below 1"),
+    ({"optimizer.beta1": 1.0}, "beta1=1.0 is above 0.9"),
     ({"model.dtype": "float16"}, "float16"),
     ({"data.min_area": 2.0}, "min_area=2.0 is above 1"),
     ({"data.shorter_side": 16}, "shorter_side=16 is below .*resolution=32"),

@@ -264,8 +264,8 @@ def test_other_latents_are_refused_on_resume(
     ({"batch_size": 64}, "48 rows, and a batch of all processes 64"),
     ({"mesh.spatial": 2, "mesh.data": 4}, "splits images"),
     ({"optimizer.schedule": "step"}, "schedule='step'; known are constant"),
-    ({"optimizer.final_rate": -1.0}, "final_rate=-1.0 is not from 0 to 1"),
-    ({"label_dropout": 1.5}, "label_dropout=1.5 is not from 0 to 1"),
+    ({"optimizer.final_rate": -1.0}, "final_rate=-1.0 is below 0"),
+    ({"label_dropout": 1.5}, "label_dropout=1.5 is above 1"),
     ({"autoencoder": "/nowhere", "samples.count": 1}, "cannot be loaded"),
   ],
 )
