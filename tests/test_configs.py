@@ -10,8 +10,12 @@ from ml_collections import ConfigDict
 
 from configs import base
 from dcae_jax import main
-from dcae_jax.autoencoder import network
-from dcae_jax.setup import checks, wiring
+from dcae_jax.setup import (
+  autoencoder_training,
+  image_sources,
+  keys,
+  start,
+)
 from dcae_jax.tasks import evaluate_autoencoder, train_autoencoder, train_phases
 
 DIRECTORY = pathlib.Path(__file__).parent.parent / "configs"
@@ -58,9 +62,10 @@ def test_config_has_the_keys_of_base_and_builds(name):
     with phase.unlocked():
       phase.init_from = phase.init_from or "a run"
       phase.model.variant = phase.model.variant or "f32c32"
-    checks.check_autoencoder(phase, predecessor_is_pending=True)
-    model = wiring.model(phase.model)
-    network.abstract_variables(model, phase.model.image_channels)
+    training = autoencoder_training.build(
+      phase, jax.devices()[:1], predecessor_is_pending=True
+    )
+    assert training.abstract.params
 
 
 @pytest.mark.parametrize("variant", ["f32", "f64", "f128"])
@@ -122,32 +127,35 @@ def test_big_variants_shard_and_step_abstractly():
   config = importlib.import_module("configs.f64_phase2").get_config()
   with config.unlocked():
     config.mesh.data, config.mesh.fsdp = 1, 8
-  setup = train_autoencoder._setup(config)
-  learning = jax.tree.leaves(setup.abstract.optimizer)
+  training = autoencoder_training.build(config, predecessor_is_pending=True)
+  learning = jax.tree.leaves(training.abstract.optimizer)
   assert sum(x.size for x in learning) < 10_000_000
-  kernel = setup.shardings.params["decoder"]["project_in"]["conv"]["kernel"]
+  kernel = training.shardings.params["decoder"]["project_in"]["conv"]["kernel"]
   assert kernel.spec[-1] == "fsdp"
 
 
 def test_blocks_are_scanned_unless_some_of_a_stage_are_frozen():
   """Stacked blocks are differentiated together."""
   config = importlib.import_module("configs.f32_phase2").get_config()
-  assert train_autoencoder._setup(config).autoencoder.decoder.scan
+  build = lambda: autoencoder_training.build(
+    config, predecessor_is_pending=True
+  )
+  assert build().autoencoder.decoder.scan
   with config.unlocked():
     config.trainable = ("decoder/stage_1/block_4",)
-  assert not train_autoencoder._setup(config).autoencoder.decoder.scan
+  assert not build().autoencoder.decoder.scan
 
 
 def test_a_run_from_before_blocks_were_scanned_goes_on(tmp_path):
   config = base.phase1("tiny-f8")
-  before = wiring.resolved(config)
+  before = keys.resolved(config)
   del before["model"]["scan"], before["profile"]["on_signal"]
   (tmp_path / "config.json").write_text(json.dumps(before))
-  wiring.check_work_directory(config, epath.Path(tmp_path))
+  start.check_work_directory(config, epath.Path(tmp_path))
   before["model"]["rematerialisation"] = False
   (tmp_path / "config.json").write_text(json.dumps(before))
   with pytest.raises(ValueError, match=r"model\.rematerialisation"):
-    wiring.check_work_directory(config, epath.Path(tmp_path))
+    start.check_work_directory(config, epath.Path(tmp_path))
 
 
 EARLIER = {
@@ -162,7 +170,7 @@ def test_runs_from_before_a_key_was_added_go_on_as_they_began(name, tmp_path):
   folder = pathlib.Path(__file__).parent / "earlier_configs"
   shutil.copy(folder / f"{name}.json", tmp_path / "config.json")
   directory = epath.Path(tmp_path)
-  wiring.check_work_directory(EARLIER[name](), directory)
+  start.check_work_directory(EARLIER[name](), directory)
   for key, value, message in (
     ("kind", "muon", "'adamw' there, 'muon' now"),
     ("schedule", "cosine", "'constant' there, 'cosine' now"),
@@ -171,30 +179,30 @@ def test_runs_from_before_a_key_was_added_go_on_as_they_began(name, tmp_path):
     config = EARLIER[name]()
     config.optimizer[key] = value
     with pytest.raises(ValueError, match=rf"optimizer\.{key}: {message}"):
-      wiring.check_work_directory(config, directory)
+      start.check_work_directory(config, directory)
 
 
 def test_keys_that_were_added_later_are_filled_in_for_each_phase(tmp_path):
   config = base.three_phases("tiny-f8")
-  before = wiring.resolved(config)
+  before = keys.resolved(config)
   for number in (1, 2, 3):
     del before[f"phase{number}"]["optimizer"]["kind"]
   (tmp_path / "config.json").write_text(json.dumps(before))
-  wiring.check_work_directory(config, epath.Path(tmp_path))
+  start.check_work_directory(config, epath.Path(tmp_path))
   config.phase2.optimizer.kind = "muon"
   with pytest.raises(ValueError, match=r"phase2\.optimizer\.kind: 'adamw' "):
-    wiring.check_work_directory(config, epath.Path(tmp_path))
+    start.check_work_directory(config, epath.Path(tmp_path))
 
 
 def test_a_run_from_before_sources_had_parts_goes_on(tmp_path):
   config = base.phase1("tiny-f8")
-  before = wiring.resolved(config)
+  before = keys.resolved(config)
   del before["data"]["source"]["part"], before["on_accelerator"]
   (tmp_path / "config.json").write_text(json.dumps(before))
-  wiring.check_work_directory(config, epath.Path(tmp_path))
+  start.check_work_directory(config, epath.Path(tmp_path))
   config.data.source.part = "training"
   with pytest.raises(ValueError, match=r"data\.source\.part"):
-    wiring.check_work_directory(config, epath.Path(tmp_path))
+    start.check_work_directory(config, epath.Path(tmp_path))
 
 
 def _small(number, path):
@@ -234,38 +242,38 @@ def test_other_images_can_be_held_out_instead(photographs):
 def test_parts_that_do_not_exist_are_refused(photographs):
   source = base.source("folder", str(photographs), part="rest")
   with pytest.raises(ValueError, match="known are training, held_out"):
-    wiring.single_source(source)
+    image_sources.single_source(source)
   members = {"a": base.source("folder", str(photographs), part="training")}
   mixture = base.source("mixture", members=members)
-  ((found, _),) = wiring.weighted_sources(mixture)
+  ((found, _),) = image_sources.weighted_sources(mixture)
   assert len(found) < 12
   mixture.part = "training"
   with pytest.raises(ValueError, match="its members have"):
-    wiring.weighted_sources(mixture)
+    image_sources.weighted_sources(mixture)
 
 
 def test_an_accelerator_gets_its_sizes_and_what_was_set_stays(tmp_path):
   config = base.small(base.phase1("tiny-f8"))
   base.on_accelerator(config, {"resolution": 512, "batch_size": 8})
   config.batch_size = 4
-  there = wiring.for_device(config, "gpu")
+  there = keys.for_device(config, "gpu")
   assert (there.resolution, there.batch_size) == (512, 4)
   assert there.model.dtype == "bfloat16"
-  here = wiring.for_device(config, "cpu")
+  here = keys.for_device(config, "cpu")
   assert (here.resolution, here.batch_size) == (256, 4)
-  wiring.write_config(there, epath.Path(tmp_path))
-  wiring.check_work_directory(there, epath.Path(tmp_path))
+  start.write_config(there, epath.Path(tmp_path))
+  start.check_work_directory(there, epath.Path(tmp_path))
   with pytest.raises(ValueError, match="resolution: 512 there, 256 now"):
-    wiring.check_work_directory(here, epath.Path(tmp_path))
+    start.check_work_directory(here, epath.Path(tmp_path))
   config.on_accelerator = (("resolutoin", 1, 2),)
   with pytest.raises(ValueError, match="'resolutoin', which is no key"):
-    wiring.for_device(config, "gpu")
+    keys.for_device(config, "gpu")
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_small_configs_can_be_run_on_an_accelerator(number):
-  config = wiring.for_device(_small(number, "/folder"), "gpu")
+  config = keys.for_device(_small(number, "/folder"), "gpu")
   config.init_from = config.init_from or "a run"
   config.model.variant = "tiny-f8"
-  checks.check_autoencoder(config, predecessor_is_pending=True)
+  autoencoder_training.build(config, predecessor_is_pending=True)
   assert config.resolution == {1: 128, 2: 256, 3: 128}[number]

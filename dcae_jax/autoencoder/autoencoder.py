@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.typing import ArrayLike, DTypeLike
 
 from dcae_jax.autoencoder import (
@@ -36,7 +35,7 @@ from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images as images_lib
 from dcae_jax.data import sources
 from dcae_jax.nn import precision
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import work_directory
 from dcae_jax.training import checkpoint
 
 _LARGEST_BATCH = 16  # images at a time; a larger batch goes in parts
@@ -69,7 +68,7 @@ def load(
   path = os.path.expanduser(os.fspath(path))
   precision.check_dtype(dtype)
   network.check_space_to_channel(space_to_channel)
-  if checkpoint.is_run(path):
+  if work_directory.is_run(path):
     return _load_run(path, scaling_factor, dtype, space_to_channel)
   found = released.find(path)
   scaling_origin = "given"
@@ -103,7 +102,7 @@ def _load_run(
   dtype: DTypeLike,
   space_to_channel: int,
 ) -> "Autoencoder":
-  config = checkpoint.read_run_config(run)["model"]
+  config = work_directory.read_run_config(run)["model"]
   architecture = families.of_model(config["variant"], config["architecture"])
   channels = config["image_channels"]
   residual = config["residual_autoencoding"]
@@ -114,20 +113,17 @@ def _load_run(
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   placed = jax.tree.map(lambda _: device, abstract)
   step, variables = checkpoint.restore_variables(run, "ema", abstract, placed)
-  lines = metrics_writer.read_lines(epath.Path(run) / "metrics.jsonl")
-  evaluated = {
-    key.removeprefix("eval/"): value
-    for line in lines
-    if line["step"] == step
-    for key, value in line.items()
-    if key.startswith("eval/")
-  }
+  measured = checkpoint.measured(run, step)
   scaling_origin = "given"
-  if scaling_factor is None and evaluated.get("latent_rms"):
-    scaling_factor = 1 / evaluated["latent_rms"]
+  if scaling_factor is None and measured.get("eval/latent_rms"):
+    scaling_factor = 1 / measured["eval/latent_rms"]
     scaling_origin = "1 / RMS of the latents of the run's held-out images"
+    if measured["step"] != step:
+      scaling_origin += f" at step {measured['step']}"
   metrics = [
-    f"{k} {evaluated[k]:.4g}" for k in ("psnr", "ssim") if k in evaluated
+    f"{name} {measured[f'eval/{name}']:.4g}"
+    for name in ("psnr", "ssim")
+    if measured.get("step") == step and f"eval/{name}" in measured
   ]
   origin = f"averaged weights of step {step} of a training run"
   if metrics:

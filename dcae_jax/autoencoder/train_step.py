@@ -17,12 +17,26 @@ from jaxtyping import Array, Float, UInt8
 
 from dcae_jax.autoencoder import losses, phases
 from dcae_jax.training import freezing
+from dcae_jax.training import learning as learning_lib
 from dcae_jax.training import state as state_lib
 
 Tree = Any
 Metrics = dict[str, Array]
 _SAMPLES = 2  # what the seed is for; 0 and 1 are initial values
 LAST_LAYER = ("decoder", "project_out", "conv", "kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Perceptual:
+  """LPIPS, or another distance of images.
+
+  Attributes:
+    distance: `(parameters, images, others) -> distances [b]`.
+    weight: of its mean in the loss.
+  """
+
+  distance: Callable[[Tree, Array, Array], Array]
+  weight: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,34 +58,19 @@ class Adversarial:
   adaptive: bool
   start_step: int
 
+  def generator_loss(
+    self, reconstructions: Array, discriminator: Tree
+  ) -> Float[Array, ""]:
+    logits = self.discriminate(discriminator, reconstructions)
+    return losses.hinge_generator(logits)
 
-@dataclasses.dataclass(frozen=True)
-class Variational:
-  """Latents sampled from a posterior, and the KL loss on it: SD-VAE.
-
-  Attributes:
-    reconstruct: `(variables, images, key, mutable=...)` to reconstructions of a
-      sample and the KL divergence of each image; in place of `apply`.
-    weight: of the KL loss.
-    seed: of the samples; each step, and each part of a batch, has its own.
-  """
-
-  reconstruct: Callable[..., Any]
-  weight: float
-  seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Ema:
-  """Averages with the decay `decay * (1 - exp(-step / ramp_steps))`."""
-
-  decay: float
-  ramp_steps: int
-
-  def at(self, step: Array) -> Array:
-    if not self.ramp_steps:
-      return jnp.float32(self.decay)
-    return self.decay * (1 - jnp.exp(-step / self.ramp_steps))
+  def discriminator_loss(
+    self, discriminator: Tree, reconstructions: Array, images: Array
+  ) -> Float[Array, ""]:
+    return losses.hinge_discriminator(
+      self.discriminate(discriminator, images),
+      self.discriminate(discriminator, reconstructions),
+    )
 
 
 def to_float(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -79,200 +78,198 @@ def to_float(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
   return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def create(
-  *,
-  apply: Callable[..., Any],
-  phase: phases.Phase,
-  mask: Tree,
-  optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
-  ema: Ema,
-  perceptual: Callable[[Tree, Array, Array], Array] | None = None,
-  perceptual_weight: float = 0.0,
-  adversarial: Adversarial | None = None,
-  variational: Variational | None = None,
-  accumulation: int = 1,
-  gather: Callable[[Tree], Tree] = lambda params: params,
-) -> Callable[..., tuple[state_lib.TrainState, Metrics]]:
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by `jax.jit`
+class TrainStep:
   """The step `(state, images, perceptual_parameters) -> (state, metrics)`.
 
-  Args:
-    apply: of the autoencoder: `(variables, images, mutable=...)`.
+  `images` are uint8 [b, h, w, c]; metrics are float32 scalars.
+
+  Attributes:
+    reconstruct: `(variables, images, key)` to reconstructions and the KL
+      divergence of each image, None where latents are not sampled; with
+      `mutable=["batch_stats"]`, that and the variables that moved.
     phase: of the training.
-    mask: which parameters learn.
-    optimizer: of the autoencoder.
-    schedule: its learning rate, for the metrics.
-    ema: decay of the averages.
-    perceptual: `(parameters, images, others) -> distances [b]`, or None.
-    perceptual_weight: of its mean.
+    learning: how the parameters do.
+    perceptual: besides L1, or None.
     adversarial: of phase 3, else None.
-    variational: of an SD-VAE, else None.
+    kl_weight: of the mean divergence.
+    seed: of sampled latents; each step, and each part of a batch, has its own.
     accumulation: parts of the batch whose gradients are averaged before the
       update; each normalises by its own batch statistics.
-    gather: of parameters that are split over devices (`sharding.gather`).
-
-  `images` are uint8 [b, h, w, c]; metrics are float32 scalars.
   """
 
-  def forward(variables, images, key, **options):
-    """Reconstructions, and the KL divergences or None."""
-    if variational is not None:
-      return variational.reconstruct(variables, images, key, **options)
-    if not options:
-      return apply(variables, images), None
-    reconstructions, moved = apply(variables, images, **options)
-    return (reconstructions, None), moved
+  reconstruct: Callable[..., Any]
+  phase: phases.Phase
+  learning: learning_lib.Learning
+  perceptual: Perceptual | None = None
+  adversarial: Adversarial | None = None
+  kl_weight: float = 0.0
+  seed: int = 0
+  accumulation: int = 1
 
-  def reconstruct(trainable, frozen, batch_stats, images, key):
-    params = gather(freezing.combine(trainable, frozen))
-    variables = {"params": params, "batch_stats": batch_stats}
-    if not phase.moves_batch_statistics:
-      return forward(variables, images, key), batch_stats
-    outputs, moved = forward(variables, images, key, mutable=["batch_stats"])
-    # A model without batch norm moves nothing.
-    return outputs, moved["batch_stats"] if moved else batch_stats
-
-  def reconstruction_loss(outputs, images, perceptual_parameters):
-    reconstructions, divergences = outputs
-    metrics = {"loss/l1": losses.l1(reconstructions, images)}
-    total = metrics["loss/l1"]
-    if divergences is not None:
-      metrics["loss/kl"] = losses.kl(divergences, images)
-      total = total + variational.weight * metrics["loss/kl"]
-    if perceptual is not None:
-      distances = perceptual(perceptual_parameters, reconstructions, images)
-      metrics["loss/lpips"] = jnp.mean(distances)
-      total = total + perceptual_weight * metrics["loss/lpips"]
-    return total, metrics
-
-  def generator_loss(outputs, discriminator):
-    reconstructions, _ = outputs
-    logits = adversarial.discriminate(discriminator, reconstructions)
-    return losses.hinge_generator(logits)
-
-  def discriminator_loss(discriminator, reconstructions, images):
-    return losses.hinge_discriminator(
-      adversarial.discriminate(discriminator, images),
-      adversarial.discriminate(discriminator, reconstructions),
+  def __call__(
+    self,
+    state: state_lib.TrainState,
+    images: UInt8[Array, "b h w c"],
+    perceptual_parameters: Tree,
+  ) -> tuple[state_lib.TrainState, Metrics]:
+    (gradient, discriminator_gradient), batch_stats, metrics = (
+      self._accumulated(state, images, perceptual_parameters)
     )
-
-  def sampling_key(step, part):
-    if variational is None:
-      return None
-    key = jax.random.fold_in(jax.random.key(variational.seed), _SAMPLES)
-    return jax.random.fold_in(jax.random.fold_in(key, step), part)
-
-  def gradients(state, batch_stats, images, part, perceptual_parameters):
-    """Of one part of the batch: (gradients of both, batch_stats, metrics)."""
-    images = to_float(images)
-    key = sampling_key(state.step, part)
-    trainable, frozen = freezing.partition(state.params, mask)
-    outputs, pull_back, batch_stats = jax.vjp(
-      lambda learns: reconstruct(learns, frozen, batch_stats, images, key),
-      trainable,
-      has_aux=True,
+    new_state, norms = self.learning.update(
+      state,
+      gradient,
+      batch_stats if self.phase.moves_batch_statistics else None,
     )
-    (total, metrics), cotangent = jax.value_and_grad(
-      reconstruction_loss, has_aux=True
-    )(outputs, images, perceptual_parameters)
-    discriminator_gradient = None
-    if adversarial is not None:
-      loss, gan_cotangent = jax.value_and_grad(generator_loss)(
-        outputs, state.discriminator
-      )
-      weight = jnp.float32(adversarial.weight)
-      if adversarial.adaptive:
-        ratio = losses.adaptive_weight(
-          last_layer(pull_back(cotangent)[0]),
-          last_layer(pull_back(gan_cotangent)[0]),
-        )
-        metrics["adaptive_weight"] = ratio
-        weight = weight * ratio
-      weight = jnp.where(state.step >= adversarial.start_step, weight, 0.0)
-      metrics["loss/generator"] = loss
-      total = total + weight * loss
-      cotangent = jax.tree.map(
-        lambda a, b: a + weight * b, cotangent, gan_cotangent
-      )
-      metrics["loss/discriminator"], discriminator_gradient = (
-        jax.value_and_grad(discriminator_loss)(
-          state.discriminator, jax.lax.stop_gradient(outputs[0]), images
-        )
-      )
-    metrics["loss/total"] = total
-    gradient = pull_back(cotangent)[0]
-    return (gradient, discriminator_gradient), batch_stats, metrics
-
-  def accumulated(state, images, perceptual_parameters):
-    if accumulation == 1:
-      return gradients(
-        state, state.batch_stats, images, 0, perceptual_parameters
-      )
-    # Each part takes rows from every device: the batch axis stays split.
-    parts = images.reshape(-1, accumulation, *images.shape[1:])
-    parts = jnp.moveaxis(parts, 1, 0)
-
-    def part(batch_stats, images, number):
-      found, batch_stats, metrics = gradients(
-        state, batch_stats, images, number, perceptual_parameters
-      )
-      return batch_stats, (found, metrics)
-
-    def add(carry, next_part):
-      batch_stats, sums = carry
-      batch_stats, found = part(batch_stats, *next_part)
-      return (batch_stats, jax.tree.map(jnp.add, sums, found)), None
-
-    first = part(state.batch_stats, parts[0], 0)
-    others = (parts[1:], jnp.arange(1, accumulation))
-    (batch_stats, sums), _ = jax.lax.scan(add, first, others)
-    found, metrics = jax.tree.map(lambda x: x / accumulation, sums)
-    return found, batch_stats, metrics
-
-  def step(state, images, perceptual_parameters):
-    (gradient, discriminator_gradient), batch_stats, metrics = accumulated(
-      state, images, perceptual_parameters
-    )
-    trainable, frozen = freezing.partition(state.params, mask)
-    updates, optimizer_state = optimizer.update(
-      gradient, state.optimizer, trainable
-    )
-    trainable = optax.apply_updates(trainable, updates)
-    averages, frozen_averages = freezing.partition(state.ema["params"], mask)
-    decay = ema.at(state.step + 1)
-    average = lambda old, new: decay * old + (1 - decay) * new
-    averages = jax.tree.map(average, averages, trainable)
-    averaged_stats = state.ema["batch_stats"]
-    if phase.moves_batch_statistics:
-      averaged_stats = jax.tree.map(average, averaged_stats, batch_stats)
-    metrics["gradient_norm"] = optax.tree.norm(gradient)
-    # Of what a checkpoint would hold: the losses are from before the update.
-    metrics["parameter_norm"] = optax.tree.norm(trainable)
-    metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-    state = state.replace(
-      step=state.step + 1,
-      params=freezing.combine(trainable, frozen),
-      batch_stats=batch_stats,
-      ema={
-        "params": freezing.combine(averages, frozen_averages),
-        "batch_stats": averaged_stats,
-      },
-      optimizer=optimizer_state,
-    )
-    if adversarial is not None:
-      updates, optimizer_state = adversarial.optimizer.update(
+    metrics |= norms
+    if self.adversarial is not None:
+      updates, optimizer_state = self.adversarial.optimizer.update(
         discriminator_gradient,
         state.discriminator_optimizer,
         state.discriminator,
       )
       discriminator = optax.apply_updates(state.discriminator, updates)
       metrics["discriminator_norm"] = optax.tree.norm(discriminator)
-      state = state.replace(
+      new_state = new_state.replace(
         discriminator=discriminator, discriminator_optimizer=optimizer_state
       )
-    return state, metrics
+    return new_state, metrics
 
-  return step
+  def _accumulated(self, state, images, perceptual_parameters):
+    """Means over the parts of the batch, one after the other."""
+    if self.accumulation == 1:
+      return self._gradients(
+        state, state.batch_stats, images, 0, perceptual_parameters
+      )
+    # Each part takes rows from every device: the batch axis stays split.
+    parts = images.reshape(-1, self.accumulation, *images.shape[1:])
+    parts = jnp.moveaxis(parts, 1, 0)
+
+    def part(batch_stats, images, number):
+      gradients, batch_stats, metrics = self._gradients(
+        state, batch_stats, images, number, perceptual_parameters
+      )
+      return batch_stats, (gradients, metrics)
+
+    def add(carry, next_part):
+      batch_stats, sums = carry
+      batch_stats, terms = part(batch_stats, *next_part)
+      return (batch_stats, jax.tree.map(jnp.add, sums, terms)), None
+
+    first = part(state.batch_stats, parts[0], 0)
+    others = (parts[1:], jnp.arange(1, self.accumulation))
+    (batch_stats, sums), _ = jax.lax.scan(add, first, others)
+    gradients, metrics = jax.tree.map(lambda x: x / self.accumulation, sums)
+    return gradients, batch_stats, metrics
+
+  def _gradients(self, state, batch_stats, images, part, perceptual_parameters):
+    """Of one part of the batch: (gradients of both, batch_stats, metrics)."""
+    images = to_float(images)
+    trainable, frozen = freezing.partition(state.params, self.learning.mask)
+    forward = lambda learns: self._forward(
+      {"params": freezing.combine(learns, frozen), "batch_stats": batch_stats},
+      images,
+      self._sampling_key(state.step, part),
+    )
+    outputs, pull_back, batch_stats = jax.vjp(forward, trainable, has_aux=True)
+    (total, metrics), cotangent = jax.value_and_grad(
+      self._reconstruction_loss, has_aux=True
+    )(outputs, images, perceptual_parameters)
+    discriminator_gradient = None
+    if self.adversarial is not None:
+      cotangent, weighted, of_gan, discriminator_gradient = self._adversarial(
+        state, outputs, images, cotangent, pull_back
+      )
+      total, metrics = total + weighted, metrics | of_gan
+    metrics["loss/total"] = total
+    gradient = pull_back(cotangent)[0]
+    return (gradient, discriminator_gradient), batch_stats, metrics
+
+  def _sampling_key(self, step, part):
+    key = jax.random.fold_in(jax.random.key(self.seed), _SAMPLES)
+    return jax.random.fold_in(jax.random.fold_in(key, step), part)
+
+  def _forward(self, variables, images, key):
+    """((reconstructions, divergences), batch_stats)."""
+    if not self.phase.moves_batch_statistics:
+      outputs = self.reconstruct(variables, images, key)
+      return outputs, variables["batch_stats"]
+    outputs, moved = self.reconstruct(
+      variables, images, key, mutable=["batch_stats"]
+    )
+    # A model without batch norm moves nothing.
+    return outputs, moved["batch_stats"] if moved else variables["batch_stats"]
+
+  def _reconstruction_loss(self, outputs, images, perceptual_parameters):
+    reconstructions, divergences = outputs
+    metrics = {"loss/l1": losses.l1(reconstructions, images)}
+    total = metrics["loss/l1"]
+    if divergences is not None:
+      metrics["loss/kl"] = losses.kl(divergences, images)
+      total = total + self.kl_weight * metrics["loss/kl"]
+    if self.perceptual is not None:
+      distances = self.perceptual.distance(
+        perceptual_parameters, reconstructions, images
+      )
+      metrics["loss/lpips"] = jnp.mean(distances)
+      total = total + self.perceptual.weight * metrics["loss/lpips"]
+    return total, metrics
+
+  def _adversarial(self, state, outputs, images, cotangent, pull_back):
+    """Adds the GAN loss to what is pulled back.
+
+    Returns:
+      The cotangent of all losses, the weighted loss of the generator, metrics,
+      and the discriminator's gradient.
+    """
+    gan = self.adversarial
+    loss, gan_cotangent = jax.value_and_grad(
+      lambda outputs: gan.generator_loss(outputs[0], state.discriminator)
+    )(outputs)
+    metrics = {"loss/generator": loss}
+    weight = jnp.float32(gan.weight)
+    if gan.adaptive:
+      metrics["adaptive_weight"] = losses.adaptive_weight(
+        last_layer(pull_back(cotangent)[0]),
+        last_layer(pull_back(gan_cotangent)[0]),
+      )
+      weight = weight * metrics["adaptive_weight"]
+    weight = jnp.where(state.step >= gan.start_step, weight, 0.0)
+    cotangent = jax.tree.map(
+      lambda a, b: a + weight * b, cotangent, gan_cotangent
+    )
+    metrics["loss/discriminator"], gradient = jax.value_and_grad(
+      gan.discriminator_loss
+    )(state.discriminator, jax.lax.stop_gradient(outputs[0]), images)
+    return cotangent, weight * loss, metrics, gradient
+
+
+def reconstruct_with(
+  apply: Callable[..., Any],
+  samples_latents: bool = False,
+  gather: Callable[[Tree], Tree] = lambda params: params,
+) -> Callable[..., Any]:
+  """`TrainStep.reconstruct` of a network.
+
+  Args:
+    apply: of the network.
+    samples_latents: it has `reconstruct_sample(images, key)`.
+    gather: of parameters that are split over devices (`sharding.gather`).
+  """
+
+  def reconstruct(variables, images, key, **mutable):
+    variables = variables | {"params": gather(variables["params"])}
+    if samples_latents:
+      return apply(
+        variables, images, key, method="reconstruct_sample", **mutable
+      )
+    outputs = apply(variables, images, **mutable)
+    if not mutable:
+      return outputs, None
+    reconstructions, moved = outputs
+    return (reconstructions, None), moved
+
+  return reconstruct
 
 
 def last_layer(tree: Tree) -> Any:

@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from dcae_jax.autoencoder import train_step
 from dcae_jax.diffusion import objectives
+from dcae_jax.training import learning as learning_lib
 from dcae_jax.training import state as state_lib
 
 Tree = Any
@@ -22,9 +21,7 @@ def create(
   num_classes: int,
   label_dropout: float,
   channel_candidates: Sequence[int],
-  optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
-  ema: train_step.Ema,
+  learning: learning_lib.Learning,
   seed: int,
   gather: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
@@ -39,9 +36,7 @@ def create(
     num_classes: the label that stands for none.
     label_dropout: part of the labels that are replaced by it.
     channel_candidates: for augmented training; empty: without.
-    optimizer: of the parameters.
-    schedule: its learning rate, for the metrics.
-    ema: decay of the averages.
+    learning: how the parameters do.
     seed: of all that is random.
     gather: of parameters that are split over devices (`sharding.gather`).
   """
@@ -69,25 +64,7 @@ def create(
     (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
       state.params, key, batch
     )
-    updates, optimizer_state = optimizer.update(
-      gradient, state.optimizer, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
-    decay = ema.at(state.step + 1)
-    average = lambda old, new: decay * old + (1 - decay) * new
-    metrics["loss/total"] = total
-    metrics["gradient_norm"] = optax.tree.norm(gradient)
-    metrics["parameter_norm"] = optax.tree.norm(params)
-    metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-    state = state.replace(
-      step=state.step + 1,
-      params=params,
-      ema={
-        "params": jax.tree.map(average, state.ema["params"], params),
-        "batch_stats": {},
-      },
-      optimizer=optimizer_state,
-    )
-    return state, metrics
+    state, norms = learning.update(state, gradient)
+    return state, metrics | {"loss/total": total} | norms
 
   return step

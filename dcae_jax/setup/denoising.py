@@ -15,7 +15,7 @@ from dcae_jax.diffusion import objectives, samplers
 from dcae_jax.diffusion.denoisers import dit, uvit
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.latents import reader
-from dcae_jax.runs import differences
+from dcae_jax.runs import differences, work_directory
 from dcae_jax.training import checkpoint
 
 Denoiser = dit.DiT | uvit.UViT
@@ -198,7 +198,7 @@ def sample_function(
 
 def check_same_model(run: str, config: ConfigDict) -> None:
   """Raises ValueError unless a training run has parameters of this model."""
-  before = checkpoint.read_run_config(run, "train_diffusion")
+  before = work_directory.read_run_config(run, "train_diffusion")
   models = [
     {key: x["model"][key] for key in _SHAPING} | {"objective": x["objective"]}
     for x in (before, config.to_dict())

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import block_pca
 from dcae_jax.data import crops, images, sources
-from dcae_jax.setup import wiring
-from dcae_jax.training import checkpoint
+from dcae_jax.runs import work_directory
+from dcae_jax.setup import image_sources
 
 _LOG = logging.getLogger(__name__)
 NAME = "floor: block PCA"  # of its row in tables and pictures
@@ -43,10 +43,10 @@ def of_run(run: str) -> Material:
   Raises:
     ValueError: there is no such run, or its source is not here.
   """
-  config = ConfigDict(checkpoint.read_run_config(run))
+  config = ConfigDict(work_directory.read_run_config(run))
   c = config.data
   return Material(
-    wiring.weighted_sources(c.source),
+    image_sources.weighted_sources(c.source),
     images.Decoding(
       config.model.image_channels, c.min_size, c.max_megapixels, c.shorter_side
     ),

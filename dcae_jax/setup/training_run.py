@@ -1,12 +1,12 @@
 """A training run in its work directory: begins or goes on, saves, ends.
 
-The same for every model; what differs comes as functions.
+The same for every model; what differs comes as `Training` and `Work`.
 """
 
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from etils import epath
@@ -14,140 +14,165 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax.runs import metrics_writer
-from dcae_jax.setup import wiring
-from dcae_jax.training import checkpoint, hardware, loop, profiler, sharding
+from dcae_jax.setup import start
+from dcae_jax.training import (
+  checkpoint,
+  hardware,
+  learning,
+  loop,
+  overview,
+  profiler,
+  sharding,
+)
 from dcae_jax.training import state as state_lib
 
 _LOG = logging.getLogger(__name__)
 
 
-class Program(NamedTuple):
-  """What the loop calls.
+@runtime_checkable
+class Training(Protocol):
+  """What is known of a training before anything is compiled.
 
   Attributes:
-    step: jitted, `(state, batch) -> (state, metrics)`.
-    flops_per_step: of the model, over all devices.
-    evaluate: `(step, state) -> metrics`.
-  """
-
-  step: Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]
-  flops_per_step: float
-  evaluate: Callable[[int, state_lib.TrainState], dict[str, float]]
-
-
-class AbstractStep(NamedTuple):
-  """A training step and what it is called with, nothing of it allocated.
-
-  Attributes:
-    step: jitted.
-    arguments: shapes with their shardings; the first is the state.
-    mesh: of the devices that it is for.
-    flops: of one step over all devices, with what is computed twice; 0: not
-      known.
+    config: of the run.
+    mesh: of the devices.
+    learning: how parameters do.
+    abstract: shapes of the state.
+    shardings: where its leaves live.
     takes_parts: of a batch (`accumulation`) and of images (`mesh.spatial`).
   """
 
-  step: Any
-  arguments: tuple[Any, ...]
+  config: ConfigDict
   mesh: Mesh
-  flops: float
+  learning: learning.Learning
   takes_parts: bool
 
+  @property
+  def abstract(self) -> state_lib.TrainState: ...
 
-def placed(tree: Any, shardings: Any) -> Any:
-  """Shapes, with where they live."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    tree,
-    shardings,
-  )
+  @property
+  def shardings(self) -> Any: ...
+
+  def begin(self) -> state_lib.TrainState:
+    """The state at step 0."""
+    ...
+
+  def jitted(self) -> Any:
+    """The step, `(state, batch, ...) -> (state, metrics)`."""
+    ...
+
+  def arguments(self) -> tuple[Any, ...]:
+    """Shapes of what it is called with, and where they live."""
+    ...
+
+  def flops(self, rematerialisation: bool) -> float:
+    """Of a step over all devices, maybe with what is computed twice."""
+    ...
 
 
-def compiled(step: Any, arguments: tuple[Any, ...]) -> Any:
-  """A jitted step, compiled for abstract arguments; says how long it took."""
-  _LOG.info("compiling the training step")
-  start = time.perf_counter()
-  found = step.lower(*arguments).compile()
-  _LOG.info("compiled in %.1f s", time.perf_counter() - start)
-  return found
+class Work(NamedTuple):
+  """What a run does with a training.
 
-
-def run(
-  config: ConfigDict,
-  workdir: epath.Path,
-  sigterm: loop.Sigterm,
-  *,
-  abstract: state_lib.TrainState,
-  shardings: Any,
-  batches: sharding.Batches,
-  put: Callable[[dict[str, Any]], Any],
-  begin: Callable[[], state_lib.TrainState],
-  prepare: Callable[[metrics_writer.MetricsWriter], Program],
-  evaluate_every: int,
-  finish: Callable[[int], None],
-) -> bool:
-  """Trains to `config.steps`; False if SIGTERM ended it early.
-
-  Args:
-    config: of the run, whose keys for the machine are read.
-    workdir: of the run.
-    sigterm: asks to save and leave.
-    abstract: shapes of the state.
-    shardings: where its leaves live.
+  Attributes:
     batches: on the host; closed at the end.
     put: from there to the devices.
-    begin: the state at step 0; called where there is no checkpoint.
-    prepare: what the loop calls; called where there are steps to do.
+    constants: what the step is called with after the batch.
+    evaluate: `(step, state, writer) -> metrics`.
     evaluate_every: steps; 0: at the beginning and at the end only.
     finish: called with the last step, on every process.
   """
+
+  batches: sharding.Batches
+  put: Callable[[dict[str, Any]], Any]
+  constants: tuple[Any, ...]
+  evaluate: Callable[
+    [int, state_lib.TrainState, metrics_writer.MetricsWriter], dict[str, float]
+  ]
+  evaluate_every: int
+  finish: Callable[[int], None]
+
+
+def run(
+  training: Training, work: Work, workdir: epath.Path, sigterm: loop.Sigterm
+) -> bool:
+  """Trains to `config.steps`; False if SIGTERM ended it early."""
+  config = training.config
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  first_step = checkpoints.latest_step() or 0
+  first_step, measured = checkpoints.latest_step() or 0, {}
   if first_step:
-    state, data_state = checkpoints.restore(first_step, abstract, shardings)
-    batches.set_state(data_state)
+    measured = checkpoint.measured(str(workdir), first_step)
+    state, data_state = checkpoints.restore(
+      first_step, training.abstract, training.shardings
+    )
+    work.batches.set_state(data_state)
     _LOG.info("going on from step %d in %s", first_step, workdir)
   else:
-    state = begin()
-  wiring.write_config(config, workdir)
+    state = training.begin()
+  start.write_config(config, workdir)
   writer = metrics_writer.MetricsWriter(
     workdir, first_step, enabled=jax.process_index() == 0
   )
-  last_step = max(config.steps, first_step)
-  step = first_step
+
+  def evaluate(step, state):
+    nonlocal measured
+    values = work.evaluate(step, state, writer)
+    measured = {"step": step} | values if values else measured
+    return values
+
+  step = last_step = max(config.steps, first_step)
   try:
     if first_step < last_step:
-      program = prepare(writer)
+      _LOG.info(
+        overview.table(
+          training.abstract.params,
+          training.learning.mask,
+          training.shardings.params,
+        )
+      )
       state, step = loop.run(
-        program.step,
+        loop.Program(
+          _compiled(training, work.constants),
+          evaluate,
+          config.batch_size,
+          training.flops(rematerialisation=False),
+          hardware.peak_flops(),
+        ),
         state,
-        sharding.Prefetch(batches, put, config.data.prefetch),
-        first_step=first_step,
-        last_step=last_step,
-        images_per_step=config.batch_size,
-        flops_per_step=program.flops_per_step,
-        peak_flops=hardware.peak_flops(),
-        cadence=loop.Cadence(
+        sharding.Prefetch(work.batches, work.put, config.data.prefetch),
+        range(first_step + 1, last_step + 1),
+        loop.Cadence(
           log=config.log_every,
-          evaluate=evaluate_every,
+          evaluate=work.evaluate_every,
           checkpoint=config.checkpoint.every,
           seconds=config.log_seconds,
         ),
-        save=checkpoints.save,
-        evaluate=program.evaluate,
-        writer=writer,
-        sigterm=sigterm,
-        profiler=profiler.Profiler(
-          first=first_step,
-          directory=str(workdir / "profile"),
-          **config.profile,
+        loop.Outlets(
+          save=lambda *args: checkpoints.save(*args, measured),
+          writer=writer,
+          sigterm=sigterm,
+          profiler=profiler.Profiler(
+            first=first_step,
+            directory=str(workdir / "profile"),
+            **config.profile,
+          ),
         ),
       )
     checkpoints.wait()
     if step == last_step:
-      finish(step)
+      work.finish(step)
   finally:
-    batches.close()
+    work.batches.close()
     writer.close()
     checkpoints.close()
   return step == last_step
+
+
+def _compiled(
+  training: Training, constants: tuple[Any, ...]
+) -> Callable[[Any, Any], Any]:
+  """The step as a program; says how long that took."""
+  _LOG.info("compiling the training step")
+  began = time.perf_counter()
+  program = training.jitted().lower(*training.arguments()).compile()
+  _LOG.info("compiled in %.1f s", time.perf_counter() - began)
+  return lambda state, batch: program(state, batch, *constants)

@@ -33,9 +33,22 @@ from dcae_jax.data import images, sources
 from dcae_jax.evaluation import fid, reconstruction
 from dcae_jax.evaluation.report import evaluation_report, figures, page
 from dcae_jax.nn import precision
-from dcae_jax.runs import metrics_writer, progress_lines
-from dcae_jax.setup import floor, measuring, metric_networks, wiring
-from dcae_jax.training import checkpoint, sharding
+from dcae_jax.runs import (
+  metrics_writer,
+  progress_lines,
+  versions,
+  work_directory,
+)
+from dcae_jax.setup import (
+  floor,
+  image_sources,
+  keys,
+  measuring,
+  metric_networks,
+  models,
+  start,
+)
+from dcae_jax.training import sharding
 
 _LOG = logging.getLogger(__name__)
 FLOOR = "block_pca"  # in `config.compare`
@@ -55,14 +68,7 @@ def check(config: ConfigDict) -> None:
       "weights, or a hub id, or a config.variant for its initial values"
     )
   measuring.check_reading(config)
-  most = 2**31 - 1
-  wiring.check_bounds(
-    config,
-    {
-      "samples": (1, most), "extremes": (0, most),
-      "space_to_channel": (1, most), "seed": (0, most),
-    },
-  )  # fmt: skip
+  keys.check(config)
   precision.check_dtype(config.dtype)
   metric_networks.check(config)
   metric_networks.check_reference(config)
@@ -71,7 +77,7 @@ def check(config: ConfigDict) -> None:
   if config.variant:
     variant = families.check_variant(config.variant)
     compression = variant.spatial_compression * config.space_to_channel
-    wiring.check_sides(config.resolutions, compression)
+    models.check_sides(config.resolutions, compression)
   for other in others:
     if other == FLOOR:
       _check_floor(config)
@@ -82,10 +88,10 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_model(path: str, config: ConfigDict) -> None:
-  variant, channels = wiring.variant_of(path)
+  variant, channels = models.variant_of(path)
   image_decoding.check_channels(channels)
   compression = variant.spatial_compression * config.space_to_channel
-  wiring.check_sides(config.resolutions, compression)
+  models.check_sides(config.resolutions, compression)
 
 
 def _check_floor(config: ConfigDict) -> None:
@@ -101,7 +107,7 @@ def _check_floor(config: ConfigDict) -> None:
 def _latent_size(config: ConfigDict) -> tuple[int, int, int]:
   """Spatial compression, latent channels, image channels."""
   if config.init_from:
-    variant, channels = wiring.variant_of(config.init_from)
+    variant, channels = models.variant_of(config.init_from)
   else:
     variant, channels = families.check_variant(config.variant), 3
   p = config.space_to_channel
@@ -122,10 +128,12 @@ def _material(config: ConfigDict) -> floor.Material:
     _latent_size(config)[2], max_megapixels=config.max_megapixels
   )
   if config.fit_source.kind:
-    return floor.Material(wiring.weighted_sources(config.fit_source), decoding)
-  if not checkpoint.is_run(config.init_from):
     return floor.Material(
-      [(wiring.single_source(config.source), 1.0)], decoding
+      image_sources.weighted_sources(config.fit_source), decoding
+    )
+  if not work_directory.is_run(config.init_from):
+    return floor.Material(
+      [(image_sources.single_source(config.source), 1.0)], decoding
     )
   try:
     return floor.of_run(config.init_from)
@@ -137,7 +145,7 @@ def _material(config: ConfigDict) -> floor.Material:
 
 
 def _name_of_floor(config: ConfigDict) -> str:
-  if config.fit_source.kind or checkpoint.is_run(config.init_from):
+  if config.fit_source.kind or work_directory.is_run(config.init_from):
     return floor.NAME
   return f"{floor.NAME} (fitted on these images)"
 
@@ -166,7 +174,7 @@ def is_evaluation(path: str) -> bool:
   directory = epath.Path(path).expanduser()
   if not (directory / "result.json").exists():
     return False
-  config = checkpoint.read_config(directory / "config.json")
+  config = work_directory.read_config(directory / "config.json")
   return config.get("task") == "evaluate_autoencoder"
 
 
@@ -182,18 +190,14 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
         "anew; choose another --workdir"
       )
   check(config)
-  wiring.check_work_directory(config, workdir)
   tables = [f"images_{resolution}px.csv" for resolution in config.resolutions]
-  wiring.check_nothing_foreign(
-    workdir, ("pictures", "report", "compared", *tables)
-  )
-  wiring.prepare_jax(config.compilation_cache)
+  start.begin(config, workdir, ("pictures", "report", "compared", *tables))
   to_measure, directories = _plan(config, workdir)
   if to_measure:
     mesh = sharding.create_mesh(**config.mesh)
     for resolution in config.resolutions:
       sharding.check_images(resolution, mesh)
-    source = wiring.single_source(config.source)
+    source = image_sources.single_source(config.source)
     decoding = images.Decoding(max_megapixels=config.max_megapixels)
     images.check_not_empty(source, decoding)
     metrics = metric_networks.with_references(
@@ -208,7 +212,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       ae = _fit(config) if own.init_from == FLOOR else _load(own)
       _evaluate(ae, own, part, mesh, source, metrics)
       _publish(part, directory, replaced="pictures")
-    wiring.write_config(config, workdir)
+    start.write_config(config, workdir)
     if jax.process_index():
       return True
     part = epath.Path(aside) / "report"
@@ -309,7 +313,7 @@ def _evaluate(
       folder = workdir / "pictures" / f"{resolution}px"
       found["pictures"] = _write_pictures(result, folder, source)
     by_resolution[str(resolution)] = found
-  wiring.write_config(config, workdir)
+  start.write_config(config, workdir)
   if jax.process_index():
     return
   result = {
@@ -327,8 +331,8 @@ def _evaluate(
       }
       for metric, found in metrics.found.items()
     },
-    "config": wiring.resolved(config),
-    "versions": wiring.versions(),
+    "config": keys.resolved(config),
+    "versions": versions.versions(),
   }
   metrics_writer.write_whole(
     workdir / "result.json", json.dumps(result, indent=2)

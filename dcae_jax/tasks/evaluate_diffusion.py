@@ -23,9 +23,15 @@ from dcae_jax.evaluation.networks import inception, pretrained
 from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
 from dcae_jax.nn import precision
-from dcae_jax.runs import differences, metrics_writer
-from dcae_jax.setup import denoising, wiring
-from dcae_jax.training import checkpoint, loop, sharding
+from dcae_jax.runs import (
+  differences,
+  metrics_writer,
+  processes,
+  versions,
+  work_directory,
+)
+from dcae_jax.setup import denoising, keys, start
+from dcae_jax.training import loop, sharding
 
 _LOG = logging.getLogger(__name__)
 _METRICS = ("gfid", "inception_score", "precision_recall")
@@ -54,13 +60,7 @@ class _Model(NamedTuple):
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no samples can be drawn with."""
-  wiring.check_bounds(
-    config,
-    {
-      "samples": (1, _MOST), "batch_size": (1, 2**20), "seed": (0, _MOST),
-      "picture.classes": (0, 1000), "picture.columns": (1, 1000),
-    },
-  )  # fmt: skip
+  keys.check(config)
   ways = jax.local_device_count()
   if config.batch_size % ways:
     raise ValueError(
@@ -100,15 +100,13 @@ def run(
   check(config)
   model = open_model(
     config,
-    checkpoint.read_run_config(config.init_from, "train_diffusion"),
+    work_directory.read_run_config(config.init_from, "train_diffusion"),
   )
   description = decode.read_description(config.init_from)
   labels = _labels(config, description)
-  wiring.check_work_directory(config, workdir)
-  wiring.check_nothing_foreign(
-    workdir, ("parts", "images", _PICTURE, _PLOT, "manifest.json")
+  start.begin(
+    config, workdir, ("parts", "images", _PICTURE, _PLOT, "manifest.json")
   )
-  wiring.prepare_jax(config.compilation_cache)
   store = _open_store(config)
   network, reference = open_metrics(config)
   ae = decode.load_autoencoder(
@@ -125,13 +123,13 @@ def run(
   _check_identity(workdir, identity, may_grow=True)
   for scale in config.guidance:
     samples.check_not_fewer(workdir, scale, config.samples, config.batch_size)
-  wiring.wait_for_all("samples_checked")  # before anything is written
-  wiring.write_config(config, workdir)
+  processes.wait_for_all("samples_checked")  # before anything is written
+  start.write_config(config, workdir)
   if jax.process_index() == 0:
     metrics_writer.write_whole(
       workdir / _IDENTITY, json.dumps(identity, indent=2)
     )
-  wiring.wait_for_all("samples_identity")
+  processes.wait_for_all("samples_identity")
   _check_identity(workdir, identity, may_grow=False)  # all draw the same
   drawing = samples.Drawing(
     {
@@ -167,10 +165,10 @@ def run(
         "sha256": reference.sha256 if reference else None,
       },
       "inception_is_published": network.is_published if network else None,
-      "versions": wiring.versions(),
+      "versions": versions.versions(),
     }
     _finish(config, workdir, result, drawing, description, labels, store, ae)
-  wiring.wait_for_all("samples_measured")
+  processes.wait_for_all("samples_measured")
   return True
 
 
@@ -348,7 +346,7 @@ def _draw_missing(
   """Draws and writes what is not there; False if it was stopped."""
   wanted = [part for scale in config.guidance for part in _parts(config, scale)]
   missing = samples.missing(wanted, workdir, config.images)
-  wiring.wait_for_all("samples_plan")  # nobody writes before all have looked
+  processes.wait_for_all("samples_plan")  # nobody writes before all have looked
   own = missing[jax.process_index() :: jax.process_count()]
   _LOG.info(
     "%d of %d parts of %d samples are missing, %d of them for this process",
@@ -358,9 +356,9 @@ def _draw_missing(
   if sigterm.received:
     _LOG.info("SIGTERM: stopped; run again to go on")
     if jax.process_count() > 1:
-      wiring.leave(0)
+      processes.leave(0)
     return False
-  wiring.wait_for_all("samples_drawn")
+  processes.wait_for_all("samples_drawn")
   return True
 
 

@@ -4,7 +4,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.setup import denoising, wiring
+from dcae_jax.setup import denoising, diffusion_training, keys, models, start
 from dcae_jax.tasks import evaluate_diffusion, export_latents, train_diffusion
 from dcae_jax.training import loop
 
@@ -16,11 +16,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   first starts.
   """
   config = chained(config, workdir)
-  config.training = wiring.for_device(config.training, jax.default_backend())
+  config.training = keys.for_device(config.training, jax.default_backend())
   trained = check(config)
-  wiring.check_work_directory(config, workdir)
-  wiring.check_work_directory(trained, workdir / "training")
-  wiring.write_config(config, workdir)
+  start.begin(config, workdir)
+  start.check_work_directory(trained, workdir / "training")
+  start.write_config(config, workdir)
   sigterm = loop.Sigterm(each_alone=True)
   for run_stage, stage, name in (
     (export_latents.run, config.export, "export"),
@@ -45,7 +45,7 @@ def check(config: ConfigDict) -> ConfigDict:
       "train_diffusion and evaluate_diffusion one after the other"
     )
   export_latents.check(config.export)
-  train_diffusion.check(config.training)
+  diffusion_training.check(config.training)
   evaluate_diffusion.check(config.samples)
   trained = denoising.with_numbers(
     config.training,
@@ -53,11 +53,11 @@ def check(config: ConfigDict) -> ConfigDict:
     export_latents.latent_shape(config.export),
     max(1, len(export_latents.open_source(config.export).classes)),
   )
-  train_diffusion.check_model(trained)
+  diffusion_training.build(trained)
   for path in (config.training.autoencoder, config.samples.autoencoder):
     if path:
-      wiring.model_of(path)
-  evaluate_diffusion.open_model(config.samples, wiring.resolved(trained))
+      models.identity_of(path)
+  evaluate_diffusion.open_model(config.samples, keys.resolved(trained))
   evaluate_diffusion.open_metrics(config.samples)
   return trained
 

@@ -28,8 +28,14 @@ from dcae_jax.latents import encode as latent_encoding
 from dcae_jax.latents import rows
 from dcae_jax.latents import store as latent_store
 from dcae_jax.nn import precision
-from dcae_jax.runs import metrics_writer, progress_lines, stopwatch
-from dcae_jax.setup import wiring
+from dcae_jax.runs import (
+  metrics_writer,
+  processes,
+  progress_lines,
+  stopwatch,
+  versions,
+)
+from dcae_jax.setup import image_sources, models, start
 from dcae_jax.training import loop
 
 _LOG = logging.getLogger(__name__)
@@ -59,7 +65,7 @@ def check(config: ConfigDict) -> None:
       "config.init_from is empty; name a run, a folder or file of released "
       "weights, or a hub id"
     )
-  wiring.check_bounds(config, _BOUNDS)
+  keys.check(config)
   if config.dtype not in latent_store.DTYPES:
     raise ValueError(
       f"config.dtype={config.dtype!r} is not among "
@@ -82,13 +88,13 @@ def check(config: ConfigDict) -> None:
       "config.flip and config.crops_per_image need images; the source is of "
       "kind 'npy', latents"
     )
-  decoding.check_channels(wiring.model_of(config.init_from)["image_channels"])
+  decoding.check_channels(models.identity_of(config.init_from).image_channels)
   latent_shape(config)
 
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
   """[h, w, c] of the latents; ValueError for a resolution that does not fit."""
-  model = wiring.model_of(config.init_from)
+  model = models.identity_of(config.init_from)
   variant = families.of_model(model["variant"], model["architecture"])
   compression = variant.spatial_compression * config.space_to_channel
   network.check_side(config.resolution, compression)
@@ -104,8 +110,7 @@ def run(
   sigterm = sigterm or loop.Sigterm(each_alone=True)
   with watch.measure("start"):
     check(config)
-    wiring.check_work_directory(config, workdir)
-    wiring.prepare_jax(config.compilation_cache)
+    start.begin(config, workdir)
     output = config.output or os.fspath(workdir / "latents")
     if epath.Path(output).expanduser() == workdir:
       raise ValueError(
@@ -124,11 +129,11 @@ def run(
     export = _Export(config, store, source, ae, watch, sigterm)
     identity = _identity(config, source, ae)
     store.check_identity(identity)
-    wiring.write_config(config, workdir)
-    wiring.wait_for_all("latents_identity")
+    start.write_config(config, workdir)
+    processes.wait_for_all("latents_identity")
     if is_first:
       store.write_identity(identity)
-    wiring.wait_for_all("latents_start")
+    processes.wait_for_all("latents_start")
     store.confirm_identity(identity)
   if store.manifest() is not None:
     _LOG.info("%s is finished", store.storage.path)
@@ -139,7 +144,7 @@ def run(
   if shards is None:
     _LOG.info("SIGTERM: stopped; run again to go on")
     if jax.process_count() > 1:
-      wiring.leave(0)
+      processes.leave(0)
     return False
   _LOG.info("time of this process:\n%s", watch.table())
   if is_first:
@@ -147,7 +152,7 @@ def run(
     manifest = export.manifest(identity, shards)
     store.finish(manifest)
     _write_result(workdir, store.storage.path, manifest, watch)
-  wiring.wait_for_all("latents_finish")
+  processes.wait_for_all("latents_finish")
   return True
 
 
@@ -159,9 +164,9 @@ def open_source(config: ConfigDict) -> sources.Source:
   """The images, or latents, that are exported."""
   if _is_import(config):
     source = sources.latent_files(config.source.path)
-    source = wiring.part_of(source, config.source)
+    source = image_sources.part_of(source, config.source)
   else:
-    source = wiring.single_source(config.source)
+    source = image_sources.single_source(config.source)
   if not config.class_per_image:
     return source
   return sources.ClassPerImage(
@@ -277,12 +282,14 @@ class _Export:
     finished = set(self._store.finished(len(shards), self._views))
     missing = [i for i in range(len(shards)) if i not in finished]
     self._check_space(sum(len(shards[i]) for i in missing))
-    wiring.wait_for_all("latents_plan")  # nobody writes before all have looked
+    processes.wait_for_all(
+      "latents_plan"
+    )  # nobody writes before all have looked
     if jax.process_index() == 0:
       self._store.create_arrays(
         len(places), self._shape, self._config.dtype, self._views, size
       )
-    wiring.wait_for_all("latents_arrays")
+    processes.wait_for_all("latents_arrays")
     own = missing[jax.process_index() :: jax.process_count()]
     _LOG.info(
       "%d rows of %d images, %d unusable; %d of %d shards of %d rows are "
@@ -293,7 +300,7 @@ class _Export:
     if own and not self._encode({i: shards[i] for i in own}, size):
       return None
     with self._watch.measure("waiting for others"):
-      wiring.wait_for_all("latents_encoded")
+      processes.wait_for_all("latents_encoded")
     return len(shards)
 
   def _shard_rows(self, total: int) -> int:
@@ -317,7 +324,7 @@ class _Export:
     )
     if self._stop.received:
       return False
-    wiring.wait_for_all("latents_survey")
+    processes.wait_for_all("latents_survey")
     self._unusable = self._store.unusable(self._total)
     for index, reason in sorted(self._unusable.items())[:20]:
       _LOG.warning("left out %s: %s", self._source.name(index), reason)
@@ -422,7 +429,7 @@ class _Export:
         for record in records
       ],
       "metadata_sha256": self._store.metadata_checksums(self._views),
-      "versions": wiring.versions(),
+      "versions": versions.versions(),
     }
 
   def _scaling_factor(self, statistics: dict[str, Any]) -> tuple[float, str]:

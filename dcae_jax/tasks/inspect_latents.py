@@ -13,7 +13,7 @@ from dcae_jax.autoencoder import autoencoder
 from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
 from dcae_jax.runs import metrics_writer, progress_lines
-from dcae_jax.setup import wiring
+from dcae_jax.setup import keys, start
 
 _LOG = logging.getLogger(__name__)
 
@@ -25,10 +25,7 @@ def check(config: ConfigDict) -> None:
       "config.latents is empty; name a latent store, a directory or gs:// "
       "prefix"
     )
-  wiring.check_bounds(
-    config,
-    {"samples": (0, 1000), "seed": (0, 2**31 - 1), "retries": (0, 1000)},
-  )
+  keys.check(config)
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
@@ -39,9 +36,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       autoencoder was to decode it.
   """
   check(config)
-  wiring.check_work_directory(config, workdir)
-  wiring.check_nothing_foreign(workdir, ("samples",))
-  wiring.prepare_jax(config.compilation_cache)
+  start.begin(config, workdir, ("samples",))
   store = reader.Latents(config.latents, retries=config.retries)
   _LOG.info("%s\n%s", store.path, summary(store.manifest))
   ae = None
@@ -51,7 +46,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       config.init_from,
       "name it with config.init_from, or decode nothing with config.samples=0",
     )
-  wiring.write_config(config, workdir)
+  start.write_config(config, workdir)
   problems = _verify(store) if config.verify else []
   rows = _sample(config, len(store)) if not problems else []
   if rows:

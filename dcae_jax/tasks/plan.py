@@ -19,17 +19,21 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax.latents import reader
 from dcae_jax.runs import metrics_writer
-from dcae_jax.setup import training_run, wiring
-from dcae_jax.tasks import train_autoencoder, train_diffusion
+from dcae_jax.setup import (
+  autoencoder_training,
+  denoising,
+  diffusion_training,
+  keys,
+  models,
+  start,
+  training_run,
+)
 from dcae_jax.training import hardware, program_cost
 
 _LOG = logging.getLogger(__name__)
 _GIB = 2**30
-_STEPS = {
-  "train_autoencoder": train_autoencoder.abstract_step,
-  "train_diffusion": train_diffusion.abstract_step,
-}
 _OUT_OF_MEMORY = re.compile(
   r"(?:Used |temporaries \()([\d.]+)([KMGT])"
   r"(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
@@ -103,18 +107,18 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
   Raises:
     ValueError: a config file, topology, batch or change that cannot be.
   """
-  wiring.prepare_jax(config.compilation_cache)
+  start.keep_programs(config)
   options = config.compiler_options.to_dict()
   # All that can be wrong is found before the first of them is compiled.
   jobs = list(_jobs(config))
   plans = []
-  for name, topology, step, batch_size in jobs:
+  for name, topology, training in jobs:
     _LOG.info("compiling %s for %s", name, topology or "the devices here")
-    plans.append(measure(name, topology, step, batch_size, options))
+    plans.append(measure(name, topology, training, options))
     print(details(plans[-1]), flush=True)
   print(table(plans), flush=True)
   if workdir is not None:
-    wiring.write_config(config, workdir)
+    start.write_config(config, workdir)
     rows = [
       plan._asdict() | {"step_seconds": plan.step_seconds} for plan in plans
     ]
@@ -127,8 +131,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
 class _Job(NamedTuple):
   name: str
   topology: str
-  step: training_run.AbstractStep
-  batch_size: int
+  training: training_run.Training
 
 
 def _jobs(config: ConfigDict) -> Iterator[_Job]:
@@ -143,21 +146,38 @@ def _jobs(config: ConfigDict) -> Iterator[_Job]:
       devices = devices_of(topology.strip())
       for batch in config.batch_size_per_chip or (None,):
         for part, planned in load(name, config.changes.to_dict()).items():
-          planned = wiring.for_device(planned, devices[0].platform)
+          planned = keys.for_device(planned, devices[0].platform)
           if batch is not None:
             set_batch_size(planned, batch, len(devices))
-          step = abstract_step(planned, devices)
-          yield _Job(
-            f"{pathlib.Path(name).stem}{part}", topology.strip(), step,
-            planned.batch_size,
-          )  # fmt: skip
+          training = build(planned, devices)
+          label = f"{pathlib.Path(name).stem}{part}"
+          yield _Job(label, topology.strip(), training)
 
 
-def abstract_step(
+def build(
   config: ConfigDict, devices: list[jax.Device]
-) -> training_run.AbstractStep:
-  """The step of a training run; ValueError for a config that cannot be run."""
-  return _STEPS[config.task](config, devices)
+) -> training_run.Training:
+  """The training of a run; ValueError for a config that cannot be run."""
+  return _BUILD[config.task](config, devices)
+
+
+def _autoencoder(
+  config: ConfigDict, devices: list[jax.Device]
+) -> training_run.Training:
+  return autoencoder_training.build(
+    models.with_model(config), devices, predecessor_is_pending=True
+  )
+
+
+def _diffusion(
+  config: ConfigDict, devices: list[jax.Device]
+) -> training_run.Training:
+  if config.latents:
+    config = denoising.with_store(config, reader.Latents(config.latents))
+  return diffusion_training.build(config, devices)
+
+
+_BUILD = {"train_autoencoder": _autoencoder, "train_diffusion": _diffusion}
 
 
 def devices_of(topology: str) -> list[jax.Device]:
@@ -181,12 +201,12 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
   task = config.get("task", "nothing")
   if task == "train_phases":
     found = {f" phase {i}": config[f"phase{i}"] for i in (1, 2, 3)}
-  elif task in _STEPS:
+  elif task in _BUILD:
     found = {"": config}
   else:
     raise ValueError(
       f"config.of={path!r} is of the task {task!r}; plans are of "
-      f"{', '.join(_STEPS)} and train_phases"
+      f"{', '.join(_BUILD)} and train_phases"
     )
   for planned in found.values():
     try:
@@ -210,16 +230,16 @@ def set_batch_size(config: ConfigDict, per_chip: float, chips: int) -> None:
 def measure(
   name: str,
   topology: str,
-  step: training_run.AbstractStep,
-  batch_size: int,
+  training: training_run.Training,
   compiler_options: dict[str, Any],
 ) -> Plan:
   """Compiles a step, and reads the program."""
-  device = step.mesh.devices.flat[0]
+  device = training.mesh.devices.flat[0]
   chip = hardware.chip(device.device_kind)
-  state = step.arguments[0]
+  arguments = training.arguments()
+  state = arguments[0]
   start = time.perf_counter()
-  lowered = step.step.lower(*step.arguments)
+  lowered = training.jitted().lower(*arguments)
   failure = ""
   try:
     compiled = lowered.compile(compiler_options=compiler_options)
@@ -231,7 +251,7 @@ def measure(
   seconds = time.perf_counter() - start
   available = hardware.usable_memory(chip)
   if failure:
-    held = sum(map(_bytes_per_chip, step.arguments))
+    held = sum(map(_bytes_per_chip, arguments))
     needed, available = _used(failure, available)
     cost, program = program_cost.Cost(0.0, {}), 0
     temporaries = needed - held
@@ -242,13 +262,14 @@ def measure(
     temporaries = float(memory.peak_memory_in_bytes - held)
     needed = held + temporaries + program
     cost = program_cost.cost(compiled.as_text())
-  chips = step.mesh.size
+  chips = training.mesh.size
+  flops = training.flops(rematerialisation=True) / chips
   plan = Plan(
     config=name,
     topology=topology or f"{chips} x {device.device_kind}",
     chips=chips,
-    mesh=dict(step.mesh.shape),
-    batch_size=batch_size,
+    mesh=dict(training.mesh.shape),
+    batch_size=training.config.batch_size,
     parameters=_bytes_per_chip(state.variables),
     averages=_bytes_per_chip(state.ema),
     optimizer=_bytes_per_chip(
@@ -261,15 +282,17 @@ def measure(
     available=available,
     fits=not failure
     and (bool(topology) or not available or needed <= available),
-    flops=step.flops / chips,
+    flops=flops,
     bytes_accessed=cost.bytes_accessed,
     collectives=cost.collectives,
-    seconds={} if failure else _roofline(chip, step.flops / chips, cost),
+    seconds={} if failure else _roofline(chip, flops, cost),
     compile_seconds=seconds,
     advice="",
   )
   return (
-    plan if plan.fits else plan._replace(advice=_advice(plan, step.takes_parts))
+    plan
+    if plan.fits
+    else plan._replace(advice=_advice(plan, training.takes_parts))
   )
 
 

@@ -17,7 +17,6 @@ from dcae_jax.data import decoding, images, sources
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.evaluation.report import figures
 from dcae_jax.runs import metrics_writer
-from dcae_jax.setup import wiring
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,8 +32,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   for key, least in (("shorter_side", 0), ("max_megapixels", 0.001)):
     if not config[key] >= least:
       raise ValueError(f"config.{key}={config[key]} is below {least}")
-  wiring.check_work_directory(config, workdir)
-  wiring.prepare_jax(config.compilation_cache)
   # Latents are decoded as they are: the scaling factor does not matter.
   ae = autoencoder.load(
     config.init_from, scaling_factor=1.0, dtype=config.dtype
@@ -53,12 +50,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       raise ValueError(
         f"{original} would be written over; choose another --workdir"
       )
-  wiring.check_nothing_foreign(workdir, ("pictures", "summary.md"))
+  start.begin(config, workdir, ("pictures", "summary.md"))
   images.check_not_empty(
     pictures,
     images.Decoding(ae.image_channels, max_megapixels=config.max_megapixels),
   )
-  wiring.write_config(config, workdir)
+  start.write_config(config, workdir)
   (workdir / "pictures").mkdir(parents=True, exist_ok=True)
   rows, skipped, start = [], [], time.monotonic()
   for i, name in enumerate(names):

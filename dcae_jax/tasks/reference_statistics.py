@@ -18,7 +18,7 @@ from dcae_jax.data import images
 from dcae_jax.evaluation import fid
 from dcae_jax.evaluation.networks import inception
 from dcae_jax.runs import metrics_writer, progress_lines
-from dcae_jax.setup import measuring, wiring
+from dcae_jax.setup import image_sources, keys, measuring, start
 from dcae_jax.training import sharding
 
 _LOG = logging.getLogger(__name__)
@@ -34,18 +34,16 @@ def check(config: ConfigDict) -> None:
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Writes one `.npz` for each resolution, and `result.json`."""
   check(config)
-  wiring.check_work_directory(config, workdir)
   files = [f"inception_{side}px.npz" for side in config.resolutions]
-  wiring.check_nothing_foreign(workdir, tuple(files))
-  wiring.prepare_jax(config.compilation_cache)
-  source = wiring.single_source(config.source)
+  start.begin(config, workdir, tuple(files))
+  source = image_sources.single_source(config.source)
   decoding = images.Decoding(max_megapixels=config.max_megapixels)
   images.check_not_empty(source, decoding)
   weights = inception.load(config.weights)
   mesh = sharding.create_mesh(**config.mesh)
   for resolution in config.resolutions:
     sharding.check_images(resolution, mesh)
-  wiring.write_config(config, workdir)
+  start.write_config(config, workdir)
   parameters = jax.device_put(weights.parameters, sharding.replicated(mesh))
 
   def pooled(parameters, batch):
@@ -92,7 +90,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       "images": counts,
       "features": f"of {len(chosen)} images, evenly spaced",
       "crop": images.EVALUATION_CROP,
-      "source": wiring.resolved(config.source) | {"files": len(source)},
+      "source": keys.resolved(config.source) | {"files": len(source)},
       "weights_sha256": weights.sha256,
       "weights_are_published": weights.is_published,
     }

@@ -11,9 +11,16 @@ from dcae_jax.autoencoder import autoencoder, block_pca
 from dcae_jax.data import decoding, images, sources
 from dcae_jax.evaluation import fid, reconstruction
 from dcae_jax.evaluation.report import figures, page, text_table
-from dcae_jax.runs import metrics_writer
-from dcae_jax.setup import floor, measuring, metric_networks, wiring
-from dcae_jax.training import checkpoint, sharding
+from dcae_jax.runs import metrics_writer, work_directory
+from dcae_jax.setup import (
+  floor,
+  image_sources,
+  measuring,
+  metric_networks,
+  models,
+  start,
+)
+from dcae_jax.training import sharding
 
 _LOG = logging.getLogger(__name__)
 _CURVES = (
@@ -39,10 +46,10 @@ def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
   if runs_are_pending:
     return
   for run in config.runs.values():
-    checkpoint.read_run_config(run)
-    variant, channels = wiring.variant_of(run)
+    work_directory.read_run_config(run)
+    variant, channels = models.variant_of(run)
     decoding.check_channels(channels)
-    wiring.check_sides(config.resolutions, variant.spatial_compression)
+    models.check_sides(config.resolutions, variant.spatial_compression)
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
@@ -53,12 +60,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   on.
   """
   check(config)
-  wiring.check_work_directory(config, workdir)
-  wiring.prepare_jax(config.compilation_cache)
-  source = wiring.single_source(config.source)
+  start.begin(config, workdir)
+  source = image_sources.single_source(config.source)
   images.check_not_empty(source, images.Decoding())
   metrics = metric_networks.open_all(config.metrics)
-  wiring.write_config(config, workdir)
+  start.write_config(config, workdir)
   first = next(iter(config.runs.values()))
   absent = dict(metrics.absent)
   results = {}
@@ -77,13 +83,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
 
 
 def _load(run: str) -> autoencoder.Autoencoder:
-  dtype = checkpoint.read_run_config(run)["model"]["dtype"]
+  dtype = work_directory.read_run_config(run)["model"]["dtype"]
   # Latents are decoded as they are: the scaling factor does not matter.
   return autoencoder.load(run, scaling_factor=1.0, dtype=dtype)
 
 
 def _floor(config: ConfigDict, run: str) -> block_pca.BlockPCA:
-  variant, _ = wiring.variant_of(run)
+  variant, _ = models.variant_of(run)
   return floor.fit(
     floor.of_run(run),
     variant.spatial_compression,

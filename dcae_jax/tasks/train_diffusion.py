@@ -7,93 +7,27 @@ disk is found before anything is compiled or written.
 import json
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import autoencoder
-from dcae_jax.autoencoder import train_step as autoencoder_train_step
-from dcae_jax.diffusion import objectives, samplers
-from dcae_jax.diffusion import train_step as diffusion_train_step
 from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
 from dcae_jax.runs import metrics_writer
-from dcae_jax.setup import denoising, training_run, wiring
-from dcae_jax.training import checkpoint, freezing, loop, optimizer, sharding
-from dcae_jax.training import state as state_lib
+from dcae_jax.setup import (
+  denoising,
+  diffusion_training,
+  keys,
+  start,
+  training_run,
+)
+from dcae_jax.training import checkpoint, freezing, loop, sharding
 
 _LOG = logging.getLogger(__name__)
-_INITIAL, _SAMPLES = 0, 2  # what the seed is for; 1 is the steps
-
-# Smallest and largest value of each number.
-_BOUNDS = {
-  "seed": (0, 2**31 - 1),
-  "batch_size": (1, 2**24),
-  "steps": (1, 2**31 - 1),
-  "log_every": (1, 2**31 - 1),
-  "log_seconds": (0, 1e9),
-  "label_dropout": (0, 1),
-  "optimizer.learning_rate": (0, 1e3),
-  "optimizer.adam_learning_rate": (0, 1e3),
-  "optimizer.beta1": (0, 1 - 1e-12),
-  "optimizer.beta2": (0, 1 - 1e-12),
-  "optimizer.weight_decay": (0, 1e3),
-  "optimizer.warmup_steps": (0, 2**31 - 1),
-  "optimizer.decay_steps": (0, 2**31 - 1),
-  "optimizer.final_rate": (0, 1),
-  "optimizer.clip_norm": (0, 1e6),
-  "ema.decay": (0, 1 - 1e-12),
-  "ema.ramp_steps": (0, 2**31 - 1),
-  "data.workers": (0, 1000),
-  "data.threads": (1, 1000),
-  "data.prefetch": (1, 100),
-  "data.cache_megabytes": (0, 1e7),
-  "data.shuffle_shards": (0, 2**31 - 1),
-  "data.retries": (0, 1000),
-  "samples.every": (0, 2**31 - 1),
-  "samples.count": (0, 1000),
-  "sampler.steps": (1, 10**6),
-  "checkpoint.every": (0, 2**31 - 1),
-  "checkpoint.keep": (1, 1000),
-  "profile.start": (0, 2**31 - 1),
-  "profile.steps": (0, 2**31 - 1),
-  "profile.on_signal": (1, 2**31 - 1),
-}
-
-
-class _Setup(NamedTuple):
-  """What is known before anything is compiled."""
-
-  denoiser: denoising.Denoiser
-  objective: objectives.Objective
-  sampler: samplers.Sampler
-  mesh: Mesh
-  optimizer: optax.GradientTransformation
-  schedule: optax.Schedule
-  abstract: state_lib.TrainState
-  shardings: Any
-
-
-def check(config: ConfigDict) -> None:
-  """Raises ValueError for a config that no latents can be trained with."""
-  wiring.check_bounds(config, _BOUNDS)
-  denoising.check_guidance("config.samples.guidance", config.samples.guidance)
-  if config.samples.count and not config.samples.guidance:
-    raise ValueError(
-      "config.samples.guidance is empty; name at least one scale, or set "
-      "config.samples.count=0"
-    )
-
-
-def check_model(config: ConfigDict) -> None:
-  """Raises ValueError if the model, its numbers filled in, cannot be made."""
-  _setup(config)
+_SAMPLES = 2  # what the seed is for; 0 are initial values, 1 is the steps
 
 
 def run(
@@ -101,8 +35,8 @@ def run(
 ) -> bool:
   """Trains, or goes on with it; False if SIGTERM ended it early."""
   sigterm = sigterm or loop.Sigterm()
-  config = wiring.for_device(config, jax.default_backend())
-  check(config)
+  config = keys.for_device(config, jax.default_backend())
+  diffusion_training.check(config)
   if not config.latents:
     raise ValueError(
       "config.latents is empty; name a latent store (configs/f64_export.py "
@@ -116,12 +50,10 @@ def run(
   config = denoising.with_store(config, store)
   if config.init_from:
     denoising.check_same_model(config.init_from, config)
-  wiring.check_work_directory(config, workdir)
-  wiring.check_nothing_foreign(workdir, ("manifest.json",))
+  start.begin(config, workdir, ("manifest.json",))
   described = decode.description(store)
   decode.check_same_latents(workdir, described)
-  wiring.prepare_jax(config.compilation_cache)
-  setup = _setup(config)
+  training = diffusion_training.build(config)
   batches = _batches(config, store)
   ae = None
   if config.samples.count:
@@ -131,144 +63,20 @@ def run(
       "name it with config.autoencoder, or draw no samples with "
       "config.samples.count=0",
     )
-  checkpoint.check_space(workdir, setup.abstract, config.checkpoint.keep)
+  checkpoint.check_space(workdir, training.abstract, config.checkpoint.keep)
   _LOG.info(
-    "%s on %d latents of %s: %s parameters, %d devices",
-    config.model.variant, len(store), store.path,
-    f"{freezing.count(setup.abstract.params):,}", setup.mesh.size,
-  )  # fmt: skip
+    "%s, %d latents of %s", training.description(), len(store), store.path
+  )
   decode.write_description(workdir, described)
-
-  def prepare(writer):
-    return training_run.Program(
-      training_run.compiled(
-        _jitted(config, setup), _abstract_arguments(config, setup)
-      ),
-      # A multiply-accumulate is two; backward costs twice forward.
-      6.0 * setup.denoiser.forward_macs * config.batch_size,
-      _sample(config, setup, store, ae, writer),
-    )
-
-  return training_run.run(
-    config,
-    workdir,
-    sigterm,
-    abstract=setup.abstract,
-    shardings=setup.shardings,
-    batches=batches,
-    put=lambda batch: sharding.put_rows(batch, setup.mesh),
-    begin=lambda: _start(config, setup),
-    prepare=prepare,
-    evaluate_every=config.samples.every,
-    finish=lambda step: _finish(workdir, step, setup),
+  work = training_run.Work(
+    batches,
+    lambda batch: sharding.put_rows(batch, training.mesh),
+    (),
+    _sample(training, store, ae),
+    config.samples.every,
+    lambda step: _finish(workdir, step, training),
   )
-
-
-def abstract_step(
-  config: ConfigDict, devices: list[jax.Device]
-) -> training_run.AbstractStep:
-  """What a run compiles, for devices that need not be there.
-
-  Raises:
-    ValueError: what `run` raises for a config. The numbers of the latents are
-      those of its store; without one, those of `config.model`.
-  """
-  check(config)
-  if config.latents:
-    config = denoising.with_store(config, reader.Latents(config.latents))
-  for key in ("latent_size", "latent_channels", "num_classes"):
-    if not config.model[key]:
-      raise ValueError(
-        f"config.model.{key}=0 is filled in from the latents, and config."
-        "latents is empty; name a store, or set model.latent_size, "
-        "model.latent_channels and model.num_classes"
-      )
-  setup = _setup(config, devices)
-  forwards = 4 if config.model.rematerialisation else 3
-  return training_run.AbstractStep(
-    _jitted(config, setup),
-    _abstract_arguments(config, setup),
-    setup.mesh,
-    2.0 * forwards * setup.denoiser.forward_macs * config.batch_size,
-    takes_parts=False,
-  )
-
-
-def _abstract_arguments(config: ConfigDict, setup: _Setup) -> tuple[Any, Any]:
-  rows = sharding.by_rows(setup.mesh)
-  size, channels = config.model.latent_size, config.model.latent_channels
-  shape = (config.batch_size, size, size, channels)
-  batch = {
-    "latents": jax.ShapeDtypeStruct(shape, np.float32, sharding=rows),
-    "labels": jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=rows),
-  }
-  return training_run.placed(setup.abstract, setup.shardings), batch
-
-
-def _setup(
-  config: ConfigDict, devices: list[jax.Device] | None = None
-) -> _Setup:
-  objective = denoising.objective(config.objective)
-  sampler = denoising.sampler(config.sampler, objective)
-  denoiser = denoising.model(config.model, objective)
-  if config.channel_candidates:
-    objectives.random_channel_mask(
-      jax.random.key(0), 1, config.model.latent_channels,
-      config.channel_candidates,
-    )  # fmt: skip
-  mesh = sharding.create_mesh(**config.mesh, devices=devices)
-  if mesh.shape["spatial"] != 1:
-    raise ValueError(
-      f"config.mesh.spatial={mesh.shape['spatial']} splits images; latents are "
-      "small: use 1"
-    )
-  sharding.check_batch(config.batch_size, 1, 1, mesh)
-  transformation, schedule = optimizer.create(
-    optimizer.Settings(**config.optimizer),
-    config.steps,
-    sharding.on_whole_arrays(mesh),
-  )
-  setup = _Setup(
-    denoiser, objective, sampler, mesh, transformation, schedule, None, None
-  )
-  abstract = jax.eval_shape(_initial(setup), jax.random.key(0))
-  return setup._replace(
-    abstract=abstract, shardings=sharding.shardings(abstract, mesh)
-  )
-
-
-def _start(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
-  """Step 0: initial values, or the averages of `init_from`."""
-  if not config.init_from:
-    key = jax.random.fold_in(jax.random.key(config.seed), _INITIAL)
-    return jax.jit(_initial(setup), out_shardings=setup.shardings)(key)
-  step, variables = denoising.averages(
-    config.init_from, setup.denoiser, sharding.replicated(setup.mesh)
-  )
-  _LOG.info("starting from step %d of %s", step, config.init_from)
-  create = lambda variables: _state(setup, variables)
-  return jax.jit(create, out_shardings=setup.shardings)(variables)
-
-
-def _state(setup: _Setup, variables: Any) -> state_lib.TrainState:
-  mask = jax.tree.map(lambda _: True, variables["params"])
-  return state_lib.create(
-    {"batch_stats": {}} | variables, mask, setup.optimizer
-  )
-
-
-def _initial(setup: _Setup) -> Callable[[jax.Array], state_lib.TrainState]:
-  """A function of a key: the state at step 0."""
-
-  def create(key):
-    denoiser = setup.denoiser
-    shape = (1, *denoiser.latent_size, denoiser.latent_channels)
-    variables = denoiser.init(
-      key, jnp.zeros(shape), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    )
-    return _state(setup, variables)
-
-  return create
+  return training_run.run(training, work, workdir, sigterm)
 
 
 def _batches(config: ConfigDict, store: reader.Latents) -> reader.LatentBatches:
@@ -284,53 +92,33 @@ def _batches(config: ConfigDict, store: reader.Latents) -> reader.LatentBatches:
   )
 
 
-def _jitted(config: ConfigDict, setup: _Setup) -> Any:
-  step = diffusion_train_step.create(
-    apply=setup.denoiser.apply,
-    objective=setup.objective,
-    num_classes=config.model.num_classes,
-    label_dropout=config.label_dropout,
-    channel_candidates=config.channel_candidates,
-    optimizer=setup.optimizer,
-    schedule=setup.schedule,
-    ema=autoencoder_train_step.Ema(config.ema.decay, config.ema.ramp_steps),
-    seed=config.seed,
-    gather=sharding.gather(setup.shardings.params, setup.mesh),
-  )
-  return jax.jit(
-    step,
-    donate_argnums=0,
-    out_shardings=(setup.shardings, sharding.replicated(setup.mesh)),
-  )
-
-
 def _sample(
-  config: ConfigDict,
-  setup: _Setup,
+  training: diffusion_training.Training,
   store: reader.Latents,
   ae: autoencoder.Autoencoder | None,
-  writer: metrics_writer.MetricsWriter,
-) -> Callable[[int, state_lib.TrainState], dict[str, float]]:
+) -> Callable[..., dict[str, float]]:
   """Pictures of a few classes: the same noise at each guidance scale."""
+  config = training.config
   labels = np.arange(config.samples.count) % config.model.num_classes
   labels = labels.astype(np.int32)
+  replicated = sharding.replicated(training.mesh)
   key = jax.random.fold_in(jax.random.key(config.seed), _SAMPLES)
   functions = {
     scale: jax.jit(
       denoising.sample_function(
-        setup.denoiser,
-        setup.objective,
-        setup.sampler,
+        training.denoiser,
+        training.objective,
+        training.sampler,
         config.sampler,
         scale,
-        sharding.replicated(setup.mesh),
+        replicated,
       ),
-      out_shardings=sharding.replicated(setup.mesh),
+      out_shardings=replicated,
     )
     for scale in config.samples.guidance
   }
 
-  def evaluate(step, state):
+  def evaluate(step, state, writer):
     if ae is None or step == 0:  # of noise there is nothing to see
       return {}
     values, rows = {}, {}
@@ -340,7 +128,7 @@ def _sample(
         _LOG.warning(
           "step %d: samples at guidance %g are not finite, and left out (%s, "
           "config.sampler.steps=%d)",
-          step, scale, setup.sampler, config.sampler.steps,
+          step, scale, training.sampler, config.sampler.steps,
         )  # fmt: skip
         continue
       values[f"eval/latent_rms/guidance_{scale:g}"] = float(
@@ -356,14 +144,16 @@ def _sample(
   return evaluate
 
 
-def _finish(workdir: epath.Path, step: int, setup: _Setup) -> None:
+def _finish(
+  workdir: epath.Path, step: int, training: diffusion_training.Training
+) -> None:
   """Writes `result.json`: the last of each metric."""
   if jax.process_index():
     return
   result = metrics_writer.last_values(workdir / "metrics.jsonl") | {
     "step": step,
-    "parameters": freezing.count(setup.abstract.params),
-    "forward_macs": setup.denoiser.forward_macs,
+    "parameters": freezing.count(training.abstract.params),
+    "forward_macs": training.denoiser.forward_macs,
   }
   metrics_writer.write_whole(
     workdir / "result.json", json.dumps(result, indent=2)

@@ -6,7 +6,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.setup import checks, wiring
+from dcae_jax.setup import autoencoder_training, keys, models, start
 from dcae_jax.tasks import report, train_autoencoder
 from dcae_jax.training import loop
 
@@ -22,23 +22,26 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   sigterm = loop.Sigterm()
   config = chained(config, workdir)
   for name in _PHASES:
-    config[name] = wiring.for_device(config[name], jax.default_backend())
-  found = wiring.with_model(config.phase1).model
+    config[name] = keys.for_device(config[name], jax.default_backend())
+  with_model = models.with_model(config.phase1)
+  model = models.identity(keys.resolved(with_model.model))
   with config.unlocked():
     for name in _PHASES:
       if not config[name].model.variant:
-        config[name].model.update({k: found[k] for k in wiring.MODEL_KEYS})
-  model = wiring.resolved(config.phase1.model)
-  wiring.check_work_directory(config, workdir)
+        config[name].model.update(model._asdict())
+  start.begin(config, workdir)
   for name in _PHASES:
-    checks.check_autoencoder(config[name], name != _PHASES[0])
-    checks.check_same_model(model, config[name].model, "phase1")
-    wiring.check_work_directory(config[name], workdir / name)
+    is_first = name == _PHASES[0]
+    autoencoder_training.build(
+      config[name], predecessor_is_pending=not is_first
+    )
+    models.check_same(model, config[name].model, "phase1")
+    start.check_work_directory(config[name], workdir / name)
   report.check(config.report, runs_are_pending=True)
-  wiring.check_resolutions(config.report.resolutions, config.phase1.model)
+  models.check_resolutions(config.report.resolutions, config.phase1.model)
   for name in _PHASES:
     train_autoencoder.open_inputs(config[name])
-  wiring.write_config(config, workdir)
+  start.write_config(config, workdir)
   for name in _PHASES:
     finished = train_autoencoder.run(config[name], workdir / name, sigterm)
     if not finished or sigterm.received:

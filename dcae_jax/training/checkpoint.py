@@ -2,13 +2,13 @@
 
 The items are separate, so that a later stage restores parameters alone:
 `params` and `ema` (each with `params` and `batch_stats`), `optimizer` (the rest
-of the state) and `data` (the position of the data iterator). Local or `gs://`.
+of the state), `data` (the position of the data iterator) and `measured` (the
+last evaluation, with its step). Local or `gs://`.
 """
 
 import contextlib
-import json
+import functools
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dcae_jax.runs import metrics_writer
+from dcae_jax.training import sharding
 from dcae_jax.training import state as state_lib
 
 Tree = Any
@@ -36,16 +38,6 @@ def _items(state: state_lib.TrainState) -> dict[str, Tree]:
 def _state(items: dict[str, Tree]) -> state_lib.TrainState:
   return state_lib.TrainState(
     **items["params"], ema=items["ema"], **items["optimizer"]
-  )
-
-
-def _abstract(tree: Tree, shardings: Tree) -> Tree:
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
-    tree,
-    shardings,
   )
 
 
@@ -82,20 +74,25 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=True
       ),
-      item_names=("params", "ema", "optimizer", "data"),
+      item_names=("params", "ema", "optimizer", "data", "measured"),
     )
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
   def save(
-    self, step: int, state: state_lib.TrainState, data_state: dict[str, Any]
+    self,
+    step: int,
+    state: state_lib.TrainState,
+    data_state: dict[str, Any],
+    measured: dict[str, float],
   ) -> None:
     """Starts a save; returns when the arrays may be overwritten."""
     items = {
       name: ocp.args.StandardSave(item) for name, item in _items(state).items()
     }
     items["data"] = ocp.args.JsonSave(data_state)
+    items["measured"] = ocp.args.JsonSave(measured)
     with _explained(f"writing a checkpoint of step {step}"):
       self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -103,7 +100,7 @@ class Checkpoints:
     self, step: int, abstract: state_lib.TrainState, shardings: Tree
   ) -> tuple[state_lib.TrainState, dict[str, Any]]:
     """The state, placed by `shardings`, and the position of the data."""
-    targets = _items(_abstract(abstract, shardings))
+    targets = _items(sharding.placed(abstract, shardings))
     items = {
       name: ocp.args.StandardRestore(item) for name, item in targets.items()
     }
@@ -142,65 +139,30 @@ def restore_variables(
       raise ValueError(
         f"{run!r} has no finished checkpoint; let that run go on"
       )
-    target = ocp.args.StandardRestore(_abstract(abstract, shardings))
+    target = ocp.args.StandardRestore(sharding.placed(abstract, shardings))
     with _explained(f"reading {manager.directory / str(step)}"):
       found = manager.restore(step, args=ocp.args.Composite(**{item: target}))
   return step, found[item]
 
 
-def is_run(path: str) -> bool:
-  """Whether it is the work directory of a run, finished or not."""
-  if not path or (":/" in path and not path.startswith("gs://")):
-    return False
-  config = epath.Path(os.path.expanduser(path)) / "config.json"
-  return config.is_file() and b'"task"' in config.read_bytes()
+def measured(run: str, step: int) -> dict[str, float]:
+  """The last evaluation before a checkpoint, with its step.
 
-
-def read_run_config(
-  run: str, task: str = "train_autoencoder"
-) -> dict[str, Any]:
-  """The config of an earlier run of a task, that has a checkpoint.
-
-  Raises:
-    ValueError: there is no such run, or it has no checkpoint yet.
+  Args:
+    run: the work directory.
+    step: of the checkpoint.
   """
-  path = epath.Path(run).expanduser()
-  if not (path / "config.json").exists():
-    raise ValueError(
-      f"{run!r} is not the work directory of an earlier run: it has no "
-      "config.json; train it first, or correct the path"
-    )
-  config = read_config(path / "config.json")
-  if config["task"] == "train_phases":
-    raise ValueError(
-      f"{run!r} holds the runs of three phases; name one of them, such as "
-      f"{str(path / 'phase3')!r}"
-    )
-  if config["task"] != task:
-    raise ValueError(
-      f"{run!r} is the work directory of {config['task']!r}; name that of a "
-      f"run of {task!r}"
-    )
-  if task == "train_autoencoder" and "architecture" not in config["model"]:
-    raise ValueError(f"{run!r} is a run of an earlier version; train it again")
-  steps = path / "checkpoints"
-  names = [entry.name for entry in steps.iterdir()] if steps.exists() else []
-  if not any(name.isdigit() for name in names):
-    raise ValueError(f"{run!r} has no finished checkpoint; let that run go on")
-  return config
-
-
-def read_config(path: epath.Path) -> dict[str, Any]:
-  """The contents of a `config.json`; ValueError if it is damaged."""
-  try:
-    config = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(f"{path} is damaged ({error}); bring it back") from error
-  if not isinstance(config, dict) or "task" not in config:
-    raise ValueError(
-      f"{path} is not the config of a run; choose another directory"
-    )
-  return config
+  path = _absolute(epath.Path(run)) / "checkpoints" / str(step)
+  if (path / "measured").exists():
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+      return checkpointer.restore(path / "measured")
+  # Written before checkpoints had it.
+  lines = metrics_writer.read_lines(epath.Path(run) / "metrics.jsonl")
+  return functools.reduce(
+    lambda before, line: before | line,
+    (line for line in lines if line["step"] == step),
+    {},
+  )
 
 
 def check_space(workdir: epath.Path, abstract: Tree, keep: int) -> None:

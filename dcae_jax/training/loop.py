@@ -8,14 +8,13 @@ before anything is saved.
 
 import collections
 import contextlib
-import dataclasses
 import logging
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -69,8 +68,25 @@ class Sigterm:
     return self.received
 
 
-@dataclasses.dataclass(frozen=True)
-class Cadence:
+class Program(NamedTuple):
+  """What is run.
+
+  Attributes:
+    step: jitted, `(state, batch) -> (state, metrics)`.
+    evaluate: `(step, state) -> metrics`, or none.
+    images_per_step: of the global batch.
+    flops_per_step: of the model, over all devices; 0: not known.
+    peak_flops: per second, of all devices.
+  """
+
+  step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
+  evaluate: Callable[[int, State], dict[str, float]]
+  images_per_step: int
+  flops_per_step: float
+  peak_flops: float
+
+
+class Cadence(NamedTuple):
   """Numbers of steps between logs, evaluations and checkpoints; 0: never.
 
   Attributes:
@@ -85,51 +101,49 @@ class Cadence:
   checkpoint: int
   seconds: float
 
-  def due(self, every: int, step: int, last_step: int) -> bool:
-    return step == last_step or bool(every and step % every == 0)
 
+class Outlets(NamedTuple):
+  """Where it all goes, and who may end it early.
 
-def run(
-  step_fn: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
-  state: State,
-  batches: DeviceBatches,
-  *,
-  first_step: int,
-  last_step: int,
-  images_per_step: int,
-  flops_per_step: float,
-  peak_flops: float,
-  cadence: Cadence,
-  save: Callable[[int, State, dict[str, Any]], None],
-  evaluate: Callable[[int, State], dict[str, float]],
-  writer: Writer,
-  sigterm: Sigterm,
-  profiler: profiler_lib.Profiler,
-) -> tuple[State, int]:
-  """Trains from `first_step` to `last_step`; returns the state and last step.
-
-  Args:
-    step_fn: jitted, `(state, batch) -> (state, metrics)`.
-    state: at `first_step`; donated.
-    batches: on the devices.
-    first_step: steps done before.
-    last_step: steps to have done at the end.
-    images_per_step: of the global batch.
-    flops_per_step: of the model, over all devices; 0: not known.
-    peak_flops: per second, of all devices.
-    cadence: of logs, evaluations and checkpoints.
+  Attributes:
     save: `(step, state, position of the data)`; may return early.
-    evaluate: `(step, state) -> metrics`, or none.
     writer: of the metrics.
     sigterm: asks the loop to save and leave.
     profiler: of steps that are to be traced.
+  """
+
+  save: Callable[[int, State, dict[str, Any]], None]
+  writer: Writer
+  sigterm: Sigterm
+  profiler: profiler_lib.Profiler
+
+
+def run(
+  program: Program,
+  state: State,
+  batches: DeviceBatches,
+  steps: range,
+  cadence: Cadence,
+  outlets: Outlets,
+) -> tuple[State, int]:
+  """Trains; returns the state and the last step.
+
+  Args:
+    program: what is run.
+    state: before the first of the steps; donated.
+    batches: on the devices.
+    steps: to be done, counted from 1.
+    cadence: of logs, evaluations and checkpoints.
+    outlets: for metrics and checkpoints.
 
   Raises:
     FloatingPointError: a metric is not finite; names it and the step.
   """
-  clock = _Clock(
-    first_step, last_step, images_per_step, flops_per_step, peak_flops
+  done, last_step = steps.start - 1, steps.stop - 1
+  is_due = lambda every, step: (
+    step == last_step or bool(every and step % every == 0)
   )
+  clock = _Clock(done, last_step, program)
   interval = _Interval()
   pending = None  # (step, metrics) whose values are not fetched yet
   watchdog = watchdog_lib.Watchdog()
@@ -149,58 +163,57 @@ def run(
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     _check_finite(step, {f"train/{k}": v for k, v in metrics.items()})
     interval.add(metrics)
-    is_due = cadence.due(cadence.log, step, last_step)
-    if not is_due and clock.seconds_since_line() <= cadence.seconds:
+    logs = is_due(cadence.log, step)
+    if not logs and clock.seconds_since_line() <= cadence.seconds:
       return
     means, speeds = interval.means(), clock.speeds(step)
     _LOG.info(clock.line(step, means, speeds))
-    if is_due:
+    if logs:
       values = (means | speeds).items()
-      writer.scalars(step, {f"train/{k}": v for k, v in values})
+      outlets.writer.scalars(step, {f"train/{k}": v for k, v in values})
       interval.clear()
       clock.restart(step)
 
-  step = first_step
+  def evaluate(step: int) -> None:
+    values = program.evaluate(step, state)
+    _check_finite(step, values)
+    if values:
+      outlets.writer.scalars(step, values)
+      text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+      _LOG.info("evaluated  %s", text)
+
   try:
-    if step == 0:  # what training changes is seen beside it
+    if done == 0:  # what training changes is seen beside it
       with clock.paused():
-        _evaluate(evaluate, step, state, writer)
-    for step in range(first_step + 1, last_step + 1):
+        evaluate(0)
+    for step in steps:
       with waiting_for("data", f"the batch of step {step} to be loaded"):
         batch = next(batches)
-      profiler.before(step)
+      outlets.profiler.before(step)
       with waiting_for("step", f"the devices to begin step {step}"):
-        state, metrics = step_fn(state, batch)
+        state, metrics = program.step(state, batch)
       settle()
       pending = (step, metrics)
-      profiler.after(step, metrics)
-      stop = sigterm.requested(step)
-      evaluates = cadence.due(cadence.evaluate, step, last_step)
-      saves = stop or cadence.due(cadence.checkpoint, step, last_step)
+      outlets.profiler.after(step, metrics)
+      done = step
+      stop = outlets.sigterm.requested(step)
+      evaluates = is_due(cadence.evaluate, step)
+      saves = stop or is_due(cadence.checkpoint, step)
       if evaluates or saves:
         settle()
         with clock.paused():
           if evaluates:
-            _evaluate(evaluate, step, state, writer)
+            evaluate(step)
           if saves:
-            save(step, state, batches.get_state())
+            outlets.save(step, state, batches.get_state())
       if stop and step < last_step:
         _LOG.info("SIGTERM: saved step %d of %d", step, last_step)
         break
     settle()
   finally:
-    profiler.close()
+    outlets.profiler.close()
     watchdog.close()
-  return state, step
-
-
-def _evaluate(evaluate, step: int, state: State, writer: Writer) -> None:
-  values = evaluate(step, state)
-  _check_finite(step, values)
-  if values:
-    writer.scalars(step, values)
-    text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-    _LOG.info("evaluated  %s", text)
+  return state, done
 
 
 def _check_finite(step: int, metrics: dict[str, float]) -> None:
@@ -241,11 +254,12 @@ class _Clock:
   Without the time of evaluations and checkpoints.
   """
 
-  def __init__(self, first_step, last_step, images, flops, peak_flops):
+  def __init__(self, done: int, last_step: int, program: Program):
     self._last = last_step
-    self._images, self._flops, self._peak = images, flops, peak_flops
+    self._images = program.images_per_step
+    self._flops, self._peak = program.flops_per_step, program.peak_flops
     self._parts = collections.Counter()
-    self.restart(first_step)
+    self.restart(done)
     self._line = self._logged
 
   def restart(self, step: int) -> None:

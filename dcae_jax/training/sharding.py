@@ -107,6 +107,15 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
   return jax.tree.map_with_path(of_leaf, tree)
 
 
+def placed(tree: Tree, shardings: Tree) -> Tree:
+  """Shapes of arrays, and where they live."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
+
+
 def gather(shardings: Tree, mesh: Mesh) -> Callable[[Tree], Tree]:
   """A function that makes split arrays whole on each device, for their use.
 

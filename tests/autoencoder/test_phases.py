@@ -21,31 +21,31 @@ def _learning(parameters, patterns):
 
 def test_phases_train_what_the_paper_names(parameters):
   everything = freezing.parameter_paths(parameters)
-  for phase, modules in [
-    (phases.low_resolution_full_training(), ("",)),
+  for config, name, modules in [
+    (base.phase1("f32c32"), "low_resolution_full_training", ("",)),
     (
-      phases.high_resolution_latent_adaptation(),
+      base.phase2("f32c32"),
+      "high_resolution_latent_adaptation",
       ("encoder/project_out/", "decoder/project_in/"),
     ),
-    (phases.low_resolution_local_refinement(), ("decoder/project_out/",)),
+    (
+      base.phase3("f32c32"),
+      "low_resolution_local_refinement",
+      ("decoder/project_out/",),
+    ),
   ]:
+    assert config.phase == name
+    phase = phases.create(config.phase, config.trainable)
     expected = [p for p in everything if p.startswith(modules)]
     assert _learning(parameters, phase.trainable) == expected
 
 
 def test_only_phase_1_moves_statistics_and_only_phase_3_is_adversarial():
   found = {
-    name: (phase().moves_batch_statistics, phase().adversarial)
+    name: (phase.moves_batch_statistics, phase.adversarial)
     for name, phase in phases.PHASES.items()
   }
   assert list(found.values()) == [(True, False), (False, False), (False, True)]
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_config_defaults_are_those_of_the_phases(number):
-  config = getattr(base, f"phase{number}")("f32c32")
-  default = phases.PHASES[config.phase]()
-  assert phases.create(config.phase, config.trainable) == default
 
 
 def test_patterns_are_modules_or_shell_patterns(parameters):

@@ -9,10 +9,14 @@ import pytest
 
 from configs import base
 from dcae_jax.autoencoder import families, patchgan, phases, train_step
-from dcae_jax.training import freezing, optimizer
-from dcae_jax.training import state as state_lib
+from dcae_jax.training import freezing, learning, optimizer
 
-PHASES = list(phases.PHASES.values())
+PHASES = [
+  phases.create(config.phase, config.trainable)
+  for config in (
+    base.phase1("tiny-f8"), base.phase2("tiny-f8"), base.phase3("tiny-f8")
+  )
+]  # fmt: skip
 OPTIMIZER = dataclasses.replace(
   optimizer.Settings(**base.autoencoder().optimizer),
   learning_rate=1e-3,
@@ -59,21 +63,19 @@ def _build(model, variables, phase, **options):
       optimizer.create(OPTIMIZER, steps=100)[0],
       **(gan | options.pop("gan", {})),
     )
-  state = state_lib.create(
-    jax.tree.map(jnp.copy, variables),
-    mask,
-    transformation,
-    None,
-    discriminator,
-    adversarial.optimizer if adversarial else None,
+  learns = learning.Learning(
+    mask, transformation, schedule, learning.Ema(0.9, 0)
   )
-  step_fn = train_step.create(
-    apply=model.apply,
+  state = learns.init(jax.tree.map(jnp.copy, variables))
+  if adversarial:
+    state = state.replace(
+      discriminator=discriminator,
+      discriminator_optimizer=adversarial.optimizer.init(discriminator),
+    )
+  step_fn = train_step.TrainStep(
+    reconstruct=train_step.reconstruct_with(model.apply),
     phase=phase,
-    mask=mask,
-    optimizer=transformation,
-    schedule=schedule,
-    ema=train_step.Ema(0.9, 0),
+    learning=learns,
     adversarial=adversarial,
     **options,
   )
@@ -95,7 +97,6 @@ def _moved(before, after):
 def test_frozen_parameters_do_not_move_and_trainable_ones_do(
   model, variables, phase
 ):
-  phase = phase()
   step_fn, state, mask = _build(model, variables, phase)
   params = state.params
   params["encoder"]["project_in"]["conv"]["bias"] = jnp.full(8, -0.0)
@@ -103,8 +104,8 @@ def test_frozen_parameters_do_not_move_and_trainable_ones_do(
   after = state
   for seed in range(3):
     after, _ = step_fn(after, _images(seed=seed), {})
-  learning, _ = freezing.partition(state.params, mask)
-  expected = set(freezing.parameter_paths(learning))
+  learns, _ = freezing.partition(state.params, mask)
+  expected = set(freezing.parameter_paths(learns))
   assert _moved(state.params, after.params) == expected
   assert _moved(state.ema["params"], after.ema["params"]) - {
     "encoder/project_in/conv/bias"
@@ -121,12 +122,12 @@ def test_muon_has_no_state_for_frozen_parameters_and_leaves_their_bits(
   model, variables
 ):
   """In phase 2, with a batch in two parts."""
-  phase = PHASES[1]()
+  phase = PHASES[1]
   step_fn, state, mask = _build(
     model, variables, phase, accumulation=2, optimizer={"kind": "muon"}
   )
-  learning, _ = freezing.partition(state.params, mask)
-  kernels = {x for x in freezing.parameter_paths(learning) if "kernel" in x}
+  learns, _ = freezing.partition(state.params, mask)
+  kernels = {x for x in freezing.parameter_paths(learns) if "kernel" in x}
   leaves = jax.tree.leaves_with_path(state.optimizer)
   paths = {
     jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
@@ -138,13 +139,13 @@ def test_muon_has_no_state_for_frozen_parameters_and_leaves_their_bits(
   momenta = [x for x in paths if "/mu/" in x and x.endswith("kernel")]
   assert len(momenta) == len(kernels) == 2
   after, _ = step_fn(state, _images(), {})
-  expected = set(freezing.parameter_paths(learning))
+  expected = set(freezing.parameter_paths(learns))
   assert _moved(state.params, after.params) == expected
   assert _moved(state.ema["params"], after.ema["params"]) == expected
 
 
 def test_encode_is_bit_identical_after_phase_3(model, variables):
-  step_fn, state, _ = _build(model, variables, PHASES[2]())
+  step_fn, state, _ = _build(model, variables, PHASES[2])
   encode = jax.jit(functools.partial(model.apply, method="encode"))
   x = train_step.to_float(jnp.asarray(_images(2)))
   before = encode(state.variables, x)
@@ -158,14 +159,12 @@ def test_encode_is_bit_identical_after_phase_3(model, variables):
 def test_optimizer_has_moments_for_trainable_leaves_only(
   model, variables, phase
 ):
-  _, state, mask = _build(model, variables, phase())
-  learning, _ = freezing.partition(state.params, mask)
+  _, state, mask = _build(model, variables, phase)
+  learns, _ = freezing.partition(state.params, mask)
   adam = optax.tree.get(state.optimizer, "mu")
-  assert freezing.parameter_paths(adam) == freezing.parameter_paths(learning)
+  assert freezing.parameter_paths(adam) == freezing.parameter_paths(learns)
   scalars = sum(1 for x in jax.tree.leaves(state.optimizer) if x.ndim == 0)
-  assert (
-    freezing.count(state.optimizer) == 2 * freezing.count(learning) + scalars
-  )
+  assert freezing.count(state.optimizer) == 2 * freezing.count(learns) + scalars
 
 
 def test_flops_of_frozen_phases_against_phase_1():
@@ -175,10 +174,10 @@ def test_flops_of_frozen_phases_against_phase_1():
   variables = jax.eval_shape(model.init, jax.random.key(0), shape)
   flops = []
   for phase in PHASES:
-    build = lambda v, phase=phase: _build(model, v, phase(), with_gan=False)[1]
+    build = lambda v, phase=phase: _build(model, v, phase, with_gan=False)[1]
     state = jax.eval_shape(build, variables)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
-    step_fn, _, _ = _build(model, zeros, phase(), with_gan=False)
+    step_fn, _, _ = _build(model, zeros, phase, with_gan=False)
     compiled = step_fn.lower(state, images, {}).compile()
     flops.append(compiled.cost_analysis()["flops"])
   assert flops[1] / flops[0] <= 0.55
@@ -187,7 +186,7 @@ def test_flops_of_frozen_phases_against_phase_1():
 
 def test_step_is_adamw_with_decay_on_kernels_only(model, variables):
   """Against the update written out, for the first step of phase 3."""
-  phase = PHASES[2]()
+  phase = PHASES[2]
   options = {"weight_decay": 0.5, "clip_norm": 1e-3}
   step_fn, state, _ = _build(
     model, variables, phase, with_gan=False, optimizer=options
@@ -219,10 +218,10 @@ def test_step_is_adamw_with_decay_on_kernels_only(model, variables):
 
 
 def test_ema_ramps_up_and_covers_parameters_and_statistics(model, variables):
-  ema = train_step.Ema(0.99, 10)
+  ema = learning.Ema(0.99, 10)
   expected = 0.99 * (1 - np.exp(-np.array([1, 10, 100]) / 10))
   np.testing.assert_allclose(ema.at(jnp.array([1, 10, 100])), expected, 1e-5)
-  step_fn, state, _ = _build(model, variables, PHASES[0]())
+  step_fn, state, _ = _build(model, variables, PHASES[0])
   after, _ = step_fn(state, _images(), {})
   for name in ("params", "batch_stats"):
     jax.tree.map(
@@ -239,7 +238,7 @@ def test_ema_ramps_up_and_covers_parameters_and_statistics(model, variables):
 def test_accumulated_gradients_equal_those_of_the_whole_batch(
   model, variables, accumulation
 ):
-  phase = PHASES[1]()  # statistics are fixed: parts do not depend on each other
+  phase = PHASES[1]  # statistics are fixed: parts do not depend on each other
   whole, state, _ = _build(model, variables, phase)
   parts, _, _ = _build(model, variables, phase, accumulation=accumulation)
   a, metrics_a = whole(state, _images(), {})
@@ -254,7 +253,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(
 
 
 def test_accumulation_moves_statistics_once_per_part(model, variables):
-  step_fn, state, _ = _build(model, variables, PHASES[0](), accumulation=2)
+  step_fn, state, _ = _build(model, variables, PHASES[0], accumulation=2)
   after, _ = step_fn(state, _images(), {})
   expected = state.variables
   for part in (_images()[0::2], _images()[1::2]):
@@ -271,7 +270,10 @@ def test_accumulation_moves_statistics_once_per_part(model, variables):
 def test_perceptual_loss_is_added_with_its_weight(model, variables):
   perceptual = lambda p, x, y: p["scale"] * jnp.mean((x - y) ** 2, (1, 2, 3))
   step_fn, state, _ = _build(
-    model, variables, PHASES[1](), perceptual=perceptual, perceptual_weight=0.25
+    model,
+    variables,
+    PHASES[1],
+    perceptual=train_step.Perceptual(perceptual, 0.25),
   )
   _, metrics = step_fn(state, _images(), {"scale": jnp.float32(3.0)})
   y = model.apply(state.variables, train_step.to_float(jnp.asarray(_images())))
@@ -303,7 +305,7 @@ def test_gan_gradient_has_its_weight(model, variables, adaptive):
   clip = {"clip_norm": 0.0}
   gan = {"adaptive": adaptive}
   step_fn, state, _ = _build(
-    model, variables, PHASES[2](), gan=gan, optimizer=clip
+    model, variables, PHASES[2], gan=gan, optimizer=clip
   )
   after, metrics = step_fn(state, _images(), {})
   l1, generator = _last_kernel_gradients(model, state, 0.5)
@@ -324,8 +326,8 @@ def test_generator_feels_the_discriminator_from_its_start_step(
   model, variables
 ):
   gan = {"start_step": 1}
-  step_fn, state, _ = _build(model, variables, PHASES[2](), gan=gan)
-  without, plain, _ = _build(model, variables, PHASES[2](), with_gan=False)
+  step_fn, state, _ = _build(model, variables, PHASES[2], gan=gan)
+  without, plain, _ = _build(model, variables, PHASES[2], with_gan=False)
   first, metrics = step_fn(state, _images(), {})
   expected, _ = without(plain, _images(), {})
   jax.tree.map(
@@ -342,7 +344,7 @@ def test_generator_feels_the_discriminator_from_its_start_step(
 def test_discriminator_learns_from_the_same_batch_before_the_update(
   model, variables
 ):
-  step_fn, state, _ = _build(model, variables, PHASES[2]())
+  step_fn, state, _ = _build(model, variables, PHASES[2])
   _, metrics = step_fn(state, _images(), {})
   x = train_step.to_float(jnp.asarray(_images()))
   y = model.apply(state.variables, x)

@@ -22,10 +22,10 @@ from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.evaluation import fid, sample_metrics, samples
 from dcae_jax.evaluation.networks import inception
 from dcae_jax.latents import decode, reader
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, work_directory
 from dcae_jax.setup import denoising
 from dcae_jax.tasks import evaluate_diffusion, train_diffusion
-from dcae_jax.training import checkpoint, loop, sharding
+from dcae_jax.training import loop, sharding
 
 SAMPLES, BATCH, SCALES = 12, 8, (1.0, 2.5)
 
@@ -241,7 +241,7 @@ _PLAIN = (
 def test_each_device_draws_its_own_samples(trained):
   """The program of a device has an eighth of the work."""
   c = base.evaluate_diffusion()
-  run = checkpoint.read_run_config(str(trained), "train_diffusion")
+  run = work_directory.read_run_config(str(trained), "train_diffusion")
   model = evaluate_diffusion.open_model(c, run)
   mesh = sharding.local_mesh()
   whole, by_row = sharding.replicated(mesh), sharding.by_rows(mesh)
@@ -471,7 +471,7 @@ def test_sigterm_stops_between_parts(config, tmp_path, monkeypatch):
     ({"guidance": (1.0, 1.0)}, "names a scale twice"),
     ({"classes": (0, 3)}, "class 3 in config.classes is not from 0 to 2"),
     ({"classes": (-1,)}, "class -1 in config.classes"),
-    ({"samples": 0}, "config.samples=0 is not from 1"),
+    ({"samples": 0}, "config.samples=0 is below 1"),
     ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8"),
     ({"images": "jpg"}, "config.images='jpg' is not among 'png', 'npz', ''"),
     ({"metrics": ("fid",)}, "unknown metric 'fid'.*gfid, inception_score"),

@@ -67,7 +67,7 @@ def test_sigterm_stops_in_any_stage(config, tmp_path, monkeypatch):
   [
     ({"samples.guidance": (-1.0,)}, "guidance scale -1.0 is negative"),
     ({"samples.batch_size": 3}, "config.batch_size=3 is not divisible"),
-    ({"training.label_dropout": 2.0}, "label_dropout=2.0 is not from 0 to 1"),
+    ({"training.label_dropout": 2.0}, "label_dropout=2.0 is above 1"),
     ({"training.sampler.steps": 1}, "1 steps are too few"),
     ({"training.model.variant": "UViT-G"}, "unknown denoiser 'UViT-G'"),
     ({"training.model.patch_size": 4}, "latent side 2 is not divisible"),

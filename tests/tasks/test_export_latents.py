@@ -439,7 +439,7 @@ def test_latents_that_are_not_finite_are_refused(config, tmp_path, whole):
     ({"shard_rows": 24}, "shard_rows=24 is not a multiple of 16"),
     ({"crop": "middle"}, "unknown crop 'middle'"),
     ({"crops_per_image": 2}, "would all be the same"),
-    ({"batch_size_per_device": 0}, "batch_size_per_device=0 is not from 1"),
+    ({"batch_size_per_device": 0}, "batch_size_per_device=0 is below 1"),
     ({"min_area": float("nan")}, "min_area=nan"),
     ({"retries": -1}, "retries=-1"),
     ({"source.kind": "npy"}, "config.flip and config.crops_per_image need"),

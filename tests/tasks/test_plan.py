@@ -39,8 +39,8 @@ def config_file(tmp_path):
 
 def _measure(path, topology="", changes=None, options=None):
   config = plan.load(path, changes or {})[""]
-  step = plan.abstract_step(config, plan.devices_of(topology))
-  return plan.measure("tiny", topology, step, config.batch_size, options or {})
+  training = plan.build(config, plan.devices_of(topology))
+  return plan.measure("tiny", topology, training, options or {})
 
 
 def test_state_of_a_chip_falls_as_one_nth_with_fsdp(config_file):

@@ -13,15 +13,13 @@ from conftest import fill_store
 from etils import epath
 
 from configs import base
-from dcae_jax.autoencoder import train_step as autoencoder_train_step
 from dcae_jax.diffusion import objectives
 from dcae_jax.diffusion import train_step as diffusion_train_step
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.latents import reader
 from dcae_jax.setup import denoising
 from dcae_jax.tasks import train_diffusion
-from dcae_jax.training import checkpoint, loop, optimizer
-from dcae_jax.training import state as state_lib
+from dcae_jax.training import checkpoint, learning, loop, optimizer
 
 SHAPE, ROWS, CLASSES = (2, 2, 16), 48, 3
 
@@ -143,6 +141,7 @@ def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
   )  # fmt: skip
   adamw, schedule = optimizer.create(optimizer.Settings(**c.optimizer), c.steps)
   mask = jax.tree.map(lambda _: True, variables["params"])
+  learns = learning.Learning(mask, adamw, schedule, learning.Ema(0.5, 0))
   batch = reader.Latents(tiny_latents).read(np.arange(16))
   others = batch | {"labels": (batch["labels"] + 1) % CLASSES}
   totals = {}
@@ -154,13 +153,11 @@ def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
         num_classes=CLASSES,
         label_dropout=dropout,
         channel_candidates=candidates,
-        optimizer=adamw,
-        schedule=schedule,
-        ema=autoencoder_train_step.Ema(0.5, 0),
+        learning=learns,
         seed=0,
       )
     )
-    state = state_lib.create({"batch_stats": {}} | variables, mask, adamw)
+    state = learns.init({"batch_stats": {}} | variables)
     after, metrics = step(state, batch)
     _, changed = step(state, others)
     equal = metrics["loss/total"] == changed["loss/total"]
@@ -267,8 +264,8 @@ def test_other_latents_are_refused_on_resume(
     ({"batch_size": 64}, "48 rows, and a batch of all processes 64"),
     ({"mesh.spatial": 2, "mesh.data": 4}, "splits images"),
     ({"optimizer.schedule": "step"}, "schedule='step'; known are constant"),
-    ({"optimizer.final_rate": -1.0}, "final_rate=-1.0 is not from 0 to 1"),
-    ({"label_dropout": 1.5}, "label_dropout=1.5 is not from 0 to 1"),
+    ({"optimizer.final_rate": -1.0}, "final_rate=-1.0 is below 0"),
+    ({"label_dropout": 1.5}, "label_dropout=1.5 is above 1"),
     ({"autoencoder": "/nowhere", "samples.count": 1}, "cannot be loaded"),
   ],
 )

@@ -16,13 +16,12 @@ from configs import base
 from dcae_jax.autoencoder import families, network, phases, train_step
 from dcae_jax.autoencoder.sd_vae import variants as sd_vae_variants
 from dcae_jax.tasks import train_autoencoder
-from dcae_jax.training import freezing, optimizer
-from dcae_jax.training import state as state_lib
+from dcae_jax.training import freezing, learning, optimizer
 from tasks.test_train_autoencoder import _assert_same_bits, _lines, _saved
 
 TINY = "tiny-sd-vae-f8"
 SEED = 3
-PHASE_1 = phases.low_resolution_full_training()
+PHASE_1 = phases.create("low_resolution_full_training", ("*",))
 
 
 def _run(config, workdir):
@@ -108,22 +107,18 @@ def _build(model, variables, weight, **options):
   )
   transformation, schedule = optimizer.create(settings, steps=100)
 
-  def reconstruct(variables, images, key, **options):
-    return model.apply(
-      variables, images, key, method="reconstruct_sample", **options
-    )
-
-  step_fn = train_step.create(
-    apply=model.apply,
+  learns = learning.Learning(
+    mask, transformation, schedule, learning.Ema(0.9, 0)
+  )
+  step_fn = train_step.TrainStep(
+    reconstruct=train_step.reconstruct_with(model.apply, samples_latents=True),
     phase=PHASE_1,
-    mask=mask,
-    optimizer=transformation,
-    schedule=schedule,
-    ema=train_step.Ema(0.9, 0),
-    variational=train_step.Variational(reconstruct, weight, SEED),
+    learning=learns,
+    kl_weight=weight,
+    seed=SEED,
     **options,
   )
-  return jax.jit(step_fn), state_lib.create(variables, mask, transformation)
+  return jax.jit(step_fn), learns.init(variables)
 
 
 def _key(step_number, part):

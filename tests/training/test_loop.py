@@ -57,21 +57,18 @@ class _World:
     sigterm=None,
   ):  # fmt: skip
     return loop.run(
-      self.step,
+      loop.Program(self.step, self.evaluate, 8, 1e9, 1e12),
       first,
       self,
-      first_step=first,
-      last_step=last,
-      images_per_step=8,
-      flops_per_step=1e9,
-      peak_flops=1e12,
-      cadence=loop.Cadence(log, evaluate, checkpoint, seconds),
-      save=self.save,
-      evaluate=self.evaluate,
-      writer=self,
-      sigterm=sigterm or loop.Sigterm(),
-      profiler=profiler.Profiler(
-        first=first, start=0, steps=0, on_signal=3, directory=""
+      range(first + 1, last + 1),
+      loop.Cadence(log, evaluate, checkpoint, seconds),
+      loop.Outlets(
+        save=self.save,
+        writer=self,
+        sigterm=sigterm or loop.Sigterm(),
+        profiler=profiler.Profiler(
+          first=first, start=0, steps=0, on_signal=3, directory=""
+        ),
       ),
     )
 
@@ -183,21 +180,16 @@ def test_the_time_of_a_step_is_told_apart():
   world.step = lambda *a: (time.sleep(0.05), step(*a))[1]
   batches = _Slow(load, world.get_state, 0.1)
   loop.run(
-    world.step,
+    loop.Program(world.step, world.evaluate, 8, 0.0, 1.0),
     0,
     batches,
-    first_step=0,
-    last_step=4,
-    images_per_step=8,
-    flops_per_step=0.0,
-    peak_flops=1e12,
-    cadence=loop.Cadence(4, 0, 0, 1e9),
-    save=world.save,
-    evaluate=world.evaluate,
-    writer=world,
-    sigterm=loop.Sigterm(),
-    profiler=profiler.Profiler(
-      first=0, start=0, steps=0, on_signal=3, directory=""
+    range(1, 5),
+    loop.Cadence(4, 0, 0, 1e9),
+    loop.Outlets(
+      world.save,
+      world,
+      loop.Sigterm(),
+      profiler.Profiler(first=0, start=0, steps=0, on_signal=3, directory=""),
     ),
   )
   found = next(x for x in values if "train/seconds/data" in x)

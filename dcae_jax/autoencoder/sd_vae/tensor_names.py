@@ -53,11 +53,11 @@ def modules(
   """All modules, and those that only other variants have."""
   for ours, diffusers in _ENDS.items():
     yield module_name.Module(ours, "", diffusers)
-  stages, depth = range(len(architecture.widths)), architecture.depth
+  stages = range(len(architecture.widths))
   # Theirs go from the input to the output.
   for part, way, depth, order in (
-    ("encoder", "down", depth, stages),
-    ("decoder", "up", depth + 1, stages[::-1]),
+    ("encoder", "down", architecture.depth, stages),
+    ("decoder", "up", architecture.depth + 1, stages[::-1]),
   ):
     yield from _unit(f"{part}/middle", f"{part}.mid_block", 2)
     for place, i in enumerate(order):

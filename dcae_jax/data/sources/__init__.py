@@ -1,7 +1,9 @@
 """Where images come from: a folder, a TFDS dataset, or an installed package.
 
-A kind of source is one file; here stands what the others call.
+A kind of source is one file, and one line in `KINDS`.
 """
+
+from collections.abc import Callable
 
 from dcae_jax.data.sources.embedded_photographs import embedded
 from dcae_jax.data.sources.files import (
@@ -15,7 +17,15 @@ from dcae_jax.data.sources.protocol import Record, Source, limited
 from dcae_jax.data.sources.subsets import ClassPerImage, Subset, split
 from dcae_jax.data.sources.tensorflow_dataset import TensorFlowDataset
 
+# By `kind`: what opens it, given the keys of a source's config that it names.
+KINDS: dict[str, Callable[..., Source]] = {
+  "folder": folder,
+  "tfds": TensorFlowDataset,
+  "embedded": embedded,
+}
+
 __all__ = [
+  "KINDS",
   "SUFFIXES",
   "ClassPerImage",
   "Files",

@@ -13,8 +13,15 @@ class TensorFlowDataset:
   Reads without TensorFlow, local or `gs://`, without decoding.
   """
 
-  def __init__(self, name: str, split: str, data_dir: str):
-    self._arguments = (name, split, data_dir)
+  def __init__(self, name: str, split: str, path: str):
+    """Opens a prepared dataset.
+
+    Args:
+      name: of the dataset.
+      split: of it.
+      path: its `data_dir`; "": the default one.
+    """
+    self._arguments = (name, split, path)
     self._builder = self._prepared()
     label = dict(self._builder.info.features).get("label")
     self.classes = list(getattr(label, "names", None) or [])

@@ -1,0 +1,346 @@
+"""The training of an autoencoder, built from its config.
+
+Nothing is allocated, read or compiled, and no device is asked: what cannot be
+trained is refused by what is built here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dcae_jax.autoencoder import (
+  families,
+  family,
+  network,
+  patchgan,
+  phases,
+  train_step,
+)
+from dcae_jax.autoencoder.weights import conversion, released
+from dcae_jax.data import images
+from dcae_jax.evaluation.networks import lpips
+from dcae_jax.runs import work_directory
+from dcae_jax.setup import keys, metric_networks, models
+from dcae_jax.training import (
+  checkpoint,
+  freezing,
+  learning,
+  optimizer,
+  sharding,
+)
+from dcae_jax.training import state as state_lib
+
+_INITIAL, _DISCRIMINATOR = 0, 1  # what the seed is for; 2 is sampled latents
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What is known before anything is compiled.
+
+  Attributes:
+    config: of the run.
+    autoencoder: the module.
+    phase: of the training.
+    learning: how its parameters do.
+    discriminator: the module of phase 3, else None.
+    adversarial: its loss, else None.
+    mesh: of the devices.
+    variables: shapes of the autoencoder's.
+  """
+
+  config: ConfigDict
+  autoencoder: network.Network
+  phase: phases.Phase
+  learning: learning.Learning
+  discriminator: patchgan.PatchGAN | None
+  adversarial: train_step.Adversarial | None
+  mesh: Mesh
+  variables: Any
+  takes_parts = True
+
+  @property
+  def _family(self) -> family.Family:
+    return families.of(self.autoencoder.architecture)
+
+  @functools.cached_property
+  def abstract(self) -> state_lib.TrainState:
+    """Shapes of the state."""
+    return jax.eval_shape(self._state, self.variables)
+
+  @functools.cached_property
+  def shardings(self) -> Any:
+    """Where the leaves of the state live."""
+    return sharding.shardings(self.abstract, self.mesh)
+
+  def begin(self) -> state_lib.TrainState:
+    """Step 0: from `init_from`, or from initial values."""
+    if not self.config.init_from:
+      key = jax.random.key(self.config.seed)
+      create = lambda key: self._state(self._initial_variables(key))
+      return jax.jit(create, out_shardings=self.shardings)(
+        jax.random.fold_in(key, _INITIAL)
+      )
+    abstract = self.abstract.variables
+    placed = sharding.shardings(abstract, self.mesh)
+    if work_directory.is_run(self.config.init_from):
+      first = "ema" if self.config.start_from_averages else "params"
+      (_, variables), (_, ema) = (
+        checkpoint.restore_variables(
+          self.config.init_from, item, abstract, placed
+        )
+        for item in (first, "ema")
+      )
+    else:
+      found = released.find(self.config.init_from)
+      variables, _ = conversion.read(found.entries, found.files, placed)
+      ema = None  # starts as a copy
+    create = jax.jit(
+      self._state, out_shardings=self.shardings, donate_argnums=(0, 1)
+    )
+    return create(variables, ema)
+
+  def _initial_variables(self, key: jax.Array) -> Any:
+    variables = network.initial_variables(
+      self.autoencoder, self.config.model.image_channels, key
+    )
+    params = self._family.with_branch_scale(
+      variables["params"], self.config.initial_branch_scale
+    )
+    return variables | {"params": params}
+
+  def _state(self, variables: Any, ema: Any = None) -> state_lib.TrainState:
+    state = self.learning.init(variables, ema)
+    if self.discriminator is None:
+      return state
+    side = self.config.resolution
+    key = jax.random.fold_in(jax.random.key(self.config.seed), _DISCRIMINATOR)
+    parameters = self.discriminator.init(
+      key,
+      jnp.zeros((1, side, side, self.config.model.image_channels), jnp.float32),
+    )["params"]
+    return state.replace(
+      discriminator=parameters,
+      discriminator_optimizer=self.adversarial.optimizer.init(parameters),
+    )
+
+  def step(
+    self, gather: Callable[[Any], Any] = lambda params: params
+  ) -> train_step.TrainStep:
+    """Not jitted; `gather` makes parameters whole that devices share."""
+    c = self.config
+    distance = functools.partial(lpips.distance, network=c.lpips.network)
+    return train_step.TrainStep(
+      reconstruct=train_step.reconstruct_with(
+        self.autoencoder.apply,
+        self._family.samples_latents,
+        gather,
+      ),
+      phase=self.phase,
+      learning=self.learning,
+      perceptual=train_step.Perceptual(distance, c.lpips.weight)
+      if c.lpips.weight
+      else None,
+      adversarial=self.adversarial,
+      kl_weight=c.kl.weight,
+      seed=c.seed,
+      accumulation=c.accumulation,
+    )
+
+  def jitted(self) -> Any:
+    """The step over the mesh; the state is donated."""
+    gather = sharding.gather(self.shardings.params, self.mesh)
+    return jax.jit(
+      self.step(gather),
+      donate_argnums=0,
+      out_shardings=(self.shardings, sharding.replicated(self.mesh)),
+    )
+
+  def arguments(self) -> tuple[Any, ...]:
+    """Shapes of what the step is called with, and where they live."""
+    side = self.config.resolution
+    pixels = jax.ShapeDtypeStruct(
+      (self.config.batch_size, side, side, self.config.model.image_channels),
+      np.uint8,
+      sharding=jax.sharding.NamedSharding(self.mesh, sharding.IMAGES),
+    )
+    shapes = {}
+    if self.config.lpips.weight:
+      shapes = lpips.parameter_shapes(self.config.lpips.network)
+    perceptual_parameters = {
+      name: jax.ShapeDtypeStruct(
+        shape, np.float32, sharding=sharding.replicated(self.mesh)
+      )
+      for name, shape in shapes.items()
+    }
+    return (
+      sharding.placed(self.abstract, self.shardings),
+      pixels,
+      perceptual_parameters,
+    )
+
+  def flops(self, rematerialisation: bool) -> float:
+    """Of a step over all devices; 0 where they cannot be counted.
+
+    Args:
+      rematerialisation: with what is computed twice, if the config has it so.
+    """
+    config = self.config.copy_and_resolve_references()
+    config.model.scan = False
+    config.accumulation = 1  # the parts of a loop are counted once
+    if not rematerialisation:
+      config.model.rematerialisation = False
+    unrolled = dataclasses.replace(
+      self, config=config, autoencoder=models.create(config.model)
+    )
+    arguments = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.arguments()
+    )
+    try:  # the CPU's compiler counts for all: others cannot before compiling
+      with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        traced = jax.jit(unrolled.step()).trace(*arguments)
+        # Without the CPU's own convolutions, which save multiplications.
+        lowered = traced.lower(lowering_platforms=("tpu",))
+        return lowered.cost_analysis()["flops"]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+      return 0.0
+
+  def description(self) -> str:
+    """One line: what is trained, and how much of it learns."""
+    learns, frozen = freezing.partition(
+      self.abstract.params, self.learning.mask
+    )
+    return (
+      f"{self.config.phase} of {self.config.model.variant} at "
+      f"{self.config.resolution} px: {freezing.count(learns):,} parameters "
+      f"learn, {freezing.count(frozen):,} are frozen; {self.mesh.size} devices"
+    )
+
+
+def build(
+  config: ConfigDict,
+  devices: list[jax.Device] | None = None,
+  predecessor_is_pending: bool = False,
+) -> Training:
+  """The training of a config.
+
+  Args:
+    config: of the run, with its model.
+    devices: that it is for; they need not be there. None: all that are.
+    predecessor_is_pending: `init_from` names a run that is still to come, or
+      none.
+
+  Raises:
+    ValueError: the config cannot be run.
+  """
+  keys.check(config)
+  _check_images(config)
+  phase = phases.create(config.phase, config.trainable)
+  if not predecessor_is_pending:
+    _check_predecessor(config, phase)
+  mesh = sharding.create_mesh(**config.mesh, devices=devices)
+  for resolution in (config.resolution, *config.evaluation.resolutions):
+    sharding.check_batch(
+      config.batch_size, config.accumulation, resolution, mesh
+    )
+  settings = optimizer.Settings(**config.optimizer)
+  transformation, schedule = optimizer.create(
+    settings, config.steps, sharding.on_whole_arrays(mesh)
+  )
+  autoencoder = models.create(config.model)
+  variables = network.abstract_variables(
+    autoencoder, config.model.image_channels
+  )
+  mask = freezing.trainable_mask(variables["params"], phase.trainable)
+  if config.model.scan and not phases.blocks_learn_alike(mask):
+    # Stacked blocks are differentiated together, frozen ones too.
+    unrolled = config.model.copy_and_resolve_references()
+    unrolled.scan = False
+    autoencoder = models.create(unrolled)
+  discriminator = adversarial = None
+  if phase.adversarial:
+    discriminator, adversarial = _adversarial(config, settings, mask)
+  ema = learning.Ema(config.ema.decay, config.ema.ramp_steps)
+  return Training(
+    config,
+    autoencoder,
+    phase,
+    learning.Learning(mask, transformation, schedule, ema),
+    discriminator,
+    adversarial,
+    mesh,
+    variables,
+  )
+
+
+def _adversarial(
+  config: ConfigDict, settings: optimizer.Settings, mask: Any
+) -> tuple[patchgan.PatchGAN, train_step.Adversarial]:
+  c = config.discriminator
+  if c.adaptive and not train_step.last_layer(mask):
+    raise ValueError(
+      "config.discriminator.adaptive needs decoder/project_out/conv among "
+      "the trainable parameters; set it to False, or add the pattern"
+    )
+  smallest = patchgan.smallest_side(c.layers)
+  if config.resolution < smallest:
+    raise ValueError(
+      f"config.resolution={config.resolution} is too small for a "
+      f"discriminator with {c.layers} layers; use at least {smallest}, or "
+      "fewer layers"
+    )
+  discriminator = patchgan.PatchGAN(c.width, c.layers)
+  settings = optimizer.of_discriminator(settings, c.learning_rate)
+  return discriminator, train_step.Adversarial(
+    lambda params, x: discriminator.apply({"params": params}, x),
+    optimizer.create(settings, config.steps)[0],
+    c.weight,
+    c.adaptive,
+    c.start_step,
+  )
+
+
+def _check_images(config: ConfigDict) -> None:
+  """Raises ValueError for sides of images that do not fit what reads them."""
+  sides = config.evaluation.resolutions
+  if not sides:
+    raise ValueError(
+      "config.evaluation.resolutions is empty; name at least one"
+    )
+  models.check_resolutions((config.resolution, *sides), config.model)
+  images.Cropping(config.data.crop, config.resolution)
+  metric_networks.check(config.evaluation, "config.evaluation")
+  for key in ("min_size", "shorter_side"):
+    if 0 < config.data[key] < config.resolution:
+      raise ValueError(
+        f"config.data.{key}={config.data[key]} is below config.resolution="
+        f"{config.resolution}, so that images would be enlarged; set it to "
+        f"{config.resolution}, or to 0 to allow that"
+      )
+  network = config.lpips.network
+  lpips.parameter_shapes(network)
+  if config.lpips.weight and config.resolution < lpips.SMALLEST_SIDE[network]:
+    raise ValueError(
+      f"config.resolution={config.resolution} is too small for LPIPS with "
+      f"{network}; use at least {lpips.SMALLEST_SIDE[network]}"
+    )
+
+
+def _check_predecessor(config: ConfigDict, phase: phases.Phase) -> None:
+  if config.init_from:
+    models.check_same(
+      models.identity_of(config.init_from),
+      config.model,
+      f"config.init_from={config.init_from!r}",
+    )
+  elif not phase.from_scratch:
+    raise ValueError(
+      f"phase {config.phase!r} starts from a trained autoencoder; set "
+      "--config.init_from to the work directory of the phase before it"
+    )

@@ -1,0 +1,71 @@
+"""Sources of images, from configs."""
+
+import inspect
+import math
+
+from ml_collections import ConfigDict
+
+from dcae_jax.data import sources
+
+
+def weighted_sources(
+  config: ConfigDict,
+) -> list[tuple[sources.Source, float]]:
+  """The members of a source config, with their weights.
+
+  Raises:
+    ValueError: an unknown kind, or a source that does not exist.
+  """
+  if config.kind == "mixture":
+    members = list(config.members.values())
+    if not members or any(member.kind == "mixture" for member in members):
+      raise ValueError(
+        "a source of kind 'mixture' needs at least one member, and none that "
+        "is a mixture itself"
+      )
+    if config.part:
+      raise ValueError(
+        f"a source of kind 'mixture' has no part {config.part!r}; its members "
+        "have: config.data.source.members.NAME.part"
+      )
+    return [pair for member in members for pair in weighted_sources(member)]
+  if not 0 < config.weight < math.inf:
+    raise ValueError(f"source weight {config.weight} is not a positive number")
+  return [(part_of(whole(config), config), config.weight)]
+
+
+def whole(config: ConfigDict) -> sources.Source:
+  """The source of a kind, all of it.
+
+  Raises:
+    ValueError: an unknown kind, or a source that does not exist.
+  """
+  if config.kind not in sources.KINDS:
+    raise ValueError(
+      f"unknown source kind {config.kind!r}; known are "
+      f"{', '.join(sources.KINDS)}, mixture"
+    )
+  open_ = sources.KINDS[config.kind]
+  return open_(
+    **{key: config[key] for key in inspect.signature(open_).parameters}
+  )
+
+
+def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:
+  """The part of a source that its config names."""
+  if not config.part:
+    return source
+  parts = ("training", "held_out")
+  if config.part not in parts:
+    raise ValueError(
+      f"unknown part {config.part!r} of a source; known are "
+      f"{', '.join(parts)}, and '' for all of it"
+    )
+  return sources.split(source, config.held_out)[parts.index(config.part)]
+
+
+def single_source(config: ConfigDict) -> sources.Source:
+  """A source that is not a mixture: evaluations have an order."""
+  if config.kind == "mixture":
+    raise ValueError("images are evaluated from one source, not from a mixture")
+  return weighted_sources(config)[0][0]

@@ -1,0 +1,112 @@
+"""What `configs/base.py` says of keys, applied to the config of a task.
+
+Bounds of numbers, defaults of runs made before a key was there, which keys may
+change between two starts, and the values for an accelerator.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base
+from dcae_jax.runs import differences
+
+_LOG = logging.getLogger(__name__)
+_NOTHING = types.MappingProxyType({})
+
+
+def resolved(config: ConfigDict) -> dict[str, Any]:
+  """The config as JSON has it: tuples are lists."""
+  return json.loads(config.to_json_best_effort())
+
+
+def check(config: ConfigDict) -> None:
+  """Raises ValueError for a number that is not within the bounds of its key."""
+  config = resolved(config)
+  values = differences.flat(config)
+  for path, key in _keys(config).items():
+    value = values.get(path)
+    if key.least is None:
+      continue
+    if not value >= key.least:  # also for NaN
+      raise ValueError(f"config.{path}={value} is below {key.least}")
+    if value > key.most:
+      raise ValueError(f"config.{path}={value} is above {key.most}")
+
+
+def completed(config: dict[str, Any]) -> ConfigDict:
+  """The config of an earlier run, with the defaults of keys added since."""
+  config = copy.deepcopy(config)
+  known = differences.flat(config)
+  for path, key in _keys(config).items():
+    if path not in known:
+      *groups, name = path.split(".")
+      group = config
+      for part in groups:
+        group = group.setdefault(part, {})
+      group[name] = key.default
+  return ConfigDict(config)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+  """What differs from an earlier run's config, and must not."""
+  there, keys = differences.flat(before), _keys(now)
+  for path, key in keys.items():
+    there.setdefault(path, json.loads(json.dumps(key.default)))
+  found = differences.differences(there, now)
+  return [
+    text
+    for path, text in found.items()
+    if path not in keys or not keys[path].may_change
+  ]
+
+
+def for_device(config: ConfigDict, backend: str) -> ConfigDict:
+  """The config with the values that `on_accelerator` has for a GPU or TPU.
+
+  Raises:
+    ValueError: they are for a key that is not there.
+  """
+  config = config.copy_and_resolve_references()
+  here, there = differences.flat(config.to_dict()), {}
+  for path, before, value in config.on_accelerator:
+    if path not in here:
+      raise ValueError(f"config.on_accelerator names {path!r}, which is no key")
+    if here[path] == before and backend != "cpu":
+      there[path] = value
+  if there:
+    _LOG.info("for this %s: %s", backend, there)
+  config.update_from_flattened_dict(there)
+  config.on_accelerator = ()
+  return config
+
+
+def _keys(
+  config: dict[str, Any], described: Mapping[str, Any] = _NOTHING
+) -> dict[str, base.Key]:
+  """By path: what is said of the keys of a config, and of those it lacks."""
+  task = base.TASKS.get(config.get("task"))  # maybe within another one
+  if task is not None:
+    described = task.keys().to_dict()
+  found = {}
+  for name in dict.fromkeys((*described, *config)):
+    key, value = described.get(name), config.get(name)
+    if name == "members":  # of a source: each is a source, too
+      key = dict.fromkeys(value or (), described)
+    if isinstance(key, dict) or isinstance(value, dict):
+      inner = _keys(value or {}, key or {})
+      found |= {f"{name}.{path}": x for path, x in inner.items()}
+    else:
+      found[name] = key if isinstance(key, base.Key) else base.Key(key)
+  if task is not None and task.begins_anew:
+    found = {
+      path: dataclasses.replace(key, may_change=True)
+      for path, key in found.items()
+    }
+  return found

@@ -1,0 +1,137 @@
+"""Autoencoders of configs, runs and released weights; nothing is allocated."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from dcae_jax.autoencoder import families, network
+from dcae_jax.autoencoder.weights import released
+from dcae_jax.data import decoding
+from dcae_jax.evaluation import image_metrics
+from dcae_jax.runs import differences, work_directory
+from dcae_jax.setup import keys
+
+
+def create(config: ConfigDict) -> network.Network:
+  """The autoencoder of `config.model`."""
+  return families.create(
+    families.of_model(config.variant, config.architecture.to_dict()),
+    image_channels=config.image_channels,
+    residual_autoencoding=config.residual_autoencoding,
+    rematerialisation=config.rematerialisation,
+    scan=config.scan,
+    dtype=config.dtype,
+  )
+
+
+class Identity(NamedTuple):
+  """What makes parameters of one model fit another; keys of `config.model`."""
+
+  variant: str
+  architecture: dict[str, Any]
+  image_channels: int
+  residual_autoencoding: bool
+
+
+def identity(model: Mapping[str, Any]) -> Identity:
+  """Of the model's part of a config, with the architecture in whole."""
+  variant, architecture, *rest = (model[key] for key in Identity._fields)
+  architecture = families.described(variant, architecture, rest[0])
+  return Identity(variant, architecture, *rest)
+
+
+def identity_of(source: str) -> Identity:
+  """Of the model of a run, or of released weights.
+
+  Raises:
+    ValueError: `source` is neither, or what it holds is damaged.
+  """
+  if work_directory.is_run(source):
+    return identity(work_directory.read_run_config(source)["model"])
+  found = released.find(source)
+  return Identity(
+    families.name_of(found.architecture),
+    families.to_config(found.architecture, found.image_channels, 1.0),
+    found.image_channels,
+    residual_autoencoding=True,
+  )
+
+
+def in_whole(config: dict[str, Any]) -> dict[str, Any]:
+  """The config of a run, whose models may be variants' names, with all keys."""
+  for part in (config, *(x for x in config.values() if isinstance(x, dict))):
+    model = part.get("model", {})
+    if "architecture" in model and model["variant"]:
+      model |= identity(model)._asdict()
+  return config
+
+
+def check_same(before: Identity, now: ConfigDict, name: str) -> None:
+  """Raises ValueError unless parameters of one model fit the other.
+
+  Args:
+    before: of the one.
+    now: `config.model` of the other.
+    name: of the one, for messages.
+  """
+  there = differences.flat(before._asdict())
+  here = differences.flat(identity(keys.resolved(now))._asdict())
+  for key in here:
+    if there.get(key) != here[key]:
+      raise ValueError(
+        f"{name} has config.model.{key}={there.get(key)!r}, and this config "
+        f"{here[key]!r}; use weights of the same autoencoder, or take its "
+        "model with config.model.variant=''"
+      )
+
+
+def variant_of(source: str) -> tuple[families.Architecture, int]:
+  """The architecture of a run or of released weights, and image channels.
+
+  Raises:
+    ValueError: `source` is neither, or what it holds is damaged.
+  """
+  model = identity_of(source)
+  variant = families.of_model(model.variant, model.architecture)
+  return variant, model.image_channels
+
+
+def with_model(config: ConfigDict) -> ConfigDict:
+  """The config, with its model described in whole.
+
+  The model is that of `init_from` where it names none.
+  """
+  if config.model.variant:
+    model = identity(keys.resolved(config.model))
+  elif config.init_from:
+    model = identity_of(config.init_from)
+  else:
+    known = ", ".join(families.variants())
+    raise ValueError(
+      f"config.model.variant is empty; name one of {known}, or set "
+      "config.init_from, whose model is taken then"
+    )
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model.update(model._asdict())
+  return config
+
+
+def check_resolutions(resolutions: tuple[int, ...], config: ConfigDict) -> None:
+  """Raises ValueError for sides that cannot be encoded or evaluated."""
+  decoding.check_channels(config.image_channels)
+  check_sides(resolutions, create(config).spatial_compression)
+
+
+def check_sides(resolutions: tuple[int, ...], compression: int) -> None:
+  """Raises ValueError for image sides that cannot be encoded or evaluated."""
+  for resolution in resolutions:
+    if not isinstance(resolution, int):
+      raise ValueError(f"image side {resolution!r} is not a whole number")
+    network.check_side(resolution, compression)
+    if resolution < image_metrics.SMALLEST_SIDE:
+      raise ValueError(
+        f"image side {resolution} is below {image_metrics.SMALLEST_SIDE}, the "
+        "smallest that SSIM can be computed for"
+      )

@@ -1,0 +1,77 @@
+"""What every task does before it writes anything."""
+
+import json
+import os
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from dcae_jax.runs import (
+  differences,
+  metrics_writer,
+  storage,
+  work_directory,
+)
+from dcae_jax.setup import keys, models
+
+
+def begin(
+  config: ConfigDict, workdir: epath.Path, writes: tuple[str, ...] = ()
+) -> None:
+  """Checks the work directory, and says where compiled programs are kept.
+
+  Args:
+    config: of the run.
+    workdir: of the run, which need not exist.
+    writes: what the task writes there, besides `config.json` and `result.json`.
+
+  Raises:
+    ValueError: it belongs to a run of another config, or holds something else
+      that would be written over.
+    OSError: a bucket that is not there, or must not be written.
+  """
+  check_work_directory(config, workdir)
+  work_directory.check_nothing_foreign(workdir, writes)
+  keep_programs(config)
+
+
+def keep_programs(config: ConfigDict) -> None:
+  """Keeps compiled programs between runs, where the config says."""
+  if config.compilation_cache:
+    directory = os.path.expanduser(config.compilation_cache)
+    jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
+  """Raises ValueError if the directory belongs to a run of another config.
+
+  OSError for a bucket that is not there, or must not be written.
+  """
+  if "://" in str(workdir):
+    place = storage.Storage(os.fspath(workdir))
+    place.check_writable(f"probe_{jax.process_index()}")
+  path = workdir / "config.json"
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f"--workdir={workdir} is not a directory; choose another")
+  if not path.exists():
+    return
+  before = work_directory.read_config(path)
+  if before["task"] != config.task:
+    tasks = ({"task": task} for task in (before["task"], config.task))
+    changes = differences.differences(*tasks).values()
+  else:
+    now = models.in_whole(keys.resolved(config))
+    changes = keys.changes(models.in_whole(before), now)
+  if changes:
+    raise ValueError(
+      f"--workdir={workdir} holds a run of another config ({'; '.join(changes)}"
+      "); choose another directory, or the same config to go on"
+    )
+
+
+def write_config(config: ConfigDict, workdir: epath.Path) -> None:
+  """Writes `config.json`, on the first process; whole or not at all."""
+  if jax.process_index() == 0:
+    text = json.dumps(keys.resolved(config), indent=2) + "\n"
+    metrics_writer.write_whole(workdir / "config.json", text)
