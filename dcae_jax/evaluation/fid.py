@@ -7,10 +7,14 @@ the distance is FID (rFID for reconstructions).
 
 import hashlib
 import io
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+
+from dcae_jax.autoencoder import streaming_moments
+from dcae_jax.runs import metrics_writer
 
 # Of Inception's 2048 features; a covariance of fewer images is of low rank, and
 # the distance far too large.
@@ -59,6 +63,33 @@ def frechet_distance(
   return float(max(distance, 0.0))  # equal sets may end below by rounding
 
 
+class FrechetDistance:
+  """The distance of a set of images from a reference; see `SetMeasure`."""
+
+  def __init__(self):
+    self._moments = None
+
+  def update(self, outputs: Mapping[str, np.ndarray]) -> None:
+    features = outputs["features"]
+    if self._moments is None:
+      self._moments = streaming_moments.Moments(features.shape[1])
+    self._moments.update(features)
+
+  @property
+  def mean(self) -> np.ndarray:
+    return self._moments.mean
+
+  @property
+  def covariance(self) -> np.ndarray:
+    return self._moments.covariance
+
+  def compute(self, reference: Any) -> tuple[float]:
+    distance = frechet_distance(
+      self.mean, self.covariance, reference.mean, reference.covariance
+    )
+    return (distance,)
+
+
 def _factor(covariance: np.ndarray) -> np.ndarray:
   """`f` [d, rank] with orthogonal columns, of which `f @ f.T` is the matrix."""
   if not np.isfinite(covariance).all():
@@ -85,10 +116,8 @@ def save_statistics(
 ) -> None:
   """Writes an `.npz` with `mu` and `sigma`, the layout of pytorch-fid.
 
-  Locally the file appears whole, in place of an older one.
-
   Args:
-    path: of the file.
+    path: of the file, which appears whole, in place of an older one.
     mean: [d].
     covariance: [d, d].
     features: [n, d] of some of the images, for precision and recall.
@@ -96,14 +125,7 @@ def save_statistics(
   buffer = io.BytesIO()
   arrays = {} if features is None else {"features": features}
   np.savez(buffer, mu=mean, sigma=covariance, **arrays)
-  path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if "://" in str(path):  # objects appear whole
-    path.write_bytes(buffer.getvalue())
-    return
-  part = path.with_name(f".{path.name}.tmp")
-  part.write_bytes(buffer.getvalue())
-  part.replace(path)
+  metrics_writer.write_whole(epath.Path(path), buffer.getvalue())
 
 
 class Statistics(NamedTuple):

@@ -23,6 +23,7 @@ from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.sd_vae import network as sd_vae
 from dcae_jax.autoencoder.weights import conversion, released
 from dcae_jax.data import images, sources
+from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.networks import lpips, pretrained
 from dcae_jax.evaluation.report import figures, text_table
 from dcae_jax.runs import metrics_writer
@@ -551,7 +552,7 @@ def _metrics(
   for resolution, prefix in _prefixes(config, part).items():
     of_size = {
       key: values[f"{prefix}/{key}"]
-      for key, *_ in text_table.COLUMNS
+      for key in metrics_table.columns()
       if f"{prefix}/{key}" in values
     }
     if of_size:
