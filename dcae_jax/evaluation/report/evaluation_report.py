@@ -48,7 +48,7 @@ def check(directory: epath.Path) -> None:
   """Raises ValueError unless a report can be made of a finished evaluation."""
   with tempfile.TemporaryDirectory(prefix="dcae_jax_report_") as aside:
     try:
-      write(epath.Path(aside) / "report", [directory])
+      write(epath.Path(aside) / "report", read([directory]))
     except Exception as error:  # whatever may have been damaged there
       reason = " ".join(str(error).split())
       raise ValueError(
@@ -59,21 +59,20 @@ def check(directory: epath.Path) -> None:
 
 def write(
   report: epath.Path,
-  directories: Sequence[epath.Path],
+  runs: Sequence[Run],
   notes: Sequence[tuple[str, str]] = (),
 ) -> html_page.Contents:
   """Writes the report of one or several evaluations.
 
   Args:
     report: the directory that gets it.
-    directories: of the evaluations, in the order of the table.
+    runs: of `read`, in the order of the table.
     notes: on what is not among them: what each is about, and the rest of the
       sentence.
 
   Returns:
     What the page shows.
   """
-  runs = read(directories)
   named = [(run.name, run.result) for run in runs]
   (report / "pictures").mkdir(parents=True)
   sizes = dict.fromkeys(
