@@ -369,6 +369,8 @@ def reference_statistics() -> ConfigDict:
   """Mean and covariance of Inception features of images, for FID."""
   c = ConfigDict()
   c.task = "reference_statistics"
+  # Also "efficientnet_lite0", for frechet_efficientnet_lite0 of samples.
+  c.networks = ("inception",)
   # Images whose features are kept, for precision and recall; evenly spaced.
   c.features = 10_000
   c.source = source("folder")
@@ -603,9 +605,11 @@ def evaluate_diffusion() -> ConfigDict:
   # and classes arr_1; "": none.
   c.images = "png"
   # --- what is measured ----------------------------------------------------
+  # Without the Inception: "frechet_efficientnet_lite0".
   c.metrics = ("gfid", "inception_score", "precision_recall")
   c.weights = ""  # of the FID Inception; "": the cache
-  # An .npz of the task reference_statistics [paper: of the training images].
+  # An .npz of the task reference_statistics [paper: of the training images];
+  # "{network}" in it is replaced where metrics need several.
   c.reference = ""
   # --- a picture of samples, with the same noise at each scale --------------
   c.picture = ConfigDict()

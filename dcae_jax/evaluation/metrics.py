@@ -127,7 +127,7 @@ class Metric:
     label: for people.
     columns: its numbers, under their keys in results.
     network: whose outputs it is computed from; None: of the pixels alone.
-    subjects: what it can be computed of.
+    subjects: what it can be computed of, if it is one of sets.
     always: it is computed of them without being asked for.
     of_pairs: how it is computed, if it is one of pairs.
     of_sets: how it is computed, if it is one of sets.
@@ -177,14 +177,12 @@ METRICS: dict[str, Metric] = {
   "psnr": Metric(
     "PSNR",
     {"psnr": Column("PSNR, dB", 2, "higher")},
-    subjects=("reconstructions",),
     always=True,
     of_pairs=OfPairs(lambda _, x, y: image_metrics.psnr(x, y), (60.0, 120)),
   ),
   "ssim": Metric(
     "SSIM",
     {"ssim": Column("SSIM", 4, "higher")},
-    subjects=("reconstructions",),
     always=True,
     of_pairs=OfPairs(
       lambda _, x, y: image_metrics.ssim(x, y),
@@ -195,7 +193,6 @@ METRICS: dict[str, Metric] = {
     "LPIPS",
     {"lpips": Column("LPIPS", 4, "lower")},
     LPIPS,
-    subjects=("reconstructions",),
     of_pairs=OfPairs(_lpips, smallest_side=lpips.SMALLEST_SIDE["alexnet"]),
   ),
   "frechet_efficientnet_lite0": Metric(
@@ -248,13 +245,25 @@ METRICS: dict[str, Metric] = {
 
 def known(subject: Subject) -> dict[str, Metric]:
   """The metrics that can be computed of reconstructions, or of samples."""
-  return {k: m for k, m in METRICS.items() if subject in m.subjects}
+  return {
+    key: metric
+    for key, metric in METRICS.items()
+    if subject in metric.subjects
+    # Samples have no originals to make pairs with.
+    and (metric.of_sets is not None or subject == "reconstructions")
+  }
 
 
 def chosen(asked: Iterable[str], subject: Subject) -> dict[str, Metric]:
   """Those that were asked for, and those that are always computed."""
   asked = set(asked)
   return {k: m for k, m in known(subject).items() if m.always or k in asked}
+
+
+def describing_networks() -> dict[str, Network]:
+  """Those that metrics of sets see images through, by key."""
+  of_sets = [m.network for m in METRICS.values() if m.of_sets is not None]
+  return {network.key: network for network in of_sets}
 
 
 def columns() -> dict[str, Column]:

@@ -156,7 +156,7 @@ def load_reference(
       of single images where a metric needs them.
   """
   statistics = fid.load_statistics(path, network.features)
-  for key, metric in metrics.items():
+  for key, metric in set_measures.compared_with_originals(metrics, ()).items():
     if metric.network != network or metric.of_sets.reference != "features":
       continue
     features, least = statistics.features, metric.of_sets.least
