@@ -7,13 +7,11 @@ the distance is FID (rFID for reconstructions).
 
 import hashlib
 import io
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
-from dcae_jax.autoencoder import streaming_moments
 from dcae_jax.runs import metrics_writer
 
 # Of Inception's 2048 features; a covariance of fewer images is of low rank, and
@@ -61,33 +59,6 @@ def frechet_distance(
     apart + np.trace(covariance) + np.trace(other_covariance) - 2 * shared
   )
   return float(max(distance, 0.0))  # equal sets may end below by rounding
-
-
-class FrechetDistance:
-  """The distance of a set of images from a reference; see `SetMeasure`."""
-
-  def __init__(self):
-    self._moments = None
-
-  def update(self, outputs: Mapping[str, np.ndarray]) -> None:
-    features = outputs["features"]
-    if self._moments is None:
-      self._moments = streaming_moments.Moments(features.shape[1])
-    self._moments.update(features)
-
-  @property
-  def mean(self) -> np.ndarray:
-    return self._moments.mean
-
-  @property
-  def covariance(self) -> np.ndarray:
-    return self._moments.covariance
-
-  def compute(self, reference: Any) -> tuple[float]:
-    distance = frechet_distance(
-      self.mean, self.covariance, reference.mean, reference.covariance
-    )
-    return (distance,)
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ A metric is computed of pairs of images and averaged (PSNR), or of whole sets
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Array
@@ -83,38 +83,26 @@ class OfPairs:
     return np.linspace(0, last, bins + 1)
 
 
-class SetMeasure(Protocol):
-  """Sees a set of images in batches, and computes the metric at the end."""
-
-  def update(self, outputs: Mapping[str, np.ndarray]) -> None:
-    """Adds what the network's `describe` returned for some images."""
-
-  def compute(self, reference: Any) -> Sequence[float]:
-    """The numbers of the metric's columns.
-
-    Args:
-      reference: `fid.Statistics`, or a measure of this class that has seen the
-        originals; None where the metric compares with nothing.
-    """
-
-
 @dataclasses.dataclass(frozen=True)
 class OfSets:
   """The metric of a whole set of images.
 
   Attributes:
-    create: a measure that has seen no image yet.
-    outputs: those of the network's `describe` that it takes.
-    reference: what it compares with: the moments of a reference's features, the
-      features of its single images, or "" for nothing.
+    compute: `(images, reference) -> numbers of the columns`. Both have what the
+      next two fields ask for as attributes: `mean`, `covariance` and the arrays
+      [n, ...] of all images.
+    moments: whether it needs the moments of the network's "features".
+    rows: outputs of the network that it needs of each image.
+    is_compared: False: it does without a reference.
     least: images that it can be computed of.
     fewest: images of which it can be relied on; of fewer it orders runs at
       best.
   """
 
-  create: Callable[[], SetMeasure]
-  outputs: tuple[str, ...]
-  reference: Literal["moments", "features", ""]
+  compute: Callable[[Any, Any], Sequence[float]]
+  moments: bool = False
+  rows: tuple[str, ...] = ()
+  is_compared: bool = True
   least: int = 1
   fewest: int = 0
 
@@ -156,6 +144,12 @@ def _lpips(parameters, reconstructions, originals):
   return lpips.distance(parameters, *pair, "alexnet")
 
 
+def _frechet(images, reference):
+  moments = (images.mean, images.covariance)
+  reference_moments = (reference.mean, reference.covariance)
+  return (fid.frechet_distance(*moments, *reference_moments),)
+
+
 INCEPTION = Network("inception", inception.load, _inception, inception.FEATURES)
 EFFICIENTNET = Network(
   "efficientnet_lite0", efficientnet.load, _efficientnet, efficientnet.FEATURES
@@ -163,9 +157,7 @@ EFFICIENTNET = Network(
 # Of the paper's tables; training uses VGG16.
 LPIPS = Network("lpips_alexnet", functools.partial(lpips.load, "alexnet"))
 
-_FRECHET = OfSets(
-  fid.FrechetDistance, ("features",), "moments", 2, fid.FEWEST_IMAGES
-)
+_FRECHET = OfSets(_frechet, moments=True, least=2, fewest=fid.FEWEST_IMAGES)
 METRICS: dict[str, Metric] = {
   "rfid": Metric(
     "rFID",
@@ -220,9 +212,9 @@ METRICS: dict[str, Metric] = {
     },
     INCEPTION,
     of_sets=OfSets(
-      sample_metrics.InceptionScore,
-      ("logits",),
-      "",
+      lambda images, _: sample_metrics.inception_score(images.logits),
+      rows=("logits",),
+      is_compared=False,
       least=sample_metrics.SPLITS,
     ),
   ),
@@ -234,9 +226,10 @@ METRICS: dict[str, Metric] = {
     },
     INCEPTION,
     of_sets=OfSets(
-      sample_metrics.PrecisionRecall,
-      ("features",),
-      "features",
+      lambda images, reference: sample_metrics.precision_recall(
+        reference.features, images.features
+      ),
+      rows=("features",),
       least=sample_metrics.NEIGHBOURS + 1,
     ),
   ),

@@ -3,8 +3,7 @@
 Of a network's outputs, as a rule of the FID Inception (networks/inception).
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -13,45 +12,13 @@ SPLITS = 10  # of the Inception Score
 _BLOCK = 1024  # rows whose distances are in memory at a time
 
 
-class InceptionScore:
-  """Of a set of images that comes in any order; see `metrics.SetMeasure`."""
-
-  def __init__(self):
-    self._logits = []
-
-  def update(self, outputs: Mapping[str, np.ndarray]) -> None:
-    self._logits.append(outputs["logits"])
-
-  def compute(self, reference: Any) -> tuple[float, float]:
-    logits = np.concatenate(self._logits)  # may come class after class
-    order = np.random.default_rng(0).permutation(len(logits))
-    return inception_score(logits[order], SPLITS)
-
-
-class PrecisionRecall:
-  """Of a set of images and a reference; see `metrics.SetMeasure`."""
-
-  def __init__(self):
-    self._features = []
-
-  def update(self, outputs: Mapping[str, np.ndarray]) -> None:
-    self._features.append(outputs["features"])
-
-  @property
-  def features(self) -> np.ndarray:
-    return np.concatenate(self._features)
-
-  def compute(self, reference: Any) -> tuple[float, float]:
-    return precision_recall(reference.features, self.features, NEIGHBOURS)
-
-
 def inception_score(
   logits: np.ndarray, splits: int = SPLITS
 ) -> tuple[float, float]:
   """Inception Score (arXiv 1606.03498): its mean and deviation over splits.
 
-  Image i goes to split i modulo `splits`, where torch-fidelity shuffles and
-  takes parts one after the other: the same, if they come in random order.
+  Images, which may come class after class, are shuffled, the same each time;
+  image i then goes to split i modulo `splits`.
 
   Args:
     logits: [n, classes].
@@ -67,7 +34,8 @@ def inception_score(
       f"an Inception Score of {splits} splits needs as many images at least, "
       f"not {len(logits)}"
     )
-  logits = np.asarray(logits, np.float64)
+  order = np.random.default_rng(0).permutation(len(logits))
+  logits = np.asarray(logits[order], np.float64)
   logits = logits - logits.max(axis=1, keepdims=True)
   log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
   p = np.exp(log_p)
@@ -86,7 +54,7 @@ def inception_score(
 
 
 def precision_recall(
-  real: np.ndarray, generated: np.ndarray, k: int = 3
+  real: np.ndarray, generated: np.ndarray, k: int = NEIGHBOURS
 ) -> tuple[float, float]:
   """Improved precision and recall (arXiv 1904.06991).
 

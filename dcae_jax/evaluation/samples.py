@@ -86,17 +86,6 @@ class Decoder(NamedTuple):
   description: dict[str, Any]
 
 
-class Networks(NamedTuple):
-  """Metrics of sets, whose networks describe images, and their parameters.
-
-  All outputs that any of the metrics takes are written, so that those that are
-  asked for later find them.
-  """
-
-  metrics: Mapping[str, metrics_table.Metric]
-  parameters: Mapping[str, Any]
-
-
 class Order(NamedTuple):
   """Which samples are drawn.
 
@@ -121,7 +110,8 @@ class Drawing:
     samplers: dict[float, Callable[..., jax.Array]],
     variables: Any,
     decoder: Decoder,
-    networks: Networks,
+    metrics: set_measures.Metrics,
+    parameters: Mapping[str, Any],
     order: Order,
   ):
     """Compiles nothing yet.
@@ -130,7 +120,9 @@ class Drawing:
       samplers: by guidance scale, `(variables, key, labels) -> latents`.
       variables: of the denoiser, on all devices.
       decoder: whose variables go to all devices.
-      networks: that describe the images.
+      metrics: whose networks describe the images. All that any of them takes
+        is written, so that those that are asked for later find it.
+      parameters: of the networks, by their keys.
       order: of the samples.
     """
     mesh = sharding.local_mesh()
@@ -138,7 +130,7 @@ class Drawing:
     ae, description = decoder
     ae.variables = jax.device_put(jax.device_get(ae.variables), whole)
     self._variables, self._decoder = variables, ae.variables
-    self._parameters = jax.device_put(dict(networks.parameters), whole)
+    self._parameters = jax.device_put(dict(parameters), whole)
     self._order, self._classes = order, np.array(order.classes, np.int32)
     self._samplers = {
       scale: jax.jit(sampler, out_shardings=self._by_row)
@@ -150,7 +142,7 @@ class Drawing:
       pixels = quantisation.quantise(
         ae.apply(variables, unscaled, method="decode")
       )
-      described = set_measures.describe(networks.metrics, parameters, pixels)
+      described = set_measures.describe(metrics, parameters, pixels)
       return {
         "images": pixels.astype(jnp.uint8),
         "latent_rms": jnp.sqrt(jnp.mean(jnp.square(z), axis=(1, 2, 3))),
@@ -312,7 +304,7 @@ class Record(NamedTuple):
 def read_records(
   workdir: epath.Path,
   wanted: list[Part],
-  metrics: Mapping[str, metrics_table.Metric],
+  metrics: set_measures.Metrics,
 ) -> Iterator[Record]:
   """What `fill` wrote, part by part, as far as metrics take it.
 

@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
+from dcae_jax.autoencoder import streaming_moments
 from dcae_jax.evaluation import metrics as metrics_table
+
+Metrics = Mapping[str, metrics_table.Metric]
+Described = Mapping[str, Mapping[str, Any]]  # by network and output
 
 
 def compared_with_originals(
-  metrics: Mapping[str, metrics_table.Metric], references: Iterable[str]
+  metrics: Metrics, references: Iterable[str] = ()
 ) -> dict[str, metrics_table.Metric]:
   """The metrics of sets that no reference statistics are there for.
 
@@ -27,33 +31,28 @@ def compared_with_originals(
     key: metric
     for key, metric in metrics.items()
     if metric.of_sets is not None
-    and metric.of_sets.reference
+    and metric.of_sets.is_compared
     and metric.network.key not in references
   }
 
 
-def outputs(
-  metrics: Mapping[str, metrics_table.Metric],
-) -> dict[metrics_table.Network, list[str]]:
+def outputs(metrics: Metrics) -> dict[metrics_table.Network, list[str]]:
   """The outputs of networks that metrics of sets take."""
   found = {}
   for metric in metrics.values():
     if metric.of_sets is not None:
-      found.setdefault(metric.network, []).extend(metric.of_sets.outputs)
-  return {network: sorted(set(names)) for network, names in found.items()}
+      of_network = found.setdefault(metric.network, set())
+      of_network.update(metric.of_sets.rows)
+      of_network.update(["features"] * metric.of_sets.moments)
+  return {network: sorted(names) for network, names in found.items()}
 
 
 def describe(
-  metrics: Mapping[str, metrics_table.Metric],
-  parameters: Mapping[str, Any],
-  images: Array,
+  metrics: Metrics, parameters: Mapping[str, Any], images: Array
 ) -> dict[str, dict[str, Array]]:
-  """What metrics of sets see of images with values from 0 to 255, by network.
+  """What metrics of sets see of images [b, h, w, c], values from 0 to 255.
 
-  Args:
-    metrics: any; those of pairs see nothing here.
-    parameters: by the network's key.
-    images: [b, h, w, c].
+  Parameters are by the network's key.
   """
   described = {}
   for network, names in outputs(metrics).items():
@@ -62,16 +61,38 @@ def describe(
   return described
 
 
+class _Images:
+  """What metrics need to know of a set of images, through one network."""
+
+  def __init__(self, of_sets: Iterable[metrics_table.OfSets]):
+    self._moments, self._rows = None, {}
+    self._needs_moments = False
+    for metric in of_sets:
+      self._needs_moments |= metric.moments
+      self._rows |= {name: [] for name in metric.rows}
+
+  def update(self, arrays: Mapping[str, np.ndarray]) -> None:
+    for name, rows in self._rows.items():
+      rows.append(arrays[name])
+    if self._needs_moments:
+      features = arrays["features"]
+      self._moments = self._moments or streaming_moments.Moments(
+        features.shape[1]
+      )
+      self._moments.update(features)
+
+  def __getattr__(self, name: str) -> np.ndarray:
+    if name in ("mean", "covariance"):
+      return getattr(self._moments, name)
+    return np.concatenate(self._rows[name])
+
+
 class SetMeasures:
   """Metrics of sets of images that come in batches: of samples, or of
   reconstructions with their originals.
   """
 
-  def __init__(
-    self,
-    metrics: Mapping[str, metrics_table.Metric],
-    references: Mapping[str, Any],
-  ):
+  def __init__(self, metrics: Metrics, references: Mapping[str, Any]):
     """Starts empty.
 
     Args:
@@ -81,28 +102,19 @@ class SetMeasures:
     """
     self.count = 0
     self._metrics = {k: m for k, m in metrics.items() if m.of_sets is not None}
-    self._references = references
-    self._measures, self._originals = (
-      {key: metric.of_sets.create() for key, metric in chosen.items()}
-      for chosen in (
-        self._metrics,
-        compared_with_originals(metrics, references),
-      )
-    )
+    self._images = _by_network(self._metrics)
+    self._originals = _by_network(compared_with_originals(metrics, references))
+    self._references = {**references, **self._originals}
 
   def update(
-    self,
-    images: int,
-    described: Mapping[str, Mapping[str, np.ndarray]],
-    originals: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    self, count: int, images: Described, originals: Described | None = None
   ) -> None:
     """Adds so many images, of which `describe` returned these arrays."""
-    self.count += images
-    for measures, outputs in (
-      (self._measures, described), (self._originals, originals)
-    ):  # fmt: skip
-      for key, measure in measures.items():
-        measure.update(outputs[self._metrics[key].network.key])
+    self.count += count
+    for key, seen in self._images.items():
+      seen.update(images[key])
+    for key, seen in self._originals.items():
+      seen.update(originals[key])
 
   def compute(self) -> tuple[dict[str, float], dict[str, str]]:
     """The numbers by column, and why others are absent by metric."""
@@ -114,12 +126,19 @@ class SetMeasures:
           f"{self.count}"
         )
         continue
-      reference = self._originals.get(
-        key, self._references.get(metric.network.key)
+      network = metric.network.key
+      values = metric.of_sets.compute(
+        self._images[network], self._references.get(network)
       )
-      values = self._measures[key].compute(reference)
       if all(math.isfinite(value) for value in values):
-        numbers |= dict(zip(metric.columns, values, strict=True))
+        numbers |= dict(zip(metric.columns, map(float, values), strict=True))
       else:
         absent[key] = f"{metric.label} is beyond all numbers"
     return numbers, absent
+
+
+def _by_network(metrics: Metrics) -> dict[str, _Images]:
+  found = {}
+  for metric in metrics.values():
+    found.setdefault(metric.network.key, []).append(metric.of_sets)
+  return {key: _Images(of_sets) for key, of_sets in found.items()}

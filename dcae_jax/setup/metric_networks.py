@@ -102,10 +102,10 @@ def check_reference(config: ConfigDict) -> None:
 
 
 def compared(
-  metrics: Mapping[str, metrics_table.Metric],
+  metrics: set_measures.Metrics,
 ) -> dict[str, metrics_table.Network]:
   """By key, the networks whose outputs are compared with a reference."""
-  found = set_measures.compared_with_originals(metrics, ())
+  found = set_measures.compared_with_originals(metrics)
   return {metric.network.key: metric.network for metric in found.values()}
 
 
@@ -147,7 +147,7 @@ def open_all(
 def load_reference(
   path: str,
   network: metrics_table.Network,
-  metrics: Mapping[str, metrics_table.Metric],
+  metrics: set_measures.Metrics,
 ) -> fid.Statistics:
   """The statistics of a network's features that metrics compare with.
 
@@ -156,8 +156,8 @@ def load_reference(
       of single images where a metric needs them.
   """
   statistics = fid.load_statistics(path, network.features)
-  for key, metric in set_measures.compared_with_originals(metrics, ()).items():
-    if metric.network != network or metric.of_sets.reference != "features":
+  for key, metric in set_measures.compared_with_originals(metrics).items():
+    if metric.network != network or "features" not in metric.of_sets.rows:
       continue
     features, least = statistics.features, metric.of_sets.least
     shape = (0, network.features) if features is None else features.shape

@@ -203,7 +203,8 @@ def _drawing(config: ConfigDict, inputs: _Inputs) -> samples.Drawing:
     },
     inputs.variables,
     inputs.decoder,
-    samples.Networks(described, inputs.metrics.parameters),
+    described,
+    inputs.metrics.parameters,
     samples.Order(
       config.batch_size, tuple(inputs.labels), not config.classes, config.seed
     ),

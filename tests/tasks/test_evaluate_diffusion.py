@@ -142,9 +142,7 @@ def test_metrics_are_those_of_the_written_images(
       ),
       rel=1e-9,
     )  # fmt: skip
-    mean, deviation = sample_metrics.inception_score(
-      logits[np.random.default_rng(0).permutation(SAMPLES)]
-    )
+    mean, deviation = sample_metrics.inception_score(logits)
     assert found["inception_score"] == pytest.approx(mean, rel=1e-9)
     assert found["inception_score_deviation"] == pytest.approx(deviation)
     part = sample_metrics.precision_recall(statistics.features, features)
@@ -370,7 +368,8 @@ def test_latents_are_decoded_as_the_autoencoder_has_them(
     {1.0: lambda variables, key, labels: z},
     {},
     samples.Decoder(dcae_jax.load(tiny_autoencoder), description),
-    samples.Networks({}, {}),
+    {},
+    {},
     samples.Order(BATCH, classes=(0,), at_random=False, seed=0),
   )
   found = drawing.part(samples.parts(1.0, BATCH, BATCH)[0])
