@@ -168,11 +168,14 @@ def _numbers(
 
 def _markdown(table: str, contents: page.Contents, shown: int) -> str:
   notes = "".join(f"{subject} {text}.\n\n" for subject, text in contents.notes)
+  pictures = f"![reconstructions]({_PICTURE})\n"
+  if contents.curves:
+    pictures += f"\n![loss curves]({contents.curves})\n"
   return (
     "# Reconstruction of held-out photographs\n\n"
     "Averaged weights of each run's last checkpoint; means over images. The "
     "floor is\na linear projection of blocks of pixels with latents of the "
     "same size, fitted on\nthe training images.\n\n"
     f"{table}\n\n{notes}At {shown} px, originals above:\n\n"
-    f"![reconstructions]({_PICTURE})\n\n![loss curves]({contents.curves})\n"
+    f"{pictures}"
   )

@@ -94,18 +94,18 @@ def _differences(runs: Runs) -> list[tuple[str, str]]:
 
 
 def _few(runs: Runs) -> list[tuple[str, str]]:
-  where = [
-    f"{name} at {resolution} px: {found['images']:,}"
-    for name, result in runs
-    for resolution, found in result["resolutions"].items()
+  counts = {
+    found["images"]
+    for _, result in runs
+    for found in result["resolutions"].values()
     if metrics_table.with_too_few(found, found["images"])
-  ]
-  if not where:
+  }
+  if not counts:
     return []
   return [
     (
       "Fréchet distances",
       f"of fewer than {fid.FEWEST_IMAGES:,} images order runs at best, at one "
-      f"number of images ({'; '.join(where)})",
+      f"number of images (here {', '.join(map(str, sorted(counts)))})",
     )
   ]

@@ -25,7 +25,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def of_metrics(
-  found: Mapping[str, Mapping[int, Mapping[str, float]]],
+  found: Mapping[str, Mapping[int | str, Mapping[str, float]]],
 ) -> str:
   """A row for each resolution and name, those of a resolution together.
 
