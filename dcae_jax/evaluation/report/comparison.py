@@ -71,9 +71,9 @@ def _differences(runs: Runs) -> list[tuple[str, str]]:
   conditions = [
     {
       "images": result["config"]["source"],
-      "crop": result["crop"],
-      "reference of rFID": result["reference"],
-      "number format": result["config"]["dtype"],
+      "crops": result["crop"],
+      "references of rFID": result["reference"],
+      "number formats": result["config"]["dtype"],
     }
     | {
       f"weights behind {metric}": weights["sha256"]
@@ -89,7 +89,9 @@ def _differences(runs: Runs) -> list[tuple[str, str]]:
         f"{name}: {value}"
         for (name, _), value in zip(runs, values, strict=True)
       )
-      found.append((what, f"differ, so that rows do not compare ({text})"))
+      found.append(
+        (what, f"differ between rows, which do not compare ({text})")
+      )
   return found
 
 
