@@ -402,24 +402,17 @@ def small(c: ConfigDict) -> ConfigDict:
 @_task("report", begins_anew=True)
 def report() -> ConfigDict:
   """Runs side by side and their floor: pictures, metrics, loss curves."""
-  c = ConfigDict()
+  c = measurement()
   c.runs = ConfigDict()  # name to work directory, in the order of the report
-  c.source = source("folder")  # held-out images
-  c.resolutions = (256, 512)  # the last one makes the picture
-  c.batch_size = Key(32, 1)
-  c.max_images = Key(0, 0)  # 0: all
-  # Besides PSNR and SSIM; as in `evaluate()`.
   c.metrics = ("lpips", "frechet_efficientnet_lite0")
-  c.samples = Key(8, 1)  # images in the picture
-  c.threads = Key(4, 1, 1000)  # loader threads
-  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  c.extremes = Key(0, 0)
   return c
 
 
 @_task("evaluate_autoencoder", begins_anew=True)
 def evaluate() -> ConfigDict:
   """Autoencoders measured as in the paper's tables, and an HTML report."""
-  c = ConfigDict()
+  c = measurement()
   # What is measured: a run, a folder or file of released weights, or a hub id.
   c.init_from = ""
   # Without `init_from`: a variant with its initial values.
@@ -428,15 +421,22 @@ def evaluate() -> ConfigDict:
   c.name = ""  # of the row in the table; "": the end of `init_from`
   # Put p x p latents into the channels of one: f8 and 8 make f64.
   c.space_to_channel = Key(1, 1)
-  # Others to show beside it, as "[PATH,PATH]": work directories of finished
+  # Others to show beside it, on the command line as [PATH,PATH]: finished
   # evaluations are read; anything that `init_from` may be is measured, too.
   # "block_pca": a linear projection of blocks of pixels on their principal
   # components, with latents of the same size: the floor.
-  c.compare = ""
+  c.compare = ()
   # Of block_pca: images that it is fitted on. kind "": those that `init_from`
   # was trained on; if it is no run, the measured images, as its name says.
   c.fit_source = source("")
-  c.source = source("folder")
+  c.dtype = "float32"  # of the layers
+  return c
+
+
+def measurement() -> ConfigDict:
+  """What images reconstructions are measured on, and how."""
+  c = ConfigDict()
+  c.source = source("folder")  # held-out images
   # Sides of the images' centre crops (DMCrop, as the paper's evaluations).
   c.resolutions = (256, 512)
   c.max_images = Key(0, 0)  # 0: all
@@ -444,14 +444,13 @@ def evaluate() -> ConfigDict:
   c.batch_size = Key(32, 1)  # rounded up to what the mesh divides
   # Besides PSNR, SSIM and the latents' statistics.
   c.metrics = ("rfid", "lpips", "frechet_efficientnet_lite0")
-  # Where their weights are; "": the cache, or the package that brings them.
+  # Where their weights are; "": the cache, or the package that has them.
   c.weights = ConfigDict(
     {"rfid": "", "lpips": "", "frechet_efficientnet_lite0": ""}
   )
   # Statistics of Inception features that rFID compares with, an .npz with mu
   # and sigma; "{resolution}" in it is replaced. "": those of the originals.
   c.reference = ""
-  c.dtype = "float32"  # of the layers
   c.samples = Key(8, 1)  # images in the report
   c.extremes = Key(4, 0)  # worst and best images in the report
   c.threads = Key(4, 1, 1000)  # loader threads
@@ -466,6 +465,8 @@ def evaluate() -> ConfigDict:
 def reference_statistics() -> ConfigDict:
   """Mean and covariance of Inception features of images, for FID."""
   c = ConfigDict()
+  # Also "efficientnet_lite0", for frechet_efficientnet_lite0 of samples.
+  c.networks = ("inception",)
   # Images whose features are kept, for precision and recall; evenly spaced.
   c.features = Key(10_000, 0)
   c.source = source("folder")
@@ -714,9 +715,11 @@ def evaluate_diffusion() -> ConfigDict:
   # and classes arr_1; "": none.
   c.images = "png"
   # --- what is measured ----------------------------------------------------
+  # Without the Inception: "frechet_efficientnet_lite0".
   c.metrics = ("gfid", "inception_score", "precision_recall")
   c.weights = ""  # of the FID Inception; "": the cache
-  # An .npz of the task reference_statistics [paper: of the training images].
+  # An .npz of the task reference_statistics [paper: of the training images];
+  # "{network}" in it is replaced where metrics need several.
   c.reference = ""
   # --- a picture of samples, with the same noise at each scale --------------
   c.picture = ConfigDict()

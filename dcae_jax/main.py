@@ -3,6 +3,7 @@
 Flags, the work directory, and the task that the config names; nothing else.
 """
 
+import ast
 import errno
 import importlib
 import logging
@@ -167,6 +168,20 @@ def _fail(message: str) -> int:
   return 2
 
 
+class _TupleParser(config_flags.tuple_parser.TupleParser):
+  """Tuples as Python writes them, or names and paths without quotes: [a,b]."""
+
+  def parse(self, argument):
+    try:
+      ast.literal_eval(argument)
+    except (SyntaxError, ValueError):  # also for what is no text
+      if isinstance(argument, str):
+        names = argument.strip().removeprefix("[").removesuffix("]").split(",")
+        names = [name.strip().strip("'\"") for name in names]
+        return tuple(name for name in names if name)
+    return super().parse(argument)
+
+
 def _parse(argv: list[str]) -> list[str]:
   """Flags, with one line for what is wrong with them."""
   try:
@@ -182,6 +197,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+  config_flags.register_flag_parser_for_type(tuple, _TupleParser())
   config_flags.DEFINE_config_file(
     "config", None, "The run: a file of configs/."
   )

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import REPOSITORY, run_main
+
+from dcae_jax import main
 
 
 def test_the_processes_of_a_slurm_step_find_each_other():
@@ -53,3 +56,22 @@ def test_processes_that_jax_cannot_find_are_to_be_named():
   found = run_main("configs/plan.py", "--distributed")
   assert found.returncode == 2
   assert "name them with --coordinator_address" in found.stderr
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("", ()),
+    ("a", ("a",)),
+    ("[block_pca]", ("block_pca",)),
+    ("[a/b, gs://c/d]", ("a/b", "gs://c/d")),
+    ("[runs/a,mit-han-lab/dc-ae-f32c32-in-1.0-diffusers]",
+     ("runs/a", "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers")),
+    ("['a','b',]", ("a", "b")),
+    ("(256,512)", (256, 512)),
+    ("('lpips',)", ("lpips",)),
+    ("()", ()),
+  ],
+)  # fmt: skip
+def test_tuples_on_the_command_line_need_no_quotes(text, expected):
+  assert main._TupleParser().parse(text) == expected

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from dcae_jax.runs import metrics_writer
+
 # Of Inception's 2048 features; a covariance of fewer images is of low rank, and
 # the distance far too large.
 FEWEST_IMAGES = 2048
@@ -85,10 +87,8 @@ def save_statistics(
 ) -> None:
   """Writes an `.npz` with `mu` and `sigma`, the layout of pytorch-fid.
 
-  Locally the file appears whole, in place of an older one.
-
   Args:
-    path: of the file.
+    path: of the file, which appears whole, in place of an older one.
     mean: [d].
     covariance: [d, d].
     features: [n, d] of some of the images, for precision and recall.
@@ -96,14 +96,7 @@ def save_statistics(
   buffer = io.BytesIO()
   arrays = {} if features is None else {"features": features}
   np.savez(buffer, mu=mean, sigma=covariance, **arrays)
-  path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if "://" in str(path):  # objects appear whole
-    path.write_bytes(buffer.getvalue())
-    return
-  part = path.with_name(f".{path.name}.tmp")
-  part.write_bytes(buffer.getvalue())
-  part.replace(path)
+  metrics_writer.write_whole(epath.Path(path), buffer.getvalue())
 
 
 class Statistics(NamedTuple):

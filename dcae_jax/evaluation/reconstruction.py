@@ -15,19 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dcae_jax.autoencoder import (
-  latent_statistics,
-  quantisation,
-  streaming_moments,
-)
-from dcae_jax.evaluation import fid, image_metrics
-
-# Edges of histograms, per metric; what lies beyond counts in the last bin.
-HISTOGRAM_EDGES = {
-  "psnr": np.linspace(0, 60, 121),
-  "ssim": np.linspace(0, 1, 101),
-  "lpips": np.linspace(0, 1, 101),
-}
+from dcae_jax.autoencoder import latent_statistics, quantisation
+from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.evaluation import set_measures
 
 
 class Batch(NamedTuple):
@@ -39,34 +29,44 @@ class Batch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-  """Of one batch, row by row; `features` of reconstructions and originals."""
+  """Of one batch, row by row.
+
+  Attributes:
+    batch: the images.
+    values: of the metrics of pairs, [b].
+    latents: [b, h, w, d].
+    latent_means: over the positions, [b, d].
+    latent_variances: over the positions, [b, d].
+    described: reconstructions as networks describe them, for metrics of sets.
+    originals: the images as networks describe them, where those are compared
+      with them.
+    reconstructions: uint8 [b, h, w, c].
+  """
 
   batch: Batch
   values: dict[str, jax.Array]
   latents: jax.Array
   latent_means: jax.Array
   latent_variances: jax.Array
-  features: dict[str, jax.Array]
-  original_features: dict[str, jax.Array]
+  described: dict[str, dict[str, jax.Array]]
+  originals: dict[str, dict[str, jax.Array]]
   reconstructions: jax.Array
 
 
 class Networks(NamedTuple):
-  """The functions that a measurement calls, and the weights of two of them.
+  """What is measured, and what it is measured with.
 
   Attributes:
     encode: `(variables, images in [-1, 1]) -> latents`.
     decode: `(variables, latents) -> reconstructions`.
-    lpips: `(parameters, images, others in [-1, 1]) -> [b]`, or None.
-    features: by name, `(parameters, values 0 to 255) -> [b, d]`.
-    parameters: of `lpips` and `features`, by name.
+    metrics: of `metrics.METRICS`, those to compute.
+    parameters: of the metrics' networks, by their keys.
   """
 
   encode: Callable[[Any, Array], Array]
   decode: Callable[[Any, Array], Array]
-  lpips: Callable[[Any, Array, Array], Array] | None = None
-  features: Mapping[str, Callable[[Any, Array], Array]] = {}
-  parameters: Mapping[str, Any] = {}
+  metrics: Mapping[str, metrics_table.Metric]
+  parameters: Mapping[str, Any]
 
 
 class Picture(NamedTuple):
@@ -80,14 +80,14 @@ class Picture(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What `measure` found.
+  """What a measurement found.
 
   Attributes:
     count: images that it is about.
-    metrics: means over the images; distances between sets under their names.
+    metrics: the numbers by column, and "latent_rms".
     latents: of `latent_statistics`.
-    absent: why a distance could not be computed, by its name.
-    histograms: images in each bin of `HISTOGRAM_EDGES`.
+    absent: why a metric could not be computed, by its key.
+    histograms: images in each bin, by metric of pairs.
     samples: the first images.
     worst: of the lowest PSNR, the lowest first.
     best: of the highest, the highest first.
@@ -111,95 +111,107 @@ class Result(NamedTuple):
     )
 
 
-def create(
-  networks: Networks,
-  sharding: jax.sharding.Sharding,
-  features_of_originals: Iterable[str] = (),
-) -> Callable[[Any, Any, Batch], Outputs]:
-  """The jitted measurement of one batch, for `measure`.
+class Measurement:
+  """Measures reconstructions of batches of images."""
 
-  Args:
-    networks: what it calls.
-    sharding: of numbers and features: whole on every device. Pictures and
-      latents stay where they are computed.
-    features_of_originals: names of features that originals are compared by.
-  """
-  of_originals = frozenset(features_of_originals)
+  def __init__(
+    self,
+    networks: Networks,
+    sharding: jax.sharding.Sharding,
+    *,
+    samples: int,
+    extremes: int = 0,
+  ):
+    """Compiles nothing yet.
 
-  def moments(z: Float[Array, "b h w c"]) -> tuple[Array, Array]:
-    mean = jnp.mean(z, axis=(1, 2), keepdims=True)
-    return mean[:, 0, 0], jnp.mean(jnp.square(z - mean), axis=(1, 2))
+    Args:
+      networks: what it calls.
+      sharding: of numbers, parameters and what networks describe: whole on
+        every device. Pictures and latents stay where they are computed.
+      samples: first images to return as pictures.
+      extremes: worst and best images to return as pictures.
+    """
+    self._networks = networks
+    self._parameters = jax.device_put(dict(networks.parameters), sharding)
+    self._samples, self._extremes = samples, extremes
+    whole = sharding
+    self._measure_batch = jax.jit(
+      self._outputs,
+      static_argnums=0,
+      out_shardings=Outputs(
+        Batch(None, whole, whole), whole, None, whole, whole, whole, whole, None
+      ),
+    )
 
-  def measure_batch(variables, parameters, batch):
-    images = batch.images.astype(jnp.float32)
-    z = networks.encode(variables, images / 127.5 - 1.0)
-    found = quantisation.quantise(networks.decode(variables, z))
-    values = {
-      "psnr": image_metrics.psnr(found, images),
-      "ssim": image_metrics.ssim(found, images),
-    }
-    if networks.lpips is not None:
-      values["lpips"] = networks.lpips(
-        parameters["lpips"], found / 127.5 - 1.0, images / 127.5 - 1.0
+  def measure(
+    self,
+    variables: Any,
+    batches: Iterable[Batch],
+    references: Mapping[str, Any] | None = None,
+    on_batch: Callable[[list[dict[str, float]]], None] | None = None,
+  ) -> Result:
+    """Averages over batches.
+
+    Args:
+      variables: of the autoencoder.
+      batches: images in any order, each counted where its mask is True.
+      references: `fid.Statistics` by the network's key; metrics through other
+        networks compare with the originals.
+      on_batch: called with the metrics of each image, and its "index".
+
+    Raises:
+      ValueError: no image could be used.
+      FloatingPointError: a reconstruction or latents are not finite.
+    """
+    metrics, references = self._networks.metrics, references or {}
+    of_originals = set_measures.compared_with_originals(metrics, references)
+    sets = set_measures.SetMeasures(metrics, references)
+    totals = _Totals(metrics, sets, self._samples, self._extremes)
+    dispatched = (
+      self._measure_batch(
+        tuple(of_originals), variables, self._parameters, batch
       )
-    features = {
-      name: apply(parameters[name], found)
-      for name, apply in networks.features.items()
-    }
-    original_features = {
-      name: apply(parameters[name], images)
-      for name, apply in networks.features.items()
-      if name in of_originals
-    }
+      for batch in batches
+    )
+    for outputs in _one_behind(dispatched):
+      rows = totals.update(outputs)
+      if on_batch is not None:
+        on_batch(rows)
+    return totals.compute()
+
+  def _outputs(
+    self,
+    of_originals: tuple[str, ...],
+    variables: Any,
+    parameters: Mapping[str, Any],
+    batch: Batch,
+  ) -> Outputs:
+    """Traced; `of_originals` are the metrics that compare with originals."""
+    metrics = self._networks.metrics
+    images = batch.images.astype(jnp.float32)
+    z = self._networks.encode(variables, images / 127.5 - 1.0)
+    y = quantisation.quantise(self._networks.decode(variables, z))
+    values = {}
+    for key, metric in metrics.items():
+      if metric.of_pairs is not None:
+        weights = metric.network and parameters[metric.network.key]
+        values[key] = metric.of_pairs.compute(weights, y, images)
     return Outputs(
-      batch, values, z, *moments(z), features, original_features,
-      found.astype(jnp.uint8),
-    )  # fmt: skip
+      batch,
+      values,
+      z,
+      *_moments(z),
+      set_measures.describe(metrics, parameters, y),
+      set_measures.describe(
+        {key: metrics[key] for key in of_originals}, parameters, images
+      ),
+      y.astype(jnp.uint8),
+    )
 
-  shardings = Outputs(
-    Batch(None, sharding, sharding), sharding, None, sharding, sharding,
-    sharding, sharding, None,
-  )  # fmt: skip
-  return jax.jit(measure_batch, out_shardings=shardings)
 
-
-def measure(
-  measure_batch: Callable[[Any, Any, Batch], Outputs],
-  variables: Any,
-  parameters: Mapping[str, Any],
-  batches: Iterable[Batch],
-  *,
-  samples: int,
-  extremes: int = 0,
-  references: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
-  on_batch: Callable[[list[dict[str, float]]], None] | None = None,
-) -> Result:
-  """Averages over batches.
-
-  Args:
-    measure_batch: from `create`.
-    variables: of the autoencoder.
-    parameters: of the networks, by name.
-    batches: images in any order, each counted where its mask is True.
-    samples: first images to return as pictures.
-    extremes: worst and best images to return as pictures.
-    references: mean and covariance that features are compared with, by name;
-      features without one are compared with those of the originals.
-    on_batch: called with the metrics of each image, and its "index".
-
-  Raises:
-    ValueError: no image could be used.
-    FloatingPointError: a reconstruction or latents are not finite.
-  """
-  totals = _Totals(samples, extremes, references or {})
-  dispatched = (
-    measure_batch(variables, parameters, batch) for batch in batches
-  )
-  for outputs in _one_behind(dispatched):
-    rows = totals.update(outputs)
-    if on_batch is not None:
-      on_batch(rows)
-  return totals.compute()
+def _moments(z: Float[Array, "b h w c"]) -> tuple[Array, Array]:
+  mean = jnp.mean(z, axis=(1, 2), keepdims=True)
+  return mean[:, 0, 0], jnp.mean(jnp.square(z - mean), axis=(1, 2))
 
 
 def _one_behind(outputs: Iterator[Outputs]) -> Iterator[Outputs]:
@@ -233,12 +245,22 @@ class _Selection:
 class _Totals:
   """Everything that is kept from batch to batch."""
 
-  def __init__(self, samples, extremes, references):
-    self._references = references
-    self._count = 0
-    self._sums, self._histograms = {}, {}
+  def __init__(
+    self,
+    metrics: Mapping[str, metrics_table.Metric],
+    sets: set_measures.SetMeasures,
+    samples: int,
+    extremes: int,
+  ):
+    self._edges = {
+      key: metric.of_pairs.edges
+      for key, metric in metrics.items()
+      if metric.of_pairs is not None
+    }
+    self._sets = sets
+    self._sums = dict.fromkeys(self._edges, 0.0)
+    self._histograms = dict.fromkeys(self._edges, 0)
     self._latents = self._fetch = None
-    self._moments, self._original_moments = {}, {}
     self._first = _Selection(samples)
     self._worst, self._best = _Selection(extremes), _Selection(extremes)
 
@@ -257,20 +279,12 @@ class _Totals:
     indices = small.batch.indices[good]
     values = {name: v[good].astype(float) for name, v in small.values.items()}
     means, variances = small.latent_means[good], small.latent_variances[good]
-    finite = np.isfinite(means).all(1) & np.isfinite(variances).all(1)
-    for v in values.values():
-      finite &= np.isfinite(v)
-    if not finite.all():
-      raise FloatingPointError(
-        f"latents or reconstruction of image {indices[~finite][0]} are not "
-        "finite"
-      )
-    self._count += len(good)
+    _check_finite(indices, (means, variances, *values.values()))
     for name, v in values.items():
-      self._sums[name] = self._sums.get(name, 0.0) + v.sum()
-      edges = HISTOGRAM_EDGES[name]
+      edges = self._edges[name]
       bins = np.histogram(np.clip(v, edges[0], edges[-1]), edges)[0]
-      self._histograms[name] = self._histograms.get(name, 0) + bins
+      self._sums[name] += v.sum()
+      self._histograms[name] = self._histograms[name] + bins
     if self._latents is None:
       whole = outputs.batch.mask.sharding
       self._fetch = jax.jit(lambda x, i: x[i], out_shardings=whole)
@@ -278,14 +292,10 @@ class _Totals:
       self._latents = latent_statistics.LatentStatistics(channels)
     positions = math.prod(outputs.latents.shape[1:3])
     self._latents.update(means, variances, positions)
-    for moments, features in (
-      (self._moments, small.features),
-      (self._original_moments, small.original_features),
-    ):
-      for name, rows in features.items():
-        moments.setdefault(
-          name, streaming_moments.Moments(rows.shape[1])
-        ).update(rows[good])
+    described, originals = jax.tree.map(
+      lambda rows: rows[good], (small.described, small.originals)
+    )
+    self._sets.update(len(good), described, originals)
     rows = [
       {"index": int(index)} | {name: float(v[i]) for name, v in values.items()}
       for i, index in enumerate(indices)
@@ -313,31 +323,15 @@ class _Totals:
     self._best.offer(values["psnr"], index, picture)
 
   def compute(self) -> Result:
-    if not self._count:
+    count = self._sets.count
+    if not count:
       raise ValueError("no image of the evaluation source could be used")
-    metrics = {name: x / self._count for name, x in self._sums.items()}
-    latents, absent = self._latents.compute(), {}
-    metrics["latent_rms"] = latents["rms"]
-    for name, moments in self._moments.items():
-      if moments.count < 2:
-        absent[name] = (
-          f"a Frechet distance needs at least 2 images, not {moments.count}"
-        )
-        continue
-      reference = self._references.get(name)
-      if reference is None:
-        originals = self._original_moments[name]
-        reference = originals.mean, originals.covariance
-      distance = fid.frechet_distance(
-        moments.mean, moments.covariance, *reference
-      )
-      if math.isfinite(distance):
-        metrics[name] = distance
-      else:
-        absent[name] = "the distance from the reference is beyond all numbers"
+    latents = self._latents.compute()
+    of_sets, absent = self._sets.compute()
+    means = {name: total / count for name, total in self._sums.items()}
     return Result(
-      self._count,
-      metrics,
+      count,
+      means | {"latent_rms": latents["rms"]} | of_sets,
       latents,
       absent,
       {name: bins.tolist() for name, bins in self._histograms.items()},
@@ -345,3 +339,12 @@ class _Totals:
       self._worst.pictures(),
       self._best.pictures(),
     )
+
+
+def _check_finite(indices: np.ndarray, arrays: Iterable[np.ndarray]) -> None:
+  """Raises FloatingPointError for the first image of which an array is not."""
+  for rows in zip(indices, *arrays, strict=True):
+    if not all(np.isfinite(row).all() for row in rows[1:]):
+      raise FloatingPointError(
+        f"latents or reconstruction of image {rows[0]} are not finite"
+      )

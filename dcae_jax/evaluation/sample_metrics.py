@@ -7,67 +7,54 @@ from collections.abc import Iterator
 
 import numpy as np
 
+NEIGHBOURS = 3  # of precision and recall
+SPLITS = 10  # of the Inception Score
 _BLOCK = 1024  # rows whose distances are in memory at a time
 
 
-class InceptionScore:
-  """Inception Score (arXiv 1606.03498) of logits in batches of any size.
+def inception_score(
+  logits: np.ndarray, splits: int = SPLITS
+) -> tuple[float, float]:
+  """Inception Score (arXiv 1606.03498): its mean and deviation over splits.
 
-  Image i goes to split i modulo `splits`, where torch-fidelity shuffles and
-  takes parts one after the other: the same, if they come in random order. The
-  score is the mean over splits. Memory does not grow with the number of images.
+  Images, which may come class after class, are shuffled, the same each time;
+  image i then goes to split i modulo `splits`.
+
+  Args:
+    logits: [n, classes].
+    splits: parts that the images are divided into.
+
+  Raises:
+    ValueError: fewer than one split, or fewer images than splits.
   """
-
-  def __init__(self, classes: int, splits: int = 10):
-    """Starts empty.
-
-    Args:
-      classes: number of logits.
-      splits: parts that the images are divided into.
-
-    Raises:
-      ValueError: fewer than one split.
-    """
-    if splits < 1:
-      raise ValueError(f"splits={splits} is below 1")
-    self.count = 0
-    self._counts = np.zeros(splits)
-    self._sums = np.zeros((splits, classes))  # of probabilities
-    self._negative_entropies = np.zeros(splits)
-
-  def update(self, logits: np.ndarray) -> None:
-    """Adds logits [n, classes]."""
-    logits = np.asarray(logits, np.float64)
-    logits = logits - logits.max(axis=1, keepdims=True)
-    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    p = np.exp(log_p)
-    splits = (self.count + np.arange(len(p))) % len(self._counts)
-    np.add.at(self._counts, splits, 1)
-    np.add.at(self._sums, splits, p)
-    np.add.at(self._negative_entropies, splits, (p * log_p).sum(axis=1))
-    self.count += len(p)
-
-  def compute(self) -> tuple[float, float]:
-    """Mean and standard deviation over the splits.
-
-    Raises:
-      ValueError: fewer images than splits.
-    """
-    if self.count < len(self._counts):
-      raise ValueError(
-        f"an Inception Score of {len(self._counts)} splits needs as many "
-        f"images at least, not {self.count}"
-      )
-    marginal = self._sums / self._counts[:, None]
-    log_marginal = np.log(np.where(marginal > 0, marginal, 1.0))
-    divergence = self._negative_entropies / self._counts
-    divergence = divergence - (marginal * log_marginal).sum(axis=1)
-    scores = np.exp(divergence)
-    return float(scores.mean()), float(scores.std())
+  if splits < 1:
+    raise ValueError(f"splits={splits} is below 1")
+  if len(logits) < splits:
+    raise ValueError(
+      f"an Inception Score of {splits} splits needs as many images at least, "
+      f"not {len(logits)}"
+    )
+  order = np.random.default_rng(0).permutation(len(logits))
+  logits = np.asarray(logits[order], np.float64)
+  logits = logits - logits.max(axis=1, keepdims=True)
+  log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+  p = np.exp(log_p)
+  split = np.arange(len(p)) % splits
+  counts = np.bincount(split)
+  sums = np.zeros((splits, p.shape[1]))
+  negative_entropies = np.zeros(splits)
+  np.add.at(sums, split, p)
+  np.add.at(negative_entropies, split, (p * log_p).sum(axis=1))
+  marginal = sums / counts[:, None]
+  log_marginal = np.log(np.where(marginal > 0, marginal, 1.0))
+  divergence = negative_entropies / counts
+  divergence = divergence - (marginal * log_marginal).sum(axis=1)
+  scores = np.exp(divergence)
+  return float(scores.mean()), float(scores.std())
 
 
 def precision_recall(
-  real: np.ndarray, generated: np.ndarray, k: int = 3
+  real: np.ndarray, generated: np.ndarray, k: int = NEIGHBOURS
 ) -> tuple[float, float]:
   """Improved precision and recall (arXiv 1904.06991).
 

@@ -8,7 +8,7 @@ of devices, and what is written stays valid.
 import collections
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ import numpy as np
 from etils import epath
 
 from dcae_jax.autoencoder import autoencoder, quantisation
-from dcae_jax.evaluation.networks import inception
+from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.evaluation import set_measures
 from dcae_jax.latents import decode
 from dcae_jax.runs import metrics_writer, progress_lines
 from dcae_jax.training import sharding
@@ -78,6 +79,29 @@ def _png_name(part: Part, row: int) -> str:
   return f"{part.first + row:07d}"
 
 
+class Decoder(NamedTuple):
+  """What makes images of latents, and the description of the latents."""
+
+  autoencoder: autoencoder.Autoencoder
+  description: dict[str, Any]
+
+
+class Order(NamedTuple):
+  """Which samples are drawn.
+
+  Attributes:
+    batch_size: of a part.
+    classes: of the samples.
+    at_random: with replacement, instead of in turn.
+    seed: of noise and classes.
+  """
+
+  batch_size: int
+  classes: tuple[int, ...]
+  at_random: bool
+  seed: int
+
+
 class Drawing:
   """The programs that draw, decode and describe, over a process's devices."""
 
@@ -85,36 +109,29 @@ class Drawing:
     self,
     samplers: dict[float, Callable[..., jax.Array]],
     variables: Any,
-    ae: autoencoder.Autoencoder,
-    description: dict[str, Any],
-    inception_parameters: Any,
-    *,
-    batch_size: int,
-    classes: tuple[int, ...],
-    at_random: bool,
-    seed: int,
+    decoder: Decoder,
+    metrics: set_measures.Metrics,
+    parameters: Mapping[str, Any],
+    order: Order,
   ):
     """Compiles nothing yet.
 
     Args:
       samplers: by guidance scale, `(variables, key, labels) -> latents`.
       variables: of the denoiser, on all devices.
-      ae: what decodes; its variables go to all devices.
-      description: of the latents.
-      inception_parameters: None: images are not described.
-      batch_size: of a part.
-      classes: of the samples.
-      at_random: with replacement, instead of in turn.
-      seed: of noise and classes.
+      decoder: whose variables go to all devices.
+      metrics: whose networks describe the images. All that any of them takes
+        is written, so that those that are asked for later find it.
+      parameters: of the networks, by their keys.
+      order: of the samples.
     """
     mesh = sharding.local_mesh()
     whole, self._by_row = sharding.replicated(mesh), sharding.by_rows(mesh)
+    ae, description = decoder
     ae.variables = jax.device_put(jax.device_get(ae.variables), whole)
     self._variables, self._decoder = variables, ae.variables
-    self._inception = jax.device_put(inception_parameters, whole)
-    self._batch_size, self._at_random = batch_size, at_random
-    self._classes = np.array(classes, np.int32)
-    self._seed = seed
+    self._parameters = jax.device_put(dict(parameters), whole)
+    self._order, self._classes = order, np.array(order.classes, np.int32)
     self._samplers = {
       scale: jax.jit(sampler, out_shardings=self._by_row)
       for scale, sampler in samplers.items()
@@ -125,14 +142,15 @@ class Drawing:
       pixels = quantisation.quantise(
         ae.apply(variables, unscaled, method="decode")
       )
-      shown = {
+      described = set_measures.describe(metrics, parameters, pixels)
+      return {
         "images": pixels.astype(jnp.uint8),
         "latent_rms": jnp.sqrt(jnp.mean(jnp.square(z), axis=(1, 2, 3))),
+      } | {
+        _array_name(network, output): x
+        for network, outputs in described.items()
+        for output, x in outputs.items()
       }
-      if parameters is not None:
-        features, logits = inception.features(parameters, pixels)
-        shown |= {"features": features, "logits": logits}
-      return shown
 
     self._show = jax.jit(show, out_shardings=self._by_row)
 
@@ -143,29 +161,29 @@ class Drawing:
 
   def images(self, scale: float, labels: np.ndarray) -> np.ndarray:
     """Uint8 [n, h, w, c] of these classes; the same noise at each scale."""
-    size, found = self._batch_size, []
+    size, found = self._order.batch_size, []
     for first in range(0, len(labels), size):
       batch = np.resize(labels[first : first + size], size).astype(np.int32)
       found.append(self._draw(scale, (_PICTURE, first), batch)["images"])
     return np.concatenate(jax.device_get(found))[: len(labels)]
 
   def _labels(self, number: int) -> np.ndarray:
-    size = self._batch_size
+    size = self._order.batch_size
     places = np.arange(number * size, (number + 1) * size)
-    if self._at_random:
-      rng = np.random.default_rng((self._seed, number))
+    if self._order.at_random:
+      rng = np.random.default_rng((self._order.seed, number))
       places = rng.integers(len(self._classes), size=size)
     return self._classes[places % len(self._classes)]
 
   def _draw(
     self, scale: float, purpose: tuple[int, int], labels: np.ndarray
   ) -> dict[str, Any]:
-    key = jax.random.key(self._seed)
+    key = jax.random.key(self._order.seed)
     for number in purpose:
       key = jax.random.fold_in(key, number)
     placed = jax.device_put(labels, self._by_row)
     z = self._samplers[scale](self._variables, key, placed)
-    return self._show(self._decoder, self._inception, z) | {"labels": labels}
+    return self._show(self._decoder, self._parameters, z) | {"labels": labels}
 
 
 def fill(
@@ -265,25 +283,51 @@ def _write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
   metrics_writer.write_whole(path, buffer.getvalue())
 
 
-def read_records(
-  workdir: epath.Path, wanted: list[Part], needed: tuple[str, ...]
-) -> Iterator[dict[str, np.ndarray]]:
-  """What `fill` wrote beside the images, part by part.
+def _array_name(network: str, output: str) -> str:
+  """In a record; the Inception's, once alone, have no name before theirs."""
+  inception = metrics_table.INCEPTION.key
+  return output if network == inception else f"{network}_{output}"
 
-  `labels` and `latent_rms` [rows]; `features` and `logits` where images were
-  described.
+
+class Record(NamedTuple):
+  """What is written of a part beside its images.
+
+  Attributes:
+    latent_rms: of each sample, [rows].
+    described: the images as networks describe them.
+  """
+
+  latent_rms: np.ndarray
+  described: dict[str, dict[str, np.ndarray]]
+
+
+def read_records(
+  workdir: epath.Path,
+  wanted: list[Part],
+  metrics: set_measures.Metrics,
+) -> Iterator[Record]:
+  """What `fill` wrote, part by part, as far as metrics take it.
 
   Raises:
     ValueError: a record is damaged.
   """
+  outputs = set_measures.outputs(metrics)
   for part in wanted:
     file = part.file(workdir, "parts")
     try:
-      with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
-        arrays = {name: found[name] for name in needed}
+      with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+        record = Record(
+          arrays["latent_rms"],
+          {
+            network.key: {
+              name: arrays[_array_name(network.key, name)] for name in names
+            }
+            for network, names in outputs.items()
+          },
+        )
     except Exception as error:  # whatever a damaged file makes of numpy
       raise ValueError(
         f"{file} is damaged ({error}); remove it and run again: these samples "
         "are drawn anew"
       ) from error
-    yield arrays
+    yield record

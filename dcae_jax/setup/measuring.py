@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax.data import images, sources
-from dcae_jax.evaluation import reconstruction
+from dcae_jax.evaluation import fid, reconstruction
 from dcae_jax.setup import metric_networks
 from dcae_jax.training import sharding
 
@@ -29,13 +29,6 @@ def check_reading(config: ConfigDict) -> None:
         f"image side {side!r} in config.resolutions is not a whole number from "
         f"1 to {_LARGEST_SIDE}"
       )
-  for key, least in (("batch_size", 1), ("max_images", 0), ("threads", 1)):
-    if not config[key] >= least:
-      raise ValueError(f"config.{key}={config[key]} is below {least}")
-  if not config.max_megapixels > 0:
-    raise ValueError(
-      f"config.max_megapixels={config.max_megapixels} is not positive"
-    )
 
 
 class EvaluationImages:
@@ -96,30 +89,22 @@ class Evaluation:
     *,
     samples: int,
     extremes: int = 0,
-    references: Mapping[int, Mapping[str, Any]] | None = None,
+    references: Mapping[int, Mapping[str, fid.Statistics]] | None = None,
   ):
     """Compiles nothing yet.
 
     Args:
-      networks: the autoencoder's functions, and those of the metrics.
+      networks: the autoencoder's functions, and the metrics.
       reader: of the images.
       mesh: of the devices.
       samples: first images to return as pictures.
       extremes: worst and best images to return as pictures.
-      references: by resolution, mean and covariance of reference features by
-        name; None: those of the originals.
+      references: by resolution and the network's key; without, metrics compare
+        with the originals.
     """
-    self._reader = reader
-    self._samples, self._extremes = samples, extremes
-    self._references = references or {}
-    self._parameters = jax.device_put(
-      dict(networks.parameters), sharding.replicated(mesh)
-    )
-    known = {name for found in self._references.values() for name in found}
-    self._measure_batch = reconstruction.create(
-      networks,
-      sharding.replicated(mesh),
-      features_of_originals=set(networks.features) - known,
+    self._reader, self._references = reader, references or {}
+    self._measurement = reconstruction.Measurement(
+      networks, sharding.replicated(mesh), samples=samples, extremes=extremes
     )
 
   def measure(
@@ -128,16 +113,12 @@ class Evaluation:
     resolution: int,
     on_batch: Callable[[list[dict[str, float]]], None] | None = None,
   ) -> reconstruction.Result:
-    """One resolution; see `reconstruction.measure`."""
-    return reconstruction.measure(
-      self._measure_batch,
+    """One resolution; see `reconstruction.Measurement.measure`."""
+    return self._measurement.measure(
       variables,
-      self._parameters,
       self._reader.batches(resolution),
-      samples=self._samples,
-      extremes=self._extremes,
-      references=self._references.get(resolution),
-      on_batch=on_batch,
+      self._references.get(resolution),
+      on_batch,
     )
 
 
@@ -149,11 +130,12 @@ def on_mesh(variables: Any, mesh: Mesh) -> Any:
 
 
 def networks_of(
-  autoencoder: Any, metrics: metric_networks.Opened
+  autoencoder: Any, opened: metric_networks.Opened
 ) -> reconstruction.Networks:
   """What evaluates whatever has an `apply` with the methods of autoencoders."""
-  return metric_networks.networks(
+  return reconstruction.Networks(
     functools.partial(autoencoder.apply, method="encode"),
     functools.partial(autoencoder.apply, method="decode"),
-    metrics,
+    opened.metrics,
+    opened.parameters,
   )

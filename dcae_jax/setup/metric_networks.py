@@ -1,58 +1,68 @@
-"""The networks of rFID, LPIPS and the like, their weights and references."""
+"""Metrics of a config, opened: their networks' weights and reference files."""
 
-import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from dcae_jax.evaluation import fid, reconstruction
-from dcae_jax.evaluation.networks import (
-  efficientnet,
-  inception,
-  lpips,
-  pretrained,
-)
+from dcae_jax.evaluation import fid, set_measures
+from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.evaluation.networks import pretrained
 
 _LOG = logging.getLogger(__name__)
-_LPIPS_NETWORK = "alexnet"  # of the paper's tables; training uses VGG16
-
-
-class _Metric(NamedTuple):
-  """What finds its weights, given a path or ""; its features, if it has any."""
-
-  load: Callable[[str], pretrained.Pretrained]
-  features: Callable[[Any, Any], Any] | None = None
-
-
-METRICS = {
-  "rfid": _Metric(
-    inception.load, lambda parameters, x: inception.features(parameters, x)[0]
-  ),
-  "lpips": _Metric(functools.partial(lpips.load, _LPIPS_NETWORK)),
-  "frechet_efficientnet_lite0": _Metric(
-    efficientnet.load, efficientnet.features
-  ),
-}
-_ANYWHERE = dict.fromkeys(METRICS, "")
 
 
 class Opened(NamedTuple):
-  """Weights of networks, why others are absent, and reference statistics.
+  """Metrics that can be computed, and why others cannot.
 
   Attributes:
-    found: by metric.
-    absent: by metric, why, with the command that gets it.
-    references: by resolution, mean and covariance by metric.
-    reference_files: file and sha256 by resolution.
+    metrics: of `metrics.METRICS`, by key.
+    weights: of their networks, by the network's key.
+    absent: by metric, why it is left out, with the command that gets it.
   """
 
-  found: dict[str, pretrained.Pretrained]
+  metrics: dict[str, metrics_table.Metric]
+  weights: dict[str, pretrained.Pretrained]
   absent: dict[str, str]
-  references: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]
-  reference_files: dict[str, dict[str, str]]
+
+  @property
+  def parameters(self) -> dict[str, dict[str, np.ndarray]]:
+    """By the network's key."""
+    return {key: found.parameters for key, found in self.weights.items()}
+
+  @property
+  def used_weights(self) -> dict[str, dict[str, str | bool]]:
+    """By metric, the file that a result names."""
+    return {
+      key: {
+        "file": self.weights[metric.network.key].file,
+        "sha256": self.weights[metric.network.key].sha256,
+        "is_published": self.weights[metric.network.key].is_published,
+      }
+      for key, metric in self.metrics.items()
+      if metric.network is not None
+    }
+
+
+def check_known(
+  asked: Iterable[str], subject: metrics_table.Subject, key: str
+) -> None:
+  """Raises ValueError for a metric that is not one of such images.
+
+  Args:
+    asked: keys of metrics.
+    subject: "reconstructions" or "samples".
+    key: of the config, for messages.
+  """
+  known = metrics_table.known(subject)
+  for metric in asked:
+    if metric not in known:
+      raise ValueError(
+        f"unknown metric {metric!r} in {key}; known of {subject} are "
+        f"{', '.join(known)}"
+      )
 
 
 def check(config: ConfigDict, key: str = "config") -> None:
@@ -60,92 +70,106 @@ def check(config: ConfigDict, key: str = "config") -> None:
 
   Args:
     config: with `metrics` and `resolutions`.
-    key: where it stands, for messages.
+    key: where it is, for messages.
   """
-  for metric in config.metrics:
-    if metric not in METRICS:
+  check_known(config.metrics, "reconstructions", f"{key}.metrics")
+  side = min(config.resolutions)
+  chosen = metrics_table.chosen(config.metrics, "reconstructions")
+  for metric in chosen.values():
+    smallest = metric.of_pairs.smallest_side if metric.of_pairs else 1
+    if side < smallest:
       raise ValueError(
-        f"unknown metric {metric!r} in {key}.metrics; known are "
-        f"{', '.join(METRICS)}"
+        f"image side {side} is below {smallest}, the smallest that "
+        f"{metric.label} can be computed for; leave it out of {key}.metrics"
       )
-  smallest = lpips.SMALLEST_SIDE[_LPIPS_NETWORK]
-  if "lpips" in config.metrics and min(config.resolutions) < smallest:
-    raise ValueError(
-      f"image side {min(config.resolutions)} is below {smallest}, the smallest "
-      f"that LPIPS can be computed for; leave it out of {key}.metrics"
-    )
 
 
 def check_reference(config: ConfigDict) -> None:
   """Raises ValueError for reference statistics that nothing can use."""
-  if config.reference and "rfid" not in config.metrics:
+  if not config.reference:
+    return
+  chosen = metrics_table.chosen(config.metrics, "reconstructions")
+  if metrics_table.INCEPTION.key not in compared(chosen):
     raise ValueError(
-      f"config.reference={config.reference} is for rfid, which is not among "
-      "config.metrics"
+      f"config.reference={config.reference} is for metrics such as rfid, which "
+      "is not among config.metrics"
     )
-  is_one_file = "{resolution}" not in config.reference
-  if config.reference and is_one_file and len(config.resolutions) > 1:
+  if "{resolution}" not in config.reference and len(config.resolutions) > 1:
     raise ValueError(
       f"config.reference={config.reference} is one file for several "
       "resolutions; put {resolution} into it, or evaluate one resolution"
     )
 
 
+def compared(
+  metrics: set_measures.Metrics,
+) -> dict[str, metrics_table.Network]:
+  """By key, the networks whose outputs are compared with a reference."""
+  found = set_measures.compared_with_originals(metrics)
+  return {metric.network.key: metric.network for metric in found.values()}
+
+
 def open_all(
-  metrics: Iterable[str], weights: Mapping[str, str] = _ANYWHERE
+  asked: Iterable[str],
+  weights: Mapping[str, str] | None = None,
+  subject: metrics_table.Subject = "reconstructions",
 ) -> Opened:
-  """Reads weights.
+  """Opens metrics; those without weights are left out, with a line.
 
   Args:
-    metrics: keys of `METRICS`.
-    weights: by metric, where they are; "": the cache, or the package that
-      brings them.
+    asked: keys of metrics, besides those that are always computed.
+    weights: by metric, where its network's are; "", as for others: the cache,
+      or the package that has them.
+    subject: what is measured.
 
   Raises:
     ValueError: a file that is not what it should be.
   """
-  found, absent = {}, {}
-  for metric in metrics:
+  paths = {
+    metrics_table.METRICS[key].network: path
+    for key, path in (weights or {}).items()
+    if path
+  }
+  metrics, opened, absent = {}, {}, {}
+  for key, metric in metrics_table.chosen(asked, subject).items():
+    network = metric.network
     try:
-      found[metric] = METRICS[metric].load(weights[metric])
+      if network is not None and network.key not in opened:
+        opened[network.key] = network.load(paths.get(network, ""))
     except pretrained.AbsentWeightsError as error:
-      absent[metric] = str(error)
-      _LOG.warning("%s is absent: %s", metric, error)
-  return Opened(found, absent, {}, {})
+      absent[key] = str(error)
+      _LOG.warning("%s is absent: %s", key, error)
+    else:
+      metrics[key] = metric
+  return Opened(metrics, opened, absent)
 
 
-def with_references(opened: Opened, config: ConfigDict) -> Opened:
-  """The same, with the reference statistics of an evaluation.
+def load_reference(
+  path: str,
+  network: metrics_table.Network,
+  metrics: set_measures.Metrics,
+) -> fid.Statistics:
+  """The statistics of a network's features that metrics compare with.
 
   Raises:
-    ValueError: a file that is not what it should be.
+    ValueError: a file that is not what it should be, or that lacks the features
+      of single images where a metric needs them.
   """
-  references, files = {}, {}
-  for resolution in config.resolutions if config.reference else ():
-    path = config.reference.replace("{resolution}", str(resolution))
-    statistics = fid.load_statistics(path, inception.FEATURES)
-    references[resolution] = {"rfid": (statistics.mean, statistics.covariance)}
-    files[str(resolution)] = {"file": path, "sha256": statistics.sha256}
-  return opened._replace(references=references, reference_files=files)
-
-
-def networks(
-  encode: Callable[[Any, Any], Any],
-  decode: Callable[[Any, Any], Any],
-  opened: Opened,
-) -> reconstruction.Networks:
-  """An autoencoder's functions and those of the metrics that were found."""
-  perceptual = None
-  if "lpips" in opened.found:
-    perceptual = functools.partial(lpips.distance, network=_LPIPS_NETWORK)
-  return reconstruction.Networks(
-    encode,
-    decode,
-    perceptual,
-    {
-      name: METRICS[name].features
-      for name in opened.found
-      if METRICS[name].features is not None
-    },
-    {name: found.parameters for name, found in opened.found.items()},
-  )
+  statistics = fid.load_statistics(path, network.features)
+  for key, metric in set_measures.compared_with_originals(metrics).items():
+    if metric.network != network or "features" not in metric.of_sets.rows:
+      continue
+    features, least = statistics.features, metric.of_sets.least
+    shape = (0, network.features) if features is None else features.shape
+    if (
+      shape[1:] != (network.features,)
+      or shape[0] < least
+      or not np.isfinite(features).all()
+    ):
+      raise ValueError(
+        f"config.reference={path} has features {list(shape)} of single images, "
+        f"and {metric.label} needs those of at least {least}, each "
+        f"{network.features} finite numbers; make a reference with "
+        f"configs/reference_statistics.py, or leave {key} out of config.metrics"
+      )
+  return statistics

@@ -15,12 +15,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.autoencoder import autoencoder, streaming_moments
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.diffusion import objectives, samplers
-from dcae_jax.evaluation import fid, sample_metrics, samples
-from dcae_jax.evaluation.networks import inception, pretrained
-from dcae_jax.evaluation.report import figures
+from dcae_jax.evaluation import fid, samples, set_measures
+from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.evaluation.report import figures, text_table
 from dcae_jax.latents import decode, reader
 from dcae_jax.nn import precision
 from dcae_jax.runs import (
@@ -30,18 +29,10 @@ from dcae_jax.runs import (
   versions,
   work_directory,
 )
-from dcae_jax.setup import denoising, keys, start
+from dcae_jax.setup import denoising, keys, metric_networks, start
 from dcae_jax.training import loop, sharding
 
 _LOG = logging.getLogger(__name__)
-_METRICS = ("gfid", "inception_score", "precision_recall")
-_WITH_REFERENCE = ("gfid", "precision_recall")
-_NEIGHBOURS = 3  # of precision and recall
-_SPLITS = 10  # of the Inception Score
-# Samples that each metric needs.
-_LEAST = {
-  "gfid": 2, "inception_score": _SPLITS, "precision_recall": _NEIGHBOURS + 1
-}  # fmt: skip
 _PICTURE, _PLOT = "samples.png", "guidance.png"
 _PICTURE_SIDE = 128  # pixels of an image in the picture, at most
 _IDENTITY = "parts/identity.json"
@@ -56,6 +47,30 @@ class _Model(NamedTuple):
   objective: objectives.Objective
   sampler: samplers.Sampler
   sampling: ConfigDict  # what the sampler is made from
+
+
+class _Inputs(NamedTuple):
+  """What an evaluation reads, opened.
+
+  Attributes:
+    model: of the training run.
+    step: of the averages.
+    variables: the averages, on all devices of this process.
+    decoder: of the latents.
+    labels: the classes that are drawn.
+    store: whose images the picture shows; None: it shows none.
+    metrics: with their weights.
+    references: that they compare with, by the network's key.
+  """
+
+  model: _Model
+  step: int
+  variables: Any
+  decoder: samples.Decoder
+  labels: list[int]
+  store: reader.Latents | None
+  metrics: metric_networks.Opened
+  references: dict[str, fid.Statistics]
 
 
 def check(config: ConfigDict) -> None:
@@ -73,23 +88,32 @@ def check(config: ConfigDict) -> None:
   denoising.check_guidance("config.guidance", config.guidance)
   if not config.guidance:
     raise ValueError("config.guidance is empty; name at least one scale")
-  for metric in config.metrics:
-    if metric not in _METRICS:
-      raise ValueError(
-        f"unknown metric {metric!r} in config.metrics; known are "
-        f"{', '.join(_METRICS)}"
-      )
-    if metric in _WITH_REFERENCE and not config.reference:
-      raise ValueError(
-        f"config.reference is empty, and {metric} compares with it; make one "
-        "with configs/reference_statistics.py, or choose other config.metrics"
-      )
-    if config.samples < _LEAST[metric]:
-      raise ValueError(
-        f"config.samples={config.samples} is below {_LEAST[metric]}, the least "
-        f"for {metric}; draw more, or choose other config.metrics"
-      )
+  _check_metrics(config)
   precision.check_dtype(config.compute_dtype)
+
+
+def _check_metrics(config: ConfigDict) -> None:
+  metric_networks.check_known(config.metrics, "samples", "config.metrics")
+  chosen = metrics_table.chosen(config.metrics, "samples")
+  networks = metric_networks.compared(chosen)
+  if networks and not config.reference:
+    raise ValueError(
+      f"config.reference is empty, and some of config.metrics="
+      f"{config.metrics} compare with it; make one with "
+      "configs/reference_statistics.py, or choose others"
+    )
+  if len(networks) > 1 and "{network}" not in config.reference:
+    raise ValueError(
+      f"config.reference={config.reference} is one file, and config.metrics="
+      f"{config.metrics} compare features of {', '.join(networks)}; put "
+      "{network} into it"
+    )
+  for key, metric in chosen.items():
+    if config.samples < metric.of_sets.least:
+      raise ValueError(
+        f"config.samples={config.samples} is below {metric.of_sets.least}, the "
+        f"least for {key}; draw more, or choose other config.metrics"
+      )
 
 
 def run(
@@ -98,6 +122,20 @@ def run(
   """Writes samples and `result.json`; False if SIGTERM stopped it."""
   sigterm = sigterm or loop.Sigterm(each_alone=True)
   check(config)
+  inputs = _open(config, workdir)
+  identity = _identity(config, inputs)
+  _claim(config, workdir, identity)
+  drawing = _drawing(config, inputs)
+  if not _draw_missing(config, workdir, drawing, sigterm):
+    return False
+  if jax.process_index() == 0:
+    _finish(config, workdir, inputs, identity, drawing)
+  processes.wait_for_all("samples_measured")
+  return True
+
+
+def _open(config: ConfigDict, workdir: epath.Path) -> _Inputs:
+  """Checks the work directory, and opens everything; writes nothing."""
   model = open_model(
     config,
     work_directory.read_run_config(config.init_from, "train_diffusion"),
@@ -108,18 +146,32 @@ def run(
     config, workdir, ("parts", "images", _PICTURE, _PLOT, "manifest.json")
   )
   store = _open_store(config)
-  network, reference = open_metrics(config)
+  metrics, references = open_metrics(config)
   ae = decode.load_autoencoder(
     description,
     config.autoencoder,
     "name it with config.autoencoder",
     config.compute_dtype,
   )
-  mesh = sharding.local_mesh()
   step, variables = denoising.averages(
-    config.init_from, model.denoiser, sharding.replicated(mesh)
+    config.init_from,
+    model.denoiser,
+    sharding.replicated(sharding.local_mesh()),
   )
-  identity = _identity(config, model, variables, ae, network)
+  decoder = samples.Decoder(ae, description)
+  return _Inputs(
+    model, step, variables, decoder, labels, store, metrics, references
+  )
+
+
+def _claim(
+  config: ConfigDict, workdir: epath.Path, identity: dict[str, Any]
+) -> None:
+  """Makes the work directory one of these samples, if it is not one of others.
+
+  Raises:
+    ValueError: it is.
+  """
   _check_identity(workdir, identity, may_grow=True)
   for scale in config.guidance:
     samples.check_not_fewer(workdir, scale, config.samples, config.batch_size)
@@ -131,73 +183,69 @@ def run(
     )
   processes.wait_for_all("samples_identity")
   _check_identity(workdir, identity, may_grow=False)  # all draw the same
-  drawing = samples.Drawing(
+
+
+def _drawing(config: ConfigDict, inputs: _Inputs) -> samples.Drawing:
+  model, placed = inputs.model, sharding.by_rows(sharding.local_mesh())
+  known = metrics_table.known("samples").items()
+  described = {
+    key: m for key, m in known if m.network.key in inputs.metrics.weights
+  }
+  return samples.Drawing(
     {
       scale: denoising.sample_function(
         model.denoiser, model.objective, model.sampler, model.sampling, scale,
-        sharding.by_rows(mesh),
+        placed,
       )
       for scale in config.guidance
     },
-    variables,
-    ae,
-    description,
-    network.parameters if network else None,
-    batch_size=config.batch_size,
-    classes=tuple(labels),
-    at_random=not config.classes,
-    seed=config.seed,
+    inputs.variables,
+    inputs.decoder,
+    described,
+    inputs.metrics.parameters,
+    samples.Order(
+      config.batch_size, tuple(inputs.labels), not config.classes, config.seed
+    ),
   )  # fmt: skip
-  if not _draw_missing(config, workdir, drawing, sigterm):
-    return False
-  if jax.process_index() == 0:
-    result = {
-      "init_from": config.init_from,
-      "step": step,
-      "objective": str(model.objective),
-      **identity,
-      "guidance": {
-        f"{scale:g}": _measure(config, workdir, scale, reference)
-        for scale in config.guidance
-      },
-      "reference": {
-        "file": config.reference,
-        "sha256": reference.sha256 if reference else None,
-      },
-      "inception_is_published": network.is_published if network else None,
-      "versions": versions.versions(),
-    }
-    _finish(config, workdir, result, drawing, description, labels, store, ae)
-  processes.wait_for_all("samples_measured")
-  return True
 
 
 def _finish(
   config: ConfigDict,
   workdir: epath.Path,
-  result: dict[str, Any],
+  inputs: _Inputs,
+  identity: dict[str, Any],
   drawing: samples.Drawing,
-  description: dict[str, Any],
-  labels: list[int],
-  store: reader.Latents | None,
-  ae: autoencoder.Autoencoder,
 ) -> None:
   """Writes `result.json`, the plot and the picture."""
+  measured, absent = {}, dict(inputs.metrics.absent)
+  for scale in config.guidance:
+    measured[f"{scale:g}"], reasons = _measure(config, workdir, scale, inputs)
+    absent |= {f"{k} at guidance {scale:g}": v for k, v in reasons.items()}
+  result = {
+    "init_from": config.init_from,
+    "step": inputs.step,
+    "objective": str(inputs.model.objective),
+    **identity,
+    "guidance": measured,
+    "absent": absent,
+    "reference": {
+      network: {"file": _reference(config, network), "sha256": found.sha256}
+      for network, found in inputs.references.items()
+    },
+    "metric_weights": inputs.metrics.used_weights,
+    "versions": versions.versions(),
+  }
   for name in (_PICTURE, _PLOT):  # of an earlier start
     (workdir / name).unlink(missing_ok=True)
   metrics_writer.write_whole(
     workdir / "result.json", json.dumps(result, indent=2)
   )
-  if config.metrics:
-    metrics_writer.write_whole(workdir / _PLOT, _plot(result["guidance"]))
+  if inputs.metrics.metrics:
+    metrics_writer.write_whole(workdir / _PLOT, _plot(measured))
   if config.picture.classes:
-    known = sorted(set(labels))
-    count = min(config.picture.classes, len(known))
-    spread = np.linspace(0, len(known) - 1, count)
-    chosen = [known[int(i)] for i in spread]
-    picture = _picture(config, drawing, description, chosen, store, ae)
+    picture = _picture(config, inputs, drawing)
     metrics_writer.write_png(workdir / _PICTURE, picture)
-  _LOG.info("%s\nin %s", _table(result["guidance"]), workdir)
+  _LOG.info("%s\nin %s", _table(measured), workdir)
 
 
 def open_model(config: ConfigDict, trained: dict[str, Any]) -> _Model:
@@ -249,52 +297,44 @@ def _open_store(config: ConfigDict) -> reader.Latents | None:
 
 def open_metrics(
   config: ConfigDict,
-) -> tuple[pretrained.Pretrained | None, fid.Statistics | None]:
-  """The FID Inception and the reference, where they are needed.
+) -> tuple[metric_networks.Opened, dict[str, fid.Statistics]]:
+  """The metrics, and what they compare with by the network's key.
 
   Raises:
-    ValueError: one of them is not there, or not what it should be: samples are
-      dear, and not drawn where they could not be measured.
+    ValueError: no metric has its weights, or a file is not what it should be:
+      samples are dear, and not drawn where they could not be measured.
   """
-  if not config.metrics:
-    return None, None
-  network, reference = inception.load(config.weights), None
-  if config.reference:
-    reference = fid.load_statistics(config.reference, inception.FEATURES)
-  if "precision_recall" in config.metrics:
-    features = reference.features
-    shape = (0, inception.FEATURES) if features is None else features.shape
-    if (
-      shape[1:] != (inception.FEATURES,)
-      or shape[0] <= _NEIGHBOURS
-      or not np.isfinite(features).all()
-    ):
-      raise ValueError(
-        f"config.reference={config.reference} has features {list(shape)} of "
-        f"single images, and precision and recall need more than {_NEIGHBOURS} "
-        f"times {inception.FEATURES} finite numbers; make one with "
-        "configs/reference_statistics.py, or leave precision_recall out of "
-        "config.metrics"
-      )
-  return network, reference
+  inception = {"gfid": config.weights}
+  metrics = metric_networks.open_all(config.metrics, inception, "samples")
+  if metrics.absent and not metrics.metrics:
+    raise ValueError("; ".join(dict.fromkeys(metrics.absent.values())))
+  references = {
+    key: metric_networks.load_reference(
+      _reference(config, key), network, metrics.metrics
+    )
+    for key, network in metric_networks.compared(metrics.metrics).items()
+  }
+  return metrics, references
 
 
-def _identity(
-  config: ConfigDict,
-  model: _Model,
-  variables: Any,
-  ae: autoencoder.Autoencoder,
-  network: pretrained.Pretrained | None,
-) -> dict[str, Any]:
+def _reference(config: ConfigDict, network: str) -> str:
+  return config.reference.replace("{network}", network)
+
+
+def _identity(config: ConfigDict, inputs: _Inputs) -> dict[str, Any]:
   """What samples depend on; must be the same to go on with a directory."""
+  weights = {f"{k}_sha256": w.sha256 for k, w in inputs.metrics.weights.items()}
   return {
-    "weights_sha256": conversion.fingerprint(variables),
-    "decoder_sha256": conversion.fingerprint(ae.variables),
+    "weights_sha256": conversion.fingerprint(inputs.variables),
+    "decoder_sha256": conversion.fingerprint(
+      inputs.decoder.autoencoder.variables
+    ),
     "compute_dtype": config.compute_dtype,
-    "inception_sha256": network.sha256 if network else None,
-    "sampler": str(model.sampler),
-    "steps": model.sampling.steps,
-    "interval": list(model.sampling.interval),
+    "inception_sha256": None,
+    **weights,
+    "sampler": str(inputs.model.sampler),
+    "steps": inputs.model.sampling.steps,
+    "interval": list(inputs.model.sampling.interval),
     "seed": config.seed,
     "classes": list(config.classes),
     "batch_size": config.batch_size,
@@ -363,90 +403,64 @@ def _draw_missing(
 
 
 def _measure(
-  config: ConfigDict,
-  workdir: epath.Path,
-  scale: float,
-  reference: fid.Statistics | None,
-) -> dict[str, float]:
-  """The metrics of one scale."""
-  moments = streaming_moments.Moments(inception.FEATURES)
-  features, logits, squares = [], [], 0.0
-  needed = ("latent_rms", *(("features", "logits") if config.metrics else ()))
+  config: ConfigDict, workdir: epath.Path, scale: float, inputs: _Inputs
+) -> tuple[dict[str, float], dict[str, str]]:
+  """The numbers of one scale, and why others are absent by metric."""
+  metrics, squares = inputs.metrics.metrics, 0.0
+  sets = set_measures.SetMeasures(metrics, inputs.references)
   parts = _parts(config, scale)
-  for record in samples.read_records(workdir, parts, needed):
-    squares += float(np.sum(np.square(record["latent_rms"], dtype=np.float64)))
-    if "gfid" in config.metrics:
-      moments.update(record["features"])
-    if "inception_score" in config.metrics:
-      logits.append(record["logits"])
-    if "precision_recall" in config.metrics:
-      features.append(record["features"])
-  found = {"latent_rms": (squares / config.samples) ** 0.5}
-  if "gfid" in config.metrics:
-    if config.samples < fid.FEWEST_IMAGES:
-      _LOG.warning(
-        "gFID of %d samples, fewer than %d: the number orders runs at best",
-        config.samples, fid.FEWEST_IMAGES,
-      )  # fmt: skip
-    found["gfid"] = fid.frechet_distance(
-      moments.mean, moments.covariance, reference.mean, reference.covariance
-    )
-  if "inception_score" in config.metrics:
-    score = sample_metrics.InceptionScore(inception.CLASSES, _SPLITS)
-    logits = np.concatenate(logits)  # may come class after class
-    score.update(logits[np.random.default_rng(0).permutation(len(logits))])
-    mean, deviation = score.compute()
-    found |= {"inception_score": mean, "inception_score_deviation": deviation}
-  if "precision_recall" in config.metrics:
-    precision, recall = sample_metrics.precision_recall(
-      reference.features, np.concatenate(features), _NEIGHBOURS
-    )
-    found |= {"precision": precision, "recall": recall}
-  return found
+  for record in samples.read_records(workdir, parts, metrics):
+    squares += float(np.sum(np.square(record.latent_rms, dtype=np.float64)))
+    sets.update(len(record.latent_rms), record.described)
+  numbers, absent = sets.compute()
+  few = metrics_table.with_too_few(numbers, config.samples)
+  if few:
+    _LOG.warning(
+      "%s of %d samples, fewer than %d: the number orders runs at best",
+      ", ".join(few), config.samples, fid.FEWEST_IMAGES,
+    )  # fmt: skip
+  return {"latent_rms": (squares / config.samples) ** 0.5} | numbers, absent
 
 
 def _plot(measured: dict[str, dict[str, float]]) -> bytes:
   """Each metric over the guidance scale."""
   points = sorted((float(scale), found) for scale, found in measured.items())
-  titles = {
-    "gFID": ("gfid",),
-    "Inception Score": ("inception_score",),
-    "precision and recall": ("precision", "recall"),
-  }
   panels = {
-    title: {
-      name: [(scale, found[name]) for scale, found in points]
-      for name in names
-      if name in points[0][1]
+    metric.label: {
+      key: [(scale, found[key]) for scale, found in points if key in found]
+      for key, column in metric.columns.items()
+      if column.better != "neither"
     }
-    for title, names in titles.items()
+    for metric in metrics_table.known("samples").values()
+    if any(key in found for _, found in points for key in metric.columns)
   }
-  panels = {title: lines for title, lines in panels.items() if lines}
   return figures.curves(panels, "guidance scale", marker="o")
 
 
 def _table(measured: dict[str, dict[str, float]]) -> str:
-  names = list(next(iter(measured.values())))
-  lines = [["guidance", *names]]
+  columns = metrics_table.columns_of(measured.values())
+  titles = [column.title for column in columns.values()]
+  rows = [["guidance", "latent RMS", *titles]]
   for scale, found in measured.items():
-    lines.append([scale, *(f"{found[name]:.4g}" for name in names)])
-  return "\n".join("  ".join(f"{x:>15}" for x in line) for line in lines)
+    numbers = [column.text(found.get(key)) for key, column in columns.items()]
+    rows.append([scale, f"{found['latent_rms']:.4g}", *numbers])
+  return text_table.markdown(rows)
 
 
 def _picture(
-  config: ConfigDict,
-  drawing: samples.Drawing,
-  description: dict[str, Any],
-  classes: list[int],
-  store: reader.Latents | None,
-  ae: autoencoder.Autoencoder,
+  config: ConfigDict, inputs: _Inputs, drawing: samples.Drawing
 ) -> np.ndarray:
   """A row for each of some classes, samples at each scale side by side."""
+  known = sorted(set(inputs.labels))
+  count = min(config.picture.classes, len(known))
+  classes = [known[int(i)] for i in np.linspace(0, len(known) - 1, count)]
+  ae, description = inputs.decoder
   names, columns = description["classes"], config.picture.columns
   blocks, headings = [], {}
-  if store is not None:
-    rows = [np.flatnonzero(store.labels() == i)[:1] for i in classes]
-    z = store.read_unscaled(np.concatenate(rows))
+  if inputs.store is not None:
+    of_rows = inputs.store.labels()
+    rows = [np.flatnonzero(of_rows == i)[:1] for i in classes]
+    z = inputs.store.read_unscaled(np.concatenate(rows))
     blocks.append(decode.to_pixels(ae, z)[:, None])
     headings[0] = "training"
   for scale in config.guidance:

@@ -1,4 +1,4 @@
-"""One's own pictures, beside their reconstructions, with PSNR."""
+"""Your own images beside their reconstructions, with PSNR."""
 
 import json
 import logging
@@ -17,6 +17,7 @@ from dcae_jax.data import decoding, images, sources
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.evaluation.report import figures
 from dcae_jax.runs import metrics_writer
+from dcae_jax.setup import keys
 
 _LOG = logging.getLogger(__name__)
 
@@ -24,14 +25,7 @@ _LOG = logging.getLogger(__name__)
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Writes `pictures/*.png`, summary.md and result.json."""
   pictures = sources.pictures(config.input)
-  if not config.init_from:
-    raise ValueError(
-      "config.init_from is empty; name a run, a folder or file of released "
-      "weights, or a hub id"
-    )
-  for key, least in (("shorter_side", 0), ("max_megapixels", 0.001)):
-    if not config[key] >= least:
-      raise ValueError(f"config.{key}={config[key]} is below {least}")
+  _check(config)
   # Latents are decoded as they are: the scaling factor does not matter.
   ae = autoencoder.load(
     config.init_from, scaling_factor=1.0, dtype=config.dtype
@@ -51,46 +45,61 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
         f"{original} would be written over; choose another --workdir"
       )
   start.begin(config, workdir, ("pictures", "summary.md"))
-  images.check_not_empty(
-    pictures,
-    images.Decoding(ae.image_channels, max_megapixels=config.max_megapixels),
+  how = images.Decoding(
+    ae.image_channels,
+    max_megapixels=config.max_megapixels,
+    shorter_side=config.shorter_side,
   )
+  images.check_not_empty(pictures, how)
   start.write_config(config, workdir)
   (workdir / "pictures").mkdir(parents=True, exist_ok=True)
   rows, skipped, start = [], [], time.monotonic()
   for i, name in enumerate(names):
     try:
-      image = decoding.decode(
-        pictures[i].encoded,
-        channels=ae.image_channels,
-        max_megapixels=config.max_megapixels,
-        shorter_side=config.shorter_side,
-      )
+      image, _ = images.open_image(pictures, i, how)
     except Exception as error:  # whatever a damaged file makes of Pillow
       skipped.append(f"{pictures.name(i)}: {error}")
       _LOG.warning("skipped %s", skipped[-1])
       continue
     original = np.asarray(image).reshape(image.height, image.width, -1)
-    found = quantisation.quantise(ae.reconstruct(original[None], **options))
-    pixels = jnp.asarray(original[None], jnp.float32)
-    psnr = float(image_metrics.psnr(found, pixels)[0])
-    height, width, _ = original.shape
-    picture = figures.side_by_side(
-      [original, np.asarray(found[0], np.uint8)],
-      [f"{width} x {height}", f"{ae.variant}: {psnr:.2f} dB"],
-    )
+    picture, psnr = _side_by_side(ae, original, options)
     metrics_writer.write_png(workdir / name, picture)
     rows.append(
-      {"image": pictures.name(i), "file": name, "width": width,
-       "height": height, "psnr": psnr}
+      {"image": pictures.name(i), "file": name, "width": image.width,
+       "height": image.height, "psnr": psnr}
     )  # fmt: skip
     seconds = (time.monotonic() - start) / (i + 1) * (len(names) - i - 1)
     _LOG.info(
       "%d/%d %s: %d x %d, %.2f dB; about %.0f s left",
-      i + 1, len(names), pictures.name(i), width, height, psnr, seconds,
+      i + 1, len(names), pictures.name(i), image.width, image.height, psnr,
+      seconds,
     )  # fmt: skip
   _write(workdir, config.init_from, ae.variant, rows, skipped)
   return True
+
+
+def _check(config: ConfigDict) -> None:
+  if not config.init_from:
+    raise ValueError(
+      "config.init_from is empty; name a run, a folder or file of released "
+      "weights, or a hub id"
+    )
+  keys.check(config)
+
+
+def _side_by_side(
+  ae: autoencoder.Autoencoder, original: np.ndarray, options: dict[str, Any]
+) -> tuple[np.ndarray, float]:
+  """An image uint8 [h, w, c] and its reconstruction, and their PSNR."""
+  y = quantisation.quantise(ae.reconstruct(original[None], **options))
+  pixels = jnp.asarray(original[None], jnp.float32)
+  psnr = float(image_metrics.psnr(y, pixels)[0])
+  height, width, _ = original.shape
+  picture = figures.side_by_side(
+    [original, np.asarray(y[0], np.uint8)],
+    [f"{width} x {height}", f"{ae.variant}: {psnr:.2f} dB"],
+  )
+  return picture, psnr
 
 
 def _file_names(paths: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Mean and covariance of Inception features of images, for FID.
+"""Mean and covariance of networks' features of images, for FID and its like.
 
 Writes `inception_<side>px.npz` in the layout of pytorch-fid, which evaluations
 read as their `config.reference`; with features of some of the images, for
@@ -11,12 +11,13 @@ import logging
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import streaming_moments
 from dcae_jax.data import images
 from dcae_jax.evaluation import fid
-from dcae_jax.evaluation.networks import inception
+from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.runs import metrics_writer, progress_lines
 from dcae_jax.setup import image_sources, keys, measuring, start
 from dcae_jax.training import sharding
@@ -26,32 +27,37 @@ _LOG = logging.getLogger(__name__)
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for a config that cannot be run."""
+  keys.check(config)
   measuring.check_reading(config)
-  if config.features < 0:
-    raise ValueError(f"config.features={config.features} is below 0")
+  known = metrics_table.describing_networks()
+  for key in config.networks:
+    if key not in known:
+      raise ValueError(
+        f"unknown network {key!r} in config.networks; known are "
+        f"{', '.join(known)}"
+      )
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
-  """Writes one `.npz` for each resolution, and `result.json`."""
+  """Writes an `.npz` for each network and resolution, and `result.json`."""
   check(config)
-  files = [f"inception_{side}px.npz" for side in config.resolutions]
-  start.begin(config, workdir, tuple(files))
+  names = {
+    (key, side): f"{key}_{side}px.npz"
+    for key in config.networks
+    for side in config.resolutions
+  }
+  start.begin(config, workdir, tuple(names.values()))
   source = image_sources.single_source(config.source)
   decoding = images.Decoding(max_megapixels=config.max_megapixels)
   images.check_not_empty(source, decoding)
-  weights = inception.load(config.weights)
+  known, weights = metrics_table.describing_networks(), {}
+  for key in config.networks:
+    is_inception = key == metrics_table.INCEPTION.key
+    weights[key] = known[key].load(config.weights if is_inception else "")
   mesh = sharding.create_mesh(**config.mesh)
   for resolution in config.resolutions:
     sharding.check_images(resolution, mesh)
   start.write_config(config, workdir)
-  parameters = jax.device_put(weights.parameters, sharding.replicated(mesh))
-
-  def pooled(parameters, batch):
-    pixels = batch.images.astype("float32")
-    rows, _ = inception.features(parameters, pixels)
-    return rows, batch.mask, batch.indices
-
-  features = jax.jit(pooled, out_shardings=sharding.replicated(mesh))
   reader = measuring.EvaluationImages(
     source,
     decoding,
@@ -65,36 +71,62 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     0, reader.total - 1, min(config.features, reader.total)
   ).astype(int)
   counts = {}
-  for resolution in config.resolutions:
-    progress = progress_lines.Progress(reader.total)
-    moments, kept = streaming_moments.Moments(inception.FEATURES), []
-    for batch in reader.batches(resolution):
-      rows, mask, indices = jax.device_get(features(parameters, batch))
-      kept.append(rows[mask & np.isin(indices, chosen)])
-      moments.update(rows[mask])
-      progress.add(int(np.sum(mask)))
-    progress.finish()
+  for (key, side), name in names.items():
+    network, parameters = known[key], weights[key].parameters
+    moments, features = _features(
+      network, parameters, reader, side, chosen, mesh
+    )
     covariance = moments.covariance  # refuses fewer than two images
     if moments.count < fid.FEWEST_IMAGES:
       _LOG.warning(
         "%d images, fewer than %d: distances from them order runs at best",
         moments.count, fid.FEWEST_IMAGES,
       )  # fmt: skip
-    counts[str(resolution)] = moments.count
-    file = workdir / f"inception_{resolution}px.npz"
+    counts[str(side)] = moments.count
     if jax.process_index() == 0:
-      fid.save_statistics(file, moments.mean, covariance, np.concatenate(kept))
-      _LOG.info("statistics of %d images: %s", moments.count, file)
+      fid.save_statistics(workdir / name, moments.mean, covariance, features)
+      _LOG.info("statistics of %d images: %s", moments.count, workdir / name)
   if jax.process_index() == 0:
     result = {
       "images": counts,
       "features": f"of {len(chosen)} images, evenly spaced",
       "crop": images.EVALUATION_CROP,
       "source": keys.resolved(config.source) | {"files": len(source)},
-      "weights_sha256": weights.sha256,
-      "weights_are_published": weights.is_published,
+      "weights": {
+        key: {"sha256": found.sha256, "is_published": found.is_published}
+        for key, found in weights.items()
+      },
     }
     metrics_writer.write_whole(
       workdir / "result.json", json.dumps(result, indent=2)
     )
   return True
+
+
+def _features(
+  network: metrics_table.Network,
+  parameters: dict[str, np.ndarray],
+  reader: measuring.EvaluationImages,
+  resolution: int,
+  chosen: np.ndarray,
+  mesh: Mesh,
+) -> tuple[streaming_moments.Moments, np.ndarray]:
+  """The moments of all images, and the features of the chosen ones."""
+  whole = sharding.replicated(mesh)
+
+  def describe(parameters, batch):
+    pixels = batch.images.astype("float32")
+    features = network.describe(parameters, pixels)["features"]
+    return features, batch.mask, batch.indices
+
+  described = jax.jit(describe, out_shardings=whole)
+  parameters = jax.device_put(parameters, whole)
+  progress = progress_lines.Progress(reader.total)
+  moments, kept = streaming_moments.Moments(network.features), []
+  for batch in reader.batches(resolution):
+    rows, mask, indices = jax.device_get(described(parameters, batch))
+    kept.append(rows[mask & np.isin(indices, chosen)])
+    moments.update(rows[mask])
+    progress.add(int(np.sum(mask)))
+  progress.finish()
+  return moments, np.concatenate(kept)

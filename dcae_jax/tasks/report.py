@@ -1,34 +1,39 @@
-"""Runs side by side and their floor: a picture, a table, the loss curves."""
+"""Finished runs and their floor side by side: the page that evaluations have,
+and a picture, a table in Markdown and the loss curves for other documents.
+"""
 
 import json
 import logging
+import tempfile
+from collections.abc import Iterator, Sequence
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import autoencoder, block_pca
-from dcae_jax.data import decoding, images, sources
-from dcae_jax.evaluation import fid, reconstruction
-from dcae_jax.evaluation.report import figures, page, text_table
+from dcae_jax.data import decoding
+from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.evaluation.report import (
+  evaluation_report,
+  figures,
+  page,
+  text_table,
+)
 from dcae_jax.runs import metrics_writer, work_directory
 from dcae_jax.setup import (
+  evaluations,
   floor,
-  image_sources,
+  keys,
   measuring,
   metric_networks,
   models,
   start,
 )
-from dcae_jax.training import sharding
 
 _LOG = logging.getLogger(__name__)
-_CURVES = (
-  "train/loss/l1", "train/loss/lpips", "train/loss/generator",
-  "train/loss/discriminator",
-)  # fmt: skip
-
-Results = dict[str, dict[int, reconstruction.Result]]
+_PICTURE = "reconstructions.png"
 
 
 def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
@@ -37,12 +42,10 @@ def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
     raise ValueError(
       "config.runs is empty; name the work directories to report"
     )
-  if not config.resolutions:
-    raise ValueError("config.resolutions is empty; name at least one")
-  for key in ("batch_size", "samples", "threads"):
-    if not config[key] >= 1:
-      raise ValueError(f"config.{key}={config[key]} is below 1")
+  keys.check(config)
+  measuring.check_reading(config)
   metric_networks.check(config)
+  metric_networks.check_reference(config)
   if runs_are_pending:
     return
   for run in config.runs.values():
@@ -53,42 +56,77 @@ def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
-  """Writes report.md, report.json and the two PNGs into `workdir`.
+  """Writes index.html, report.md, report.json and their pictures.
 
   Evaluates the averages of each run's last checkpoint, and block PCA with
   latents of the size of the first run's, fitted on what that run was trained
   on.
   """
   check(config)
-  start.begin(config, workdir)
-  source = image_sources.single_source(config.source)
-  images.check_not_empty(source, images.Decoding())
-  metrics = metric_networks.open_all(config.metrics)
+  start.begin(config, workdir, ("index.html", "pictures"))
+  inputs = evaluations.open_inputs(config)
   start.write_config(config, workdir)
-  first = next(iter(config.runs.values()))
-  absent = dict(metrics.absent)
-  results = {}
-  try:
-    fitted = _floor(config, first)
-  except ValueError as error:  # such as images of another machine
-    absent[floor.NAME] = str(error)
-    _LOG.warning("%s is absent: %s", floor.NAME, error)
-  else:
-    results[floor.NAME] = _evaluate(config, fitted, source, metrics)
-  for name, run in config.runs.items():
-    results[name] = _evaluate(config, _load(run), source, metrics)
-  if jax.process_index() == 0:
-    _write(config, workdir, results, absent)
+  directories, notes = [], []
+  with tempfile.TemporaryDirectory(prefix="dcae_jax_report_") as aside:
+    for own, subject in _subjects(config, notes):
+      directories.append(epath.Path(aside) / f"{len(directories)}")
+      directories[-1].mkdir()
+      evaluations.record(subject, own, inputs, directories[-1])
+    if jax.process_index():
+      return True
+    runs = evaluation_report.read(directories)
+    made = epath.Path(aside) / "report"
+    contents = evaluation_report.write(made, runs, notes)
+    numbers = _numbers(runs)
+    picture = _picture(runs, f"{config.resolutions[-1]}")
+    metrics_writer.write_png(made / _PICTURE, picture)
+    metrics_writer.write_whole(
+      made / "report.json", json.dumps(numbers, indent=2)
+    )
+    table = text_table.of_metrics(numbers)
+    metrics_writer.write_whole(
+      made / "report.md", _markdown(table, contents, config.resolutions[-1])
+    )
+    evaluations.publish(made, workdir)
+  _LOG.info(
+    "held-out images:\n\n%s\n\npicture: %s\npage: %s\nreport: %s",
+    table, workdir / _PICTURE, workdir / "index.html", workdir / "report.md",
+  )  # fmt: skip
   return True
 
 
-def _load(run: str) -> autoencoder.Autoencoder:
-  dtype = work_directory.read_run_config(run)["model"]["dtype"]
-  # Latents are decoded as they are: the scaling factor does not matter.
-  return autoencoder.load(run, scaling_factor=1.0, dtype=dtype)
+def _subjects(
+  config: ConfigDict, notes: list[tuple[str, str]]
+) -> Iterator[tuple[ConfigDict, evaluations.Subject]]:
+  """The floor and the runs, each with the config of its evaluation.
+
+  Args:
+    config: of the report.
+    notes: gets one on the floor, where there is none.
+  """
+
+  def own(**changes):
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+      copy.update(changes)
+    return copy
+
+  try:
+    fitted = _floor(config)
+  except ValueError as error:  # such as images of another machine
+    notes.append((floor.NAME, f"is absent: {error}"))
+    _LOG.warning("%s is absent: %s", floor.NAME, error)
+  else:
+    yield own(name=floor.NAME, init_from="", dtype="float32"), fitted
+  for name, run in config.runs.items():
+    dtype = work_directory.read_run_config(run)["model"]["dtype"]
+    # Latents are decoded as they are: the scaling factor does not matter.
+    subject = autoencoder.load(run, scaling_factor=1.0, dtype=dtype)
+    yield own(name=name, init_from=run, dtype=dtype), subject
 
 
-def _floor(config: ConfigDict, run: str) -> block_pca.BlockPCA:
+def _floor(config: ConfigDict) -> block_pca.BlockPCA:
+  run = next(iter(config.runs.values()))
   variant, _ = models.variant_of(run)
   return floor.fit(
     floor.of_run(run),
@@ -99,88 +137,44 @@ def _floor(config: ConfigDict, run: str) -> block_pca.BlockPCA:
   )
 
 
-def _evaluate(
-  config: ConfigDict,
-  ae: autoencoder.Autoencoder | block_pca.BlockPCA,
-  source: sources.Source,
-  metrics: metric_networks.Opened,
-) -> dict[int, reconstruction.Result]:
-  mesh = sharding.create_mesh(-1, 1, 1)
-  reader = measuring.EvaluationImages(
-    source,
-    images.Decoding(ae.image_channels),
-    mesh,
-    batch_size=config.batch_size,
-    max_images=config.max_images,
-    threads=config.threads,
-  )
-  evaluation = measuring.Evaluation(
-    measuring.networks_of(ae, metrics), reader, mesh, samples=config.samples
-  )
-  variables = measuring.on_mesh(ae.variables, mesh)
+def _picture(runs: Sequence[evaluation_report.Run], size: str) -> np.ndarray:
+  """The originals, and a row of reconstructions for each run."""
+  indices = list(runs[0].rows(size, "samples"))
+  rows = [
+    np.stack([run.picture(size, i, suffix) for i in indices])
+    for run, suffix in [(runs[0], ""), *((x, "_reconstruction") for x in runs)]
+  ]
+  return figures.grid(rows, ["original", *(run.name for run in runs)])
+
+
+def _numbers(
+  runs: Sequence[evaluation_report.Run],
+) -> dict[str, dict[str, dict[str, float]]]:
+  """The metrics that could be computed, by run and resolution."""
   return {
-    resolution: evaluation.measure(variables, resolution)
-    for resolution in config.resolutions
+    run.name: {
+      size: {
+        key: found[key]
+        for key in metrics_table.columns()
+        if found.get(key) is not None
+      }
+      | {"latent_rms": found["latent"]["rms"]}
+      for size, found in run.result["resolutions"].items()
+    }
+    for run in runs
   }
 
 
-def _write(
-  config: ConfigDict,
-  workdir: epath.Path,
-  results: Results,
-  absent: dict[str, str],
-) -> None:
-  shown = config.resolutions[-1]
-  first = next(iter(results.values()))
-  rows = [first[shown].rows[0]]
-  rows += [found[shown].rows[1] for found in results.values()]
-  picture = figures.grid(rows, ["original", *results])
-  metrics_writer.write_png(workdir / "reconstructions.png", picture)
-  lines = {
-    name: metrics_writer.read_lines(
-      epath.Path(run).expanduser() / "metrics.jsonl"
-    )
-    for name, run in config.runs.items()
-  }
-  curves = figures.loss_curves(lines, _CURVES)
-  (workdir / "loss_curves.png").write_bytes(curves)
-  numbers = {
-    name: {size: result.metrics for size, result in found.items()}
-    for name, found in results.items()
-  }
-  metrics_writer.write_whole(
-    workdir / "report.json", json.dumps(numbers, indent=2)
-  )
-  table = text_table.of_metrics(numbers)
-  for found in first.values():
-    absent |= found.absent
-  notes = [f"{name} is absent: {why}." for name, why in absent.items()]
-  few = first[shown].count
-  if few < fid.FEWEST_IMAGES and set(page.DISTANCES) & set(
-    first[shown].metrics
-  ):
-    notes.append(
-      f"Fréchet distances of {few} images, fewer than {fid.FEWEST_IMAGES}, "
-      "order rows at best."
-    )
-  metrics_writer.write_whole(
-    workdir / "report.md", _markdown(table, notes, shown)
-  )
-  _LOG.info(
-    "held-out images:\n\n%s\n\npicture: %s\nreport: %s",
-    table, workdir / "reconstructions.png", workdir / "report.md",
-  )  # fmt: skip
-
-
-def _markdown(table: str, notes: list[str], shown: int) -> str:
+def _markdown(table: str, contents: page.Contents, shown: int) -> str:
+  notes = "".join(f"{subject} {text}.\n\n" for subject, text in contents.notes)
+  pictures = f"![reconstructions]({_PICTURE})\n"
+  if contents.curves:
+    pictures += f"\n![loss curves]({contents.curves})\n"
   return (
     "# Reconstruction of held-out photographs\n\n"
     "Averaged weights of each run's last checkpoint; means over images. The "
     "floor is\na linear projection of blocks of pixels with latents of the "
     "same size, fitted on\nthe training images.\n\n"
-    f"{table}\n\n"
-    + "".join(f"{note}\n\n" for note in notes)
-    + f"At {shown} px, originals above:\n\n"
-    "![reconstructions](reconstructions.png)\n\n"
-    "![loss curves](loss_curves.png)\n"
+    f"{table}\n\n{notes}At {shown} px, originals above:\n\n"
+    f"{pictures}"
   )

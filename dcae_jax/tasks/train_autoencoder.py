@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import families
 from dcae_jax.data import images, sources
+from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.networks import lpips, pretrained
 from dcae_jax.evaluation.report import figures, text_table
 from dcae_jax.runs import metrics_writer, processes
@@ -283,7 +284,7 @@ def _metrics(
   for resolution, prefix in _prefixes(config, part).items():
     of_size = {
       key: values[f"{prefix}/{key}"]
-      for key, *_ in text_table.COLUMNS
+      for key in metrics_table.columns()
       if f"{prefix}/{key}" in values
     }
     if of_size:

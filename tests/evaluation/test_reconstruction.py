@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dcae_jax.autoencoder import quantisation, streaming_moments
-from dcae_jax.evaluation import fid, image_metrics, reconstruction
+from dcae_jax.evaluation import fid, image_metrics, metrics, reconstruction
+from dcae_jax.evaluation.networks import pretrained
 from dcae_jax.evaluation.report import figures
 from dcae_jax.training import hardware, sharding
 
@@ -36,32 +37,53 @@ def _by_batch(batches, mesh):
   return (jax.device_put(batch, placed) for batch in batches)
 
 
+def _network(key, feature):
+  return metrics.Network(
+    key,
+    lambda path: pretrained.Pretrained({}, path, "", True),
+    lambda parameters, x: {"features": feature(parameters, x), "unused": x},
+    features=3,
+  )
+
+
+def _distance(name, feature):
+  return metrics.Metric(
+    name,
+    {name: metrics.Column(name, 2, "lower")},
+    _network(name, feature),
+    of_sets=metrics.METRICS["rfid"].of_sets,
+  )
+
+
 NETWORKS = reconstruction.Networks(
   encode=lambda variables, x: x[:, ::2, ::2] * variables,
   decode=lambda variables, z: jnp.repeat(jnp.repeat(z, 2, 1), 2, 2),
-  lpips=lambda p, a, b: p * jnp.mean(jnp.abs(a - b), axis=(1, 2, 3)),
-  features={
-    "rfid": lambda p, x: p * jnp.mean(x, axis=(1, 2)) / 255,
-    "other": lambda p, x: jnp.mean(x / 255, axis=(1, 2)) ** p,
+  metrics={
+    "psnr": metrics.METRICS["psnr"],
+    "ssim": metrics.METRICS["ssim"],
+    "lpips": metrics.Metric(
+      "distance",
+      {"lpips": metrics.Column("distance", 2, "lower")},
+      _network("pairs", lambda p, x: x),
+      of_pairs=metrics.OfPairs(
+        lambda p, a, b: p * jnp.mean(jnp.abs(a - b) / 127.5, axis=(1, 2, 3))
+      ),
+    ),
+    "rfid": _distance("rfid", lambda p, x: p * jnp.mean(x, axis=(1, 2)) / 255),
+    "other": _distance(
+      "other", lambda p, x: jnp.mean(x / 255, axis=(1, 2)) ** p
+    ),
   },
-  parameters={"lpips": 2.0, "rfid": 3.0, "other": 2.0},
+  parameters={"pairs": 2.0, "rfid": 3.0, "other": 2.0},
 )
 
 
-def _measure(batches, mesh=None, references=None, networks=NETWORKS, **kwargs):
+def _measure(batches, mesh=None, networks=NETWORKS, extremes=0, **kwargs):
   mesh = mesh or sharding.create_mesh(8, 1, 1)
-  of_originals = set(networks.features) - set(references or {})
-  measure_batch = reconstruction.create(
-    networks, sharding.replicated(mesh), of_originals
+  measurement = reconstruction.Measurement(
+    networks, sharding.replicated(mesh), samples=3, extremes=extremes
   )
-  return reconstruction.measure(
-    measure_batch,
-    jnp.float32(0.9),
-    networks.parameters,
-    batches,
-    references=references,
-    **({"samples": 3} | kwargs),
-  )
+  return measurement.measure(jnp.float32(0.9), batches, **kwargs)
 
 
 def _expected(images):
@@ -159,12 +181,14 @@ def test_first_worst_and_best_images_are_shown():
 
 def test_reference_statistics_take_the_place_of_the_originals():
   images = _images(9)
-  reference = (np.zeros(3), np.eye(3))
+  reference = fid.Statistics(np.zeros(3), np.eye(3), None, "")
   found = _measure(_batches(images, 4), references={"rfid": reference})
   _, reconstructions, expected = _expected(images)
   moments = streaming_moments.Moments(3)
   moments.update(3 * np.asarray(reconstructions).mean((1, 2)) / 255)
-  distance = fid.frechet_distance(moments.mean, moments.covariance, *reference)
+  distance = fid.frechet_distance(
+    moments.mean, moments.covariance, *reference[:2]
+  )
   assert found.metrics["rfid"] == pytest.approx(distance, rel=1e-4)
   assert found.metrics["psnr"] == pytest.approx(expected["psnr"], rel=1e-4)
 

@@ -336,7 +336,9 @@ def test_reconstructions_stand_beside_their_own_originals(
   first, second = tmp_path / "first", tmp_path / "second"
   _run(config(**settings), first)
   _run(
-    config(**settings, **{"source.path": str(others), "compare": str(first)}),
+    config(
+      **settings, **{"source.path": str(others), "compare": (str(first),)}
+    ),
     second,
   )
   text = _check_page(second)
@@ -357,7 +359,7 @@ def test_runs_are_compared_whether_measured_before_or_not(
   before = _run(config(space_to_channel=2, name="<f16>"), first)
   assert before["autoencoder"]["spatial_compression"] == 16
   second = tmp_path / "second"
-  compare = f"[{first},{weights_folder}]"
+  compare = (str(first), str(weights_folder))
   changes = {"variant": "tiny-f8", "seed": 1, "space_to_channel": 4}
   result = _run(config(init_from="", compare=compare, **changes), second)
   other = json.loads((second / "compared" / "1" / "result.json").read_text())
@@ -380,7 +382,7 @@ def test_runs_are_compared_whether_measured_before_or_not(
   # Alone, finished evaluations need neither images nor weights.
   third = tmp_path / "third"
   evaluate_autoencoder.run(
-    config(init_from="", compare=f"{first},{second}"), epath.Path(third)
+    config(init_from="", compare=(str(first), str(second))), epath.Path(third)
   )
   assert "initial values" in _check_page(third)
 
@@ -390,7 +392,7 @@ def test_the_floor_stands_beside_what_is_measured(
   trained, config, photographs, tiny_config, tmp_path
 ):
   """Fitted on what the run was trained on, or else on the measured images."""
-  changes = {"compare": "[block_pca]", "space_to_channel": 2}
+  changes = {"compare": ("block_pca",), "space_to_channel": 2}
   name = "floor: block PCA (fitted on these images)"
   if trained:
     train_autoencoder.run(tiny_config(1, steps=1), epath.Path(tmp_path / "run"))
@@ -407,13 +409,13 @@ def test_the_floor_stands_beside_what_is_measured(
   assert theirs["ssim"] > ours["ssim"]
   assert "2 x 2 x 64" in _check_page(tmp_path / "out")
   # As any finished evaluation, it can stand beside others.
-  again = config(init_from="", compare=str(tmp_path / "out/compared/0"))
+  again = config(init_from="", compare=(str(tmp_path / "out/compared/0"),))
   evaluate_autoencoder.run(again, epath.Path(tmp_path / "again"))
   assert name in _check_page(tmp_path / "again")
 
 
 def test_the_floor_can_be_fitted_on_other_images(config, photographs, tmp_path):
-  changes = {"compare": "block_pca", "max_images": 3}
+  changes = {"compare": ("block_pca",), "max_images": 3}
   distances = []
   for i, source in enumerate(("", str(photographs))):
     changes["fit_source.path"] = source
@@ -473,7 +475,7 @@ def test_reference_statistics_are_computed_saved_and_read(
     ({"resolutions": (32,), "space_to_channel": 3}, "not divisible by 24"),
     ({"resolutions": (8,)}, "below 11"),
     ({"resolutions": (24,), "metrics": ("lpips",)}, "below 31"),
-    ({"metrics": ("fid",)}, "unknown metric 'fid'.*rfid, lpips"),
+    ({"metrics": ("fid",)}, "unknown metric 'fid'.*rfid, psnr"),
     ({"batch_size": 0}, "batch_size=0"),
     ({"samples": 0}, "samples=0"),
     ({"seed": 2**70}, "seed=1180591620717411303424"),
@@ -481,10 +483,10 @@ def test_reference_statistics_are_computed_saved_and_read(
     ({"resolutions": (2**40,)}, "image side 1099511627776"),
     ({"source.weight": float("inf")}, "source weight inf"),
     ({"dtype": "float16"}, "unknown dtype"),
-    ({"compare": "[nowhere/else]"}, "nowhere/else"),
-    ({"init_from": "", "compare": "[block_pca]"}, "set one of them"),
+    ({"compare": ("nowhere/else",)}, "nowhere/else"),
+    ({"init_from": "", "compare": ("block_pca",)}, "set one of them"),
     (
-      {"compare": "[block_pca]", "fit_source.kind": "folder"},
+      {"compare": ("block_pca",), "fit_source.kind": "folder"},
       "image folder '' does not exist",
     ),
     ({"weights.rfid": "no.pth", "metrics": ("rfid",)}, "no.pth"),
@@ -545,7 +547,7 @@ def test_damaged_evaluations_are_refused_before_anything_is_measured(
   else:
     (pictures / "latents.png").write_bytes(b"")
   with pytest.raises(ValueError, match="not a whole evaluation"):
-    _run(config(compare=str(first)), second)
+    _run(config(compare=(str(first),)), second)
   assert not second.exists()
 
 
@@ -578,21 +580,6 @@ def test_a_failing_run_leaves_the_evaluation_before_it(
 def test_an_evaluation_is_not_compared_with_what_it_replaces(config, tmp_path):
   _run(config(max_images=2), tmp_path)
   with pytest.raises(ValueError, match="written anew"):
-    _run(config(compare=f"[{tmp_path}]"), tmp_path)
+    _run(config(compare=(str(tmp_path),)), tmp_path)
   with pytest.raises(ValueError, match="written anew"):
-    _run(config(compare=str(tmp_path / "compared" / "0")), tmp_path)
-
-
-@pytest.mark.parametrize(
-  ("text", "paths"),
-  [
-    ("", []),
-    ("a", ["a"]),
-    ("[a/b, gs://c/d]", ["a/b", "gs://c/d"]),
-    ("['a','b',]", ["a", "b"]),
-  ],
-)
-def test_compare_is_a_list_in_brackets_or_not(text, paths):
-  c = base.evaluate()
-  c.compare = text
-  assert evaluate_autoencoder.compared(c) == paths
+    _run(config(compare=(str(tmp_path / "compared" / "0"),)), tmp_path)

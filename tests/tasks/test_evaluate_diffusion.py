@@ -19,7 +19,13 @@ import dcae_jax
 from configs import base
 from dcae_jax.autoencoder import streaming_moments
 from dcae_jax.diffusion.denoisers import families as denoisers
-from dcae_jax.evaluation import fid, sample_metrics, samples
+from dcae_jax.evaluation import (
+  fid,
+  metrics,
+  sample_metrics,
+  samples,
+  set_measures,
+)
 from dcae_jax.evaluation.networks import inception
 from dcae_jax.latents import decode, reader
 from dcae_jax.runs import metrics_writer, work_directory
@@ -116,9 +122,9 @@ def test_metrics_are_those_of_the_written_images(
     records = samples.read_records(
       epath.Path(workdir),
       samples.parts(scale, SAMPLES, BATCH),
-      ("features", "logits"),
+      {k: metrics.METRICS[k] for k in ("gfid", "inception_score")},
     )
-    rows = list(records)
+    rows = [record.described["inception"] for record in records]
     features = np.concatenate([row["features"] for row in rows])
     logits = np.concatenate([row["logits"] for row in rows])
     for recorded, direct in zip(
@@ -136,9 +142,7 @@ def test_metrics_are_those_of_the_written_images(
       ),
       rel=1e-9,
     )  # fmt: skip
-    score = sample_metrics.InceptionScore(inception.CLASSES)
-    score.update(logits[np.random.default_rng(0).permutation(SAMPLES)])
-    mean, deviation = score.compute()
+    mean, deviation = sample_metrics.inception_score(logits)
     assert found["inception_score"] == pytest.approx(mean, rel=1e-9)
     assert found["inception_score_deviation"] == pytest.approx(deviation)
     part = sample_metrics.precision_recall(statistics.features, features)
@@ -146,7 +150,7 @@ def test_metrics_are_those_of_the_written_images(
   distances = [found["gfid"] for found in result["guidance"].values()]
   assert distances[0] != distances[1]
   assert result["samples"] == SAMPLES and result["step"] == 2
-  assert not result["inception_is_published"]
+  assert not result["metric_weights"]["gfid"]["is_published"]
 
 
 def test_the_order_of_classes_does_not_matter_to_the_metrics(tmp_path):
@@ -169,8 +173,18 @@ def test_the_order_of_classes_does_not_matter_to_the_metrics(tmp_path):
     )
   mean, covariance = features[1].mean(0), np.cov(features[1], rowvar=False)
   reference = fid.Statistics(mean, covariance, features[1], "")
-  found = evaluate_diffusion._measure(c, epath.Path(tmp_path), 1.0, reference)
-  assert found["latent_rms"] == pytest.approx(2.0)
+  sets = set_measures.SetMeasures(
+    metrics.chosen(c.metrics, "samples"), {"inception": reference}
+  )
+  for record in samples.read_records(
+    epath.Path(tmp_path),
+    samples.parts(1.0, 1000, 300),
+    metrics.chosen(c.metrics, "samples"),
+  ):
+    assert (record.latent_rms == 2.0).all()
+    sets.update(len(record.latent_rms), record.described)
+  found, absent = sets.compute()
+  assert not absent
   assert 9.5 < found["inception_score"] <= 10
   assert found["gfid"] == pytest.approx(
     fid.frechet_distance(
@@ -353,13 +367,10 @@ def test_latents_are_decoded_as_the_autoencoder_has_them(
   drawing = samples.Drawing(
     {1.0: lambda variables, key, labels: z},
     {},
-    dcae_jax.load(tiny_autoencoder),
-    description,
-    None,
-    batch_size=BATCH,
-    classes=(0,),
-    at_random=False,
-    seed=0,
+    samples.Decoder(dcae_jax.load(tiny_autoencoder), description),
+    {},
+    {},
+    samples.Order(BATCH, classes=(0,), at_random=False, seed=0),
   )
   found = drawing.part(samples.parts(1.0, BATCH, BATCH)[0])
   unscaled = z / description["scaling_factor"] + 0.25

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -71,7 +72,18 @@ def test_quickstart_writes_a_report(workdir):
         f"{metrics['psnr']:.2f}",
         f"{metrics['ssim']:.4f}",
       ]
-  assert "8 images, fewer than 2048" in table
+  assert "of fewer than 2,048 images" in table
+
+
+def test_the_report_is_a_page_with_curves_and_the_floor(workdir):
+  text = (workdir / "report" / "index.html").read_text()
+  for words in (floor.NAME, "phase3", "loss_curves.png", "LPIPS", "<svg"):
+    assert words in text
+  pictures = re.findall(r"<img [^>]*src='([^']+)'", text)
+  assert "loss_curves.png" in pictures
+  for name in pictures:
+    with Image.open(workdir / "report" / name) as image:
+      image.load()
 
 
 def test_report_agrees_with_the_runs_own_evaluation(workdir):

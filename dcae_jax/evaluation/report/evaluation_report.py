@@ -1,22 +1,30 @@
 """The HTML report of evaluations: reads their work directories, writes a page.
 
-Pictures are copied, so that `report/` can be moved and opened anywhere.
+Pictures are copied, so that the report can be moved and opened anywhere.
 """
 
 import json
 import re
 import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from dcae_jax.evaluation.report import figures
+from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.evaluation.report import comparison, figures
 from dcae_jax.evaluation.report import page as html_page
 from dcae_jax.runs import metrics_writer
 
+CURVES = "loss_curves.png"
+_LOSSES = (
+  "train/loss/l1", "train/loss/lpips", "train/loss/generator",
+  "train/loss/discriminator",
+)  # fmt: skip
 
-class _Run(NamedTuple):
+
+class Run(NamedTuple):
   """One evaluation: a name that no other one has, its result, its directory."""
 
   name: str
@@ -40,7 +48,7 @@ def check(directory: epath.Path) -> None:
   """Raises ValueError unless a report can be made of a finished evaluation."""
   with tempfile.TemporaryDirectory(prefix="dcae_jax_report_") as aside:
     try:
-      write(epath.Path(aside) / "report", [directory])
+      write(epath.Path(aside) / "report", read([directory]))
     except Exception as error:  # whatever may have been damaged there
       reason = " ".join(str(error).split())
       raise ValueError(
@@ -49,17 +57,23 @@ def check(directory: epath.Path) -> None:
       ) from error
 
 
-def write(report: epath.Path, directories: list[epath.Path]) -> str:
+def write(
+  report: epath.Path,
+  runs: Sequence[Run],
+  notes: Sequence[tuple[str, str]] = (),
+) -> html_page.Contents:
   """Writes the report of one or several evaluations.
 
   Args:
     report: the directory that gets it.
-    directories: of the evaluations, in the order of the table.
+    runs: of `read`, in the order of the table.
+    notes: on what is not among them: what each is about, and the rest of the
+      sentence.
 
   Returns:
-    The table, as text.
+    What the page shows.
   """
-  runs = _runs(directories)
+  named = [(run.name, run.result) for run in runs]
   (report / "pictures").mkdir(parents=True)
   sizes = dict.fromkeys(
     size for run in runs for size in run.result["resolutions"]
@@ -68,20 +82,43 @@ def write(report: epath.Path, directories: list[epath.Path]) -> str:
   for size in sizes:
     with_size = [run for run in runs if size in run.result["resolutions"]]
     sections += _sections(report, size, with_size)
-    for run in with_size:
-      file = f"pictures/{size}px_{run.slug}_latents.png"
-      source = run.directory / "pictures" / f"{size}px" / "latents.png"
-      metrics_writer.write_png(report / file, metrics_writer.read_png(source))
-      shown = run.result["resolutions"][size]["pictures"]["samples"][0]
-      channels = run.result["autoencoder"]["latent_channels"]
-      title = f"{run.name}, {size} px: {_short(shown['name'])}"
-      if channels > figures.MOST_CHANNELS:
-        title += f", the first {figures.MOST_CHANNELS} of {channels} channels"
-      latents.append((title, file))
-  named = [(run.name, run.result) for run in runs]
-  page = html_page.page(named, sections, latents)
-  metrics_writer.write_whole(report / "index.html", page)
-  return html_page.text(named)
+    latents += [_latents(report, size, run) for run in with_size]
+  contents = html_page.Contents(
+    named,
+    [*notes, *comparison.notes(named)],
+    _write_curves(report, runs),
+    sections,
+    latents,
+  )
+  metrics_writer.write_whole(report / "index.html", html_page.page(contents))
+  return contents
+
+
+def _write_curves(report: epath.Path, runs: Sequence[Run]) -> str:
+  """A panel for each training run among them; "" if there is none."""
+  lines = {}
+  for run in runs:
+    init_from = run.result["autoencoder"]["init_from"]
+    file = epath.Path(init_from).expanduser() / "metrics.jsonl"
+    if init_from and file.exists():
+      lines[run.name] = metrics_writer.read_lines(file)
+  if not lines:
+    return ""
+  (report / CURVES).write_bytes(figures.loss_curves(lines, _LOSSES))
+  return CURVES
+
+
+def _latents(report: epath.Path, size: str, run: Run) -> tuple[str, str]:
+  """Copies the picture of a run's latents; its title, and its file."""
+  file = f"pictures/{size}px_{run.slug}_latents.png"
+  source = run.directory / "pictures" / f"{size}px" / "latents.png"
+  metrics_writer.write_png(report / file, metrics_writer.read_png(source))
+  shown = run.result["resolutions"][size]["pictures"]["samples"][0]
+  channels = run.result["autoencoder"]["latent_channels"]
+  title = f"{run.name}, {size} px: {_short(shown['name'])}"
+  if channels > figures.MOST_CHANNELS:
+    title += f", the first {figures.MOST_CHANNELS} of {channels} channels"
+  return title, file
 
 
 def _short(name: str) -> str:
@@ -89,7 +126,8 @@ def _short(name: str) -> str:
   return "/".join(name.split("/")[-2:])
 
 
-def _runs(directories: list[epath.Path]) -> list[_Run]:
+def read(directories: Sequence[epath.Path]) -> list[Run]:
+  """Finished evaluations, with names that tell them apart."""
   runs = []
   for i, directory in enumerate(directories):
     result = json.loads((directory / "result.json").read_text())
@@ -97,12 +135,21 @@ def _runs(directories: list[epath.Path]) -> list[_Run]:
     if name in taken:
       name = f"{name} ({i + 1})"
     slug = f"{i}_{re.sub('[^A-Za-z0-9]+', '-', name).strip('-')[:40]}"
-    runs.append(_Run(name, slug, result, directory))
+    runs.append(Run(name, slug, result, directory))
   return runs
 
 
+def _caption(values: Mapping[str, float]) -> str:
+  """The metrics of one image."""
+  return ", ".join(
+    f"{metric.label} {metric.columns[key].text(values[key])}"
+    for key, metric in metrics_table.METRICS.items()
+    if metric.of_pairs is not None and key in values
+  )
+
+
 def _sections(
-  report: epath.Path, size: str, runs: list[_Run]
+  report: epath.Path, size: str, runs: list[Run]
 ) -> list[html_page.Section]:
   """The samples, together where runs share them; each run's extremes."""
   sections = [
@@ -120,7 +167,7 @@ def _sections(
 
 
 def _samples(
-  report: epath.Path, size: str, runs: list[_Run]
+  report: epath.Path, size: str, runs: list[Run]
 ) -> list[html_page.Figure]:
   """Runs share a figure where their originals are the same, bit for bit."""
   rows = [run.rows(size, "samples") for run in runs]
@@ -145,7 +192,7 @@ def _figure(
   report: epath.Path,
   size: str,
   index: int,
-  versions: list[tuple[_Run, dict[int, dict[str, Any]]]],
+  versions: list[tuple[Run, dict[int, dict[str, Any]]]],
 ) -> html_page.Figure:
   """Writes the pictures of one image."""
   first, rows = versions[0]
@@ -161,15 +208,10 @@ def _figure(
   for run, values in versions:
     found = run.picture(size, index, "_reconstruction")
     prefix = f"{stem}_{run.slug}"
-    caption = ", ".join(
-      f"{metric.upper()} {values[index][metric]:.{digits}f}"
-      for metric, digits in (("psnr", 1), ("ssim", 2), ("lpips", 3))
-      if metric in values[index]
-    )
     made.append(
       html_page.Version(
         run.name,
-        caption,
+        _caption(values[index]),
         save(f"{prefix}.png", found),
         save(f"{prefix}_crop.png", found[window]),
         save(f"{prefix}_error.png", figures.error_map(original, found)),

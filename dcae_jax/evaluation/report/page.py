@@ -9,10 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dcae_jax.evaluation import fid, reconstruction
-from dcae_jax.evaluation.report import text_table
+from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.evaluation.report import comparison
 
-DISTANCES = ("rfid", "frechet_efficientnet_lite0")  # between sets of images
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#57534e")
 
 
@@ -42,31 +41,45 @@ class Section(NamedTuple):
   figures: list[Figure]
 
 
-def page(
-  runs: Sequence[tuple[str, Mapping[str, Any]]],
-  sections: Sequence[Section],
-  latents: Sequence[tuple[str, str]],
-) -> str:
-  """The whole page.
+class Contents(NamedTuple):
+  """What the page shows; files relative to it.
 
-  Args:
-    runs: name and contents of result.json of each evaluation.
+  Attributes:
+    runs: the evaluations.
+    notes: what each is about, and the rest of the sentence.
+    curves: a picture of the losses of training; "": there are none.
     sections: of pictures.
     latents: title and file of pictures of latent channels.
   """
+
+  runs: comparison.Runs
+  notes: Sequence[tuple[str, str]]
+  curves: str
+  sections: Sequence[Section]
+  latents: Sequence[tuple[str, str]]
+
+
+def page(contents: Contents) -> str:
+  """The whole page."""
+  runs = contents.runs
+  curves = []
+  if contents.curves:
+    image = _image(contents.curves, "losses over steps", "curves")
+    curves = ["<h2>Losses of training</h2>", image]
   body = [
     "<h1>Reconstruction by autoencoders</h1>",
     _table(runs),
-    _absent(runs),
+    _notes(contents.notes),
+    *curves,
     "<h2>How many images have which value</h2>",
     _histograms(runs),
     "<h2>Pictures</h2>",
     _legend(),
-    *(_section(section) for section in sections),
+    *(_section(section) for section in contents.sections),
     "<h2>Latent channels</h2>",
     *(
       f"<h3>{html.escape(title)}</h3>" + _image(file, "latents", "latents")
-      for title, file in latents
+      for title, file in contents.latents
     ),
     _latent_statistics(runs),
     "<h2>How it was measured</h2>",
@@ -85,40 +98,9 @@ def page(
   )
 
 
-def _cells(
-  runs: Sequence[tuple[str, Mapping[str, Any]]],
-) -> list[list[str]]:
-  """The paper's table 2 and the latents' statistics; the first row is heads."""
-  asked = [
-    column
-    for column in text_table.COLUMNS
-    if any(
-      column[0] in found
-      for _, result in runs
-      for found in result["resolutions"].values()
-    )
-  ]
-  header = ["autoencoder", "latent", "px", "images"]
-  header += [title for _, title, _ in asked]
-  rows = [[*header, "latent mean", "std", "RMS", "scaling factor"]]
-  for name, result in runs:
-    for resolution, found in result["resolutions"].items():
-      latent, autoencoder = found["latent"], result["autoencoder"]
-      side = int(resolution) // autoencoder["spatial_compression"]
-      shape = f"{side} x {side} x {autoencoder['latent_channels']}"
-      row = [name, shape, resolution, f"{found['images']:,}"]
-      row += [
-        text_table.number(found.get(key), digits) for key, _, digits in asked
-      ]
-      row += [f"{latent[key]:.4g}" for key in ("mean", "std", "rms")]
-      factor = latent["scaling_factor"]
-      rows.append([*row, "absent" if factor is None else f"{factor:.4g}"])
-  return rows
-
-
-def _table(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def _table(runs: comparison.Runs) -> str:
   """A row per run and resolution."""
-  header, *rows = _cells(runs)
+  header, *rows = comparison.table(runs)
   head = "".join(f"<th>{html.escape(cell)}" for cell in header)
   body = "".join(
     f"<tr>{''.join(f'<td>{html.escape(cell)}' for cell in row)}</tr>"
@@ -127,74 +109,12 @@ def _table(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
   return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
 
-def text(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-  """The same for a terminal, in Markdown."""
-  return text_table.markdown(_cells(runs))
-
-
-def _absent(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-  reasons = {}
-  for _, result in runs:
-    for resolution, found in result["resolutions"].items():
-      for metric, reason in found["absent"].items():
-        reasons.setdefault((metric, reason), set()).add(f"{resolution} px")
-  lines = [
-    f"<li><b>{html.escape(metric)}</b> is absent at "
-    f"{', '.join(sorted(where))}: {html.escape(reason)}</li>"
-    for (metric, reason), where in reasons.items()
-  ]
-  unverified = [
-    f"<li><b>{html.escape(metric)}</b> of {html.escape(name)} comes from "
-    f"weights that are not the published file: {html.escape(w['file'])}</li>"
-    for name, result in runs
-    for metric, w in result["metric_weights"].items()
-    if not w["is_published"]
-  ]
-  few = [
-    f"{html.escape(name)} at {resolution} px: {found['images']:,}"
-    for name, result in runs
-    for resolution, found in result["resolutions"].items()
-    if found["images"] < fid.FEWEST_IMAGES
-    and any(found.get(key) is not None for key in DISTANCES)
-  ]
-  lines += unverified + _differences(runs)
-  if few:
-    lines.append(
-      f"<li>Fréchet distances of fewer than {fid.FEWEST_IMAGES:,} images order "
-      f"runs at best, at one number of images ({'; '.join(few)}).</li>"
-    )
-  return f"<ul class=notes>{''.join(lines)}</ul>" if lines else ""
-
-
-def _differences(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-  """What was not the same for all runs, so that their rows do not compare."""
-  conditions = []
-  for _, result in runs:
-    conditions.append(
-      {
-        "images": result["config"]["source"],
-        "crop": result["crop"],
-        "reference of rFID": result["reference"],
-        "number format": result["config"]["dtype"],
-      }
-      | {
-        f"weights behind {metric}": weights["sha256"]
-        for metric, weights in result["metric_weights"].items()
-      }
-    )
-  lines = []
-  for what in dict.fromkeys(key for found in conditions for key in found):
-    values = [json.dumps(found.get(what, "none")) for found in conditions]
-    if len(set(values)) > 1:
-      text = "; ".join(
-        f"{name}: {value}"
-        for (name, _), value in zip(runs, values, strict=True)
-      )
-      lines.append(
-        f"<li>Rows do not compare where these differ: <b>{html.escape(what)}"
-        f"</b> ({html.escape(text)}).</li>"
-      )
-  return lines
+def _notes(notes: Sequence[tuple[str, str]]) -> str:
+  lines = (
+    f"<li><b>{html.escape(subject)}</b> {html.escape(text)}</li>"
+    for subject, text in notes
+  )
+  return f"<ul class=notes>{''.join(lines)}</ul>" if notes else ""
 
 
 def _legend() -> str:
@@ -260,24 +180,22 @@ def _figure(figure: Figure) -> str:
   )
 
 
-def _histograms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def _histograms(runs: comparison.Runs) -> str:
   """A small chart per resolution and metric, one line per run."""
   charts = []
   sizes = dict.fromkeys(
     size for _, result in runs for size in result["resolutions"]
   )
   for size in sizes:
-    for metric, edges in reconstruction.HISTOGRAM_EDGES.items():
+    for key, metric in metrics_table.METRICS.items():
       lines = [
-        (name, result["resolutions"][size]["histograms"][metric])
+        (name, result["resolutions"][size]["histograms"][key])
         for name, result in runs
-        if size in result["resolutions"]
-        and metric in result["resolutions"][size]["histograms"]
+        if key in result["resolutions"].get(size, {}).get("histograms", {})
       ]
       if lines:
-        charts.append(
-          _chart(f"{metric.upper()}, {size} px", lines, edges.tolist())
-        )
+        edges = metric.of_pairs.edges.tolist()
+        charts.append(_chart(f"{metric.label}, {size} px", lines, edges))
   keys = "".join(
     f"<span style='color:{_COLOURS[i % len(_COLOURS)]}'>■ "
     f"{html.escape(name)}</span> "
@@ -317,7 +235,7 @@ def _chart(
   )
 
 
-def _latent_statistics(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def _latent_statistics(runs: comparison.Runs) -> str:
   """Mean, deviation and RMS of each channel, folded away."""
   parts = []
   for name, result in runs:
@@ -366,7 +284,7 @@ grid-template-columns:repeat(auto-fill,minmax(min(250px,100%),1fr))}
 input{width:100%;margin:.3rem 0 0}
 .charts{display:flex;flex-wrap:wrap;gap:1.2rem;font-size:.85rem}
 .charts div{width:320px}
-.latents{max-width:100%}
+.latents,.curves{max-width:100%}
 svg text{font-size:11px;fill:#57534e}
 pre{white-space:pre-wrap;font-size:.8rem;overflow-wrap:anywhere}
 """

@@ -2,14 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-# Key, heading, digits; an arrow says which way is better.
-COLUMNS = (
-  ("rfid", "rFID ↓", 3),
-  ("psnr", "PSNR, dB ↑", 2),
-  ("ssim", "SSIM ↑", 4),
-  ("lpips", "LPIPS ↓", 4),
-  ("frechet_efficientnet_lite0", "Fréchet EfficientNet-Lite0 ↓", 2),
-)
+from dcae_jax.evaluation import metrics as metrics_table
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -32,7 +25,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def of_metrics(
-  found: Mapping[str, Mapping[int, Mapping[str, float]]],
+  found: Mapping[str, Mapping[int | str, Mapping[str, float]]],
 ) -> str:
   """A row for each resolution and name, those of a resolution together.
 
@@ -40,24 +33,14 @@ def of_metrics(
     found: by name and resolution, the metrics.
   """
   sizes = dict.fromkeys(size for sizes in found.values() for size in sizes)
-  shown = [
-    column
-    for column in COLUMNS
-    if any(
-      column[0] in metrics
-      for sizes in found.values()
-      for metrics in sizes.values()
-    )
-  ]
-  rows = [["", "px", *(title for _, title, _ in shown)]]
+  columns = metrics_table.columns_of(
+    values for sizes in found.values() for values in sizes.values()
+  )
+  rows = [["", "px", *(column.title for column in columns.values())]]
   for size in sizes:
     for name, of_name in found.items():
       if size in of_name:
-        numbers = [number(of_name[size].get(k), n) for k, _, n in shown]
+        values = of_name[size]
+        numbers = [x.text(values.get(key)) for key, x in columns.items()]
         rows.append([name, str(size), *numbers])
   return markdown(rows)
-
-
-def number(value: float | None, digits: int) -> str:
-  """For a table; a metric that could not be computed is "absent"."""
-  return "absent" if value is None else f"{value:.{digits}f}"

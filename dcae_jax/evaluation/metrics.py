@@ -1,0 +1,290 @@
+"""The table of metrics: training, evaluations and reports all read it.
+
+A metric is computed of pairs of images and averaged (PSNR), or of whole sets
+(FID). To add one, write its function in a file and its line in `METRICS`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Array
+
+from dcae_jax.evaluation import fid, image_metrics, sample_metrics
+from dcae_jax.evaluation.networks import (
+  efficientnet,
+  inception,
+  lpips,
+  pretrained,
+)
+
+Subject = Literal["reconstructions", "samples"]
+_ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A number of a metric, as tables show it."""
+
+  heading: str
+  digits: int
+  better: Literal["higher", "lower", "neither"]
+
+  @property
+  def title(self) -> str:
+    """The heading, with an arrow that says which way is better."""
+    return self.heading + _ARROWS[self.better]
+
+  def text(self, value: float | None) -> str:
+    """A number that could not be computed is None, and reads "absent"."""
+    return "absent" if value is None else f"{value:.{self.digits}f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A network that metrics see images through.
+
+  Attributes:
+    key: its name in files and records.
+    load: its weights, given their path, or "" for where they usually are;
+      raises `pretrained.AbsentWeightsError` where they are not there.
+    describe: `(parameters, images) -> arrays [b, ...] by name`, of images with
+      values from 0 to 255; None for networks that compare pairs themselves.
+    features: dimensions of the array "features" that `describe` returns.
+  """
+
+  key: str
+  load: Callable[[str], pretrained.Pretrained]
+  describe: Callable[[Any, Array], dict[str, Array]] | None = None
+  features: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OfPairs:
+  """The metric of an image and its reconstruction, averaged over images.
+
+  Attributes:
+    compute: `(parameters, reconstructions, originals) -> [b]`, of images with
+      values from 0 to 255.
+    histogram: the last edge and the number of bins, which start at 0; what
+      lies beyond counts in the last bin.
+    smallest_side: of the images, in pixels.
+  """
+
+  compute: Callable[[Any, Array, Array], Array]
+  histogram: tuple[float, int] = (1.0, 100)
+  smallest_side: int = 1
+
+  @property
+  def edges(self) -> np.ndarray:
+    last, bins = self.histogram
+    return np.linspace(0, last, bins + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfSets:
+  """The metric of a whole set of images.
+
+  Attributes:
+    compute: `(images, reference) -> numbers of the columns`. Both have what the
+      next two fields ask for as attributes: `mean`, `covariance` and the arrays
+      [n, ...] of all images.
+    moments: whether it needs the moments of the network's "features".
+    rows: outputs of the network that it needs of each image.
+    is_compared: False: it does without a reference.
+    least: images that it can be computed of.
+    fewest: images of which it can be relied on; of fewer it orders runs at
+      best.
+  """
+
+  compute: Callable[[Any, Any], Sequence[float]]
+  moments: bool = False
+  rows: tuple[str, ...] = ()
+  is_compared: bool = True
+  least: int = 1
+  fewest: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A value of the table; its kind is which of the last two it has.
+
+  Attributes:
+    label: for people.
+    columns: its numbers, under their keys in results.
+    network: whose outputs it is computed from; None: of the pixels alone.
+    subjects: what it can be computed of, if it is one of sets.
+    always: it is computed of them without being asked for.
+    of_pairs: how it is computed, if it is one of pairs.
+    of_sets: how it is computed, if it is one of sets.
+  """
+
+  label: str
+  columns: Mapping[str, Column]
+  network: Network | None = None
+  subjects: tuple[Subject, ...] = ("reconstructions", "samples")
+  always: bool = False
+  of_pairs: OfPairs | None = None
+  of_sets: OfSets | None = None
+
+
+def _inception(parameters, images):
+  features, logits = inception.features(parameters, images)
+  return {"features": features, "logits": logits}
+
+
+def _efficientnet(parameters, images):
+  return {"features": efficientnet.features(parameters, images)}
+
+
+def _lpips(parameters, reconstructions, originals):
+  pair = reconstructions / 127.5 - 1.0, originals / 127.5 - 1.0
+  return lpips.distance(parameters, *pair, "alexnet")
+
+
+def _frechet(images, reference):
+  moments = (images.mean, images.covariance)
+  reference_moments = (reference.mean, reference.covariance)
+  return (fid.frechet_distance(*moments, *reference_moments),)
+
+
+INCEPTION = Network("inception", inception.load, _inception, inception.FEATURES)
+EFFICIENTNET = Network(
+  "efficientnet_lite0", efficientnet.load, _efficientnet, efficientnet.FEATURES
+)
+# Of the paper's tables; training uses VGG16.
+LPIPS = Network("lpips_alexnet", functools.partial(lpips.load, "alexnet"))
+
+_FRECHET = OfSets(_frechet, moments=True, least=2, fewest=fid.FEWEST_IMAGES)
+METRICS: dict[str, Metric] = {
+  "rfid": Metric(
+    "rFID",
+    {"rfid": Column("rFID", 3, "lower")},
+    INCEPTION,
+    subjects=("reconstructions",),
+    of_sets=_FRECHET,
+  ),
+  "psnr": Metric(
+    "PSNR",
+    {"psnr": Column("PSNR, dB", 2, "higher")},
+    always=True,
+    of_pairs=OfPairs(lambda _, x, y: image_metrics.psnr(x, y), (60.0, 120)),
+  ),
+  "ssim": Metric(
+    "SSIM",
+    {"ssim": Column("SSIM", 4, "higher")},
+    always=True,
+    of_pairs=OfPairs(
+      lambda _, x, y: image_metrics.ssim(x, y),
+      smallest_side=image_metrics.SMALLEST_SIDE,
+    ),
+  ),
+  "lpips": Metric(
+    "LPIPS",
+    {"lpips": Column("LPIPS", 4, "lower")},
+    LPIPS,
+    of_pairs=OfPairs(_lpips, smallest_side=lpips.SMALLEST_SIDE["alexnet"]),
+  ),
+  "frechet_efficientnet_lite0": Metric(
+    "Fréchet EfficientNet-Lite0",
+    {
+      "frechet_efficientnet_lite0": Column(
+        "Fréchet EfficientNet-Lite0", 2, "lower"
+      )
+    },
+    EFFICIENTNET,
+    of_sets=_FRECHET,
+  ),
+  "gfid": Metric(
+    "gFID",
+    {"gfid": Column("gFID", 2, "lower")},
+    INCEPTION,
+    subjects=("samples",),
+    of_sets=_FRECHET,
+  ),
+  "inception_score": Metric(
+    "Inception Score",
+    {
+      "inception_score": Column("Inception Score", 2, "higher"),
+      "inception_score_deviation": Column("± over splits", 2, "neither"),
+    },
+    INCEPTION,
+    of_sets=OfSets(
+      lambda images, _: sample_metrics.inception_score(images.logits),
+      rows=("logits",),
+      is_compared=False,
+      least=sample_metrics.SPLITS,
+    ),
+  ),
+  "precision_recall": Metric(
+    "precision and recall",
+    {
+      "precision": Column("precision", 4, "higher"),
+      "recall": Column("recall", 4, "higher"),
+    },
+    INCEPTION,
+    of_sets=OfSets(
+      lambda images, reference: sample_metrics.precision_recall(
+        reference.features, images.features
+      ),
+      rows=("features",),
+      least=sample_metrics.NEIGHBOURS + 1,
+    ),
+  ),
+}
+
+
+def known(subject: Subject) -> dict[str, Metric]:
+  """The metrics that can be computed of reconstructions, or of samples."""
+  return {
+    key: metric
+    for key, metric in METRICS.items()
+    if subject in metric.subjects
+    # Samples have no originals to make pairs with.
+    and (metric.of_sets is not None or subject == "reconstructions")
+  }
+
+
+def chosen(asked: Iterable[str], subject: Subject) -> dict[str, Metric]:
+  """Those that were asked for, and those that are always computed."""
+  asked = set(asked)
+  return {k: m for k, m in known(subject).items() if m.always or k in asked}
+
+
+def describing_networks() -> dict[str, Network]:
+  """Those that metrics of sets see images through, by key."""
+  of_sets = [m.network for m in METRICS.values() if m.of_sets is not None]
+  return {network.key: network for network in of_sets}
+
+
+def columns() -> dict[str, Column]:
+  """Of all metrics, by their keys in results, in the order of tables."""
+  return {
+    key: column
+    for metric in METRICS.values()
+    for key, column in metric.columns.items()
+  }
+
+
+def columns_of(results: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
+  """Those that any of several results has a number for."""
+  found = set().union(*results)
+  return {key: column for key, column in columns().items() if key in found}
+
+
+def with_too_few(values: Mapping[str, float | None], images: int) -> list[str]:
+  """Labels of the metrics among these numbers that want more images.
+
+  Args:
+    values: by column.
+    images: that they were computed of.
+  """
+  return [
+    metric.label
+    for metric in METRICS.values()
+    if metric.of_sets is not None
+    and images < metric.of_sets.fewest
+    and any(values.get(key) is not None for key in metric.columns)
+  ]

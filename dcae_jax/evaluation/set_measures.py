@@ -1,0 +1,144 @@
+"""Metrics of sets of images: of samples, or of reconstructions.
+
+A set is compared with reference statistics, or with the originals where there
+are none. Images stream through: what is kept of them is each metric's matter.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from dcae_jax.autoencoder import streaming_moments
+from dcae_jax.evaluation import metrics as metrics_table
+
+Metrics = Mapping[str, metrics_table.Metric]
+Described = Mapping[str, Mapping[str, Any]]  # by network and output
+
+
+def compared_with_originals(
+  metrics: Metrics, references: Iterable[str] = ()
+) -> dict[str, metrics_table.Metric]:
+  """The metrics of sets that no reference statistics are there for.
+
+  Args:
+    metrics: any.
+    references: keys of the networks that there are statistics of.
+  """
+  return {
+    key: metric
+    for key, metric in metrics.items()
+    if metric.of_sets is not None
+    and metric.of_sets.is_compared
+    and metric.network.key not in references
+  }
+
+
+def outputs(metrics: Metrics) -> dict[metrics_table.Network, list[str]]:
+  """The outputs of networks that metrics of sets take."""
+  found = {}
+  for metric in metrics.values():
+    if metric.of_sets is not None:
+      of_network = found.setdefault(metric.network, set())
+      of_network.update(metric.of_sets.rows)
+      of_network.update(["features"] * metric.of_sets.moments)
+  return {network: sorted(names) for network, names in found.items()}
+
+
+def describe(
+  metrics: Metrics, parameters: Mapping[str, Any], images: Array
+) -> dict[str, dict[str, Array]]:
+  """What metrics of sets see of images [b, h, w, c], values from 0 to 255.
+
+  Parameters are by the network's key.
+  """
+  described = {}
+  for network, names in outputs(metrics).items():
+    arrays = network.describe(parameters[network.key], images)
+    described[network.key] = {name: arrays[name] for name in names}
+  return described
+
+
+class _Images:
+  """What metrics need to know of a set of images, through one network."""
+
+  def __init__(self, of_sets: Iterable[metrics_table.OfSets]):
+    self._moments, self._rows = None, {}
+    self._needs_moments = False
+    for metric in of_sets:
+      self._needs_moments |= metric.moments
+      self._rows |= {name: [] for name in metric.rows}
+
+  def update(self, arrays: Mapping[str, np.ndarray]) -> None:
+    for name, rows in self._rows.items():
+      rows.append(arrays[name])
+    if self._needs_moments:
+      features = arrays["features"]
+      self._moments = self._moments or streaming_moments.Moments(
+        features.shape[1]
+      )
+      self._moments.update(features)
+
+  def __getattr__(self, name: str) -> np.ndarray:
+    if name in ("mean", "covariance"):
+      return getattr(self._moments, name)
+    return np.concatenate(self._rows[name])
+
+
+class SetMeasures:
+  """Metrics of sets of images that come in batches: of samples, or of
+  reconstructions with their originals.
+  """
+
+  def __init__(self, metrics: Metrics, references: Mapping[str, Any]):
+    """Starts empty.
+
+    Args:
+      metrics: those of pairs are left aside.
+      references: `fid.Statistics` by the network's key; without, metrics
+        compare with the originals.
+    """
+    self.count = 0
+    self._metrics = {k: m for k, m in metrics.items() if m.of_sets is not None}
+    self._images = _by_network(self._metrics)
+    self._originals = _by_network(compared_with_originals(metrics, references))
+    self._references = {**references, **self._originals}
+
+  def update(
+    self, count: int, images: Described, originals: Described | None = None
+  ) -> None:
+    """Adds so many images, of which `describe` returned these arrays."""
+    self.count += count
+    for key, seen in self._images.items():
+      seen.update(images[key])
+    for key, seen in self._originals.items():
+      seen.update(originals[key])
+
+  def compute(self) -> tuple[dict[str, float], dict[str, str]]:
+    """The numbers by column, and why others are absent by metric."""
+    numbers, absent = {}, {}
+    for key, metric in self._metrics.items():
+      if self.count < metric.of_sets.least:
+        absent[key] = (
+          f"{metric.label} needs at least {metric.of_sets.least} images, not "
+          f"{self.count}"
+        )
+        continue
+      network = metric.network.key
+      values = metric.of_sets.compute(
+        self._images[network], self._references.get(network)
+      )
+      if all(math.isfinite(value) for value in values):
+        numbers |= dict(zip(metric.columns, map(float, values), strict=True))
+      else:
+        absent[key] = f"{metric.label} is beyond all numbers"
+    return numbers, absent
+
+
+def _by_network(metrics: Metrics) -> dict[str, _Images]:
+  found = {}
+  for metric in metrics.values():
+    found.setdefault(metric.network.key, []).append(metric.of_sets)
+  return {key: _Images(of_sets) for key, of_sets in found.items()}

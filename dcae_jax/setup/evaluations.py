@@ -1,0 +1,272 @@
+"""One evaluation of an autoencoder, as its work directory holds it.
+
+`result.json`, the metrics of each image in `images_<side>px.csv`, and
+`pictures/`; reports are made from them.
+"""
+
+import contextlib
+import csv
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dcae_jax.autoencoder import autoencoder, block_pca, latent_statistics
+from dcae_jax.autoencoder.weights import conversion
+from dcae_jax.data import images, sources
+from dcae_jax.evaluation import fid, reconstruction
+from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.evaluation.report import figures
+from dcae_jax.runs import metrics_writer, progress_lines, versions
+from dcae_jax.setup import (
+  image_sources,
+  keys,
+  measuring,
+  metric_networks,
+  start,
+)
+from dcae_jax.training import sharding
+
+_LOG = logging.getLogger(__name__)
+Subject = autoencoder.Autoencoder | block_pca.BlockPCA
+
+
+class Inputs(NamedTuple):
+  """What all rows of a table are measured with, opened.
+
+  Attributes:
+    source: of the images.
+    mesh: of the devices.
+    metrics: with their weights.
+    references: by resolution and the network's key.
+    reference_files: by resolution, for the result.
+  """
+
+  source: sources.Source
+  mesh: Mesh
+  metrics: metric_networks.Opened
+  references: dict[int, dict[str, fid.Statistics]]
+  reference_files: dict[str, dict[str, str]]
+
+
+def open_inputs(config: ConfigDict) -> Inputs:
+  """Opens what an evaluation reads.
+
+  Args:
+    config: of `evaluate()` in configs/base.py.
+
+  Raises:
+    ValueError: images, devices, weights or references that do not fit.
+  """
+  mesh = sharding.create_mesh(**config.mesh)
+  for resolution in config.resolutions:
+    sharding.check_images(resolution, mesh)
+  source = image_sources.single_source(config.source)
+  images.check_not_empty(
+    source, images.Decoding(max_megapixels=config.max_megapixels)
+  )
+  metrics = metric_networks.open_all(config.metrics, config.weights.to_dict())
+  inception = metrics_table.INCEPTION
+  references, files = {}, {}
+  for resolution in config.resolutions if config.reference else ():
+    path = config.reference.replace("{resolution}", str(resolution))
+    statistics = metric_networks.load_reference(
+      path, inception, metrics.metrics
+    )
+    references[resolution] = {inception.key: statistics}
+    files[str(resolution)] = {"file": path, "sha256": statistics.sha256}
+  return Inputs(source, mesh, metrics, references, files)
+
+
+def record(
+  subject: Subject, config: ConfigDict, inputs: Inputs, directory: epath.Path
+) -> None:
+  """Measures an autoencoder, and writes its evaluation.
+
+  Args:
+    subject: what is measured.
+    config: of its evaluation.
+    inputs: of `open_inputs`.
+    directory: that gets the files, on the first process.
+  """
+  result = {
+    "name": name_of(config),
+    "autoencoder": {
+      "init_from": config.init_from,
+      "variant": subject.variant,
+      "parameters": sum(
+        x.size for x in jax.tree.leaves(subject.variables["params"])
+      ),
+      "spatial_compression": subject.spatial_compression,
+      "latent_channels": subject.latent_channels,
+      "weights_sha256": conversion.fingerprint(subject.variables),
+    },
+    "resolutions": _measure(subject, config, inputs, directory),
+    "crop": images.EVALUATION_CROP,
+    "files": len(inputs.source),
+    "reference": inputs.reference_files or "the originals",
+    "metric_weights": inputs.metrics.used_weights,
+    "config": keys.resolved(config),
+    "versions": versions.versions(),
+  }
+  start.write_config(config, directory)
+  if jax.process_index() == 0:
+    metrics_writer.write_whole(
+      directory / "result.json", json.dumps(result, indent=2)
+    )
+
+
+def _measure(
+  subject: Subject, config: ConfigDict, inputs: Inputs, directory: epath.Path
+) -> dict[str, Any]:
+  """The numbers by resolution; tables and pictures are written."""
+  subject.variables = measuring.on_mesh(subject.variables, inputs.mesh)
+  reader = measuring.EvaluationImages(
+    inputs.source,
+    images.Decoding(
+      subject.image_channels, max_megapixels=config.max_megapixels
+    ),
+    inputs.mesh,
+    batch_size=config.batch_size,
+    max_images=config.max_images,
+    threads=config.threads,
+  )
+  evaluation = measuring.Evaluation(
+    measuring.networks_of(subject, inputs.metrics),
+    reader,
+    inputs.mesh,
+    samples=config.samples,
+    extremes=config.extremes,
+    references=inputs.references,
+  )
+  by_resolution = {}
+  for resolution in config.resolutions:
+    _LOG.info(
+      "%s at %d px: %d images", name_of(config), resolution, reader.total
+    )
+    progress = progress_lines.Progress(reader.total)
+    path = directory / f"images_{resolution}px.csv"
+    with _image_table(path, inputs) as add_rows:
+
+      def on_batch(rows, progress=progress, add_rows=add_rows):
+        progress.add(len(rows))
+        add_rows(rows)
+
+      result = evaluation.measure(subject.variables, resolution, on_batch)
+    progress.finish()
+    numbers = _numbers(result, inputs.metrics.absent, subject.shift_factor)
+    numbers["images_skipped"] = reader.total - result.count
+    numbers["seconds"] = progress.seconds
+    if jax.process_index() == 0:
+      folder = directory / "pictures" / f"{resolution}px"
+      numbers["pictures"] = _write_pictures(result, folder, inputs.source)
+    by_resolution[str(resolution)] = numbers
+  return by_resolution
+
+
+@contextlib.contextmanager
+def _image_table(
+  path: epath.Path, inputs: Inputs
+) -> Iterator[Callable[[list[dict[str, float]]], None]]:
+  """A function that adds rows to a CSV file, on the first process."""
+  if jax.process_index():
+    yield lambda rows: None
+    return
+  metrics = inputs.metrics.metrics
+  columns = [key for key in metrics if metrics[key].of_pairs is not None]
+  with path.open("w") as file:
+    writer = csv.writer(file)
+    writer.writerow(("index", "name", *columns))
+
+    def add(rows):
+      for row in rows:
+        name = inputs.source.name(row["index"])
+        name = name.encode("utf-8", "backslashreplace").decode()
+        values = [row[column] for column in columns]
+        writer.writerow((row["index"], name, *values))
+
+    yield add
+
+
+def _numbers(
+  result: reconstruction.Result, absent: dict[str, str], shift_factor: float
+) -> dict[str, Any]:
+  """Of one resolution; a number that could not be computed is null."""
+  absent = absent | result.absent
+  numbers = {"images": result.count}
+  for metric in absent:
+    numbers |= dict.fromkeys(metrics_table.METRICS[metric].columns)
+  numbers |= {k: v for k, v in result.metrics.items() if k != "latent_rms"}
+  few = metrics_table.with_too_few(numbers, result.count)
+  if few:
+    _LOG.warning(
+      "%s of %d images, fewer than %d: the number orders runs at best",
+      ", ".join(few), result.count, fid.FEWEST_IMAGES,
+    )  # fmt: skip
+  latent = dict(result.latents)
+  latent["scaling_factor"] = latent_statistics.scaling_factor(
+    latent, shift_factor
+  )
+  return numbers | {
+    "absent": absent,
+    "latent": latent | {"shift_factor": shift_factor},
+    "histograms": result.histograms,
+  }
+
+
+def _write_pictures(
+  result: reconstruction.Result, folder: epath.Path, source: sources.Source
+) -> dict[str, Any]:
+  """PNGs of the shown images; returns what they are, in groups."""
+  groups = {
+    "samples": result.samples, "worst": result.worst, "best": result.best
+  }  # fmt: skip
+  folder.mkdir(parents=True, exist_ok=True)
+  for picture in result.samples + result.worst + result.best:
+    stem = f"{picture.index:07d}"
+    metrics_writer.write_png(folder / f"{stem}.png", picture.original)
+    metrics_writer.write_png(
+      folder / f"{stem}_reconstruction.png", picture.reconstruction
+    )
+  latents = figures.latent_channels(result.samples[0].latents)
+  metrics_writer.write_png(folder / "latents.png", latents)
+  return {
+    group: [
+      {"index": picture.index, "name": source.name(picture.index)}
+      | picture.values
+      for picture in pictures
+    ]
+    for group, pictures in groups.items()
+  }
+
+
+def publish(part: epath.Path, directory: epath.Path) -> None:
+  """Moves what was made aside; `result.json` comes last, on process 0."""
+  if jax.process_index():
+    return
+  (directory / "result.json").unlink(missing_ok=True)
+  if directory.exists():
+    for table in directory.glob("images_*px.csv"):
+      table.unlink()
+  if (directory / "pictures").exists():
+    (directory / "pictures").rmtree()
+  files = [file for file in pathlib.Path(part).rglob("*") if file.is_file()]
+  for file in sorted(files, key=lambda file: file.name == "result.json"):
+    target = directory / file.relative_to(part).as_posix()
+    metrics_writer.write_whole(target, file.read_bytes())
+
+
+def name_of(config: ConfigDict) -> str:
+  """Of the row in the table."""
+  if config.name:
+    return config.name
+  if config.variant:
+    return f"{config.variant}, initial values"
+  parts = pathlib.PurePath(config.init_from).parts
+  return "/".join(parts[-2:]) or config.init_from

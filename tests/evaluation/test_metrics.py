@@ -1,0 +1,142 @@
+"""A metric that is added to the table is everywhere where metrics are."""
+
+import csv
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import base
+from dcae_jax.evaluation import fid, metrics
+from dcae_jax.evaluation.networks import pretrained
+from dcae_jax.tasks import (
+  evaluate_autoencoder,
+  evaluate_diffusion,
+  reference_statistics,
+  train_autoencoder,
+  train_diffusion,
+)
+
+BRIGHTNESS = metrics.Metric(
+  "brightness",
+  {"brightness": metrics.Column("brightness error", 1, "lower")},
+  of_pairs=metrics.OfPairs(
+    lambda _, x, y: jnp.abs(jnp.mean(x - y, axis=(1, 2, 3))), (255.0, 51)
+  ),
+)
+COLOURS = metrics.Metric(
+  "colours",
+  {"colours": metrics.Column("distance of colours", 3, "lower")},
+  metrics.Network(
+    "mean_colours",
+    lambda path: pretrained.Pretrained({}, path, "0", True),
+    lambda parameters, images: {"features": jnp.mean(images, axis=(1, 2))},
+    features=3,
+  ),
+  of_sets=metrics.OfSets(
+    lambda images, reference: (np.abs(images.mean - reference.mean).sum(),),
+    moments=True,
+  ),
+)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+  monkeypatch.setitem(metrics.METRICS, "brightness", BRIGHTNESS)
+  monkeypatch.setitem(metrics.METRICS, "colours", COLOURS)
+  return ("brightness", "colours")
+
+
+@pytest.fixture
+def evaluation(toys, tiny_autoencoder, photographs, compilation_cache):
+  c = base.evaluate()
+  c.init_from = str(tiny_autoencoder)
+  c.source = base.source("folder", str(photographs))
+  c.resolutions, c.metrics, c.batch_size = (32,), toys, 8
+  c.samples, c.extremes = 2, 0
+  c.compilation_cache = compilation_cache
+  return c
+
+
+def test_training_evaluates_it(toys, tiny_config, tmp_path):
+  config = tiny_config(1, steps=1, **{"evaluation.metrics": toys})
+  train_autoencoder.run(config, epath.Path(tmp_path))
+  result = json.loads((tmp_path / "result.json").read_text())
+  for key in toys:
+    assert result[f"eval/{key}"] > 0 and result[f"floor/{key}"] > 0
+
+
+def test_evaluations_have_it_in_result_table_and_page(
+  evaluation, tmp_path, caplog
+):
+  caplog.set_level("INFO", "dcae_jax")
+  evaluate_autoencoder.run(evaluation, epath.Path(tmp_path))
+  result = json.loads((tmp_path / "result.json").read_text())
+  found = result["resolutions"]["32"]
+  assert found["brightness"] > 0 and found["colours"] > 0
+  assert sum(found["histograms"]["brightness"]) == found["images"] == 12
+  assert result["metric_weights"]["colours"]["sha256"] == "0"
+  with (tmp_path / "images_32px.csv").open() as file:
+    rows = list(csv.DictReader(file))
+  mean = sum(float(row["brightness"]) for row in rows) / len(rows)
+  assert mean == pytest.approx(found["brightness"])
+  page = (tmp_path / "report" / "index.html").read_text()
+  for text in (caplog.text, page):
+    assert "brightness error ↓" in text and "distance of colours ↓" in text
+    assert f"{found['brightness']:.1f}" in text
+    assert f"{found['colours']:.3f}" in text
+  assert "<b>brightness, 32 px</b>" in page  # the histogram
+  caption = found["pictures"]["samples"][0]["brightness"]
+  assert f"brightness {caption:.1f}" in page
+
+
+def test_samples_are_measured_with_it(
+  toys, evaluation, tiny_diffusion, compilation_cache, tmp_path
+):
+  """Those of sets; and it has reference statistics of its network."""
+  c = base.reference_statistics()
+  c.source, c.resolutions = evaluation.source, (32,)
+  c.networks, c.batch_size = ("mean_colours", "efficientnet_lite0"), 8
+  c.compilation_cache = compilation_cache
+  reference_statistics.run(c, epath.Path(tmp_path / "reference"))
+  run = tmp_path / "run"
+  train_diffusion.run(tiny_diffusion(steps=1), epath.Path(run))
+  c = base.evaluate_diffusion()
+  c.init_from = str(run)
+  c.samples, c.batch_size, c.guidance = 12, 8, (1.0,)
+  c.metrics = ("frechet_efficientnet_lite0", "colours")
+  c.reference = str(tmp_path / "reference" / "mean_colours_32px.npz")
+  c.picture.classes = 0
+  c.compilation_cache = compilation_cache
+  with pytest.raises(ValueError, match=r"put \{network\} into it"):
+    evaluate_diffusion.run(c, epath.Path(tmp_path / "samples"))
+  c.reference = c.reference.replace("mean_colours", "{network}")
+  evaluate_diffusion.run(c, epath.Path(tmp_path / "samples"))
+  result = json.loads((tmp_path / "samples" / "result.json").read_text())
+  assert result["absent"] == {}
+  assert set(result["metric_weights"]) == set(c.metrics)
+  found = result["guidance"]["1"]
+  assert found["colours"] > 0 and found["frechet_efficientnet_lite0"] > 0
+  c.metrics = ("brightness",)
+  with pytest.raises(ValueError, match="unknown metric 'brightness'"):
+    evaluate_diffusion.check(c)
+
+
+def test_samples_are_measured_without_the_inception(
+  toys, evaluation, tmp_path, monkeypatch
+):
+  """What lacks its weights is left out by name; all of them are an error."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+  c = base.evaluate_diffusion()
+  fid.save_statistics(tmp_path / "mean_colours.npz", np.zeros(3), np.eye(3))
+  c.reference = str(tmp_path / "{network}.npz")
+  c.metrics = ("gfid", "colours")
+  opened, references = evaluate_diffusion.open_metrics(c)
+  assert list(opened.metrics) == ["colours"]
+  assert list(references) == ["mean_colours"]
+  assert "curl" in opened.absent["gfid"]
+  c.metrics = ("gfid",)
+  with pytest.raises(ValueError, match="curl"):
+    evaluate_diffusion.open_metrics(c)
