@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from dcae_jax.autoencoder import train_step
-from dcae_jax.diffusion import objectives
+from dcae_jax.diffusion import conditioning, objectives
 from dcae_jax.training import state as state_lib
 
 Tree = Any
@@ -17,10 +18,9 @@ _STEPS = 1  # what the seed is for; 0 is initial values
 
 def create(
   *,
-  apply: Callable[..., jax.Array],
+  denoiser: nn.Module,
   objective: objectives.Objective,
-  num_classes: int,
-  label_dropout: float,
+  dropout: float,
   channel_candidates: Sequence[int],
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
@@ -30,14 +30,14 @@ def create(
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
   """The step `(state, batch) -> (state, metrics)`.
 
-  A batch is `{"latents": [b, h, w, c], "labels": [b]}`, the latents scaled.
-  Noise, times and dropped labels are those of the step, whoever computes it.
+  A batch is `{"latents": [b, h, w, c]}`, the latents scaled, and a condition by
+  the name of its kind. Noise, times and dropped conditions are those of the
+  step, whoever computes it.
 
   Args:
-    apply: of the denoiser: `(variables, z, t, labels)`.
+    denoiser: what learns.
     objective: what is learned.
-    num_classes: the label that stands for none.
-    label_dropout: part of the labels that are replaced by it.
+    dropout: part of the conditions that are replaced by none.
     channel_candidates: for augmented training; empty: without.
     optimizer: of the parameters.
     schedule: its learning rate, for the metrics.
@@ -45,12 +45,12 @@ def create(
     seed: of all that is random.
     gather: of parameters that are split over devices (`sharding.gather`).
   """
+  kind = denoiser.conditioning
 
   def loss(params, key, batch):
     drop_key, mask_key, loss_key = jax.random.split(key, 3)
-    z, labels = batch["latents"], batch["labels"]
-    dropped = jax.random.bernoulli(drop_key, label_dropout, labels.shape)
-    labels = jnp.where(dropped, num_classes, labels)
+    z = batch["latents"]
+    condition = conditioning.dropped(kind, drop_key, batch[kind.name], dropout)
     mask = None
     if channel_candidates:
       mask = objectives.random_channel_mask(
@@ -58,7 +58,7 @@ def create(
       )
     variables = {"params": gather(params)}
     losses, terms = objective.loss(
-      lambda z, t: apply(variables, z, t, labels), loss_key, z, mask
+      lambda z, t: denoiser.apply(variables, z, t, condition), loss_key, z, mask
     )
     metrics = {f"loss/{name}": jnp.mean(x) for name, x in terms.items()}
     return jnp.mean(losses), metrics

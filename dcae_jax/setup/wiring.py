@@ -1,14 +1,11 @@
 """From config to the objects below `setup/`: model, sources, work directory."""
 
-import errno
 import importlib.metadata
 import json
 import logging
 import math
 import os
 import platform
-import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +57,6 @@ _ADDED_LATER = {
 _PACKAGES = (
   "dcae_jax", "jax", "jaxlib", "flax", "numpy", "pillow", "tensorstore"
 )  # fmt: skip
-_SECONDS_FOR_OTHERS = 5  # to leave after SIGTERM
 # Tasks that make all anew, or find out themselves what they can go on with.
 _MADE_ANEW = (
   "report", "reconstruct", "evaluate_autoencoder", "reference_statistics",
@@ -246,33 +242,6 @@ def total(number: int) -> int:
     return number
   found = multihost_utils.process_allgather(np.array(number))
   return int(found.sum())
-
-
-def wait_for_all(name: str) -> None:
-  """Until every process is here; OSError if one of them has ended."""
-  if jax.process_count() == 1:
-    return
-  try:
-    multihost_utils.sync_global_devices(name)
-  except (ValueError, RuntimeError) as error:
-    raise OSError(
-      errno.ECONNABORTED,
-      "another process has ended before this one; see its log, and start all "
-      f"of them again: they go on from what is saved ({error})",
-    ) from error
-
-
-def leave(status: int) -> None:
-  """Ends this process at once: jax would wait for the others for minutes.
-
-  The first one, without which jax aborts the others, gives them time to leave.
-  """
-  if jax.process_index() == 0:
-    time.sleep(_SECONDS_FOR_OTHERS)
-  logging.shutdown()
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(status)
 
 
 def prepare_jax(compilation_cache: str) -> None:

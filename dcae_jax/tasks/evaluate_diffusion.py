@@ -7,8 +7,7 @@ drawn again, however often the task is killed and started.
 
 import json
 import logging
-import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,12 +17,12 @@ from ml_collections import ConfigDict
 from dcae_jax.autoencoder import autoencoder, streaming_moments
 from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.weights import conversion
-from dcae_jax.diffusion import objectives, samplers
+from dcae_jax.diffusion import conditioning, sampling
 from dcae_jax.evaluation import fid, sample_metrics, samples
 from dcae_jax.evaluation.networks import inception, pretrained
 from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
-from dcae_jax.runs import differences, metrics_writer
+from dcae_jax.runs import differences, metrics_writer, resumable
 from dcae_jax.setup import denoising, wiring
 from dcae_jax.training import checkpoint, loop, sharding
 
@@ -41,15 +40,6 @@ _PICTURE_SIDE = 128  # pixels of an image in the picture, at most
 _IDENTITY = "parts/identity.json"
 _MOST = 2**31 - 1
 _GROWS = ("samples", "guidance")  # of the identity: what may become more
-
-
-class _Model(NamedTuple):
-  """What a training run left, and how it is sampled."""
-
-  denoiser: denoising.Denoiser
-  objective: objectives.Objective
-  sampler: samplers.Sampler
-  sampling: ConfigDict  # what the sampler is made from
 
 
 def check(config: ConfigDict) -> None:
@@ -103,7 +93,7 @@ def run(
     checkpoint.read_run_config(config.init_from, "train_diffusion"),
   )
   description = decode.read_description(config.init_from)
-  labels = _labels(config, description)
+  choices = model.conditioning.choices(config.classes, description)
   wiring.check_work_directory(config, workdir)
   wiring.check_nothing_foreign(
     workdir, ("parts", "images", _PICTURE, _PLOT, "manifest.json")
@@ -122,23 +112,14 @@ def run(
     config.init_from, model.denoiser, sharding.replicated(mesh)
   )
   identity = _identity(config, model, variables, ae, network)
-  _check_identity(workdir, identity, may_grow=True)
-  for scale in config.guidance:
-    samples.check_not_fewer(workdir, scale, config.samples, config.batch_size)
-  wiring.wait_for_all("samples_checked")  # before anything is written
-  wiring.write_config(config, workdir)
-  if jax.process_index() == 0:
-    metrics_writer.write_whole(
-      workdir / _IDENTITY, json.dumps(identity, indent=2)
-    )
-  wiring.wait_for_all("samples_identity")
-  _check_identity(workdir, identity, may_grow=False)  # all draw the same
+  work = resumable.Work("samples", lambda: sigterm.received)
+  work.begin(
+    lambda begun: _check_identity(config, workdir, identity, begun),
+    lambda: _write_identity(config, workdir, identity),
+  )
   drawing = samples.Drawing(
     {
-      scale: denoising.sample_function(
-        model.denoiser, model.objective, model.sampler, model.sampling, scale,
-        sharding.by_rows(mesh),
-      )
+      scale: model.sample_function(scale, sharding.by_rows(mesh))
       for scale in config.guidance
     },
     variables,
@@ -146,11 +127,16 @@ def run(
     description,
     network.parameters if network else None,
     batch_size=config.batch_size,
-    classes=tuple(labels),
-    at_random=not config.classes,
+    draw=lambda number: conditioning.drawn(
+      choices,
+      number,
+      config.batch_size,
+      None if config.classes else config.seed,
+    ),
+    kind=model.conditioning,
     seed=config.seed,
-  )  # fmt: skip
-  if not _draw_missing(config, workdir, drawing, sigterm):
+  )
+  if not _draw_missing(config, workdir, drawing, work):
     return False
   if jax.process_index() == 0:
     result = {
@@ -169,8 +155,8 @@ def run(
       "inception_is_published": network.is_published if network else None,
       "versions": wiring.versions(),
     }
-    _finish(config, workdir, result, drawing, description, labels, store, ae)
-  wiring.wait_for_all("samples_measured")
+    _finish(config, workdir, result, drawing, description, choices, store, ae)
+  work.wait("measured")
   return True
 
 
@@ -180,7 +166,7 @@ def _finish(
   result: dict[str, Any],
   drawing: samples.Drawing,
   description: dict[str, Any],
-  labels: list[int],
+  choices: conditioning.Condition,
   store: reader.Latents | None,
   ae: autoencoder.Autoencoder,
 ) -> None:
@@ -193,16 +179,15 @@ def _finish(
   if config.metrics:
     metrics_writer.write_whole(workdir / _PLOT, _plot(result["guidance"]))
   if config.picture.classes:
-    known = sorted(set(labels))
-    count = min(config.picture.classes, len(known))
-    spread = np.linspace(0, len(known) - 1, count)
-    chosen = [known[int(i)] for i in spread]
+    chosen = drawing.kind.shown(choices, config.picture.classes)
     picture = _picture(config, drawing, description, chosen, store, ae)
     metrics_writer.write_png(workdir / _PICTURE, picture)
   _LOG.info("%s\nin %s", _table(result["guidance"]), workdir)
 
 
-def open_model(config: ConfigDict, trained: dict[str, Any]) -> _Model:
+def open_model(
+  config: ConfigDict, trained: dict[str, Any]
+) -> sampling.LatentDiffusion:
   """Of the config of a training run, and how it is sampled.
 
   Raises:
@@ -211,34 +196,15 @@ def open_model(config: ConfigDict, trained: dict[str, Any]) -> _Model:
   try:
     trained = ConfigDict(trained)
     given = {k: v for k, v in config.sampler.items() if v is not None}
-    sampling = ConfigDict(trained.sampler.to_dict() | given)
-    objective = denoising.objective(trained.objective)
-    sampler = denoising.sampler(sampling, objective)
-    denoiser = denoising.model(trained.model, objective)
+    sampler = ConfigDict(trained.sampler.to_dict() | given)
+    model = denoising.create(trained.model, trained.objective, sampler)
   except (AttributeError, KeyError, TypeError) as error:
     raise ValueError(
       f"config.json of {config.init_from} is damaged, or of an earlier version "
       f"({error}); bring it back, or train again"
     ) from error
-  for label in config.classes:
-    if type(label) is not int or not 0 <= label < denoiser.num_classes:
-      raise ValueError(
-        f"class {label!r} in config.classes is not from 0 to "
-        f"{denoiser.num_classes - 1}, the classes of the model"
-      )
-  return _Model(denoiser, objective, sampler, sampling)
-
-
-def _labels(config: ConfigDict, description: dict[str, Any]) -> list[int]:
-  """The classes that are drawn: those that were learned."""
-  rows = description["rows_of_classes"]
-  for label in config.classes:
-    if not rows[label]:
-      raise ValueError(
-        f"class {label} in config.classes had no latents: {config.init_from} "
-        "did not learn it"
-      )
-  return list(config.classes) or np.flatnonzero(rows).tolist()
+  model.conditioning.check_chosen(config.classes)
+  return model
 
 
 def _open_store(config: ConfigDict) -> reader.Latents | None:
@@ -283,7 +249,7 @@ def open_metrics(
 
 def _identity(
   config: ConfigDict,
-  model: _Model,
+  model: sampling.LatentDiffusion,
   variables: Any,
   ae: autoencoder.Autoencoder,
   network: pretrained.Pretrained | None,
@@ -295,8 +261,8 @@ def _identity(
     "compute_dtype": config.compute_dtype,
     "inception_sha256": network.sha256 if network else None,
     "sampler": str(model.sampler),
-    "steps": model.sampling.steps,
-    "interval": list(model.sampling.interval),
+    "steps": model.steps,
+    "interval": list(model.interval or ()),
     "seed": config.seed,
     "classes": list(config.classes),
     "batch_size": config.batch_size,
@@ -307,11 +273,19 @@ def _identity(
 
 
 def _check_identity(
-  workdir: epath.Path, identity: dict[str, Any], *, may_grow: bool
+  config: ConfigDict, workdir: epath.Path, identity: dict[str, Any], begun: bool
 ) -> None:
-  """Raises ValueError where a work directory holds other samples."""
+  """Raises ValueError where a work directory holds other samples.
+
+  Before the work has begun there, it may hold fewer.
+  """
   path = workdir / _IDENTITY
   if not path.exists():
+    if begun:
+      raise ValueError(
+        f"--workdir={workdir} is not the same place for all processes; use a "
+        "bucket, or a directory that all of them share"
+      )
     if (workdir / "parts").exists() and any((workdir / "parts").iterdir()):
       raise ValueError(
         f"{path} is gone, so that it is not known what the samples there are "
@@ -324,15 +298,25 @@ def _check_identity(
     raise ValueError(
       f"{path} is damaged ({error}); choose another --workdir"
     ) from error
-  if may_grow:
+  if not begun:
     before |= {key: identity[key] for key in _GROWS}
-  found = differences.differences(before, identity)
-  if found:
-    raise ValueError(
-      f"--workdir={workdir} holds samples that were drawn otherwise "
-      f"({'; '.join(found.values())}); choose another directory, or the same "
-      "config to go on (inception_sha256 is None without config.metrics)"
-    )
+  differences.check_same(
+    before,
+    identity,
+    f"--workdir={workdir} holds samples that were drawn otherwise",
+    "choose another directory, or the same config to go on (inception_sha256 "
+    "is None without config.metrics)",
+  )
+  for scale in config.guidance:
+    samples.check_not_fewer(workdir, scale, config.samples, config.batch_size)
+
+
+def _write_identity(
+  config: ConfigDict, workdir: epath.Path, identity: dict[str, Any]
+) -> None:
+  wiring.write_config(config, workdir)
+  text = json.dumps(identity, indent=2)
+  metrics_writer.write_whole(workdir / _IDENTITY, text)
 
 
 def _parts(config: ConfigDict, scale: float) -> list[samples.Part]:
@@ -343,25 +327,18 @@ def _draw_missing(
   config: ConfigDict,
   workdir: epath.Path,
   drawing: samples.Drawing,
-  sigterm: loop.Sigterm,
+  work: resumable.Work,
 ) -> bool:
   """Draws and writes what is not there; False if it was stopped."""
   wanted = [part for scale in config.guidance for part in _parts(config, scale)]
   missing = samples.missing(wanted, workdir, config.images)
-  wiring.wait_for_all("samples_plan")  # nobody writes before all have looked
-  own = missing[jax.process_index() :: jax.process_count()]
+  own = work.share(missing)
   _LOG.info(
     "%d of %d parts of %d samples are missing, %d of them for this process",
     len(missing), len(wanted), config.batch_size, len(own),
   )  # fmt: skip
-  samples.fill(drawing, own, workdir, config.images, lambda: sigterm.received)
-  if sigterm.received:
-    _LOG.info("SIGTERM: stopped; run again to go on")
-    if jax.process_count() > 1:
-      wiring.leave(0)
-    return False
-  wiring.wait_for_all("samples_drawn")
-  return True
+  samples.fill(drawing, own, workdir, config.images, work.stopped)
+  return work.all_done("drawn")
 
 
 def _measure(
@@ -439,25 +416,23 @@ def _picture(
   config: ConfigDict,
   drawing: samples.Drawing,
   description: dict[str, Any],
-  classes: list[int],
+  condition: conditioning.Condition,
   store: reader.Latents | None,
   ae: autoencoder.Autoencoder,
 ) -> np.ndarray:
-  """A row for each of some classes, samples at each scale side by side."""
-  names, columns = description["classes"], config.picture.columns
+  """A row for each of a condition, samples at each scale side by side."""
+  kind, columns = drawing.kind, config.picture.columns
+  labels = kind.titles(condition, description["classes"])
   blocks, headings = [], {}
   if store is not None:
-    rows = [np.flatnonzero(store.labels() == i)[:1] for i in classes]
-    z = store.read_unscaled(np.concatenate(rows))
+    z = store.read_unscaled(kind.like(condition, store.condition(kind.name)))
     blocks.append(decode.to_pixels(ae, z)[:, None])
     headings[0] = "training"
   for scale in config.guidance:
     headings[sum(block.shape[1] for block in blocks)] = f"guidance {scale:g}"
-    pixels = drawing.images(scale, np.repeat(classes, columns))
-    blocks.append(pixels.reshape(len(classes), columns, *pixels.shape[1:]))
-  labels = [
-    pathlib.PurePath(names[i]).stem[:16] if names else f"{i}" for i in classes
-  ]
+    repeated = jax.tree.map(lambda x: np.repeat(x, columns, 0), condition)
+    pixels = drawing.images(scale, repeated)
+    blocks.append(pixels.reshape(len(labels), columns, *pixels.shape[1:]))
   grid = [
     np.stack([figures.reduced(image, _PICTURE_SIDE) for image in row])
     for row in np.concatenate(blocks, axis=1)

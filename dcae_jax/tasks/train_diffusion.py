@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -19,8 +18,9 @@ from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import autoencoder
 from dcae_jax.autoencoder import train_step as autoencoder_train_step
-from dcae_jax.diffusion import objectives, samplers
+from dcae_jax.diffusion import objectives, sampling
 from dcae_jax.diffusion import train_step as diffusion_train_step
+from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
 from dcae_jax.runs import metrics_writer
@@ -70,9 +70,7 @@ _BOUNDS = {
 class _Setup(NamedTuple):
   """What is known before anything is compiled."""
 
-  denoiser: denoising.Denoiser
-  objective: objectives.Objective
-  sampler: samplers.Sampler
+  model: sampling.LatentDiffusion
   mesh: Mesh
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
@@ -108,20 +106,19 @@ def run(
       "config.latents is empty; name a latent store (configs/f64_export.py "
       "writes one)"
     )
-  store = reader.Latents(
-    config.latents,
-    cache_megabytes=config.data.cache_megabytes,
-    retries=config.data.retries,
-  )
+  store = denoising.open_store(config)
   config = denoising.with_store(config, store)
   if config.init_from:
     denoising.check_same_model(config.init_from, config)
   wiring.check_work_directory(config, workdir)
   wiring.check_nothing_foreign(workdir, ("manifest.json",))
-  described = decode.description(store)
-  decode.check_same_latents(workdir, described)
   wiring.prepare_jax(config.compilation_cache)
   setup = _setup(config)
+  kind = setup.model.conditioning
+  described = decode.description(store) | kind.describe_rows(
+    store.condition(kind.name)
+  )
+  decode.check_same_latents(workdir, described)
   batches = _batches(config, store)
   ae = None
   if config.samples.count:
@@ -145,7 +142,7 @@ def run(
         _jitted(config, setup), _abstract_arguments(config, setup)
       ),
       # A multiply-accumulate is two; backward costs twice forward.
-      6.0 * setup.denoiser.forward_macs * config.batch_size,
+      6.0 * setup.model.denoiser.forward_macs * config.batch_size,
       _sample(config, setup, store, ae, writer),
     )
 
@@ -175,13 +172,13 @@ def abstract_step(
   """
   check(config)
   if config.latents:
-    config = denoising.with_store(config, reader.Latents(config.latents))
-  for key in ("latent_size", "latent_channels", "num_classes"):
+    config = denoising.with_store(config, denoising.open_store(config))
+  for key in denoising.numbers_of_latents(config.model):
     if not config.model[key]:
       raise ValueError(
         f"config.model.{key}=0 is filled in from the latents, and config."
-        "latents is empty; name a store, or set model.latent_size, "
-        "model.latent_channels and model.num_classes"
+        "latents is empty; name a store, or set config.model."
+        f"{', '.join(denoising.numbers_of_latents(config.model))}"
       )
   setup = _setup(config, devices)
   forwards = 4 if config.model.rematerialisation else 3
@@ -189,7 +186,7 @@ def abstract_step(
     _jitted(config, setup),
     _abstract_arguments(config, setup),
     setup.mesh,
-    2.0 * forwards * setup.denoiser.forward_macs * config.batch_size,
+    2.0 * forwards * setup.model.denoiser.forward_macs * config.batch_size,
     takes_parts=False,
   )
 
@@ -198,19 +195,21 @@ def _abstract_arguments(config: ConfigDict, setup: _Setup) -> tuple[Any, Any]:
   rows = sharding.by_rows(setup.mesh)
   size, channels = config.model.latent_size, config.model.latent_channels
   shape = (config.batch_size, size, size, channels)
+  kind = setup.model.conditioning
   batch = {
-    "latents": jax.ShapeDtypeStruct(shape, np.float32, sharding=rows),
-    "labels": jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=rows),
+    "latents": jax.ShapeDtypeStruct(shape, np.float32),
+    kind.name: kind.abstract(config.batch_size),
   }
-  return training_run.placed(setup.abstract, setup.shardings), batch
+  return (
+    training_run.placed(setup.abstract, setup.shardings),
+    training_run.placed(batch, jax.tree.map(lambda _: rows, batch)),
+  )
 
 
 def _setup(
   config: ConfigDict, devices: list[jax.Device] | None = None
 ) -> _Setup:
-  objective = denoising.objective(config.objective)
-  sampler = denoising.sampler(config.sampler, objective)
-  denoiser = denoising.model(config.model, objective)
+  model = denoising.create(config.model, config.objective, config.sampler)
   if config.channel_candidates:
     objectives.random_channel_mask(
       jax.random.key(0), 1, config.model.latent_channels,
@@ -228,9 +227,7 @@ def _setup(
     config.steps,
     sharding.on_whole_arrays(mesh),
   )
-  setup = _Setup(
-    denoiser, objective, sampler, mesh, transformation, schedule, None, None
-  )
+  setup = _Setup(model, mesh, transformation, schedule, None, None)
   abstract = jax.eval_shape(_initial(setup), jax.random.key(0))
   return setup._replace(
     abstract=abstract, shardings=sharding.shardings(abstract, mesh)
@@ -243,7 +240,7 @@ def _start(config: ConfigDict, setup: _Setup) -> state_lib.TrainState:
     key = jax.random.fold_in(jax.random.key(config.seed), _INITIAL)
     return jax.jit(_initial(setup), out_shardings=setup.shardings)(key)
   step, variables = denoising.averages(
-    config.init_from, setup.denoiser, sharding.replicated(setup.mesh)
+    config.init_from, setup.model.denoiser, sharding.replicated(setup.mesh)
   )
   _LOG.info("starting from step %d of %s", step, config.init_from)
   create = lambda variables: _state(setup, variables)
@@ -261,12 +258,7 @@ def _initial(setup: _Setup) -> Callable[[jax.Array], state_lib.TrainState]:
   """A function of a key: the state at step 0."""
 
   def create(key):
-    denoiser = setup.denoiser
-    shape = (1, *denoiser.latent_size, denoiser.latent_channels)
-    variables = denoiser.init(
-      key, jnp.zeros(shape), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    )
-    return _state(setup, variables)
+    return _state(setup, denoisers.init(setup.model.denoiser, key))
 
   return create
 
@@ -286,10 +278,9 @@ def _batches(config: ConfigDict, store: reader.Latents) -> reader.LatentBatches:
 
 def _jitted(config: ConfigDict, setup: _Setup) -> Any:
   step = diffusion_train_step.create(
-    apply=setup.denoiser.apply,
-    objective=setup.objective,
-    num_classes=config.model.num_classes,
-    label_dropout=config.label_dropout,
+    denoiser=setup.model.denoiser,
+    objective=setup.model.objective,
+    dropout=config.label_dropout,
     channel_candidates=config.channel_candidates,
     optimizer=setup.optimizer,
     schedule=setup.schedule,
@@ -311,20 +302,12 @@ def _sample(
   ae: autoencoder.Autoencoder | None,
   writer: metrics_writer.MetricsWriter,
 ) -> Callable[[int, state_lib.TrainState], dict[str, float]]:
-  """Pictures of a few classes: the same noise at each guidance scale."""
-  labels = np.arange(config.samples.count) % config.model.num_classes
-  labels = labels.astype(np.int32)
+  """Pictures of a few conditions: the same noise at each guidance scale."""
+  condition = setup.model.conditioning.examples(config.samples.count)
   key = jax.random.fold_in(jax.random.key(config.seed), _SAMPLES)
   functions = {
     scale: jax.jit(
-      denoising.sample_function(
-        setup.denoiser,
-        setup.objective,
-        setup.sampler,
-        config.sampler,
-        scale,
-        sharding.replicated(setup.mesh),
-      ),
+      setup.model.sample_function(scale, sharding.replicated(setup.mesh)),
       out_shardings=sharding.replicated(setup.mesh),
     )
     for scale in config.samples.guidance
@@ -335,12 +318,14 @@ def _sample(
       return {}
     values, rows = {}, {}
     for scale, function in functions.items():
-      z = jax.device_get(function({"params": state.ema["params"]}, key, labels))
+      z = jax.device_get(
+        function({"params": state.ema["params"]}, key, condition)
+      )
       if not np.isfinite(z).all():  # a matter of the sampler, not of training
         _LOG.warning(
           "step %d: samples at guidance %g are not finite, and left out (%s, "
           "config.sampler.steps=%d)",
-          step, scale, setup.sampler, config.sampler.steps,
+          step, scale, setup.model.sampler, config.sampler.steps,
         )  # fmt: skip
         continue
       values[f"eval/latent_rms/guidance_{scale:g}"] = float(
@@ -363,7 +348,7 @@ def _finish(workdir: epath.Path, step: int, setup: _Setup) -> None:
   result = metrics_writer.last_values(workdir / "metrics.jsonl") | {
     "step": step,
     "parameters": freezing.count(setup.abstract.params),
-    "forward_macs": setup.denoiser.forward_macs,
+    "forward_macs": setup.model.denoiser.forward_macs,
   }
   metrics_writer.write_whole(
     workdir / "result.json", json.dumps(result, indent=2)

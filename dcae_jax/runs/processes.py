@@ -1,0 +1,48 @@
+"""The processes of a run: waiting for all, counting over all, leaving."""
+
+import errno
+import logging
+import os
+import sys
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_SECONDS_FOR_OTHERS = 5  # to leave after SIGTERM
+
+
+def total(number: int) -> int:
+  """The sum of a number over all processes."""
+  if jax.process_count() == 1:
+    return number
+  found = multihost_utils.process_allgather(np.array(number))
+  return int(found.sum())
+
+
+def wait_for_all(name: str) -> None:
+  """Until every process is here; OSError if one of them has ended."""
+  if jax.process_count() == 1:
+    return
+  try:
+    multihost_utils.sync_global_devices(name)
+  except (ValueError, RuntimeError) as error:
+    raise OSError(
+      errno.ECONNABORTED,
+      "another process has ended before this one; see its log, and start all "
+      f"of them again: they go on from what is saved ({error})",
+    ) from error
+
+
+def leave(status: int) -> None:
+  """Ends this process at once: jax would wait for the others for minutes.
+
+  The first one, without which jax aborts the others, gives them time to leave.
+  """
+  if jax.process_index() == 0:
+    time.sleep(_SECONDS_FOR_OTHERS)
+  logging.shutdown()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
