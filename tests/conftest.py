@@ -146,9 +146,16 @@ def tiny_latents(tiny_autoencoder, tmp_path_factory) -> str:
 
 
 def fill_store(
-  path: pathlib.Path, folder: pathlib.Path, labels: np.ndarray, classes: int
+  path: pathlib.Path,
+  folder: pathlib.Path,
+  labels: np.ndarray,
+  classes: int,
+  **conditions: np.ndarray,
 ) -> str:
-  """Latents of classes that each have a mean of their own; returns the path."""
+  """Latents of classes that each have a mean of their own; returns the path.
+
+  With other conditions, by the names of their arrays.
+  """
   import dcae_jax
   from dcae_jax.autoencoder.weights import conversion
   from dcae_jax.latents import encode
@@ -159,7 +166,14 @@ def fill_store(
   store = latent_store.LatentStore(str(path))
   store.check_writable()
   store.write_identity({})
-  layout = store_layout.Layout(rows, shape, "float32", ("latents",), rows)
+  conditions = {"labels": labels} | conditions
+  columns = {
+    name: store_layout.Column(x.shape[1:], x.dtype.name)
+    for name, x in conditions.items()
+  }
+  layout = store_layout.Layout(
+    rows, shape, "float32", ("latents",), rows, columns
+  )
   store.create_arrays(layout)
   rng = np.random.default_rng(0)
   means = rng.normal(size=(int(labels.max()) + 1, *shape))
@@ -167,7 +181,7 @@ def fill_store(
   store.write_shard(
     layout,
     0,
-    {"latents": values.astype(np.float32), "labels": labels},
+    {"latents": values.astype(np.float32)} | conditions,
     ["a"] * rows,
     {"moments": {"mean": [0.0]}},
   )

@@ -6,11 +6,12 @@ and samplers pass conditions on without a look inside. Which kind a denoiser
 takes is said in the table of denoisers.
 """
 
+import abc
 import dataclasses
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,7 @@ _LOG = logging.getLogger(__name__)
 Condition = Any  # a tree of arrays [b, ...]
 
 
-@runtime_checkable
-class Conditioning(Protocol):
+class Conditioning(abc.ABC):
   """A kind of condition.
 
   A frozen dataclass, whose fields are numbers of a denoiser's config that come
@@ -35,6 +35,7 @@ class Conditioning(Protocol):
   name: ClassVar[str]
 
   @classmethod
+  @abc.abstractmethod
   def of_latents(
     cls, rows: np.ndarray, classes: Sequence[str], path: str
   ) -> "Conditioning":
@@ -46,21 +47,27 @@ class Conditioning(Protocol):
       path: of the store, for messages.
     """
 
+  @abc.abstractmethod
   def describe_rows(self, rows: np.ndarray) -> dict[str, Any]:
     """What a run keeps of what it learned from; `choices` reads it."""
 
+  @abc.abstractmethod
   def abstract(self, b: int) -> Condition:
     """Shapes and dtypes of a batch."""
 
+  @abc.abstractmethod
   def null(self, condition: Condition) -> Condition:
     """What stands for no condition, as many rows of it."""
 
+  @abc.abstractmethod
   def examples(self, count: int) -> Condition:
     """Those that samples are shown for during training, as numpy arrays."""
 
+  @abc.abstractmethod
   def check_chosen(self, chosen: Sequence[Any]) -> None:
     """Raises ValueError for choices of a user that are not of this kind."""
 
+  @abc.abstractmethod
   def choices(
     self, chosen: Sequence[Any], learned: dict[str, Any]
   ) -> Condition:
@@ -70,21 +77,25 @@ class Conditioning(Protocol):
       ValueError: one that is chosen was not learned.
     """
 
+  @abc.abstractmethod
   def shown(self, choices: Condition, count: int) -> Condition:
     """At most so many different ones of the choices, for a picture."""
 
+  @abc.abstractmethod
   def like(self, condition: Condition, rows: np.ndarray) -> np.ndarray:
     """For each row of a condition, a row of a store that has the same."""
 
+  @abc.abstractmethod
   def file_names(self, condition: Condition) -> list[str]:
     """For the names of files."""
 
+  @abc.abstractmethod
   def titles(self, condition: Condition, classes: Sequence[str]) -> list[str]:
     """For people."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassLabels:
+class ClassLabels(Conditioning):
   """A class label for each example; the one after the last stands for none.
 
   Attributes:
