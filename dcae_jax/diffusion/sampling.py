@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dcae_jax.diffusion import conditioning, guidance, objectives, samplers
+from dcae_jax.diffusion.denoisers import families as denoisers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LatentDiffusion:
     interval: of guidance, see `guidance.guided`.
   """
 
-  denoiser: nn.Module
+  denoiser: denoisers.Module
   objective: objectives.Objective
   sampler: samplers.Sampler
   steps: int

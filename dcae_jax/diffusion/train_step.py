@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from dcae_jax.autoencoder import train_step
 from dcae_jax.diffusion import conditioning, objectives
+from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.training import state as state_lib
 
 Tree = Any
@@ -18,7 +18,7 @@ _STEPS = 1  # what the seed is for; 0 is initial values
 
 def create(
   *,
-  denoiser: nn.Module,
+  denoiser: denoisers.Module,
   objective: objectives.Objective,
   dropout: float,
   channel_candidates: Sequence[int],

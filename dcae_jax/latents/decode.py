@@ -95,7 +95,7 @@ def description(store: reader.Latents) -> dict[str, Any]:
 
 
 def write_description(workdir: epath.Path, described: dict[str, Any]) -> None:
-  """Writes it into the directory of a run, on the first process."""
+  """Writes a description into the work directory, on the first process."""
   if jax.process_index() == 0:
     text = json.dumps(described, indent=2)
     metrics_writer.write_whole(workdir / _FILE, text)

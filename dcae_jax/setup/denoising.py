@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
@@ -192,7 +191,7 @@ def check_same_model(run: str, config: ConfigDict) -> None:
 
 
 def averages(
-  run: str, denoiser: nn.Module, sharding: jax.sharding.Sharding
+  run: str, denoiser: denoisers.Module, sharding: jax.sharding.Sharding
 ) -> tuple[int, Any]:
   """Step, and `{"params": ...}`, of a run's last checkpoint."""
   abstract = {"batch_stats": {}} | denoisers.abstract_variables(denoiser)

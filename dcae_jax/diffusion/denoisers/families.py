@@ -20,6 +20,7 @@ from dcae_jax.diffusion import conditioning as conditioning_lib
 from dcae_jax.diffusion.denoisers import dit, uvit
 
 PATCH_SIZES = (1, 2, 4, 8)
+Module = nn.Module  # of the interface above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Denoiser:
     predicts_variance: it has the field `learn_sigma`: twice the channels.
   """
 
-  module: type[nn.Module]
+  module: type[Module]
   sizes: Mapping[str, Mapping[str, Any]]
   conditioning: type[conditioning_lib.Conditioning]
   check: Callable[..., None] = lambda **fields: None
@@ -116,7 +117,7 @@ def create(
   learn_sigma: bool = False,
   rematerialisation: bool = False,
   dtype: DTypeLike = "float32",
-) -> nn.Module:
+) -> Module:
   """The module of a variant.
 
   Args:
@@ -165,7 +166,7 @@ def create(
   )
 
 
-def init(model: nn.Module, key: jax.Array) -> Any:
+def init(model: Module, key: jax.Array) -> Any:
   """Initial values, `{"params": ...}`."""
   shape = (1, *model.latent_size, model.latent_channels)
   zeros = lambda x: jnp.zeros(x.shape, x.dtype)
@@ -173,6 +174,6 @@ def init(model: nn.Module, key: jax.Array) -> Any:
   return model.init(key, jnp.zeros(shape), jnp.zeros(1), condition)
 
 
-def abstract_variables(model: nn.Module) -> Any:
+def abstract_variables(model: Module) -> Any:
   """Shapes of `{"params": ...}`; nothing is allocated."""
   return jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
