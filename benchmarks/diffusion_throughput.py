@@ -46,7 +46,12 @@ import optax
 
 from configs import base
 from dcae_jax.autoencoder import families, network
-from dcae_jax.diffusion import guidance, objectives, samplers
+from dcae_jax.diffusion import (
+  conditioning,
+  guidance,
+  objectives,
+  samplers,
+)
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.diffusion.denoisers import uvit
 from dcae_jax.training import optimizer
@@ -55,7 +60,7 @@ _IMAGE_SIDE = 512
 _CLASSES = 1000
 _STEPS = 30
 _GUIDANCE = 1.5
-_FULL_SIZE = denoisers.VARIANTS["UViT-H"]
+_FULL_SIZE = uvit.SIZES["H"]
 
 
 class Latents(NamedTuple):
@@ -124,13 +129,15 @@ class Programs(NamedTuple):
 def _denoiser(
   latents: Latents, depth: int, hidden: int, dtype: str
 ) -> uvit.UViT:
-  heads = hidden * _FULL_SIZE.heads // _FULL_SIZE.hidden
+  heads = hidden * _FULL_SIZE["heads"] // _FULL_SIZE["hidden"]
   side, _, channels = latents.shape
   return denoisers.create(
-    denoisers.Variant("UViT", depth, hidden, heads),
+    denoisers.Variant(
+      "UViT", {"depth": depth, "hidden": hidden, "heads": heads}
+    ),
     latent_size=side,
     latent_channels=channels,
-    num_classes=_CLASSES,
+    conditioning=conditioning.ClassLabels(_CLASSES),
     patch_size=latents.patch_size,
     dtype=dtype,
   )
@@ -148,7 +155,8 @@ def _programs(
 
   def guided(parameters, labels):
     apply = lambda z, t, labels: network(parameters, labels)(z, t)
-    return guidance.guided(apply, labels, _CLASSES, _GUIDANCE)
+    null = jnp.full_like(labels, _CLASSES)
+    return guidance.guided(apply, labels, null, _GUIDANCE)
 
   def train(parameters, state, key, z, labels):
     def loss(parameters):
@@ -304,14 +312,16 @@ def _compute(batch: int) -> None:
   """Counts the real denoisers and decoders; nothing runs."""
   training, calls, decodes = [], [], []
   for latents in LATENTS.values():
-    model = _denoiser(latents, _FULL_SIZE.depth, _FULL_SIZE.hidden, "bfloat16")
+    model = _denoiser(
+      latents, _FULL_SIZE["depth"], _FULL_SIZE["hidden"], "bfloat16"
+    )
     p = _programs(model, batch, batch)
     training.append(_cost(p.train, p.train_arguments, batch))
     calls.append(_cost(p.call, p.call_arguments, batch))
     decodes.append(_cost(*_decoder(latents, "bfloat16"), 1))
   print(
-    f"Computed: UViT-H of depth {_FULL_SIZE.depth}, hidden "
-    f"{_FULL_SIZE.hidden}, bfloat16; for one image of a batch of {batch}; "
+    f"Computed: UViT-H of depth {_FULL_SIZE['depth']}, hidden "
+    f"{_FULL_SIZE['hidden']}, bfloat16; for one image of a batch of {batch}; "
     "decoders, bfloat16, for one image; bytes before fusion.\n"
   )
   _table(
@@ -405,7 +415,7 @@ def main() -> None:
     "--decode", action="store_true", help="measure the real decoders, too"
   )
   arguments = parser.parse_args()
-  head = _FULL_SIZE.hidden // _FULL_SIZE.heads
+  head = _FULL_SIZE["hidden"] // _FULL_SIZE["heads"]
   if arguments.hidden % head:
     parser.error(f"--hidden={arguments.hidden} is not a multiple of {head}")
   print(f"Diffusion on latents of {_IMAGE_SIDE} px images.")

@@ -17,6 +17,7 @@ import time
 import numpy as np
 from absl import flags
 
+from dcae_jax.latents import layout as store_layout
 from dcae_jax.latents import reader
 from dcae_jax.latents import store as latent_store
 from dcae_jax.training import hardware
@@ -28,29 +29,24 @@ _MACS = {"f64c128, 64 tokens": 12.27e9 / 4, "f32c32, 256 tokens": 12.27e9}
 
 def _fill(path: str) -> None:
   store = latent_store.LatentStore(path)
-  store.check()
+  store.check_writable()
   store.write_identity({})
-  views = latent_store.VIEWS[:1]
-  store.create_arrays(_ROWS, _SHAPE, "float16", views, _SHARD_ROWS)
+  view = store_layout.VIEWS[0]
+  layout = store_layout.Layout(_ROWS, _SHAPE, "float16", (view,), _SHARD_ROWS)
+  store.create_arrays(layout)
   rng = np.random.default_rng(0)
-  shards = _ROWS // _SHARD_ROWS
-  for shard in range(shards):
+  for shard in range(layout.shards):
     values = rng.standard_normal((_SHARD_ROWS, *_SHAPE), np.float32)
+    labels = np.zeros(_SHARD_ROWS, np.int32)
     store.write_shard(
+      layout,
       shard,
-      _SHARD_ROWS,
-      {views[0]: values.astype(np.float16)},
-      np.zeros(_SHARD_ROWS, np.int32),
+      {view: values.astype(np.float16), "labels": labels},
       [f"{shard}/{i}" for i in range(_SHARD_ROWS)],
       {"moments": {"mean": [0.0]}},
     )
-  manifest = {
-    "count": _ROWS, "shape": list(_SHAPE), "dtype": "float16",
-    "views": list(views), "classes": [], "scaling_factor": 1.0,
-    "shift_factor": 0.0, "shards": store.records(shards),
-    "metadata_sha256": store.metadata_checksums(views),
-  }  # fmt: skip
-  store.finish(manifest)
+  numbers = {"scaling_factor": 1.0, "shift_factor": 0.0}
+  store.finish(layout, {"classes": []} | numbers)
 
 
 def _rate(path: str, workers: int, cache_megabytes: float) -> float:

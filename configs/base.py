@@ -583,7 +583,7 @@ def latent_diffusion() -> ConfigDict:
 
   # --- the model -----------------------------------------------------------
   c.model = ConfigDict()
-  # A key of VARIANTS in dcae_jax/diffusion/denoisers/families.py.
+  # Of the table in dcae_jax/diffusion/denoisers/families.py.
   c.model.variant = "UViT-H"
   # [paper] 1: the autoencoder has compressed enough. SD-VAE-f8: 2.
   c.model.patch_size = 1

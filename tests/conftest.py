@@ -146,27 +146,42 @@ def tiny_latents(tiny_autoencoder, tmp_path_factory) -> str:
 
 
 def fill_store(
-  path: pathlib.Path, folder: pathlib.Path, labels: np.ndarray, classes: int
+  path: pathlib.Path,
+  folder: pathlib.Path,
+  labels: np.ndarray,
+  classes: int,
+  **conditions: np.ndarray,
 ) -> str:
-  """Latents of classes that each have a mean of their own; returns the path."""
+  """Latents of classes that each have a mean of their own; returns the path.
+
+  With other conditions, by the names of their arrays.
+  """
   import dcae_jax
   from dcae_jax.autoencoder.weights import conversion
   from dcae_jax.latents import encode
+  from dcae_jax.latents import layout as store_layout
   from dcae_jax.latents import store as latent_store
 
-  rows, shape, views = len(labels), (2, 2, 16), ["latents"]
+  rows, shape = len(labels), (2, 2, 16)
   store = latent_store.LatentStore(str(path))
-  store.check()
+  store.check_writable()
   store.write_identity({})
-  store.create_arrays(rows, shape, "float32", views, rows)
+  conditions = {"labels": labels} | conditions
+  columns = {
+    name: store_layout.Column(x.shape[1:], x.dtype.name)
+    for name, x in conditions.items()
+  }
+  layout = store_layout.Layout(
+    rows, shape, "float32", ("latents",), rows, columns
+  )
+  store.create_arrays(layout)
   rng = np.random.default_rng(0)
   means = rng.normal(size=(int(labels.max()) + 1, *shape))
   values = 2 * means[labels] + 0.1 * rng.normal(size=(rows, *shape))
   store.write_shard(
+    layout,
     0,
-    rows,
-    {"latents": values.astype(np.float32)},
-    labels,
+    {"latents": values.astype(np.float32)} | conditions,
     ["a"] * rows,
     {"moments": {"mean": [0.0]}},
   )
@@ -177,20 +192,15 @@ def fill_store(
     "encoder_sha256": conversion.fingerprint(encoder),
   }
   store.finish(
+    layout,
     {
       "autoencoder": made_with,
-      "count": rows,
-      "shape": list(shape),
-      "dtype": "float32",
-      "views": views,
       "classes": [f"class {i}" for i in range(classes)],
       "scaling_factor": 0.5,
       "shift_factor": 0.0,
       "crop": {"kind": "dm_crop"},
       "source": {"kind": "folder", "fingerprint": f"{rows}"},
-      "shards": store.records(1),
-      "metadata_sha256": store.metadata_checksums(views),
-    }
+    },
   )
   return str(path)
 

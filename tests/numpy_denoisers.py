@@ -34,8 +34,8 @@ def random_inputs(model, images=3, latent_size=None, seed=1):
   size = latent_size or model.latent_size
   z = rng.normal(size=(images, *size, model.latent_channels))
   t = rng.uniform(0, 999, images)
-  labels = rng.integers(0, model.num_classes, images)
-  labels[-1] = model.num_classes
+  labels = rng.integers(0, model.conditioning.num_classes, images)
+  labels[-1] = model.conditioning.num_classes
   return (
     jnp.asarray(z, jnp.float32),
     jnp.asarray(t, jnp.float32),

@@ -35,9 +35,9 @@ OTHERS = {
   "evaluation/report": {"etils"},
   "evaluation/report/figures.py": {"PIL", "matplotlib"},
   "latents": {"etils", "jax"},
+  "latents/layout.py": {"ml_dtypes"},
   "latents/reader.py": {"grain"},  # loader processes start without jax
   "latents/rows.py": {"grain"},
-  "latents/store.py": {"ml_dtypes"},
   "diffusion": {"jax", "jaxtyping", "optax"},
   "diffusion/denoisers": NETWORKS,
   "autoencoder": NETWORKS | {"etils", "optax"},
@@ -52,6 +52,7 @@ OTHERS = {
   "runs": set(),
   "runs/metrics_writer.py": {"PIL", "etils", "tensorboardX"},
   "runs/processes.py": {"jax"},
+  "runs/resumable.py": {"jax"},
   "runs/storage.py": {"tensorstore"},
   "runs/versions.py": {"jax"},
   "runs/work_directory.py": {"etils"},

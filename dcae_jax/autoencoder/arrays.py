@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from dcae_jax.autoencoder import network
+from dcae_jax.autoencoder import network, quantisation
 
 _TOLERANCE = 1e-3  # of [-1, 1]
 
@@ -103,7 +103,7 @@ def _checked_floats(x: np.ndarray, name: str, allowed: str) -> np.ndarray:
 def to_float(x: np.ndarray) -> np.ndarray:
   """What `checked_images` lets pass, as float32 in [-1, 1]."""
   if x.dtype == np.uint8:
-    return x.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return quantisation.to_float(x)
   return x
 
 

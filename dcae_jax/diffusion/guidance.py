@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from dcae_jax.diffusion import objectives
+from dcae_jax.diffusion import conditioning, objectives
 
 
 def check_guidance(scale: float, interval: tuple[float, float] | None) -> None:
@@ -26,11 +27,11 @@ def check_guidance(scale: float, interval: tuple[float, float] | None) -> None:
 
 def guided(
   network: Callable[
-    [objectives.Latents, Float[Array, " b"], Int[Array, " b"]],
+    [objectives.Latents, Float[Array, " b"], conditioning.Condition],
     objectives.Output,
   ],
-  labels: Int[Array, " b"],
-  null_label: int,
+  condition: conditioning.Condition,
+  null: conditioning.Condition,
   scale: float,
   interval: tuple[float, float] | None = None,
 ) -> objectives.ModelFunction:
@@ -43,8 +44,9 @@ def guided(
   where it is.
 
   Args:
-    network: a function of (z, t, labels).
-    null_label: the label that stands for none, such as 1000.
+    network: a function of (z, t, condition).
+    condition: of the b examples.
+    null: what stands for none, as many rows of it.
     scale: 1 is the conditional network alone, and costs no more; 0 the
       unconditional one.
     interval: the times (low, high), ends included and as the network sees them
@@ -56,19 +58,23 @@ def guided(
   """
   check_guidance(scale, interval)
   if scale == 1:
-    return lambda z, t: network(z, t, labels)
+    return lambda z, t: network(z, t, condition)
 
   def model_fn(z, t):
-    both = jnp.stack([labels, jnp.full_like(labels, null_label)], 1)
-    output = network(jnp.repeat(z, 2, 0), jnp.repeat(t, 2), both.reshape(-1))
+    both = jax.tree.map(
+      lambda x, none: jnp.stack([x, none], 1).reshape(-1, *x.shape[1:]),
+      condition,
+      null,
+    )
+    output = network(jnp.repeat(z, 2, 0), jnp.repeat(t, 2), both)
     output = output.astype(jnp.float32).reshape(len(z), 2, *output.shape[1:])
-    conditional, null = output[:, 0], output[:, 1]
+    conditional, unconditional = output[:, 0], output[:, 1]
     excess = jnp.full(t.shape, scale - 1, jnp.float32)
     if interval is not None:
       inside = (interval[0] <= t) & (t <= interval[1])
       excess = jnp.where(inside, excess, 0.0)
     guides = jnp.arange(output.shape[-1]) < z.shape[-1]
     excess = excess[:, None, None, None] * guides[None, None, None]
-    return conditional + excess * (conditional - null)
+    return conditional + excess * (conditional - unconditional)
 
   return model_fn

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcae_jax.diffusion import objectives
+from dcae_jax.diffusion import conditioning, objectives
+from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.training import learning as learning_lib
 from dcae_jax.training import state as state_lib
 
@@ -16,10 +17,9 @@ _STEPS = 1  # what the seed is for; 0 is initial values
 
 def create(
   *,
-  apply: Callable[..., jax.Array],
+  denoiser: denoisers.Module,
   objective: objectives.Objective,
-  num_classes: int,
-  label_dropout: float,
+  dropout: float,
   channel_candidates: Sequence[int],
   learning: learning_lib.Learning,
   seed: int,
@@ -27,25 +27,25 @@ def create(
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
   """The step `(state, batch) -> (state, metrics)`.
 
-  A batch is `{"latents": [b, h, w, c], "labels": [b]}`, the latents scaled.
-  Noise, times and dropped labels are those of the step, whoever computes it.
+  A batch is `{"latents": [b, h, w, c]}`, the latents scaled, and a condition by
+  the name of its kind. Noise, times and dropped conditions are those of the
+  step, whoever computes it.
 
   Args:
-    apply: of the denoiser: `(variables, z, t, labels)`.
+    denoiser: what learns.
     objective: what is learned.
-    num_classes: the label that stands for none.
-    label_dropout: part of the labels that are replaced by it.
+    dropout: part of the conditions that are replaced by none.
     channel_candidates: for augmented training; empty: without.
     learning: how the parameters do.
     seed: of all that is random.
     gather: of parameters that are split over devices (`sharding.gather`).
   """
+  kind = denoiser.conditioning
 
   def loss(params, key, batch):
     drop_key, mask_key, loss_key = jax.random.split(key, 3)
-    z, labels = batch["latents"], batch["labels"]
-    dropped = jax.random.bernoulli(drop_key, label_dropout, labels.shape)
-    labels = jnp.where(dropped, num_classes, labels)
+    z = batch["latents"]
+    condition = conditioning.dropped(kind, drop_key, batch[kind.name], dropout)
     mask = None
     if channel_candidates:
       mask = objectives.random_channel_mask(
@@ -53,7 +53,7 @@ def create(
       )
     variables = {"params": gather(params)}
     losses, terms = objective.loss(
-      lambda z, t: apply(variables, z, t, labels), loss_key, z, mask
+      lambda z, t: denoiser.apply(variables, z, t, condition), loss_key, z, mask
     )
     metrics = {f"loss/{name}": jnp.mean(x) for name, x in terms.items()}
     return jnp.mean(losses), metrics

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from dcae_jax.autoencoder import autoencoder, quantisation
+from dcae_jax.diffusion import conditioning
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation import set_measures
 from dcae_jax.latents import decode
@@ -59,8 +60,9 @@ def missing(wanted: list[Part], workdir: epath.Path, images: str) -> list[Part]:
   """The parts of which a record or an image is not there."""
   names = {}
   for folder in {part.file(workdir, "images").parent for part in wanted}:
-    found = folder.iterdir() if folder.exists() else ()
-    names[folder] = {file.name.partition("_class_")[0] for file in found}
+    files = list(folder.iterdir()) if folder.exists() else []
+    names[folder] = {file.name for file in files}
+    names[folder] |= {file.name.partition("_")[0] for file in files}
 
   def is_whole(part):
     file, needed = part.file(workdir, "images"), []
@@ -75,7 +77,7 @@ def missing(wanted: list[Part], workdir: epath.Path, images: str) -> list[Part]:
 
 
 def _png_name(part: Part, row: int) -> str:
-  """Without the class."""
+  """Without what it is of."""
   return f"{part.first + row:07d}"
 
 
@@ -90,16 +92,23 @@ class Order(NamedTuple):
   """Which samples are drawn.
 
   Attributes:
-    batch_size: of a part.
-    classes: of the samples.
+    kind: of the conditions.
+    choices: the conditions.
     at_random: with replacement, instead of in turn.
-    seed: of noise and classes.
+    batch_size: of a part.
+    seed: of noise and conditions.
   """
 
-  batch_size: int
-  classes: tuple[int, ...]
+  kind: conditioning.Conditioning
+  choices: conditioning.Condition
   at_random: bool
+  batch_size: int
   seed: int
+
+  def part(self, number: int) -> conditioning.Condition:
+    """The conditions of a part."""
+    seed = self.seed if self.at_random else None
+    return conditioning.drawn(self.choices, number, self.batch_size, seed)
 
 
 class Drawing:
@@ -117,7 +126,7 @@ class Drawing:
     """Compiles nothing yet.
 
     Args:
-      samplers: by guidance scale, `(variables, key, labels) -> latents`.
+      samplers: by guidance scale, `(variables, key, condition) -> latents`.
       variables: of the denoiser, on all devices.
       decoder: whose variables go to all devices.
       metrics: whose networks describe the images. All that any of them takes
@@ -131,7 +140,7 @@ class Drawing:
     ae.variables = jax.device_put(jax.device_get(ae.variables), whole)
     self._variables, self._decoder = variables, ae.variables
     self._parameters = jax.device_put(dict(parameters), whole)
-    self._order, self._classes = order, np.array(order.classes, np.int32)
+    self.order = order
     self._samplers = {
       scale: jax.jit(sampler, out_shardings=self._by_row)
       for scale, sampler in samplers.items()
@@ -156,34 +165,35 @@ class Drawing:
 
   def part(self, part: Part) -> dict[str, Any]:
     """Its arrays [batch_size, ...], still being computed."""
-    labels = self._labels(part.number)
-    return self._draw(part.scale, (_PARTS, part.number), labels)
+    condition = self.order.part(part.number)
+    return self._draw(part.scale, (_PARTS, part.number), condition)
 
-  def images(self, scale: float, labels: np.ndarray) -> np.ndarray:
-    """Uint8 [n, h, w, c] of these classes; the same noise at each scale."""
-    size, found = self._order.batch_size, []
-    for first in range(0, len(labels), size):
-      batch = np.resize(labels[first : first + size], size).astype(np.int32)
-      found.append(self._draw(scale, (_PICTURE, first), batch)["images"])
-    return np.concatenate(jax.device_get(found))[: len(labels)]
-
-  def _labels(self, number: int) -> np.ndarray:
-    size = self._order.batch_size
-    places = np.arange(number * size, (number + 1) * size)
-    if self._order.at_random:
-      rng = np.random.default_rng((self._order.seed, number))
-      places = rng.integers(len(self._classes), size=size)
-    return self._classes[places % len(self._classes)]
+  def images(
+    self, scale: float, condition: conditioning.Condition
+  ) -> np.ndarray:
+    """Uint8 [n, h, w, c] of a condition; the same noise at each scale."""
+    size, drawn = self.order.batch_size, []
+    total = len(jax.tree.leaves(condition)[0])
+    for first in range(0, total, size):
+      # The last batch is filled up with its own rows.
+      places = np.resize(np.arange(first, min(first + size, total)), size)
+      batch = jax.tree.map(lambda x, places=places: x[places], condition)
+      drawn.append(self._draw(scale, (_PICTURE, first), batch)["images"])
+    return np.concatenate(jax.device_get(drawn))[:total]
 
   def _draw(
-    self, scale: float, purpose: tuple[int, int], labels: np.ndarray
+    self,
+    scale: float,
+    purpose: tuple[int, int],
+    condition: conditioning.Condition,
   ) -> dict[str, Any]:
-    key = jax.random.key(self._order.seed)
+    key = jax.random.key(self.order.seed)
     for number in purpose:
       key = jax.random.fold_in(key, number)
-    placed = jax.device_put(labels, self._by_row)
+    placed = jax.device_put(condition, self._by_row)
     z = self._samplers[scale](self._variables, key, placed)
-    return self._show(self._decoder, self._parameters, z) | {"labels": labels}
+    shown = self._show(self._decoder, self._parameters, z)
+    return shown | {self.order.kind.name: condition}
 
 
 def fill(
@@ -214,7 +224,7 @@ def fill(
           f"{part.number}): the scale is too large, the model has diverged, or "
           "config.sampler.steps do not suffice for dopri5"
         )
-      _write(part, arrays, workdir, images, pool)
+      _write(part, arrays, drawing.order.kind, workdir, images, pool)
       progress.add(part.rows)
   if missing:
     progress.finish()
@@ -240,24 +250,26 @@ def _fetched(
 def _write(
   part: Part,
   arrays: dict[str, np.ndarray],
+  kind: conditioning.Conditioning,
   workdir: epath.Path,
   images: str,
   pool: futures.Executor,
 ) -> None:
-  pixels, labels = arrays.pop("images"), arrays["labels"]
+  pixels, condition = arrays.pop("images"), arrays[kind.name]
   for folder in ("parts", "images"):  # of fewer samples, by an earlier start
     file = part.file(workdir, folder)
     if file.parent.exists():
       for shorter in file.parent.glob(f"{part.number:06d}_*.npz"):
         shorter.unlink()
   if images == "npz":
-    _write_npz(part.file(workdir, "images"), {"arr_0": pixels, "arr_1": labels})
+    named = {"arr_0": pixels, "arr_1": condition}
+    _write_npz(part.file(workdir, "images"), named)
   if images == "png":
     folder = part.file(workdir, "images").parent
     folder.mkdir(parents=True, exist_ok=True)
     files = [
-      folder / f"{_png_name(part, i)}_class_{label}.png"
-      for i, label in enumerate(labels)
+      folder / f"{_png_name(part, i)}_{name}.png"
+      for i, name in enumerate(kind.file_names(condition))
     ]
     list(pool.map(metrics_writer.write_png, files, pixels))
   _write_npz(part.file(workdir, "parts"), arrays)

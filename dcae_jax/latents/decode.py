@@ -91,14 +91,11 @@ def description(store: reader.Latents) -> dict[str, Any]:
   return {key: manifest[key] for key in _KEPT} | {
     "encoder": manifest["autoencoder"]["encoder_sha256"],
     "rows_of_shards": [shard["rows"] for shard in manifest["shards"]],
-    "rows_of_classes": np.bincount(
-      store.labels(), minlength=len(store.classes)
-    ).tolist(),
   }
 
 
 def write_description(workdir: epath.Path, described: dict[str, Any]) -> None:
-  """Writes what `description` found, on the first process."""
+  """Writes a description into the work directory, on the first process."""
   if jax.process_index() == 0:
     text = json.dumps(described, indent=2)
     metrics_writer.write_whole(workdir / _FILE, text)
@@ -111,15 +108,13 @@ def read_description(run: str) -> dict[str, Any]:
     ValueError: it is not there, or damaged.
   """
   path = epath.Path(run).expanduser() / _FILE
-  needed = (*_KEPT, *_MEANING, *_ORDER, "rows_of_classes")
   try:
-    found = json.loads(path.read_bytes())
-    found = {key: found[key] for key in needed}
-    made_with = found["autoencoder"]
+    described = json.loads(path.read_bytes())
+    _ = [described[key] for key in (*_KEPT, *_MEANING, *_ORDER)]
+    made_with = described["autoencoder"]
     _ = os.fspath(made_with["init_from"]), made_with["space_to_channel"]
-    _ = len(found["classes"]), sum(found["rows_of_classes"])
-    _, _, _ = found["shape"]
-    return found
+    _, (_, _, _) = len(described["classes"]), described["shape"]
+    return described
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"{path}, which a run of train_diffusion writes, cannot be read "
@@ -129,35 +124,25 @@ def read_description(run: str) -> dict[str, Any]:
 
 def check_same_latents(workdir: epath.Path, described: dict[str, Any]) -> None:
   """Raises ValueError if a run began with other latents than these."""
-  if not (workdir / _FILE).exists():
-    return
-  before = read_description(str(workdir))
-  found = _differences(before, described, (*_MEANING, *_ORDER))
-  if found:
-    raise ValueError(
-      f"the run in {workdir} began with other latents ({found}); bring them "
-      "back, or choose another --workdir"
+  if (workdir / _FILE).exists():
+    keys = (*_MEANING, *_ORDER)
+    differences.check_same(
+      *_parts(keys, read_description(str(workdir)), described),
+      f"the run in {workdir} began with other latents",
+      "bring them back, or choose another --workdir",
     )
 
 
 def check_same_meaning(run: str, store: reader.Latents) -> None:
   """Raises ValueError if a store has other latents than a run learned from."""
-  found = _differences(read_description(run), description(store), _MEANING)
-  if found:
-    raise ValueError(
-      f"{store.path} holds other latents than {run} was trained on ({found}); "
-      "name the store that it was trained on"
-    )
+  differences.check_same(
+    *_parts(_MEANING, read_description(run), description(store)),
+    f"{store.path} holds other latents than {run} was trained on",
+    "name the store that it was trained on",
+  )
 
 
-def _differences(
-  before: dict[str, Any], now: dict[str, Any], keys: tuple[str, ...]
-) -> str:
-  """Of these keys, in words that are not too long."""
-  found = differences.differences(
-    *({key: x[key] for key in keys} for x in (before, now))
-  )
-  return "; ".join(
-    text if len(text) <= 200 else f"{key} differs"
-    for key, text in found.items()
-  )
+def _parts(
+  keys: tuple[str, ...], *descriptions: dict[str, Any]
+) -> list[dict[str, Any]]:
+  return [{key: x[key] for key in keys} for x in descriptions]

@@ -6,7 +6,7 @@ gets to know who waited for whom.
 
 import collections
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcae_jax.autoencoder import autoencoder, latent_statistics
+from dcae_jax.autoencoder import (
+  autoencoder,
+  latent_statistics,
+  quantisation,
+)
+from dcae_jax.latents import layout as store_layout
 from dcae_jax.latents import rows
 from dcae_jax.latents import store as latent_store
 from dcae_jax.runs import stopwatch
@@ -40,28 +45,26 @@ def compiled(
   ae: autoencoder.Autoencoder,
   views: tuple[str, ...],
   dtype: np.dtype,
-  *,
   resolution: int,
   group_size: int,
-  devices: list[jax.Device],
 ) -> Encode:
-  """A program over devices, that encodes a group of images on each.
+  """A program that encodes a group of images on each device of this process.
 
   Args:
     ae: what encodes.
-    views: of `store.VIEWS`; the second is of the mirrored images.
+    views: of `layout.VIEWS`; the second is of the mirrored images.
     dtype: of the latents.
     resolution: side of the images.
     group_size: images of a group.
-    devices: of this process.
   """
+  devices = jax.local_devices()
   mesh = sharding.create_mesh(-1, 1, 1, devices)
   whole, by_row = sharding.replicated(mesh), sharding.by_rows(mesh)
   variables = jax.device_get(encoder_variables(ae.variables))
   variables = jax.device_put(variables, whole)
 
   def encode(variables, pixels):
-    x = pixels.astype(jnp.float32) / 127.5 - 1
+    x = quantisation.to_float(pixels)
     images = {views[0]: x}
     if len(views) > 1:
       images[views[1]] = x[:, :, ::-1]
@@ -130,12 +133,14 @@ class ShardWriter:
     waited: seconds that it made the encoder wait.
   """
 
-  def __init__(self, store: latent_store.LatentStore, shard_rows: int):
+  def __init__(
+    self, store: latent_store.LatentStore, layout: store_layout.Layout
+  ):
     self.waited = 0.0
-    self._store, self._shard_rows = store, shard_rows
+    self._store, self._layout = store, layout
     self._pool = futures.ThreadPoolExecutor(_UPLOADS)
     self._pending = collections.deque()
-    self._parts, self._labels = collections.defaultdict(list), []
+    self._parts = collections.defaultdict(list)
 
   def __enter__(self) -> "ShardWriter":
     return self
@@ -143,21 +148,18 @@ class ShardWriter:
   def __exit__(self, *_) -> None:
     self._pool.shutdown(cancel_futures=True)
 
-  def add(self, latents: dict[str, np.ndarray], labels: list[int]) -> None:
-    for view, values in latents.items():
-      self._parts[view].append(values)
-    self._labels += labels
+  def add(self, arrays: Mapping[str, Any]) -> None:
+    """Rows of the shard that is gathered: latents by view, conditions."""
+    for name, values in arrays.items():
+      self._parts[name].append(np.asarray(values))
     while self._pending and self._pending[0].done():
       self._pending.popleft().result()  # fails at once, if it failed
 
   def finish_shard(self, shard: int, keys: list[str]) -> None:
     """Starts to write what was added; waits for an earlier shard, perhaps."""
-    latents = {view: np.concatenate(x) for view, x in self._parts.items()}
-    labels, self._labels = np.array(self._labels, np.int32), []
+    arrays = {name: np.concatenate(x) for name, x in self._parts.items()}
     self._parts.clear()
-    self._pending.append(
-      self._pool.submit(self._write, shard, latents, labels, keys)
-    )
+    self._pending.append(self._pool.submit(self._write, shard, arrays, keys))
     start = time.monotonic()
     while len(self._pending) > _UPLOADS:
       self._pending.popleft().result()
@@ -167,17 +169,17 @@ class ShardWriter:
     while self._pending:
       self._pending.popleft().result()
 
-  def _write(self, shard, latents, labels, keys) -> None:
-    moments = _moments(list(latents.values()))
+  def _write(self, shard, arrays, keys) -> None:
+    views = [arrays[view] for view in self._layout.views]
+    moments = _moments(views)
     if not np.isfinite([moments["mean"], moments["variance"]]).all():
       raise FloatingPointError(
         f"latents of shard {shard} (images {keys[0]} to {keys[-1]}) are not "
-        f"finite in {next(iter(latents.values())).dtype}; where the "
-        "autoencoder is sound, use config.dtype=float32 and another "
-        "config.output"
+        f"finite in {views[0].dtype}; where the autoencoder is sound, use "
+        "config.dtype=float32 and another config.output"
       )
     self._store.write_shard(
-      shard, self._shard_rows, latents, labels, keys, {"moments": moments}
+      self._layout, shard, arrays, keys, {"moments": moments}
     )
 
 

@@ -5,25 +5,28 @@ the store's manifest.
 """
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from dcae_jax.data import batches
-from dcae_jax.latents import store
+from dcae_jax.latents import layout, verification
 from dcae_jax.runs import storage
 
 
 class Latents:
   """A finished store as a random-access source, such as grain wants one.
 
-  Element `i` is `{"latents": float32 [h, w, c], "labels": int32}`. With a
-  second view, the mirrored images come after all others.
+  Element `i` is `{"latents": float32 [h, w, c], "labels": int32}`, with the
+  conditions that the store has. With a second view, the mirrored images come
+  after all others.
 
   Attributes:
     manifest: of the store.
     shape: [h, w, c] of a latent.
+    conditions: the names of the arrays that hold them; "labels" is one.
     classes: names, by label; empty where the source had none.
   """
 
@@ -31,6 +34,7 @@ class Latents:
     self,
     path: str | os.PathLike,
     *,
+    conditions: Sequence[str] | None = None,
     cache_megabytes: float = 64,
     retries: int = storage.RETRIES,
   ):
@@ -38,26 +42,36 @@ class Latents:
 
     Args:
       path: of the store, local or `gs://`.
+      conditions: the names of those that are read; None: all that it has.
       cache_megabytes: of rows kept in memory; all of a store that fits is read
         once.
       retries: of a request to a bucket.
 
     Raises:
-      ValueError: there is no store, or it is not finished.
+      ValueError: there is no store, it is not finished, or has no condition of
+        that name.
       OSError: no such bucket, no permission, no answer.
     """
     self._retries = retries
     self._place = storage.Storage(
       os.fspath(path), retries=retries, cache_megabytes=cache_megabytes
     )
-    self.manifest = store.read_manifest(self._place)
+    self.manifest = layout.read_manifest(self._place)
     self.shape = tuple(self.manifest["shape"])
+    known = self.manifest["conditions"]
+    self.conditions = tuple(known if conditions is None else conditions)
+    for name in self.conditions:
+      if name not in known:
+        raise ValueError(
+          f"{self.path} has no {name}, which the model is conditioned on; it "
+          f"has {', '.join(known)}"
+        )
     self.classes = self.manifest["classes"]
-    self._dtype = store.DTYPES[self.manifest["dtype"]]
+    self._dtype = layout.DTYPES[self.manifest["dtype"]]
     self._scale = np.float32(self.manifest["scaling_factor"])
     self._shift = np.float32(self.manifest["shift_factor"])
     self._arrays: dict[str, Any] = {}
-    self._labels = None
+    self._columns: dict[str, np.ndarray] = {}
 
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {"_arrays": {}}  # a worker opens its own
@@ -75,15 +89,17 @@ class Latents:
     return {name: part[0] for name, part in self.read([index]).items()}
 
   def read(self, rows: Any) -> dict[str, np.ndarray]:
-    """Many rows at once: `{"latents": [n, h, w, c], "labels": [n]}`.
+    """Many rows at once: `{"latents": [n, h, w, c], "labels": [n], ...}`.
 
     Args:
       rows: [n] indices, in any order.
     """
     rows = np.asarray(rows, np.int64)
     latents = self.read_unscaled(rows)
-    labels = self.labels()[rows % self.manifest["count"]]
-    return {"latents": (latents - self._shift) * self._scale, "labels": labels}
+    images = rows % self.manifest["count"]
+    return {"latents": (latents - self._shift) * self._scale} | {
+      name: self.condition(name)[images] for name in self.conditions
+    }
 
   def read_unscaled(self, rows: Any) -> np.ndarray:
     """Latents as the autoencoder decodes them, float32 [n, h, w, c]."""
@@ -102,25 +118,33 @@ class Latents:
         latents[chosen] = part.result().view(self._dtype)
     return latents
 
-  def labels(self) -> np.ndarray:
-    """Of all images, int32 [count]."""
-    if self._labels is None:
+  def condition(self, name: str) -> np.ndarray:
+    """An array of `conditions`, a row for each image [count, ...]."""
+    if name not in self._columns:
       with self._place.errors():
-        self._labels = self._open("labels").read().result()
-    return self._labels
+        self._columns[name] = self._open(name).read().result()
+    return self._columns[name]
 
   def keys(self) -> list[str]:
     """File names or ids of all images."""
-    return store.read_keys(self._place, self.manifest)
+    shards = self.manifest["shards"]
+    objects = self._place.read_all([f"keys/c/{i}" for i in range(len(shards))])
+    return [
+      key
+      for data, shard in zip(objects, shards, strict=True)
+      for key in layout.decode_strings(data)[: shard["rows"]]
+    ]
 
   def check(self) -> None:
     """Raises ValueError unless the arrays are those of the manifest."""
-    store.check_arrays(self._place, self.manifest)
+    verification.check_arrays(self._place, self.manifest)
 
-  def verify(self, on_rows: Any = lambda count: None) -> list[str]:
-    """What is wrong with the store; see `store.verify`."""
+  def verify(
+    self, on_rows: Callable[[int], None] = lambda count: None
+  ) -> list[str]:
+    """What is wrong with the store; see `verification.verify`."""
     place = storage.Storage(self.path, retries=self._retries)  # without cache
-    return store.verify(place, self.manifest, on_rows)
+    return verification.verify(place, self.manifest, on_rows)
 
   def _open(self, name: str) -> Any:
     if name not in self._arrays:

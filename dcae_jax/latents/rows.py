@@ -5,14 +5,15 @@ A row is a pair: the number of an image of the source, and that of its crop.
 
 import io
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
 from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images, sources
+from dcae_jax.latents import layout
 
 
 class Row(NamedTuple):
@@ -20,11 +21,11 @@ class Row(NamedTuple):
 
   Attributes:
     values: uint8 [size, size, channels], or a latent, float32 [h, w, c].
-    label: of its class.
+    conditions: what a denoiser is told of it, by the name of the array.
   """
 
   values: np.ndarray
-  label: int
+  conditions: Mapping[str, Any]
 
 
 @runtime_checkable
@@ -32,10 +33,16 @@ class Rows(Protocol):
   """All rows that a source could give, were all of it readable.
 
   Attributes:
+    source: of the images, or latents.
     per_image: rows of each image.
+    conditions: of each row.
+    description: how an image becomes rows; the same one, the same rows.
   """
 
+  source: sources.Source
   per_image: int
+  conditions: Mapping[str, layout.Column]
+  description: dict[str, Any]
 
   def reason(self, index: int) -> str | None:
     """Why an image of the source cannot be used; None where it can."""
@@ -46,6 +53,8 @@ class Rows(Protocol):
 
 class Crops:
   """Crops of images; the same ones whenever and wherever they are made."""
+
+  conditions = layout.LABELS
 
   def __init__(
     self,
@@ -65,13 +74,27 @@ class Crops:
       per_image: crops of each image.
       seed: of random crops.
     """
-    self.per_image = per_image
-    self._source, self._decoding = source, decoding
-    self._cropping, self._seed = cropping, seed
+    self.source, self.per_image = source, per_image
+    self._decoding, self._cropping, self._seed = decoding, cropping, seed
+
+  @property
+  def description(self) -> dict[str, Any]:
+    kind = self._cropping.kind
+    described = {"kind": kind, "per_image": self.per_image}
+    if kind == "dm_crop":
+      described["rule"] = images.EVALUATION_CROP
+    else:
+      described["seed"] = self._seed
+    if kind == "random_resized_crop":
+      described["min_area"] = self._cropping.min_area
+    return described | {
+      "min_size": self._decoding.min_size,
+      "max_megapixels": self._decoding.max_megapixels,
+    }
 
   def reason(self, index: int) -> str | None:
     try:
-      images.open_image(self._source, index, self._decoding)
+      images.open_image(self.source, index, self._decoding)
     except image_decoding.TooSmallError as error:
       return f"{error} pixels: smaller than {self._decoding.min_size}"
     except images.UnusableError as error:
@@ -80,20 +103,19 @@ class Crops:
 
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
     try:
-      image, label = images.open_image(self._source, index, self._decoding)
+      image, label = images.open_image(self.source, index, self._decoding)
     except (image_decoding.TooSmallError, images.UnusableError) as error:
-      raise _changed(self._source, index, error) from error
-    found = []
-    for crop in crops:
-      rng = np.random.default_rng((self._seed, index, crop))
-      found.append(Row(images.crop(image, self._cropping, rng), label))
-    return found
+      raise _changed(self.source, index, error) from error
+    rngs = [np.random.default_rng((self._seed, index, i)) for i in crops]
+    crop = lambda rng: images.crop(image, self._cropping, rng)
+    return [Row(crop(rng), {"labels": label}) for rng in rngs]
 
 
 class LatentFiles:
   """The authors' layout: `.npy` files, float32 [c, h, w], already scaled."""
 
   per_image = 1
+  conditions = layout.LABELS
 
   def __init__(
     self,
@@ -111,7 +133,8 @@ class LatentFiles:
       scaling_factor: that the files were multiplied by: it is divided out.
       shift_factor: that was subtracted before; 0 for DC-AE.
     """
-    self._source, self._shape = source, shape
+    self.description = {"kind": "not known: latents of another tool"}
+    self.source, self._shape = source, shape
     self._scale, self._shift = scaling_factor, shift_factor
 
   def reason(self, index: int) -> str | None:
@@ -125,11 +148,11 @@ class LatentFiles:
     try:
       row = self._read(index)
     except images.UnusableError as error:
-      raise _changed(self._source, index, error) from error
+      raise _changed(self.source, index, error) from error
     return [row for _ in crops]
 
   def _read(self, index: int) -> Row:
-    record = images.read_record(self._source, index)
+    record = images.read_record(self.source, index)
     try:
       latent = np.load(io.BytesIO(record.encoded), allow_pickle=False)
     except Exception as error:  # whatever a damaged file makes of numpy
@@ -146,9 +169,8 @@ class LatentFiles:
       values = np.moveaxis(latent.astype(np.float32), 0, -1)
     if not np.isfinite(values).all():
       raise images.UnusableError("it has values that are not finite")
-    return Row(
-      values / np.float32(self._scale) + np.float32(self._shift), record.label
-    )
+    values = values / np.float32(self._scale) + np.float32(self._shift)
+    return Row(values, {"labels": record.label})
 
 
 def _changed(
@@ -165,12 +187,14 @@ class Group(NamedTuple):
 
   Attributes:
     shard: that they belong to.
-    labels: of the rows.
+    rows: how many.
+    conditions: of the rows, by name.
     is_last: of its shard.
   """
 
   shard: int
-  labels: list[int]
+  rows: int
+  conditions: dict[str, list[Any]]
   is_last: bool
 
 
@@ -227,7 +251,7 @@ def load_batches(
     .to_iter_dataset(options)
   )
   for i in range(0, len(plan), groups):
-    values, found = None, []
+    values, loaded_groups = None, []
     for k, (number, part, is_last) in enumerate(plan[i : i + groups]):
       members = [next(loaded) for _ in part]
       if values is None:
@@ -235,5 +259,9 @@ def load_batches(
         values = np.zeros((groups * group_size, *row.shape), row.dtype)
       for j, row in enumerate(members):
         values[k * group_size + j] = row.values
-      found.append(Group(number, [row.label for row in members], is_last))
-    yield Batch(values, found)
+      conditions = {
+        name: [row.conditions[name] for row in members]
+        for name in rows.conditions
+      }
+      loaded_groups.append(Group(number, len(part), conditions, is_last))
+    yield Batch(values, loaded_groups)

@@ -19,6 +19,26 @@ _MAX_PERIOD = 10_000.0
 MLP_RATIO = 4
 
 
+def check_sizes(depth: int, hidden: int, heads: int, divisor: int) -> None:
+  """Raises ValueError for a transformer that cannot be.
+
+  `divisor` is what sines and cosines need `hidden` to be a multiple of.
+  """
+  if heads < 1 or hidden < 1 or hidden % heads:
+    raise ValueError(
+      f"hidden={hidden} is not divisible by heads={heads}: each head owns "
+      "as many channels of a token; change one of them"
+    )
+  if hidden % divisor:
+    below = hidden // divisor * divisor
+    raise ValueError(
+      f"hidden={hidden} is not divisible by {divisor}, as the sines and "
+      f"cosines need it; use {below} or {below + divisor}"
+    )
+  if depth < 1:
+    raise ValueError(f"depth={depth} is below 1, the least number of blocks")
+
+
 def time_features(t: Float[Array, " b"], features: int) -> Float[Array, "b d"]:
   """Cosines, then sines of `t` at `features / 2` frequencies, in float32.
 

@@ -22,3 +22,18 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     for key in sorted(there.keys() | here.keys())
     if there.get(key) != here.get(key)
   }
+
+
+def check_same(
+  before: dict[str, Any], now: dict[str, Any], what: str, advice: str
+) -> None:
+  """Raises ValueError, "`what` (the differences); `advice`", if there are any.
+
+  Values that would fill the screen are not shown.
+  """
+  changes = [
+    text if len(text) <= 200 else f"{key} differs"
+    for key, text in differences(before, now).items()
+  ]
+  if changes:
+    raise ValueError(f"{what} ({'; '.join(changes)}); {advice}")

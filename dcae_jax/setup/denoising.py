@@ -1,29 +1,24 @@
 """From config to a latent diffusion model: denoiser, objective, sampler."""
 
-import logging
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from dcae_jax.diffusion import guidance as classifier_free
-from dcae_jax.diffusion import objectives, samplers
-from dcae_jax.diffusion.denoisers import dit, uvit
+from dcae_jax.diffusion import (
+  conditioning,
+  guidance,
+  objectives,
+  samplers,
+  sampling,
+)
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.latents import reader
 from dcae_jax.runs import differences, work_directory
 from dcae_jax.training import checkpoint
-
-Denoiser = dit.DiT | uvit.UViT
-_LOG = logging.getLogger(__name__)
-# What makes parameters of one model fit another.
-_SHAPING = (
-  "variant", "patch_size", "latent_size", "latent_channels", "num_classes"
-)  # fmt: skip
 
 _OBJECTIVES = {
   "scaled_linear": lambda c: objectives.scaled_linear(),
@@ -63,7 +58,7 @@ def check_guidance(key: str, scales: Sequence[Any]) -> None:
   for scale in scales:
     if not _is_number(scale):
       raise ValueError(f"{key}={scales}: {scale!r} is not a finite number")
-    classifier_free.check_guidance(scale, None)
+    guidance.check_guidance(scale, None)
   if len({f"{scale:g}" for scale in scales}) < len(scales):
     raise ValueError(f"{key}={scales} names a scale twice (six digits count)")
 
@@ -76,50 +71,40 @@ def _chosen(known: dict[str, Callable], config: ConfigDict, key: str) -> Any:
   return known[config.kind](config)
 
 
-def objective(config: ConfigDict) -> objectives.Objective:
-  """Of `config.objective`."""
-  return _chosen(_OBJECTIVES, config, "objective")
+def conditioning_of(config: ConfigDict) -> type[conditioning.Conditioning]:
+  """The kind of condition that the denoiser of `config.model` takes."""
+  variant = denoisers.find(config.variant)
+  return denoisers.DENOISERS[variant.family].conditioning
 
 
-def sampler(
-  config: ConfigDict, objective: objectives.Objective
-) -> samplers.Sampler:
-  """Of `config.sampler`.
-
-  Raises:
-    ValueError: it does not fit the objective, has too few steps, or an interval
-      of guidance that is none.
-  """
-  found = _chosen(_SAMPLERS, config, "sampler")
-  samplers.check(found, objective, config.steps)
-  classifier_free.check_guidance(1.0, _pair(config, "sampler", "interval"))
-  return found
+def open_store(config: ConfigDict) -> reader.Latents:
+  """The latents of a training, with the conditions that its denoiser takes."""
+  return reader.Latents(
+    config.latents,
+    conditions=(conditioning_of(config.model).name,),
+    cache_megabytes=config.data.cache_megabytes,
+    retries=config.data.retries,
+  )
 
 
 def with_store(config: ConfigDict, store: reader.Latents) -> ConfigDict:
   """The config, with the model's numbers taken from the store.
 
   Raises:
-    ValueError: the config has others, or a label is out of range.
+    ValueError: the config has others, or conditions cannot be what they are.
   """
   store.check()
-  labels, classes = store.labels(), len(store.classes)
-  if labels.min() < 0 or (classes and labels.max() >= classes):
-    raise ValueError(
-      f"{store.path} has labels from {labels.min()} to {labels.max()}, and "
-      f"{classes} classes; labels count from 0: export it again"
-    )
-  classes = classes or int(labels.max()) + 1
-  empty = classes - len(np.unique(labels))
-  if empty:
-    _LOG.warning(
-      "%d of %d classes of %s have no latents", empty, classes, store.path
-    )
-  return with_numbers(config, store.path, store.shape, classes)
+  kind = conditioning_of(config.model)
+  rows = store.condition(kind.name)
+  found = kind.of_latents(rows, store.classes, store.path)
+  return with_numbers(config, store.path, store.shape, found)
 
 
 def with_numbers(
-  config: ConfigDict, path: str, shape: tuple[int, int, int], classes: int
+  config: ConfigDict,
+  path: str,
+  shape: tuple[int, int, int],
+  found: conditioning.Conditioning,
 ) -> ConfigDict:
   """The config, with the model's numbers filled in.
 
@@ -127,7 +112,7 @@ def with_numbers(
     config: of the training.
     path: of the store, for messages.
     shape: [h, w, c] of a latent.
-    classes: number of classes.
+    found: the conditioning of the latents.
 
   Raises:
     ValueError: the config has others, or latents are not square.
@@ -138,12 +123,11 @@ def with_numbers(
       f"{path} has latents of {height} x {width}, and only square ones can be "
       "trained on; export square crops"
     )
-  found = {
-    "latent_size": height, "latent_channels": channels, "num_classes": classes
-  }  # fmt: skip
+  numbers = {"latent_size": height, "latent_channels": channels}
+  numbers |= dataclasses.asdict(found)
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    for key, value in found.items():
+    for key, value in numbers.items():
       if config.model[key] not in (0, value):
         raise ValueError(
           f"config.model.{key}={config.model[key]}, but {path} has {value}; "
@@ -153,68 +137,61 @@ def with_numbers(
   return config
 
 
-def model(config: ConfigDict, objective: objectives.Objective) -> Denoiser:
-  """The denoiser of `config.model`, whose numbers are filled in."""
-  channels = config.latent_channels
-  return denoisers.create(
-    config.variant,
-    latent_size=config.latent_size,
-    latent_channels=channels,
-    num_classes=config.num_classes,
-    patch_size=config.patch_size,
-    learn_sigma=objective.output_channels(channels) > channels,
-    rematerialisation=config.rematerialisation,
-    dtype=config.dtype,
-  )
+def numbers_of_latents(config: ConfigDict) -> tuple[str, ...]:
+  """The keys of `config.model` that `with_numbers` fills in."""
+  fields = dataclasses.fields(conditioning_of(config))
+  return ("latent_size", "latent_channels", *(field.name for field in fields))
 
 
-def sample_function(
-  denoiser: Denoiser,
-  objective: objectives.Objective,
-  sampler: samplers.Sampler,
-  config: ConfigDict,
-  guidance: float,
-  sharding: jax.sharding.Sharding,
-) -> Callable[..., jax.Array]:
-  """`(variables, key, labels [b]) -> z_0 [b, h, w, c]`, scaled; not jitted.
+def create(
+  model: ConfigDict, objective: ConfigDict, sampler: ConfigDict
+) -> sampling.LatentDiffusion:
+  """The model of a config whose numbers are filled in.
 
-  `sharding` is of the latents while they are drawn; values do not depend on it.
+  Raises:
+    ValueError: a sampler that does not fit the objective, too few steps, or an
+      interval of guidance that is none.
   """
-  interval = _pair(config, "sampler", "interval")
-  shape = (*denoiser.latent_size, denoiser.latent_channels)
-
-  def sample(variables, key, labels):
-    noise_key, sampler_key = jax.random.split(key)
-    z = jax.random.normal(noise_key, (len(labels), *shape), jnp.float32)
-    z = jax.lax.with_sharding_constraint(z, sharding)
-    network = lambda z, t, labels: denoiser.apply(variables, z, t, labels)
-    model_fn = classifier_free.guided(
-      network, labels, denoiser.num_classes, guidance, interval
-    )
-    return sampler.sample(objective, model_fn, sampler_key, z, config.steps)
-
-  return sample
+  learned = _chosen(_OBJECTIVES, objective, "objective")
+  drawn = _chosen(_SAMPLERS, sampler, "sampler")
+  samplers.check(drawn, learned, sampler.steps)
+  interval = _pair(sampler, "sampler", "interval")
+  guidance.check_guidance(1.0, interval)
+  kind, channels = conditioning_of(model), model.latent_channels
+  fields = dataclasses.fields(kind)
+  denoiser = denoisers.create(
+    model.variant,
+    conditioning=kind(**{field.name: model[field.name] for field in fields}),
+    latent_size=model.latent_size,
+    latent_channels=channels,
+    patch_size=model.patch_size,
+    learn_sigma=learned.output_channels(channels) > channels,
+    rematerialisation=model.rematerialisation,
+    dtype=model.dtype,
+  )
+  return sampling.LatentDiffusion(
+    denoiser, learned, drawn, sampler.steps, interval
+  )
 
 
 def check_same_model(run: str, config: ConfigDict) -> None:
   """Raises ValueError unless a training run has parameters of this model."""
   before = work_directory.read_run_config(run, "train_diffusion")
+  shaping = ("variant", "patch_size", *numbers_of_latents(config.model))
   models = [
-    {key: x["model"][key] for key in _SHAPING} | {"objective": x["objective"]}
+    {key: x["model"].get(key) for key in shaping}
+    | {"objective": x["objective"]["kind"] == "improved_ddpm"}
     for x in (before, config.to_dict())
   ]
-  for model in models:
-    model["objective"] = model["objective"]["kind"] == "improved_ddpm"
-  found = differences.differences(*models)
-  if found:
-    raise ValueError(
-      f"the model of config.init_from={run} is another one "
-      f"({'; '.join(found.values())}); name another run, or the same model"
-    )
+  differences.check_same(
+    *models,
+    f"the model of config.init_from={run} is another one",
+    "name another run, or the same model",
+  )
 
 
 def averages(
-  run: str, denoiser: Denoiser, sharding: jax.sharding.Sharding
+  run: str, denoiser: denoisers.Module, sharding: jax.sharding.Sharding
 ) -> tuple[int, Any]:
   """Step, and `{"params": ...}`, of a run's last checkpoint."""
   abstract = {"batch_stats": {}} | denoisers.abstract_variables(denoiser)

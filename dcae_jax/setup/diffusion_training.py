@@ -10,12 +10,11 @@ import logging
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dcae_jax.diffusion import objectives, samplers, train_step
+from dcae_jax.diffusion import objectives, sampling, train_step
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.setup import denoising, keys
 from dcae_jax.training import freezing, learning, optimizer, sharding
@@ -31,17 +30,13 @@ class Training:
 
   Attributes:
     config: of the run, with the numbers of its latents.
-    denoiser: the module.
-    objective: what is learned.
-    sampler: how pictures are drawn.
+    model: the denoiser, what it learns, and how pictures are drawn.
     learning: how parameters do.
     mesh: of the devices.
   """
 
   config: ConfigDict
-  denoiser: denoising.Denoiser
-  objective: objectives.Objective
-  sampler: samplers.Sampler
+  model: sampling.LatentDiffusion
   learning: learning.Learning
   mesh: Mesh
   takes_parts = False
@@ -62,19 +57,13 @@ class Training:
       key = jax.random.fold_in(jax.random.key(self.config.seed), _INITIAL)
       return jax.jit(self._initial, out_shardings=self.shardings)(key)
     step, variables = denoising.averages(
-      self.config.init_from, self.denoiser, sharding.replicated(self.mesh)
+      self.config.init_from, self.model.denoiser, sharding.replicated(self.mesh)
     )
     _LOG.info("starting from step %d of %s", step, self.config.init_from)
     return jax.jit(self._state, out_shardings=self.shardings)(variables)
 
   def _initial(self, key: jax.Array) -> state_lib.TrainState:
-    denoiser = self.denoiser
-    shape = (1, *denoiser.latent_size, denoiser.latent_channels)
-    return self._state(
-      denoiser.init(
-        key, jnp.zeros(shape), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-      )
-    )
+    return self._state(denoisers.init(self.model.denoiser, key))
 
   def _state(self, variables: Any) -> state_lib.TrainState:
     return self.learning.init({"batch_stats": {}} | variables)
@@ -82,10 +71,9 @@ class Training:
   def jitted(self) -> Any:
     """The step over the mesh; the state is donated."""
     step = train_step.create(
-      apply=self.denoiser.apply,
-      objective=self.objective,
-      num_classes=self.config.model.num_classes,
-      label_dropout=self.config.label_dropout,
+      denoiser=self.model.denoiser,
+      objective=self.model.objective,
+      dropout=self.config.label_dropout,
       channel_candidates=self.config.channel_candidates,
       learning=self.learning,
       seed=self.config.seed,
@@ -99,16 +87,17 @@ class Training:
 
   def arguments(self) -> tuple[Any, Any]:
     """Shapes of what the step is called with, and where they live."""
-    rows = sharding.by_rows(self.mesh)
-    shape = (*self.denoiser.latent_size, self.denoiser.latent_channels)
-    count = self.config.batch_size
+    denoiser, kind = self.model.denoiser, self.model.conditioning
+    count, rows = self.config.batch_size, sharding.by_rows(self.mesh)
+    shape = (count, *denoiser.latent_size, denoiser.latent_channels)
     batch = {
-      "latents": jax.ShapeDtypeStruct(
-        (count, *shape), np.float32, sharding=rows
-      ),
-      "labels": jax.ShapeDtypeStruct((count,), np.int32, sharding=rows),
+      "latents": jax.ShapeDtypeStruct(shape, np.float32),
+      kind.name: kind.abstract(count),
     }
-    return sharding.placed(self.abstract, self.shardings), batch
+    return (
+      sharding.placed(self.abstract, self.shardings),
+      sharding.placed(batch, jax.tree.map(lambda _: rows, batch)),
+    )
 
   def flops(self, rematerialisation: bool) -> float:
     """Of a step over all devices, with what is computed twice if asked.
@@ -117,7 +106,9 @@ class Training:
     """
     twice = rematerialisation and self.config.model.rematerialisation
     forwards = 4 if twice else 3
-    return 2.0 * forwards * self.denoiser.forward_macs * self.config.batch_size
+    return (
+      2.0 * forwards * self.model.denoiser.forward_macs * self.config.batch_size
+    )
 
   def description(self) -> str:
     """One line: what is trained."""
@@ -152,16 +143,14 @@ def build(
     ValueError: the config cannot be run.
   """
   check(config)
-  for key in ("latent_size", "latent_channels", "num_classes"):
+  numbers = denoising.numbers_of_latents(config.model)
+  for key in numbers:
     if not config.model[key]:
       raise ValueError(
         f"config.model.{key}=0 is filled in from the latents, and config."
-        "latents is empty; name a store, or set model.latent_size, "
-        "model.latent_channels and model.num_classes"
+        f"latents is empty; name a store, or set {', '.join(numbers)}"
       )
-  objective = denoising.objective(config.objective)
-  sampler = denoising.sampler(config.sampler, objective)
-  denoiser = denoising.model(config.model, objective)
+  model = denoising.create(config.model, config.objective, config.sampler)
   if config.channel_candidates:
     objectives.random_channel_mask(
       jax.random.key(0), 1, config.model.latent_channels,
@@ -179,12 +168,10 @@ def build(
     config.steps,
     sharding.on_whole_arrays(mesh),
   )
-  abstract = denoisers.abstract_variables(denoiser)
+  abstract = denoisers.abstract_variables(model.denoiser)
   return Training(
     config,
-    denoiser,
-    objective,
-    sampler,
+    model,
     learning.Learning(
       jax.tree.map(lambda _: True, abstract["params"]),
       transformation,

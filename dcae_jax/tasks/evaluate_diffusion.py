@@ -7,7 +7,6 @@ drawn again, however often the task is killed and started.
 
 import json
 import logging
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder.weights import conversion
-from dcae_jax.diffusion import objectives, samplers
+from dcae_jax.diffusion import conditioning, sampling
 from dcae_jax.evaluation import fid, samples, set_measures
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import figures, text_table
@@ -25,7 +24,7 @@ from dcae_jax.nn import precision
 from dcae_jax.runs import (
   differences,
   metrics_writer,
-  processes,
+  resumable,
   versions,
   work_directory,
 )
@@ -36,38 +35,28 @@ _LOG = logging.getLogger(__name__)
 _PICTURE, _PLOT = "samples.png", "guidance.png"
 _PICTURE_SIDE = 128  # pixels of an image in the picture, at most
 _IDENTITY = "parts/identity.json"
-_MOST = 2**31 - 1
 _GROWS = ("samples", "guidance")  # of the identity: what may become more
-
-
-class _Model(NamedTuple):
-  """What a training run left, and how it is sampled."""
-
-  denoiser: denoising.Denoiser
-  objective: objectives.Objective
-  sampler: samplers.Sampler
-  sampling: ConfigDict  # what the sampler is made from
 
 
 class _Inputs(NamedTuple):
   """What an evaluation reads, opened.
 
   Attributes:
-    model: of the training run.
+    model: of the training run, and how it is sampled.
     step: of the averages.
     variables: the averages, on all devices of this process.
     decoder: of the latents.
-    labels: the classes that are drawn.
+    choices: the conditions that are drawn.
     store: whose images the picture shows; None: it shows none.
     metrics: with their weights.
     references: that they compare with, by the network's key.
   """
 
-  model: _Model
+  model: sampling.LatentDiffusion
   step: int
   variables: Any
   decoder: samples.Decoder
-  labels: list[int]
+  choices: conditioning.Condition
   store: reader.Latents | None
   metrics: metric_networks.Opened
   references: dict[str, fid.Statistics]
@@ -124,13 +113,17 @@ def run(
   check(config)
   inputs = _open(config, workdir)
   identity = _identity(config, inputs)
-  _claim(config, workdir, identity)
+  work = resumable.Work("samples", lambda: sigterm.received)
+  work.begin(
+    lambda begun: _check_identity(config, workdir, identity, begun),
+    lambda: _write_identity(config, workdir, identity),
+  )
   drawing = _drawing(config, inputs)
-  if not _draw_missing(config, workdir, drawing, sigterm):
+  if not _draw_missing(config, workdir, drawing, work):
     return False
   if jax.process_index() == 0:
     _finish(config, workdir, inputs, identity, drawing)
-  processes.wait_for_all("samples_measured")
+  work.wait("measured")
   return True
 
 
@@ -141,7 +134,7 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Inputs:
     work_directory.read_run_config(config.init_from, "train_diffusion"),
   )
   description = decode.read_description(config.init_from)
-  labels = _labels(config, description)
+  choices = model.conditioning.choices(config.classes, description)
   start.begin(
     config, workdir, ("parts", "images", _PICTURE, _PLOT, "manifest.json")
   )
@@ -160,29 +153,8 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Inputs:
   )
   decoder = samples.Decoder(ae, description)
   return _Inputs(
-    model, step, variables, decoder, labels, store, metrics, references
+    model, step, variables, decoder, choices, store, metrics, references
   )
-
-
-def _claim(
-  config: ConfigDict, workdir: epath.Path, identity: dict[str, Any]
-) -> None:
-  """Makes the work directory one of these samples, if it is not one of others.
-
-  Raises:
-    ValueError: it is.
-  """
-  _check_identity(workdir, identity, may_grow=True)
-  for scale in config.guidance:
-    samples.check_not_fewer(workdir, scale, config.samples, config.batch_size)
-  processes.wait_for_all("samples_checked")  # before anything is written
-  start.write_config(config, workdir)
-  if jax.process_index() == 0:
-    metrics_writer.write_whole(
-      workdir / _IDENTITY, json.dumps(identity, indent=2)
-    )
-  processes.wait_for_all("samples_identity")
-  _check_identity(workdir, identity, may_grow=False)  # all draw the same
 
 
 def _drawing(config: ConfigDict, inputs: _Inputs) -> samples.Drawing:
@@ -192,21 +164,19 @@ def _drawing(config: ConfigDict, inputs: _Inputs) -> samples.Drawing:
     key: m for key, m in known if m.network.key in inputs.metrics.weights
   }
   return samples.Drawing(
-    {
-      scale: denoising.sample_function(
-        model.denoiser, model.objective, model.sampler, model.sampling, scale,
-        placed,
-      )
-      for scale in config.guidance
-    },
+    {scale: model.sample_function(scale, placed) for scale in config.guidance},
     inputs.variables,
     inputs.decoder,
     described,
     inputs.metrics.parameters,
     samples.Order(
-      config.batch_size, tuple(inputs.labels), not config.classes, config.seed
+      model.conditioning,
+      inputs.choices,
+      at_random=not config.classes,
+      batch_size=config.batch_size,
+      seed=config.seed,
     ),
-  )  # fmt: skip
+  )
 
 
 def _finish(
@@ -248,7 +218,9 @@ def _finish(
   _LOG.info("%s\nin %s", _table(measured), workdir)
 
 
-def open_model(config: ConfigDict, trained: dict[str, Any]) -> _Model:
+def open_model(
+  config: ConfigDict, trained: dict[str, Any]
+) -> sampling.LatentDiffusion:
   """Of the config of a training run, and how it is sampled.
 
   Raises:
@@ -257,34 +229,15 @@ def open_model(config: ConfigDict, trained: dict[str, Any]) -> _Model:
   try:
     trained = ConfigDict(trained)
     given = {k: v for k, v in config.sampler.items() if v is not None}
-    sampling = ConfigDict(trained.sampler.to_dict() | given)
-    objective = denoising.objective(trained.objective)
-    sampler = denoising.sampler(sampling, objective)
-    denoiser = denoising.model(trained.model, objective)
+    sampler = ConfigDict(trained.sampler.to_dict() | given)
+    model = denoising.create(trained.model, trained.objective, sampler)
   except (AttributeError, KeyError, TypeError) as error:
     raise ValueError(
       f"config.json of {config.init_from} is damaged, or of an earlier version "
       f"({error}); bring it back, or train again"
     ) from error
-  for label in config.classes:
-    if type(label) is not int or not 0 <= label < denoiser.num_classes:
-      raise ValueError(
-        f"class {label!r} in config.classes is not from 0 to "
-        f"{denoiser.num_classes - 1}, the classes of the model"
-      )
-  return _Model(denoiser, objective, sampler, sampling)
-
-
-def _labels(config: ConfigDict, description: dict[str, Any]) -> list[int]:
-  """The classes that are drawn: those that were learned."""
-  rows = description["rows_of_classes"]
-  for label in config.classes:
-    if not rows[label]:
-      raise ValueError(
-        f"class {label} in config.classes had no latents: {config.init_from} "
-        "did not learn it"
-      )
-  return list(config.classes) or np.flatnonzero(rows).tolist()
+  model.conditioning.check_chosen(config.classes)
+  return model
 
 
 def _open_store(config: ConfigDict) -> reader.Latents | None:
@@ -333,8 +286,8 @@ def _identity(config: ConfigDict, inputs: _Inputs) -> dict[str, Any]:
     "inception_sha256": None,
     **weights,
     "sampler": str(inputs.model.sampler),
-    "steps": inputs.model.sampling.steps,
-    "interval": list(inputs.model.sampling.interval),
+    "steps": inputs.model.steps,
+    "interval": list(inputs.model.interval or ()),
     "seed": config.seed,
     "classes": list(config.classes),
     "batch_size": config.batch_size,
@@ -345,11 +298,19 @@ def _identity(config: ConfigDict, inputs: _Inputs) -> dict[str, Any]:
 
 
 def _check_identity(
-  workdir: epath.Path, identity: dict[str, Any], *, may_grow: bool
+  config: ConfigDict, workdir: epath.Path, identity: dict[str, Any], begun: bool
 ) -> None:
-  """Raises ValueError where a work directory holds other samples."""
+  """Raises ValueError where a work directory holds other samples.
+
+  Before the work has begun there, it may hold fewer.
+  """
   path = workdir / _IDENTITY
   if not path.exists():
+    if begun:
+      raise ValueError(
+        f"--workdir={workdir} is not the same place for all processes; use a "
+        "bucket, or a directory that all of them share"
+      )
     if (workdir / "parts").exists() and any((workdir / "parts").iterdir()):
       raise ValueError(
         f"{path} is gone, so that it is not known what the samples there are "
@@ -362,15 +323,25 @@ def _check_identity(
     raise ValueError(
       f"{path} is damaged ({error}); choose another --workdir"
     ) from error
-  if may_grow:
+  if not begun:
     before |= {key: identity[key] for key in _GROWS}
-  found = differences.differences(before, identity)
-  if found:
-    raise ValueError(
-      f"--workdir={workdir} holds samples that were drawn otherwise "
-      f"({'; '.join(found.values())}); choose another directory, or the same "
-      "config to go on (inception_sha256 is None without config.metrics)"
-    )
+  differences.check_same(
+    before,
+    identity,
+    f"--workdir={workdir} holds samples that were drawn otherwise",
+    "choose another directory, or the same config to go on (inception_sha256 "
+    "is None without config.metrics)",
+  )
+  for scale in config.guidance:
+    samples.check_not_fewer(workdir, scale, config.samples, config.batch_size)
+
+
+def _write_identity(
+  config: ConfigDict, workdir: epath.Path, identity: dict[str, Any]
+) -> None:
+  start.write_config(config, workdir)
+  text = json.dumps(identity, indent=2)
+  metrics_writer.write_whole(workdir / _IDENTITY, text)
 
 
 def _parts(config: ConfigDict, scale: float) -> list[samples.Part]:
@@ -381,25 +352,18 @@ def _draw_missing(
   config: ConfigDict,
   workdir: epath.Path,
   drawing: samples.Drawing,
-  sigterm: loop.Sigterm,
+  work: resumable.Work,
 ) -> bool:
   """Draws and writes what is not there; False if it was stopped."""
   wanted = [part for scale in config.guidance for part in _parts(config, scale)]
   missing = samples.missing(wanted, workdir, config.images)
-  processes.wait_for_all("samples_plan")  # nobody writes before all have looked
-  own = missing[jax.process_index() :: jax.process_count()]
+  own = work.share(missing)
   _LOG.info(
     "%d of %d parts of %d samples are missing, %d of them for this process",
     len(missing), len(wanted), config.batch_size, len(own),
   )  # fmt: skip
-  samples.fill(drawing, own, workdir, config.images, lambda: sigterm.received)
-  if sigterm.received:
-    _LOG.info("SIGTERM: stopped; run again to go on")
-    if jax.process_count() > 1:
-      processes.leave(0)
-    return False
-  processes.wait_for_all("samples_drawn")
-  return True
+  samples.fill(drawing, own, workdir, config.images, work.stopped)
+  return work.all_done("drawn")
 
 
 def _measure(
@@ -450,26 +414,22 @@ def _table(measured: dict[str, dict[str, float]]) -> str:
 def _picture(
   config: ConfigDict, inputs: _Inputs, drawing: samples.Drawing
 ) -> np.ndarray:
-  """A row for each of some classes, samples at each scale side by side."""
-  known = sorted(set(inputs.labels))
-  count = min(config.picture.classes, len(known))
-  classes = [known[int(i)] for i in np.linspace(0, len(known) - 1, count)]
+  """A row for each of some conditions, samples at each scale side by side."""
+  kind, columns = inputs.model.conditioning, config.picture.columns
+  condition = kind.shown(inputs.choices, config.picture.classes)
   ae, description = inputs.decoder
-  names, columns = description["classes"], config.picture.columns
+  labels = kind.titles(condition, description["classes"])
   blocks, headings = [], {}
   if inputs.store is not None:
-    of_rows = inputs.store.labels()
-    rows = [np.flatnonzero(of_rows == i)[:1] for i in classes]
-    z = inputs.store.read_unscaled(np.concatenate(rows))
+    rows = kind.like(condition, inputs.store.condition(kind.name))
+    z = inputs.store.read_unscaled(rows)
     blocks.append(decode.to_pixels(ae, z)[:, None])
     headings[0] = "training"
   for scale in config.guidance:
     headings[sum(block.shape[1] for block in blocks)] = f"guidance {scale:g}"
-    pixels = drawing.images(scale, np.repeat(classes, columns))
-    blocks.append(pixels.reshape(len(classes), columns, *pixels.shape[1:]))
-  labels = [
-    pathlib.PurePath(names[i]).stem[:16] if names else f"{i}" for i in classes
-  ]
+    repeated = jax.tree.map(lambda x: np.repeat(x, columns, 0), condition)
+    pixels = drawing.images(scale, repeated)
+    blocks.append(pixels.reshape(len(labels), columns, *pixels.shape[1:]))
   grid = [
     np.stack([figures.reduced(image, _PICTURE_SIDE) for image in row])
     for row in np.concatenate(blocks, axis=1)

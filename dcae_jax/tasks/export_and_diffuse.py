@@ -1,10 +1,18 @@
 """Exports latents, trains a diffusion model on them, and draws samples."""
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.setup import denoising, diffusion_training, keys, models, start
+from dcae_jax.setup import (
+  denoising,
+  diffusion_training,
+  exporting,
+  keys,
+  models,
+  start,
+)
 from dcae_jax.tasks import evaluate_diffusion, export_latents, train_diffusion
 from dcae_jax.training import loop
 
@@ -44,15 +52,14 @@ def check(config: ConfigDict) -> ConfigDict:
       "export_and_diffuse runs in one process; on a pod, run export_latents, "
       "train_diffusion and evaluate_diffusion one after the other"
     )
-  export_latents.check(config.export)
+  exporting.check(config.export)
   diffusion_training.check(config.training)
   evaluate_diffusion.check(config.samples)
-  trained = denoising.with_numbers(
-    config.training,
-    config.training.latents,
-    export_latents.latent_shape(config.export),
-    max(1, len(export_latents.open_source(config.export).classes)),
-  )
+  path, shape = config.training.latents, exporting.latent_shape(config.export)
+  kind = denoising.conditioning_of(config.training.model)
+  classes = exporting.open_source(config.export).classes
+  expected = kind.of_latents(np.zeros(0, np.int32), classes, path)
+  trained = denoising.with_numbers(config.training, path, shape, expected)
   diffusion_training.build(trained)
   for path in (config.training.autoencoder, config.samples.autoencoder):
     if path:

@@ -19,7 +19,6 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.latents import reader
 from dcae_jax.runs import metrics_writer
 from dcae_jax.setup import (
   autoencoder_training,
@@ -173,7 +172,7 @@ def _diffusion(
   config: ConfigDict, devices: list[jax.Device]
 ) -> training_run.Training:
   if config.latents:
-    config = denoising.with_store(config, reader.Latents(config.latents))
+    config = denoising.with_store(config, denoising.open_store(config))
   return diffusion_training.build(config, devices)
 
 

@@ -42,18 +42,17 @@ def run(
       "config.latents is empty; name a latent store (configs/f64_export.py "
       "writes one)"
     )
-  store = reader.Latents(
-    config.latents,
-    cache_megabytes=config.data.cache_megabytes,
-    retries=config.data.retries,
-  )
+  store = denoising.open_store(config)
   config = denoising.with_store(config, store)
   if config.init_from:
     denoising.check_same_model(config.init_from, config)
   start.begin(config, workdir, ("manifest.json",))
-  described = decode.description(store)
-  decode.check_same_latents(workdir, described)
   training = diffusion_training.build(config)
+  kind = training.model.conditioning
+  described = decode.description(store) | kind.describe_rows(
+    store.condition(kind.name)
+  )
+  decode.check_same_latents(workdir, described)
   batches = _batches(config, store)
   ae = None
   if config.samples.count:
@@ -97,23 +96,14 @@ def _sample(
   store: reader.Latents,
   ae: autoencoder.Autoencoder | None,
 ) -> Callable[..., dict[str, float]]:
-  """Pictures of a few classes: the same noise at each guidance scale."""
-  config = training.config
-  labels = np.arange(config.samples.count) % config.model.num_classes
-  labels = labels.astype(np.int32)
+  """Pictures of a few conditions: the same noise at each guidance scale."""
+  config, model = training.config, training.model
+  condition = model.conditioning.examples(config.samples.count)
   replicated = sharding.replicated(training.mesh)
   key = jax.random.fold_in(jax.random.key(config.seed), _SAMPLES)
   functions = {
     scale: jax.jit(
-      denoising.sample_function(
-        training.denoiser,
-        training.objective,
-        training.sampler,
-        config.sampler,
-        scale,
-        replicated,
-      ),
-      out_shardings=replicated,
+      model.sample_function(scale, replicated), out_shardings=replicated
     )
     for scale in config.samples.guidance
   }
@@ -123,12 +113,14 @@ def _sample(
       return {}
     values, rows = {}, {}
     for scale, function in functions.items():
-      z = jax.device_get(function({"params": state.ema["params"]}, key, labels))
+      z = jax.device_get(
+        function({"params": state.ema["params"]}, key, condition)
+      )
       if not np.isfinite(z).all():  # a matter of the sampler, not of training
         _LOG.warning(
           "step %d: samples at guidance %g are not finite, and left out (%s, "
           "config.sampler.steps=%d)",
-          step, scale, training.sampler, config.sampler.steps,
+          step, scale, model.sampler, config.sampler.steps,
         )  # fmt: skip
         continue
       values[f"eval/latent_rms/guidance_{scale:g}"] = float(
@@ -153,7 +145,7 @@ def _finish(
   result = metrics_writer.last_values(workdir / "metrics.jsonl") | {
     "step": step,
     "parameters": freezing.count(training.abstract.params),
-    "forward_macs": training.denoiser.forward_macs,
+    "forward_macs": training.model.denoiser.forward_macs,
   }
   metrics_writer.write_whole(
     workdir / "result.json", json.dumps(result, indent=2)

@@ -355,7 +355,7 @@ def test_guidance_moves_all_latent_channels_away_from_null(scale):
     calls.append(len(z))
     return _linear_network(z, t, labels)
 
-  found = guidance.guided(network, labels, 7, scale)(z, t)
+  found = guidance.guided(network, labels, jnp.full(4, 7), scale)(z, t)
   move = 7 + scale * (np.arange(4) - 7)
   expected = z + move[:, None, None, None].astype(np.float32)
   np.testing.assert_allclose(found[..., :3], expected, rtol=1e-5, atol=1e-5)
@@ -366,10 +366,10 @@ def test_guidance_moves_all_latent_channels_away_from_null(scale):
 
 def test_guidance_acts_within_its_interval_only():
   z = jnp.asarray(mixtures.two_components().sample(0, 5))
-  labels = jnp.arange(5)
+  labels, null = jnp.arange(5), jnp.full(5, 7)
   t = jnp.array([99.0, 100.0, 300.0, 700.0, 701.0])
-  model_fn = guidance.guided(_linear_network, labels, 7, 3.0, (100.0, 700.0))
-  guided = guidance.guided(_linear_network, labels, 7, 3.0)(z, t)
+  model_fn = guidance.guided(_linear_network, labels, null, 3.0, (100.0, 700.0))
+  guided = guidance.guided(_linear_network, labels, null, 3.0)(z, t)
   conditional = _linear_network(z, t, labels)
   found = model_fn(z, t)
   np.testing.assert_array_equal(found[1:4], guided[1:4])
@@ -392,11 +392,15 @@ def test_guidance_acts_within_its_interval_only():
     ),
     (lambda: objectives.random_channel_mask(KEY, 2, 8, ()), "at least one"),
     (
-      lambda: guidance.guided(_linear_network, jnp.arange(2), 7, -0.5),
+      lambda: guidance.guided(
+        _linear_network, jnp.arange(2), jnp.arange(2), -0.5
+      ),
       "-0.5 is negative",
     ),
     (
-      lambda: guidance.guided(_linear_network, jnp.arange(2), 7, 2.0, (5, 5)),
+      lambda: guidance.guided(
+        _linear_network, jnp.arange(2), jnp.arange(2), 2.0, (5, 5)
+      ),
       r"interval \(5, 5\) is not \(low, high\)",
     ),
     (

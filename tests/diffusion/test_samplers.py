@@ -373,7 +373,7 @@ def test_guided_sampling_reaches_the_sharpened_gaussian():
     return jnp.where(which, networks[0](z, t), networks[1](z, t))
 
   labels = jnp.full(2, 3)
-  model_fn = guidance.guided(network, labels, 10, 1.5)
+  model_fn = guidance.guided(network, labels, jnp.full(2, 10), 1.5)
   start = jnp.asarray(_deterministic(FLOW, 0.0, 1.0), jnp.float32)
   found = _sample(samplers.Heun(), FLOW, model_fn, start, 60)
   expected = _deterministic(FLOW, 1.0, 0.0) + mean

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
+from dcae_jax.latents import layout as store_layout
 from dcae_jax.latents import reader
 from dcae_jax.latents import store as latent_store
 from dcae_jax.runs import storage
@@ -17,9 +18,9 @@ SHARD_ROWS = 16
 
 
 def _values(rows: int, view: str, dtype: str = "float32") -> np.ndarray:
-  rng = np.random.default_rng(latent_store.VIEWS.index(view))
+  rng = np.random.default_rng(store_layout.VIEWS.index(view))
   values = rng.normal(1.5, 4, (rows, *SHAPE))
-  return values.astype(latent_store.DTYPES[dtype])
+  return values.astype(store_layout.DTYPES[dtype])
 
 
 def make_store(
@@ -27,29 +28,28 @@ def make_store(
 ) -> latent_store.LatentStore:
   """A finished store; the label of a row is its number."""
   store = latent_store.LatentStore(str(path), retries=2)
-  store.check()
+  store.check_writable()
   store.write_identity({"resolution": 16})
-  store.create_arrays(rows, SHAPE, dtype, views, SHARD_ROWS)
-  shards = -(-rows // SHARD_ROWS)
-  for shard in reversed(range(shards)):
+  layout = store_layout.Layout(rows, SHAPE, dtype, tuple(views), SHARD_ROWS)
+  store.create_arrays(layout)
+  for shard in reversed(range(layout.shards)):
     part = slice(shard * SHARD_ROWS, min(rows, (shard + 1) * SHARD_ROWS))
     numbers = np.arange(rows)[part]
     store.write_shard(
+      layout,
       shard,
-      SHARD_ROWS,
-      {view: _values(rows, view, dtype)[part] for view in views},
-      numbers.astype(np.int32),
+      {view: _values(rows, view, dtype)[part] for view in views}
+      | {"labels": numbers},
       [f"ünicode/{i}.png" for i in numbers],
       {"moments": {"mean": [0.0]}},
     )
-  assert store.finished(shards, views) == list(range(shards))
+  assert store.finished(layout) == list(range(layout.shards))
   store.finish(
+    layout,
     {
-      "resolution": 16, "count": rows, "shape": list(SHAPE), "dtype": dtype,
-      "views": list(views), "classes": ["one"], "scaling_factor": 0.25,
-      "shift_factor": shift_factor, "shards": store.records(shards),
-      "metadata_sha256": store.metadata_checksums(views),
-    }
+      "resolution": 16, "classes": ["one"], "scaling_factor": 0.25,
+      "shift_factor": shift_factor,
+    },
   )  # fmt: skip
   return store
 
@@ -57,11 +57,11 @@ def make_store(
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> str:
   path = tmp_path_factory.mktemp("store") / "two views"
-  make_store(path, views=latent_store.VIEWS, shift_factor=0.5)
+  make_store(path, views=store_layout.VIEWS, shift_factor=0.5)
   return str(path)
 
 
-@pytest.mark.parametrize("dtype", latent_store.DTYPES)
+@pytest.mark.parametrize("dtype", store_layout.DTYPES)
 def test_plain_zarr_reads_the_store(dtype, tmp_path):
   make_store(tmp_path / "store", dtype=dtype)
   group = zarr.open_group(tmp_path / "store", mode="r")
@@ -78,14 +78,14 @@ def test_plain_zarr_reads_the_store(dtype, tmp_path):
 
 def test_nothing_but_arrays_and_the_manifest_is_left(path):
   names = {entry.name for entry in pathlib.Path(path).iterdir()}
-  arrays = {*latent_store.VIEWS, "labels", "keys"}
+  arrays = {*store_layout.VIEWS, "labels", "keys"}
   assert names == arrays | {"manifest.json", "zarr.json"}
 
 
 def test_rows_come_scaled_and_mirrored_ones_last(path):
   source = reader.Latents(path)
   assert len(source) == 80 and source.shape == SHAPE
-  views = [_values(40, view) for view in latent_store.VIEWS]
+  views = [_values(40, view) for view in store_layout.VIEWS]
   expected = (np.concatenate(views) - np.float32(0.5)) * np.float32(0.25)
   rows = [79, 3, 40, 3, 0]
   found = source.read(rows)
@@ -245,9 +245,11 @@ def test_what_is_no_finished_store_is_refused(tmp_path):
   with pytest.raises(ValueError, match="is no latent store"):
     reader.Latents(str(tmp_path))
   store = latent_store.LatentStore(str(tmp_path / "begun"))
-  store.check()
+  store.check_writable()
   store.write_identity({"resolution": 16})
-  store.create_arrays(8, SHAPE, "float32", ["latents"], SHARD_ROWS)
+  store.create_arrays(
+    store_layout.Layout(8, SHAPE, "float32", ("latents",), SHARD_ROWS)
+  )
   with pytest.raises(ValueError, match="is not finished; run its export again"):
     reader.Latents(str(tmp_path / "begun"))
   make_store(tmp_path / "store")
@@ -315,56 +317,55 @@ def test_numbers_that_cannot_be_are_refused(changes, path):
 
 def test_a_shard_without_its_record_or_an_object_is_not_finished(tmp_path):
   store = latent_store.LatentStore(str(tmp_path))
-  store.create_arrays(40, SHAPE, "float32", ["latents"], SHARD_ROWS)
-  labels, zeros = np.zeros(16, np.int32), np.zeros((16, *SHAPE), np.float32)
+  layout = store_layout.Layout(40, SHAPE, "float32", ("latents",), SHARD_ROWS)
+  store.create_arrays(layout)
+  zeros = {
+    "latents": np.zeros((16, *SHAPE), np.float32),
+    "labels": np.zeros(16, np.int32),
+  }
   for shard in range(2):  # all zeros are written, too
     store.write_shard(
-      shard,
-      16,
-      {"latents": zeros},
-      labels,
-      ["a"] * 16,
-      {"moments": {"mean": [0.0]}},
+      layout, shard, zeros, ["a"] * 16, {"moments": {"mean": [0.0]}}
     )
-  assert store.finished(3, ["latents"]) == [0, 1]
+  assert store.finished(layout) == [0, 1]
   (tmp_path / "progress/shards/000000.json").unlink()
   (tmp_path / "labels/c/1").unlink()
-  assert store.finished(3, ["latents"]) == []
+  assert store.finished(layout) == []
 
 
 def test_a_place_with_something_else_is_refused(tmp_path, gs, emulator):
   (tmp_path / "notes.txt").write_text("mine")
   with pytest.raises(ValueError, match=r"holds notes.txt of something else"):
-    latent_store.LatentStore(str(tmp_path)).check()
+    latent_store.LatentStore(str(tmp_path)).check_writable()
   assert [x.name for x in tmp_path.iterdir()] == ["notes.txt"]
   storage.Storage(f"{gs}/a").write("notes.txt", b"mine")
-  latent_store.LatentStore(f"{gs}/b").check()
+  latent_store.LatentStore(f"{gs}/b").check_writable()
   with pytest.raises(ValueError, match=r"holds notes.txt of something else"):
-    latent_store.LatentStore(f"{gs}/a").check()
+    latent_store.LatentStore(f"{gs}/a").check_writable()
   assert emulator.names("dcae-gs") == ["a/notes.txt"]
 
 
 def test_what_is_wrong_with_a_bucket_is_said(gs, emulator):
   store = latent_store.LatentStore("gs://dcae-nowhere/latents", retries=1)
   with pytest.raises(OSError, match="there is no bucket gs://dcae-nowhere"):
-    store.check()
+    store.check_writable()
   store = latent_store.LatentStore(f"{gs}/latents", retries=1)
   with (
     emulator.forbid("dcae-gs"),
     pytest.raises(PermissionError, match="needs the role"),
   ):
-    store.check()
+    store.check_writable()
   reads_only = lambda method, path: method != "GET"
   with (
     emulator.fail(403, times=None, where=reads_only),
     pytest.raises(PermissionError, match="no permission for"),
   ):
-    store.check()
+    store.check_writable()
   with (
     emulator.fail(503, times=None),
     pytest.raises(OSError, match="does not answer"),
   ):
-    store.check()
+    store.check_writable()
   for path in ("gs://", "gs://AB/x", "s3://bucket/x"):
     with pytest.raises(ValueError, match="neither a local path nor gs://"):
       latent_store.LatentStore(path)
@@ -385,5 +386,5 @@ def test_deleting_leaves_neighbours_alone(gs, emulator, tmp_path):
 
 
 def test_shards_suit_the_number_of_rows():
-  sizes = {n: latent_store.block_size(n) for n in (1, 170, 2000, 10**5, 10**7)}
+  sizes = {n: store_layout.block_size(n) for n in (1, 170, 2000, 10**5, 10**7)}
   assert sizes == {1: 16, 170: 16, 2000: 32, 10**5: 1024, 10**7: 1024}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import parity
+from dcae_jax.diffusion import conditioning
 from dcae_jax.diffusion.denoisers import families as denoisers
 
 FORMS = {  # patch size, latent size, learned sigma
@@ -75,10 +76,10 @@ def _state_dict(p, channels, patch_size):
 def test_forward_and_gradient_equal_those_of_diffusers(form):
   patch_size, size, learn_sigma = FORMS[form]
   ours = denoisers.create(
-    denoisers.Variant("DiT", 3, 48, 3),
+    denoisers.Variant("DiT", {"depth": 3, "hidden": 48, "heads": 3}),
     latent_size=size,
     latent_channels=5,
-    num_classes=11,
+    conditioning=conditioning.ClassLabels(11),
     patch_size=patch_size,
     learn_sigma=learn_sigma,
   )

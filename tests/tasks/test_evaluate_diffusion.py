@@ -18,6 +18,7 @@ from PIL import Image
 import dcae_jax
 from configs import base
 from dcae_jax.autoencoder import streaming_moments
+from dcae_jax.diffusion import conditioning
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.evaluation import (
   fid,
@@ -29,7 +30,6 @@ from dcae_jax.evaluation import (
 from dcae_jax.evaluation.networks import inception
 from dcae_jax.latents import decode, reader
 from dcae_jax.runs import metrics_writer, work_directory
-from dcae_jax.setup import denoising
 from dcae_jax.tasks import evaluate_diffusion, train_diffusion
 from dcae_jax.training import loop, sharding
 
@@ -262,10 +262,7 @@ def test_each_device_draws_its_own_samples(trained):
   variables = denoisers.abstract_variables(model.denoiser)
   flops = []
   for placed in (whole, by_row):
-    sample = denoising.sample_function(
-      model.denoiser, model.objective, model.sampler, model.sampling, 2.0,
-      placed,
-    )  # fmt: skip
+    sample = model.sample_function(2.0, placed)
     labels = jax.ShapeDtypeStruct((BATCH,), "int32", sharding=placed)
     arguments = (variables, jax.random.key(0), labels)
     program = jax.jit(sample, out_shardings=placed).lower(*arguments)
@@ -365,12 +362,18 @@ def test_latents_are_decoded_as_the_autoencoder_has_them(
   description = decode.description(store) | {"shift_factor": 0.25}
   z = store.read(np.arange(BATCH))["latents"]
   drawing = samples.Drawing(
-    {1.0: lambda variables, key, labels: z},
+    {1.0: lambda variables, key, condition: z},
     {},
     samples.Decoder(dcae_jax.load(tiny_autoencoder), description),
     {},
     {},
-    samples.Order(BATCH, classes=(0,), at_random=False, seed=0),
+    samples.Order(
+      conditioning.ClassLabels(3),
+      np.zeros(1, np.int32),
+      at_random=False,
+      batch_size=BATCH,
+      seed=0,
+    ),
   )
   found = drawing.part(samples.parts(1.0, BATCH, BATCH)[0])
   unscaled = z / description["scaling_factor"] + 0.25

@@ -36,7 +36,9 @@ def test_images_become_classes_and_samples_of_them(config, tmp_path):
     assert export_and_diffuse.run(config, epath.Path(tmp_path))
   store = reader.Latents(tmp_path / "latents")
   assert store.classes == store.keys()[::2] and len(store.classes) == 12
-  assert store.labels().tolist() == [i for i in range(12) for _ in range(2)]
+  assert store.condition("labels").tolist() == [
+    i for i in range(12) for _ in range(2)
+  ]
   model = json.loads((tmp_path / "training/config.json").read_text())["model"]
   assert model["num_classes"] == 12
   assert (tmp_path / "samples" / "samples.png").exists()

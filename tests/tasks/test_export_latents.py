@@ -27,12 +27,16 @@ import dcae_jax
 from configs import base
 from dcae_jax.data import images, sources
 from dcae_jax.latents import encode as latent_encoding
+from dcae_jax.latents import layout as store_layout
 from dcae_jax.latents import reader, rows
 from dcae_jax.latents import store as latent_store
 from dcae_jax.runs import stopwatch, storage
 from dcae_jax.tasks import export_latents, inspect_latents
 
 SIDE = 32
+LAYOUT = store_layout.Layout(
+  42, (4, 4, 16), "float32", store_layout.VIEWS, shard_rows=16
+)
 BAD = {
   "animals/07_broken.jpg": b"no picture",
   "animals/08_empty.png": b"",
@@ -108,7 +112,7 @@ def test_rows_are_the_latents_of_the_images(whole, pictures, tiny_autoencoder):
   good = [name for name in names if name not in BAD]
   assert source.keys() == good and manifest["count"] == 42
   assert source.classes == ["animals", "places", "zoo"]
-  classes = [source.classes[label] for label in source.labels()]
+  classes = [source.classes[label] for label in source.condition("labels")]
   assert classes == [name.split("/")[0] for name in good]
   unreadable = {x["key"]: x["reason"] for x in manifest["unreadable"]}
   assert unreadable.keys() == BAD.keys() and all(unreadable.values())
@@ -213,12 +217,12 @@ def test_stopped_before_any_write_it_ends_equal(
     limit[0], starts = 2 + starts, starts + 1
     written.clear()
     encoded.clear()
-    before = set(store.finished(3, latent_store.VIEWS))
+    before = set(store.finished(LAYOUT))
     try:
       export_latents.run(config(), workdir)
     except _Killed:
       assert starts < 30  # a whole export writes fewer times
-    assert before <= set(store.finished(3, latent_store.VIEWS)) or (
+    assert before <= set(store.finished(LAYOUT)) or (
       store.manifest() is not None
     )
     if before:
@@ -361,8 +365,11 @@ class _Slow(latent_store.LatentStore):
 
 
 def test_time_is_told_by_who_waited_for_whom(tmp_path):
-  batch = rows.Batch(np.zeros((1, 2, 2, 3)), [rows.Group(0, [0], True)])
+  batch = rows.Batch(
+    np.zeros((1, 2, 2, 3)), [rows.Group(0, 1, {"labels": [0]}, True)]
+  )
   latent = {"latents": np.zeros((1, 2, 2, 3), np.float32)}
+  layout = store_layout.Layout(16, (2, 2, 3), "float32", ("latents",), 16)
 
   def load(count, seconds):
     for _ in range(count):
@@ -378,11 +385,11 @@ def test_time_is_told_by_who_waited_for_whom(tmp_path):
     loading = 0.1 if name == "waiting for images" else 0.0
     slow = functools.partial(encode, seconds=0.1 * (name == "encoder"))
     watch = stopwatch.Stopwatch()
-    with latent_encoding.ShardWriter(_Slow(str(tmp_path)), 16) as writer:
+    with latent_encoding.ShardWriter(_Slow(str(tmp_path)), layout) as writer:
       for done, values in latent_encoding.encoded(
         load(6, loading), slow, writer, watch
       ):
-        writer.add(values, done.groups[0].labels)
+        writer.add(values | done.groups[0].conditions)
         if name == "waiting for the store":
           writer.finish_shard(0, ["a"])
     found[name] = watch.seconds()
@@ -492,7 +499,7 @@ def _end(process) -> str:
 # Kills the process at its n-th write of a shard's record.
 _KILL = """
 import os, signal
-from dcae_jax.data import storage
+from dcae_jax.runs import storage
 write, seen = storage.Storage.write_json, []
 def stop(self, key, value):
   if 'shards' in key:
@@ -527,7 +534,7 @@ def test_sigterm_finishes_what_is_begun_and_leaves(whole, config, tmp_path):
   process = _start(config(output=output), tmp_path / "out", driver=driver)
   assert "SIGTERM: stopped; run again" in _end(process)
   store = latent_store.LatentStore(output)
-  finished = store.finished(3, latent_store.VIEWS)
+  finished = store.finished(LAYOUT)
   assert store.manifest() is None and finished
   export_latents.run(config(output=output), epath.Path(tmp_path / "out"))
   check_equal(output, whole)
@@ -563,13 +570,13 @@ def test_two_processes_one_of_them_killed_end_equal(
     store = latent_store.LatentStore(two.output)
     # The other one finishes its own shards, whatever it then waits for.
     deadline = time.monotonic() + 120
-    while not {0, 2} <= set(store.finished(3, latent_store.VIEWS)):
+    while not {0, 2} <= set(store.finished(LAYOUT)):
       assert time.monotonic() < deadline and first[0].poll() is None
       time.sleep(0.2)
     for process in first:
       process.kill()
       process.communicate()
-  assert store.finished(3, latent_store.VIEWS) == [0, 2]
+  assert store.finished(LAYOUT) == [0, 2]
   assert store.manifest() is None
   emulator.forget()
   messages = [
@@ -661,20 +668,20 @@ def test_work_directories_are_checked_before_an_image_is_read(
 def test_processes_that_do_other_work_are_refused(tmp_path):
   """Of two that start at once, the one that wrote last goes on."""
   one, two = (latent_store.LatentStore(str(tmp_path)) for _ in range(2))
-  one.check_identity({"resolution": 32})
-  two.check_identity({"resolution": 64})
+  one.check_identity({"resolution": 32}, begun=False)
+  two.check_identity({"resolution": 64}, begun=False)
   one.write_identity({"resolution": 32})
-  one.confirm_identity({"resolution": 32})
+  one.check_identity({"resolution": 32}, begun=True)
   with pytest.raises(ValueError, match="resolution: 32 there, 64 now"):
-    two.confirm_identity({"resolution": 64})
+    two.check_identity({"resolution": 64}, begun=True)
   two.write_identity({"resolution": 64})
   with pytest.raises(ValueError, match="resolution: 64 there, 32 now"):
-    one.confirm_identity({"resolution": 32})
+    one.check_identity({"resolution": 32}, begun=True)
 
 
 def test_a_place_that_is_not_shared_is_refused(tmp_path):
   with pytest.raises(ValueError, match="is not the same place for all"):
-    latent_store.LatentStore(str(tmp_path)).confirm_identity({})
+    latent_store.LatentStore(str(tmp_path)).check_identity({}, begun=True)
 
 
 @pytest.fixture(scope="module")
@@ -706,7 +713,9 @@ def test_latents_of_the_authors_tools_are_imported(
   np.testing.assert_allclose(
     source.read_unscaled(first), original.read_unscaled(first), rtol=1e-6
   )
-  np.testing.assert_array_equal(source.labels(), original.labels())
+  np.testing.assert_array_equal(
+    source.condition("labels"), original.condition("labels")
+  )
   assert source.classes == original.classes
   assert source.manifest["scaling_factor"] == 0.5
   reasons = [x["reason"] for x in source.manifest["unreadable"]]

@@ -47,7 +47,7 @@ def _variables(workdir):
   settings = json.loads((workdir / "config.json").read_text())
   c = base.latent_diffusion()
   c.model.update(settings["model"])
-  model = denoising.model(c.model, denoising.objective(c.objective))
+  model = denoising.create(c.model, c.objective, c.sampler).denoiser
   abstract = {"batch_stats": {}} | denoisers.abstract_variables(model)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   placed = jax.tree.map(lambda _: device, abstract)
@@ -111,13 +111,9 @@ def test_it_learns_the_classes_and_shows_samples(
   (picture,) = (tmp_path / "samples").glob("samples_*.png")  # none of step 0
   assert picture.stat().st_size > 500
   c = denoising.with_store(c, reader.Latents(tiny_latents))
-  objective = denoising.objective(c.objective)
-  sampler = denoising.sampler(c.sampler, objective)
-  model = denoising.model(c.model, objective)
+  model = denoising.create(c.model, c.objective, c.sampler)
   whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  sample = denoising.sample_function(
-    model, objective, sampler, c.sampler, 1.0, whole
-  )
+  sample = model.sample_function(1.0, whole)
   _, ema = _variables(tmp_path)[1]
   labels = np.arange(12, dtype=np.int32) % CLASSES
   z = np.asarray(jax.jit(sample)(ema, jax.random.key(5), labels))
@@ -133,12 +129,9 @@ def test_it_learns_the_classes_and_shows_samples(
 def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
   """All dropped: labels do not matter. None: they do."""
   c = denoising.with_store(config(), reader.Latents(tiny_latents))
-  objective = objectives.scaled_linear()
-  model = denoising.model(c.model, objective)
-  variables = jax.jit(model.init)(
-    jax.random.key(0), np.zeros((1, *SHAPE), "float32"),
-    np.zeros(1, "float32"), np.zeros(1, "int32"),
-  )  # fmt: skip
+  model = denoising.create(c.model, c.objective, c.sampler).denoiser
+  initial = jax.jit(lambda key: denoisers.init(model, key))
+  variables = initial(jax.random.key(0))
   adamw, schedule = optimizer.create(optimizer.Settings(**c.optimizer), c.steps)
   mask = jax.tree.map(lambda _: True, variables["params"])
   learns = learning.Learning(mask, adamw, schedule, learning.Ema(0.5, 0))
@@ -148,10 +141,9 @@ def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
   for dropout, candidates in ((0.0, ()), (1.0, ()), (0.0, (4, 16))):
     step = jax.jit(
       diffusion_train_step.create(
-        apply=model.apply,
-        objective=objective,
-        num_classes=CLASSES,
-        label_dropout=dropout,
+        denoiser=model,
+        objective=objectives.scaled_linear(),
+        dropout=dropout,
         channel_candidates=candidates,
         learning=learns,
         seed=0,
@@ -304,7 +296,7 @@ def test_recipes_are_the_papers(name, tokens, macs):
   c.model.latent_size, c.model.latent_channels = size, channels
   c.model.num_classes = 1000
   train_diffusion.check(c)
-  denoiser = denoising.model(c.model, denoising.objective(c.objective))
+  denoiser = denoising.create(c.model, c.objective, c.sampler).denoiser
   assert (size // c.model.patch_size) ** 2 == tokens
   if macs:
     assert denoiser.forward_macs == pytest.approx(macs * 1e9, rel=0.01)

@@ -2,8 +2,7 @@
 
 Time and class act through adaLN-Zero (section 3.2): they shift and scale what
 enters a layer and gate what leaves it, by nothing at first. Positions are fixed
-sines and cosines. Labels are not dropped here: whoever trains replaces them by
-the null class, `num_classes`.
+sines and cosines. Labels are not dropped here, but by whoever trains.
 """
 
 import flax.linen as nn
@@ -13,8 +12,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dcae_jax.diffusion import conditioning
 from dcae_jax.nn import transformer
 
+SIZES = {
+  "S": {"depth": 12, "hidden": 384, "heads": 6},
+  "B": {"depth": 12, "hidden": 768, "heads": 12},
+  "L": {"depth": 24, "hidden": 1024, "heads": 16},
+  "XL": {"depth": 28, "hidden": 1152, "heads": 16},
+  "tiny": {"depth": 4, "hidden": 128, "heads": 4},
+}
 _EPSILON = 1e-6
 _TIME_FEATURES = 256
 _xavier = nn.initializers.xavier_uniform()
@@ -134,7 +141,7 @@ class DiT(nn.Module):
     heads: of the attention.
     latent_size: rows and columns of latents; others are taken too.
     latent_channels: of the latents.
-    num_classes: without the null class, which is the number after the last.
+    conditioning: the classes.
     patch_size: side of the squares of latent positions that make a token.
     learn_sigma: twice the channels come out, and the second half tells the
       variance.
@@ -148,7 +155,7 @@ class DiT(nn.Module):
   heads: int
   latent_size: tuple[int, int]
   latent_channels: int
-  num_classes: int
+  conditioning: conditioning.ClassLabels
   patch_size: int = 1
   learn_sigma: bool = False
   rematerialisation: bool = False
@@ -182,7 +189,7 @@ class DiT(nn.Module):
     Args:
       z: noisy latents.
       t: time, in the 0 to 999 of diffusion's steps; not necessarily whole.
-      labels: classes; `num_classes` is the null class.
+      labels: of the classes.
       train: changes nothing: the model has no dropout.
 
     Raises:
@@ -197,7 +204,7 @@ class DiT(nn.Module):
     x = project_in(transformer.to_patches(z, p)).astype(jnp.float32)
     x = x + positions(height // p, width // p, self.hidden)[None]
     label_embedding = nn.Embed(
-      self.num_classes + 1,
+      self.conditioning.num_classes + 1,
       self.hidden,
       embedding_init=_table_init,
       name="label_embedding",
@@ -209,3 +216,8 @@ class DiT(nn.Module):
       x = block(self.heads, self.dtype, name=f"block_{i}")(x, condition)
     head = Head(p * p * self.out_channels, name="project_out")
     return transformer.from_patches(head(x, condition), height, width, p)
+
+
+def check(depth: int, hidden: int, heads: int) -> None:
+  """Raises ValueError for a DiT that cannot be."""
+  transformer.check_sizes(depth, hidden, heads, divisor=4)

@@ -3,8 +3,8 @@
 Everything is a token (section 3.1): the class, the time and the patches.
 The first half of the blocks hand their results to the second half over long
 skips. As DC-AE's authors have it: the time token is not learned, and no 3x3
-convolution follows the last linear layer. Labels are not dropped here: whoever
-trains replaces them by the null class, `num_classes`.
+convolution follows the last linear layer. Labels are not dropped here,
+but by whoever trains.
 """
 
 import flax.linen as nn
@@ -12,8 +12,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dcae_jax.diffusion import conditioning
 from dcae_jax.nn import convolution, transformer
 
+SIZES = {
+  "S": {"depth": 12, "hidden": 512, "heads": 8},
+  "M": {"depth": 16, "hidden": 768, "heads": 12},
+  "L": {"depth": 20, "hidden": 1024, "heads": 16},
+  "H": {"depth": 28, "hidden": 1152, "heads": 16},
+  "2B": {"depth": 28, "hidden": 2048, "heads": 32},
+  "tiny": {"depth": 4, "hidden": 128, "heads": 4},
+}
 _EPSILON = 1e-5
 _EXTRA_TOKENS = 2
 # "Truncated normal" in the paper's code, but truncated at 100 deviations.
@@ -59,7 +68,7 @@ class UViT(nn.Module):
     heads: of the attention.
     latent_size: rows and columns of latents, each with a position learned.
     latent_channels: of the latents.
-    num_classes: without the null class, which is the number after the last.
+    conditioning: the classes.
     patch_size: side of the squares of latent positions that make a token.
     rematerialisation: recompute each block's activations in the backward pass.
     dtype: of the linear layers; norms, attention and the tokens are float32.
@@ -70,7 +79,7 @@ class UViT(nn.Module):
   heads: int
   latent_size: tuple[int, int]
   latent_channels: int
-  num_classes: int
+  conditioning: conditioning.ClassLabels
   patch_size: int = 1
   rematerialisation: bool = False
   dtype: DTypeLike = "float32"
@@ -104,7 +113,7 @@ class UViT(nn.Module):
     Args:
       z: noisy latents.
       t: time, in the 0 to 999 of diffusion's steps; not necessarily whole.
-      labels: classes; `num_classes` is the null class.
+      labels: of the classes.
       train: changes nothing: the model has no dropout.
 
     Raises:
@@ -152,7 +161,7 @@ class UViT(nn.Module):
       name="project_in",
     )
     label_embedding = nn.Embed(
-      self.num_classes + 1,
+      self.conditioning.num_classes + 1,
       self.hidden,
       embedding_init=nn.initializers.normal(1.0),
       name="label_embedding",
@@ -173,3 +182,13 @@ class UViT(nn.Module):
         f"{self.latent_size}: create it with latent_size={z.shape[1:3]}, or "
         "take a DiT, whose positions are not learned"
       )
+
+
+def check(depth: int, hidden: int, heads: int) -> None:
+  """Raises ValueError for a U-ViT that cannot be."""
+  transformer.check_sizes(depth, hidden, heads, divisor=2)
+  if depth % 2:
+    raise ValueError(
+      f"depth={depth} of a UViT is odd; half of the blocks are before the "
+      "middle one, half behind it"
+    )

@@ -4,10 +4,11 @@ import numpy as np
 import numpy_denoisers
 import pytest
 
+from dcae_jax.diffusion import conditioning
 from dcae_jax.diffusion.denoisers import dit
 from dcae_jax.diffusion.denoisers import families as denoisers
 
-VARIANT = denoisers.Variant("DiT", 2, 48, 3)
+VARIANT = denoisers.Variant("DiT", {"depth": 2, "hidden": 48, "heads": 3})
 FORMS = {  # patch size, rows, columns, learned sigma
   "one position a token": (1, 4, 4, False),
   "patches of 2x2, wide": (2, 4, 6, True),
@@ -20,7 +21,7 @@ def _create(form="patches of 2x2, wide", **changes):
   settings = {
     "latent_size": (height, width),
     "latent_channels": 5,
-    "num_classes": 7,
+    "conditioning": conditioning.ClassLabels(7),
     "patch_size": patch_size,
     "learn_sigma": learn_sigma,
   }
@@ -109,7 +110,10 @@ def test_nothing_comes_out_at_first_and_blocks_pass_tokens_on():
 
 def test_initial_values_are_the_papers():
   model = denoisers.create(
-    "DiT-tiny", latent_size=4, latent_channels=6, num_classes=200
+    "DiT-tiny",
+    latent_size=4,
+    latent_channels=6,
+    conditioning=conditioning.ClassLabels(200),
   )
   inputs = numpy_denoisers.random_inputs(model)
   variables = jax.jit(model.init)(jax.random.key(0), *inputs)

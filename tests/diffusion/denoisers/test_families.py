@@ -6,10 +6,15 @@ import numpy as np
 import numpy_denoisers
 import pytest
 
+from dcae_jax.diffusion import conditioning
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.training import freezing
 
-SETTINGS = {"latent_size": 16, "latent_channels": 32, "num_classes": 1000}
+SETTINGS = {
+  "latent_size": 16,
+  "latent_channels": 32,
+  "conditioning": conditioning.ClassLabels(1000),
+}
 # DC-AE's table 3: millions of parameters.
 PARAMETERS = {
   "UViT-S": 44.79,
@@ -26,6 +31,11 @@ MACS = {
   ("UViT-2B", 8, 128): 104.65,
   ("DiT-XL", 16, 32): 118.68,
 }
+
+
+def _variant(family, depth, hidden, heads):
+  fields = {"depth": depth, "hidden": hidden, "heads": heads}
+  return denoisers.Variant(family, fields)
 
 
 def _create(name, **changes):
@@ -86,7 +96,7 @@ def _output(model):
   return jax.eval_shape(model.apply, variables, *_inputs(model, 2))
 
 
-@pytest.mark.parametrize("name", denoisers.VARIANTS)
+@pytest.mark.parametrize("name", denoisers.variants())
 def test_every_variant_returns_float32_of_the_shape_it_is_given(name):
   y = _output(_create(name, latent_size=(4, 6), dtype="bfloat16"))
   assert y.shape == (2, 4, 6, 64 if name == "DiT-XL" else 32)
@@ -119,13 +129,13 @@ def test_unknown_names_are_refused_with_the_known_ones():
     (("DiT", 4, 64, 0), "hidden=64 is not divisible by heads=0"),
     (("DiT", 4, 66, 2), "hidden=66 is not divisible by 4.*use 64 or 68"),
     (("UViT", 4, 63, 3), "hidden=63 is not divisible by 2.*use 62 or 64"),
-    (("DiT", 0, 64, 4), "depth=0 of a DiT"),
-    (("UViT", 5, 64, 4), "depth=5 of a UViT.*even"),
+    (("DiT", 0, 64, 4), "depth=0 is below 1"),
+    (("UViT", 5, 64, 4), "depth=5 of a UViT is odd"),
   ],
 )
 def test_architectures_that_cannot_be_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
-    denoisers.create(denoisers.Variant(*fields), **SETTINGS)
+    denoisers.create(_variant(*fields), **SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +145,6 @@ def test_architectures_that_cannot_be_are_refused(fields, message):
     ({"latent_size": (16, 6), "patch_size": 4}, "side 6 is not divisible by"),
     ({"latent_size": 0}, "side 0 is not divisible by"),
     ({"latent_channels": 0}, "latent_channels=0 is below 1"),
-    ({"num_classes": 0}, "num_classes=0 is below 1"),
     ({"dtype": "float16"}, "unknown dtype 'float16'"),
     ({"learn_sigma": True}, "learn_sigma is for DiT"),
   ],
@@ -150,11 +159,11 @@ def _small(family, **changes):
   if not isinstance(family, str):
     family = type(family).__name__
   settings = {
-    "latent_size": (4, 6), "latent_channels": 5, "num_classes": 7,
-    "patch_size": 2, "learn_sigma": family == "DiT",
+    "latent_size": (4, 6), "latent_channels": 5, "patch_size": 2,
+    "conditioning": conditioning.ClassLabels(7), "learn_sigma": family == "DiT",
   }  # fmt: skip
   depth = {"DiT": 2, "UViT": 4}[family]
-  variant = denoisers.Variant(family, depth, 48, 3)
+  variant = _variant(family, depth, 48, 3)
   return denoisers.create(variant, **settings | changes)
 
 
@@ -172,7 +181,7 @@ def test_each_image_has_its_own_time_and_class(small):
   y = apply(variables, z, t, labels)
   for changed in (
     (z, t.at[1].add(0.5), labels),
-    (z, t, labels.at[1].set(model.num_classes)),
+    (z, t, labels.at[1].set(model.conditioning.num_classes)),
     (z.at[1].add(0.1), t, labels),
   ):
     other = apply(variables, *changed)

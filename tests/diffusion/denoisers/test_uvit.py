@@ -4,10 +4,11 @@ import numpy as np
 import numpy_denoisers
 import pytest
 
+from dcae_jax.diffusion import conditioning
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.diffusion.denoisers import uvit
 
-VARIANT = denoisers.Variant("UViT", 4, 48, 3)
+VARIANT = denoisers.Variant("UViT", {"depth": 4, "hidden": 48, "heads": 3})
 FORMS = {  # patch size, rows, columns
   "one position a token": (1, 4, 4),
   "patches of 2x2, wide": (2, 4, 6),
@@ -20,7 +21,7 @@ def _create(form="patches of 2x2, wide", **changes):
   settings = {
     "latent_size": (height, width),
     "latent_channels": 5,
-    "num_classes": 7,
+    "conditioning": conditioning.ClassLabels(7),
     "patch_size": patch_size,
   }
   return denoisers.create(VARIANT, **settings | changes)
@@ -93,7 +94,10 @@ def test_each_patch_comes_out_where_it_went_in(wide):
 
 def test_initial_values_are_the_authors():
   model = denoisers.create(
-    "UViT-tiny", latent_size=8, latent_channels=32, num_classes=200
+    "UViT-tiny",
+    latent_size=8,
+    latent_channels=32,
+    conditioning=conditioning.ClassLabels(200),
   )
   inputs = numpy_denoisers.random_inputs(model)
   variables = jax.jit(model.init)(jax.random.key(0), *inputs)

@@ -1,0 +1,220 @@
+"""What a denoiser is told of an image beside the time: its condition.
+
+A condition is a tree of arrays with a row for each example. A kind of condition
+is a small value: all that others need to know of it, so that training, guidance
+and samplers pass conditions on without a look inside. Which kind a denoiser
+takes is said in the table of denoisers.
+"""
+
+import abc
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+_LOG = logging.getLogger(__name__)
+Condition = Any  # a tree of arrays [b, ...]
+
+
+class Conditioning(abc.ABC):
+  """A kind of condition.
+
+  A frozen dataclass, whose fields are numbers of a denoiser's config that come
+  from the latents.
+
+  Attributes:
+    name: of the array of a latent store that holds the conditions.
+  """
+
+  name: ClassVar[str]
+
+  @classmethod
+  @abc.abstractmethod
+  def of_latents(
+    cls, rows: np.ndarray, classes: Sequence[str], path: str
+  ) -> "Conditioning":
+    """That of some latents; ValueError for rows that cannot be.
+
+    Args:
+      rows: the array of the store; none where there is no store yet.
+      classes: names of classes, if the images have any.
+      path: of the store, for messages.
+    """
+
+  @abc.abstractmethod
+  def describe_rows(self, rows: np.ndarray) -> dict[str, Any]:
+    """What a run keeps of what it learned from; `choices` reads it."""
+
+  @abc.abstractmethod
+  def abstract(self, b: int) -> Condition:
+    """Shapes and dtypes of a batch."""
+
+  @abc.abstractmethod
+  def null(self, condition: Condition) -> Condition:
+    """What stands for no condition, as many rows of it."""
+
+  @abc.abstractmethod
+  def examples(self, count: int) -> Condition:
+    """Those that samples are shown for during training, as numpy arrays."""
+
+  @abc.abstractmethod
+  def check_chosen(self, chosen: Sequence[Any]) -> None:
+    """Raises ValueError for choices of a user that are not of this kind."""
+
+  @abc.abstractmethod
+  def choices(
+    self, chosen: Sequence[Any], learned: dict[str, Any]
+  ) -> Condition:
+    """Those that samples are drawn for: all that are chosen, or were learned.
+
+    Raises:
+      ValueError: one that is chosen was not learned.
+    """
+
+  @abc.abstractmethod
+  def shown(self, choices: Condition, count: int) -> Condition:
+    """At most so many different ones of the choices, for a picture."""
+
+  @abc.abstractmethod
+  def like(self, condition: Condition, rows: np.ndarray) -> np.ndarray:
+    """For each row of a condition, a row of a store that has the same."""
+
+  @abc.abstractmethod
+  def file_names(self, condition: Condition) -> list[str]:
+    """For the names of files."""
+
+  @abc.abstractmethod
+  def titles(self, condition: Condition, classes: Sequence[str]) -> list[str]:
+    """For people."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabels(Conditioning):
+  """A class label for each example; the one after the last stands for none.
+
+  Attributes:
+    num_classes: without the null class.
+  """
+
+  num_classes: int
+  name: ClassVar[str] = "labels"
+
+  def __post_init__(self):
+    if self.num_classes < 1:
+      raise ValueError(
+        f"num_classes={self.num_classes} is below 1; give 1, and every image "
+        "the label 0, for data without classes"
+      )
+
+  @classmethod
+  def of_latents(
+    cls, rows: np.ndarray, classes: Sequence[str], path: str
+  ) -> "ClassLabels":
+    least, most = rows.min(initial=0), rows.max(initial=0)
+    if least < 0 or (classes and most >= len(classes)):
+      raise ValueError(
+        f"{path} has labels from {least} to {most}, and {len(classes)} "
+        "classes; labels count from 0: export it again"
+      )
+    count = len(classes) or int(most) + 1
+    empty = count - len(np.unique(rows))
+    if len(rows) and empty:
+      _LOG.warning("%d of %d classes of %s have no latents", empty, count, path)
+    return cls(count)
+
+  def describe_rows(self, rows: np.ndarray) -> dict[str, Any]:
+    counts = np.bincount(rows, minlength=self.num_classes)
+    return {"rows_of_classes": counts.tolist()}
+
+  def abstract(self, b: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((b,), jnp.int32)
+
+  def null(self, condition: Int[Array, " b"]) -> Int[Array, " b"]:
+    return jnp.full_like(condition, self.num_classes)
+
+  def examples(self, count: int) -> np.ndarray:
+    """The classes in turn."""
+    return (np.arange(count) % self.num_classes).astype(np.int32)
+
+  def check_chosen(self, chosen: Sequence[Any]) -> None:
+    for label in chosen:
+      if type(label) is not int or not 0 <= label < self.num_classes:
+        raise ValueError(
+          f"class {label!r} in config.classes is not from 0 to "
+          f"{self.num_classes - 1}, the classes of the model"
+        )
+
+  def choices(
+    self, chosen: Sequence[Any], learned: dict[str, Any]
+  ) -> np.ndarray:
+    self.check_chosen(chosen)
+    rows = learned["rows_of_classes"]
+    for label in chosen:
+      if not rows[label]:
+        raise ValueError(
+          f"class {label} in config.classes had no latents: the run did not "
+          "learn it"
+        )
+    return np.array(list(chosen) or np.flatnonzero(rows), np.int32)
+
+  def shown(self, choices: np.ndarray, count: int) -> np.ndarray:
+    """Evenly spread, in order."""
+    known = np.unique(choices)
+    places = np.linspace(0, len(known) - 1, min(count, len(known)))
+    return known[places.astype(int)]
+
+  def like(self, condition: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.array([np.flatnonzero(rows == label)[0] for label in condition])
+
+  def file_names(self, condition: np.ndarray) -> list[str]:
+    return [f"class_{label}" for label in condition]
+
+  def titles(self, condition: np.ndarray, classes: Sequence[str]) -> list[str]:
+    if not classes:
+      return [f"{label}" for label in condition]
+    return [pathlib.PurePath(classes[label]).stem[:16] for label in condition]
+
+
+def dropped(
+  conditioning: Conditioning, key: Array, condition: Condition, rate: float
+) -> Condition:
+  """Rows of a condition replaced by none at random, for guidance later.
+
+  Args:
+    conditioning: its kind.
+    key: of what is random.
+    condition: of the examples.
+    rate: part of the rows that are replaced.
+  """
+  rows = len(jax.tree.leaves(condition)[0])
+  drop = jax.random.bernoulli(key, rate, (rows,))
+  return jax.tree.map(
+    lambda x, null: jnp.where(drop.reshape(-1, *[1] * (x.ndim - 1)), null, x),
+    condition,
+    conditioning.null(condition),
+  )
+
+
+def drawn(
+  choices: Condition, number: int, size: int, seed: int | None = None
+) -> Condition:
+  """A batch of some choices.
+
+  Args:
+    choices: a condition, a row for each choice.
+    number: of the batch; those of other numbers go on with the choices.
+    size: rows of a batch.
+    seed: draws at random, with replacement; None: in turn.
+  """
+  count = len(jax.tree.leaves(choices)[0])
+  places = np.arange(number * size, (number + 1) * size) % count
+  if seed is not None:
+    rng = np.random.default_rng((seed, number))
+    places = rng.integers(count, size=size)
+  return jax.tree.map(lambda x: x[places], choices)

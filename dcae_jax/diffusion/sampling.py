@@ -1,0 +1,63 @@
+"""A latent diffusion model as a whole, and samples of it: noise to latents."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dcae_jax.diffusion import conditioning, guidance, objectives, samplers
+from dcae_jax.diffusion.denoisers import families as denoisers
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentDiffusion:
+  """A denoiser, what it learns, and how it is sampled.
+
+  Attributes:
+    denoiser: of the table of denoisers.
+    objective: what it learns.
+    sampler: from noise to latents.
+    steps: of the sampler.
+    interval: of guidance, see `guidance.guided`.
+  """
+
+  denoiser: denoisers.Module
+  objective: objectives.Objective
+  sampler: samplers.Sampler
+  steps: int
+  interval: tuple[float, float] | None = None
+
+  @property
+  def conditioning(self) -> conditioning.Conditioning:
+    return self.denoiser.conditioning
+
+  def sample_function(
+    self, scale: float, sharding: jax.sharding.Sharding
+  ) -> Callable[..., jax.Array]:
+    """`(variables, key, condition) -> z_0 [b, h, w, c]`, scaled; not jitted.
+
+    Args:
+      scale: of guidance.
+      sharding: of the latents while they are drawn; values do not depend on it.
+    """
+    shape = (*self.denoiser.latent_size, self.denoiser.latent_channels)
+
+    def sample(variables: Any, key: jax.Array, condition: Any) -> jax.Array:
+      noise_key, sampler_key = jax.random.split(key)
+      rows = len(jax.tree.leaves(condition)[0])
+      z = jax.random.normal(noise_key, (rows, *shape), jnp.float32)
+      z = jax.lax.with_sharding_constraint(z, sharding)
+      model_fn = guidance.guided(
+        lambda *inputs: self.denoiser.apply(variables, *inputs),
+        condition,
+        self.conditioning.null(condition),
+        scale,
+        self.interval,
+      )
+      return self.sampler.sample(
+        self.objective, model_fn, sampler_key, z, self.steps
+      )
+
+    return sample

@@ -1,0 +1,220 @@
+"""How a latent store lies on disk: its arrays, its manifest, its strings.
+
+  zarr.json        a zarr3 group of arrays, each row an image, in dataset order:
+  latents/         [n, h / f, w / f, c] not scaled, sharded
+  latents_flipped/ the same of the mirrored images, if they were asked for
+  labels/          [n] int32; a condition: what a denoiser is told of each image
+  keys/            [n] file names or ids, strings
+  manifest.json    what it is; written last: without it nothing is finished
+  progress/        until then: what is exported, which images can be read,
+                   which shards are finished
+
+A shard is an object of each array.
+"""
+
+import dataclasses
+import hashlib
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from dcae_jax.runs import storage
+
+FORMAT = {"format": "dcae_jax.latents", "format_version": 1}
+VIEWS = ("latents", "latents_flipped")
+DTYPES = {
+  "float32": np.dtype(np.float32),
+  "float16": np.dtype(np.float16),
+  "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+CHUNK_ROWS = 16  # read at once
+MANIFEST, IDENTITY = "manifest.json", "progress/identity.json"
+_SHARD_ROWS = 1024  # written at once: 16 MB of f64c128 at 512 px
+_SHARD_BYTES = 2**26
+# What readers rely on.
+_NEEDED = (
+  "count", "shape", "dtype", "views", "classes", "shards", "scaling_factor",
+  "shift_factor", "metadata_sha256",
+)  # fmt: skip
+
+
+class Column(NamedTuple):
+  """A row of a condition's array."""
+
+  shape: tuple[int, ...]
+  dtype: str
+
+
+LABELS = {"labels": Column((), "int32")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The arrays of a store.
+
+  Attributes:
+    rows: of each array.
+    shape: of a latent, [h / f, w / f, c].
+    dtype: of the latents, a key of `DTYPES`.
+    views: of `VIEWS`.
+    shard_rows: rows of a shard; the last one may have fewer.
+    conditions: by the name of their arrays.
+  """
+
+  rows: int
+  shape: tuple[int, ...]
+  dtype: str
+  views: tuple[str, ...]
+  shard_rows: int
+  conditions: Mapping[str, Column] = dataclasses.field(
+    default_factory=LABELS.copy
+  )
+
+  @property
+  def shards(self) -> int:
+    return -(-self.rows // self.shard_rows)
+
+  @property
+  def metadata_keys(self) -> list[str]:
+    """Of what zarr reads first."""
+    arrays = (*self.views, *self.conditions, "keys")
+    return ["zarr.json", *(f"{name}/zarr.json" for name in arrays)]
+
+  def objects(self, shard: int) -> set[str]:
+    """The keys of a shard's objects."""
+    shapes = {view: self.shape for view in self.views}
+    shapes |= {name: column.shape for name, column in self.conditions.items()}
+    return {f"keys/c/{shard}"} | {
+      f"{name}/c/{shard}" + "/0" * len(shape) for name, shape in shapes.items()
+    }
+
+  def arrays(self) -> dict[str, dict[str, Any]]:
+    """The metadata of the arrays of numbers."""
+    stored = "uint16" if self.dtype == "bfloat16" else self.dtype
+    latents = self._array(Column(self.shape, stored))
+    latents["attributes"] = {"dtype": self.dtype}
+    return {view: latents for view in self.views} | {
+      name: self._array(column) for name, column in self.conditions.items()
+    }
+
+  def _array(self, column: Column) -> dict[str, Any]:
+    """A sharded zarr3 array, its chunks plain with a checksum."""
+    plain = [
+      {"name": "bytes", "configuration": {"endian": "little"}},
+      {"name": "crc32c"},
+    ]
+    sharding = {
+      "chunk_shape": [CHUNK_ROWS, *column.shape],
+      "codecs": plain,
+      "index_codecs": plain,
+      "index_location": "start",  # not every server knows ranges from the end
+    }
+    return {
+      "shape": [self.rows, *column.shape],
+      "data_type": column.dtype,
+      "chunk_grid": _grid(self.shard_rows, *column.shape),
+      "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+      "fill_value": 0,
+    }
+
+  def keys_array(self) -> dict[str, Any]:
+    """The metadata of the keys.
+
+    tensorstore has no strings; zarr's own codec for them is a simple one.
+    """
+    return {
+      "zarr_format": 3,
+      "node_type": "array",
+      "shape": [self.rows],
+      "data_type": "string",
+      "chunk_grid": _grid(self.shard_rows),
+      "chunk_key_encoding": {"name": "default"},
+      "codecs": [{"name": "vlen-utf8"}],
+      "fill_value": "",
+      "attributes": {},
+    }
+
+
+def _grid(*shape: int) -> dict[str, Any]:
+  return {"name": "regular", "configuration": {"chunk_shape": list(shape)}}
+
+
+def block_size(total: int, row_bytes: int = 1) -> int:
+  """Rows of a shard, a multiple of `CHUNK_ROWS`.
+
+  At most 1024 and 64 MB, fewer where there would be fewer than 64 shards.
+  """
+  most = min(_SHARD_ROWS, _SHARD_BYTES // row_bytes)
+  rows = min(most, -(-total // 64))
+  return max(1, -(-rows // CHUNK_ROWS)) * CHUNK_ROWS
+
+
+def read_manifest(place: storage.Storage) -> dict[str, Any]:
+  """The manifest of a finished store.
+
+  Raises:
+    ValueError: there is none, or it is of another format.
+  """
+  manifest = place.read_json(MANIFEST)
+  if manifest is None and place.read(IDENTITY) is not None:
+    raise ValueError(
+      f"{place.path} is not finished; run its export again, which goes on "
+      "where it was"
+    )
+  if manifest is None:
+    raise ValueError(f"{place.path} is no latent store: it has no {MANIFEST}")
+  if {key: manifest.get(key) for key in FORMAT} != FORMAT:
+    raise ValueError(
+      f"{place.path}/{MANIFEST} is not of {FORMAT['format']}, version "
+      f"{FORMAT['format_version']}"
+    )
+  check_keys(f"{place.path}/{MANIFEST}", manifest, _NEEDED)
+  if manifest["dtype"] not in DTYPES or not manifest["views"]:
+    raise ValueError(f"{place.path}/{MANIFEST} is damaged: dtype or views")
+  # Stores were made before that had labels, and did not say so.
+  return {"conditions": list(LABELS)} | manifest
+
+
+def check_keys(path: str, values: dict[str, Any], needed: tuple[str, ...]):
+  """Raises ValueError where JSON that was read lacks one of the keys."""
+  missing = [key for key in needed if values.get(key) is None]
+  if missing:
+    raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}")
+
+
+def as_stored(latents: np.ndarray) -> np.ndarray:
+  """zarr in Python knows no bfloat16: its bits."""
+  is_bfloat16 = latents.dtype == DTYPES["bfloat16"]
+  return latents.view(np.uint16) if is_bfloat16 else latents
+
+
+def sha256(data: np.ndarray | bytes) -> str:
+  if isinstance(data, np.ndarray):
+    data = np.ascontiguousarray(data).view(np.uint8).data
+  return hashlib.sha256(data).hexdigest()
+
+
+def encode_strings(texts: list[str], count: int) -> bytes:
+  """zarr's vlen-utf8: a count, then each string after its length."""
+  texts = [*texts, *[""] * (count - len(texts))]
+  parts = [struct.pack("<I", count)]
+  for text in texts:
+    data = text.encode("utf-8", "backslashreplace")
+    parts += [struct.pack("<I", len(data)), data]
+  return b"".join(parts)
+
+
+def decode_strings(data: bytes) -> list[str]:
+  """Inverse of `encode_strings`; ValueError for what is damaged."""
+  try:
+    (count,), position, texts = struct.unpack_from("<I", data), 4, []
+    for _ in range(count):
+      (length,) = struct.unpack_from("<I", data, position)
+      position += 4 + length
+      texts.append(data[position - length : position].decode())
+  except (struct.error, UnicodeDecodeError) as error:
+    raise ValueError(f"keys are damaged: {error}") from error
+  return texts

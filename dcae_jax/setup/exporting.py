@@ -1,0 +1,215 @@
+"""From config to an export of latents: source, store, encoder."""
+
+import functools
+import os
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from dcae_jax.autoencoder import autoencoder, families
+from dcae_jax.autoencoder.weights import conversion
+from dcae_jax.data import decoding, images, sources
+from dcae_jax.latents import encode, layout, rows, store
+from dcae_jax.latents import export as latent_export
+from dcae_jax.nn import precision
+from dcae_jax.runs import versions
+from dcae_jax.setup import image_sources, keys, models
+
+
+def check(config: ConfigDict) -> None:
+  """Raises ValueError for a config that cannot be run; reads descriptions."""
+  if not config.init_from:
+    raise ValueError(
+      "config.init_from is empty; name a run, a folder or file of released "
+      "weights, or a hub id"
+    )
+  keys.check(config)
+  if config.dtype not in layout.DTYPES:
+    raise ValueError(
+      f"config.dtype={config.dtype!r} is not among {', '.join(layout.DTYPES)}"
+    )
+  if config.shard_rows % layout.CHUNK_ROWS:
+    raise ValueError(
+      f"config.shard_rows={config.shard_rows} is not a multiple of "
+      f"{layout.CHUNK_ROWS}"
+    )
+  precision.check_dtype(config.compute_dtype)
+  images.Cropping(config.crop, config.resolution)
+  if config.crops_per_image > 1 and config.crop == "dm_crop":
+    raise ValueError(
+      f"config.crops_per_image={config.crops_per_image} of config.crop=dm_crop "
+      "would all be the same; use random_crop or random_resized_crop"
+    )
+  if _is_import(config) and (config.flip or config.crops_per_image > 1):
+    raise ValueError(
+      "config.flip and config.crops_per_image need images; the source is of "
+      "kind 'npy', latents"
+    )
+  decoding.check_channels(models.identity_of(config.init_from).image_channels)
+  latent_shape(config)
+
+
+def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
+  """[h, w, c] of the latents; ValueError for a resolution that does not fit."""
+  model = models.identity_of(config.init_from)
+  variant = families.of_model(model["variant"], model["architecture"])
+  compression = variant.spatial_compression * config.space_to_channel
+  network.check_side(config.resolution, compression)
+  side = config.resolution // compression
+  return side, side, variant.latent_channels * config.space_to_channel**2
+
+
+def _is_import(config: ConfigDict) -> bool:
+  return config.source.kind == "npy"
+
+
+def open_source(config: ConfigDict) -> sources.Source:
+  """The images, or latents, that are exported."""
+  if _is_import(config):
+    source = sources.latent_files(config.source.path)
+    source = image_sources.part_of(source, config.source)
+  else:
+    source = image_sources.single_source(config.source)
+  if not config.class_per_image:
+    return source
+  return sources.ClassPerImage(
+    source, sources.limited(source, config.max_images)
+  )
+
+
+def open_store(config: ConfigDict, workdir: epath.Path) -> store.LatentStore:
+  """Where the latents go; this process may write there.
+
+  Raises:
+    ValueError: it holds something else, or is the work directory.
+    OSError: no such bucket, no permission, no answer.
+  """
+  output = config.output or os.fspath(workdir / "latents")
+  if epath.Path(output).expanduser() == workdir:
+    raise ValueError(
+      f"config.output={output} is --workdir; use a place of its own for the "
+      "store"
+    )
+  place = store.LatentStore(output, retries=config.retries)
+  place.check_writable(jax.process_index())
+  return place
+
+
+def load_autoencoder(config: ConfigDict) -> autoencoder.Autoencoder:
+  """What encodes, with the scaling factor that is given."""
+  return autoencoder.load(
+    config.init_from,
+    scaling_factor=config.scaling_factor or None,
+    dtype=config.compute_dtype,
+    space_to_channel=config.space_to_channel,
+  )
+
+
+def create(
+  config: ConfigDict,
+  place: store.LatentStore,
+  source: sources.Source,
+  ae: autoencoder.Autoencoder,
+) -> latent_export.Export:
+  """The export of a source into a store."""
+  side = config.resolution // ae.spatial_compression
+  shape = (side, side, ae.latent_channels)
+  views = layout.VIEWS[: 1 + config.flip]
+  dtype = layout.DTYPES[config.dtype]
+  if _is_import(config):
+    if ae.scaling_factor is None:
+      raise ValueError(
+        "the scaling factor that the latents were multiplied by is not known; "
+        "give it, config.scaling_factor=..."
+      )
+    source_rows = rows.LatentFiles(
+      source,
+      shape,
+      scaling_factor=ae.scaling_factor,
+      shift_factor=ae.shift_factor,
+    )
+    encoder = lambda group_size: encode.converted(views[0], dtype)
+  else:
+    source_rows = rows.Crops(
+      source,
+      images.Decoding(
+        ae.image_channels,
+        min_size=config.min_size,
+        max_megapixels=config.max_megapixels,
+      ),
+      images.Cropping(config.crop, config.resolution, config.min_area),
+      per_image=config.crops_per_image,
+      seed=config.seed,
+    )
+    encoder = functools.partial(
+      encode.compiled, ae, views, dtype, config.resolution
+    )
+  return latent_export.Export(
+    place,
+    source_rows,
+    sources.limited(source, config.max_images),
+    shape,
+    config.dtype,
+    views,
+    encoder,
+    group_size=config.batch_size_per_device,
+    shard_rows=config.shard_rows,
+    threads=config.threads,
+  )
+
+
+def identity(
+  config: ConfigDict,
+  export: latent_export.Export,
+  ae: autoencoder.Autoencoder,
+) -> dict[str, Any]:
+  """What must be the same for an export to go on with a store.
+
+  None stands for what it will find out itself.
+  """
+  source = export.rows.source
+  return {
+    "autoencoder": {
+      "variant": ae.variant,
+      "image_channels": ae.image_channels,
+      "spatial_compression": ae.spatial_compression,
+      "latent_channels": ae.latent_channels,
+      "space_to_channel": config.space_to_channel,
+      "compute_dtype": config.compute_dtype,
+      "encoder_sha256": conversion.fingerprint(
+        encode.encoder_variables(ae.variables)
+      ),
+    },
+    "scaling_factor": ae.scaling_factor,
+    "shift_factor": ae.shift_factor,
+    "resolution": config.resolution,
+    "crop": export.rows.description,
+    "views": list(export.views),
+    "dtype": config.dtype,
+    "shard_rows": config.shard_rows or None,
+    "source": {
+      "kind": config.source.kind,
+      "images": export.images,
+      "fingerprint": source.fingerprint(),
+    },
+  }
+
+
+def description(
+  config: ConfigDict, export: latent_export.Export, ae: autoencoder.Autoencoder
+) -> dict[str, Any]:
+  """What the manifest says of an export that is known before it."""
+  described = identity(config, export, ae)
+  described["autoencoder"] |= {
+    "init_from": _found_again(config.init_from),
+    "weights_sha256": conversion.fingerprint(ae.variables),
+  }
+  return described | {"versions": versions.versions()}
+
+
+def _found_again(path: str) -> str:
+  """`init_from`, so that others find it from elsewhere."""
+  local = os.path.abspath(os.path.expanduser(path))
+  return local if "://" not in path and os.path.exists(local) else path

@@ -1,0 +1,141 @@
+"""A denoiser and a kind of condition of one's own: one line in the table."""
+
+import dataclasses
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import fill_store
+from etils import epath
+
+from configs import base
+from dcae_jax.diffusion import conditioning
+from dcae_jax.diffusion.denoisers import families as denoisers
+from dcae_jax.latents import reader
+from dcae_jax.setup import denoising
+from dcae_jax.tasks import evaluate_diffusion, train_diffusion
+
+PRIMARIES = np.eye(3, dtype=np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tints(conditioning.Conditioning):
+  """A colour of three numbers, which is black for none."""
+
+  name: ClassVar[str] = "tints"
+
+  @classmethod
+  def of_latents(cls, rows, classes, path):
+    return cls()
+
+  def describe_rows(self, rows):
+    return {}
+
+  def abstract(self, b):
+    return jax.ShapeDtypeStruct((b, 3), jnp.float32)
+
+  def null(self, condition):
+    return jnp.zeros_like(condition)
+
+  def examples(self, count):
+    return conditioning.drawn(PRIMARIES, 0, count)
+
+  def check_chosen(self, chosen):
+    assert not chosen
+
+  def choices(self, chosen, learned):
+    return PRIMARIES
+
+  def shown(self, choices, count):
+    return choices[:count]
+
+  def like(self, condition, rows):
+    return np.square(rows[None] - condition[:, None]).sum(2).argmin(1)
+
+  def file_names(self, condition):
+    return [f"tint_{row.argmax()}" for row in condition]
+
+  def titles(self, condition, classes):
+    return ["red", "green", "blue"][: len(condition)]
+
+
+class Blend(nn.Module):
+  """A denoiser that is linear in latents, time and tint."""
+
+  width: int
+  conditioning: Tints
+  latent_size: tuple[int, int]
+  latent_channels: int
+  patch_size: int = 1
+  rematerialisation: bool = False
+  dtype: str = "float32"
+
+  @property
+  def forward_macs(self):
+    return 1
+
+  @nn.compact
+  def __call__(self, z, t, condition):
+    told = jnp.concatenate([condition, t[:, None] / 1000], axis=1)
+    told = nn.Dense(self.width, name="told")(told)
+    x = nn.Dense(self.width, name="project_in")(z) + told[:, None, None]
+    return nn.Dense(self.latent_channels, name="project_out")(x)
+
+
+@pytest.fixture
+def table(monkeypatch):
+  kind = denoisers.Denoiser(Blend, {"small": {"width": 8}}, Tints)
+  monkeypatch.setitem(denoisers.DENOISERS, "Blend", kind)
+
+
+def test_a_denoiser_and_a_condition_are_a_line_in_the_table(
+  table, tiny_autoencoder, tiny_diffusion, compilation_cache, tmp_path
+):
+  """They are trained from a store with such an array, drawn and shown."""
+  labels = np.arange(32, dtype=np.int32) % 3
+  store = fill_store(
+    tmp_path / "store", tiny_autoencoder, labels, 3, tints=PRIMARIES[labels]
+  )
+  assert reader.Latents(store).conditions == ("labels", "tints")
+  run = epath.Path(tmp_path / "run")
+  changes = {"model.variant": "Blend-small", "samples.count": 3}
+  c = tiny_diffusion(latents=store, steps=2, **changes)
+  assert train_diffusion.run(c, run)
+  assert len(list(run.glob("samples/samples_*2.png"))) == 1
+  c = base.evaluate_diffusion()
+  c.init_from, c.metrics, c.guidance = str(run), (), (2.0,)
+  c.samples, c.batch_size, c.compilation_cache = 10, 8, compilation_cache
+  c.picture.classes, c.picture.latents = 2, store
+  assert evaluate_diffusion.run(c, epath.Path(tmp_path / "samples"))
+  names = {x.name[:7] for x in (tmp_path / "samples/images").glob("*/*_tint_*")}
+  assert names == {f"{i:07d}" for i in range(10)}
+  assert (tmp_path / "samples/samples.png").exists()
+
+
+def test_a_store_without_the_condition_is_refused(
+  table, tiny_diffusion, tmp_path
+):
+  c = tiny_diffusion(**{"model.variant": "Blend-small"})
+  with pytest.raises(ValueError, match=r"has no tints, .* it has labels"):
+    denoising.open_store(c)
+
+
+def test_dropped_rows_are_null_and_the_others_stay():
+  labels = jnp.arange(1000) % 7
+  kind = conditioning.ClassLabels(7)
+  key = jax.random.key(0)
+  found = conditioning.dropped(kind, key, labels, 0.25)
+  is_null = np.asarray(found == 7)
+  assert 0.2 < is_null.mean() < 0.3
+  np.testing.assert_array_equal(found[~is_null], labels[~is_null])
+  tints = jnp.ones((1000, 3))
+  found = conditioning.dropped(Tints(), key, tints, 0.25)
+  np.testing.assert_array_equal(found, np.where(is_null[:, None], 0, tints))
+
+
+def test_labels_that_cannot_be_are_refused():
+  with pytest.raises(ValueError, match="num_classes=0 is below 1"):
+    conditioning.ClassLabels(0)
