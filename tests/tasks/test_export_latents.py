@@ -492,7 +492,7 @@ def _end(process) -> str:
 # Kills the process at its n-th write of a shard's record.
 _KILL = """
 import os, signal
-from dcae_jax.data import storage
+from dcae_jax.runs import storage
 write, seen = storage.Storage.write_json, []
 def stop(self, key, value):
   if 'shards' in key:
