@@ -4,16 +4,24 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The last two make compiling three times faster; subprocesses inherit them.
+# The last three make compiling six times faster; subprocesses inherit them.
 os.environ["XLA_FLAGS"] = " ".join(
   [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
   ]
 )
+# Workers and subprocesses inherit them, too, and compile nothing twice. Who
+# names a directory keeps what is in it for the next session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _COMPILED = tempfile.TemporaryDirectory(prefix="dcae_jax_compiled_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jaxtyping
 
@@ -69,8 +77,8 @@ def photographs(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory) -> str:
-  return str(tmp_path_factory.mktemp("compiled"))
+def compilation_cache() -> str:
+  return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="session")

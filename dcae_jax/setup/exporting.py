@@ -8,7 +8,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.autoencoder import autoencoder, families
+from dcae_jax.autoencoder import autoencoder, network
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.data import decoding, images, sources
 from dcae_jax.latents import encode, layout, rows, store
@@ -53,8 +53,7 @@ def check(config: ConfigDict) -> None:
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
   """[h, w, c] of the latents; ValueError for a resolution that does not fit."""
-  model = models.identity_of(config.init_from)
-  variant = families.of_model(model["variant"], model["architecture"])
+  variant, _ = models.variant_of(config.init_from)
   compression = variant.spatial_compression * config.space_to_channel
   network.check_side(config.resolution, compression)
   side = config.resolution // compression

@@ -26,7 +26,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   config = chained(config, workdir)
   config.training = keys.for_device(config.training, jax.default_backend())
   trained = check(config)
-  start.begin(config, workdir)
+  start.check_work_directory(config, workdir)
   start.check_work_directory(trained, workdir / "training")
   start.write_config(config, workdir)
   sigterm = loop.Sigterm(each_alone=True)

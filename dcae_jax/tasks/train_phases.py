@@ -29,7 +29,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     for name in _PHASES:
       if not config[name].model.variant:
         config[name].model.update(model._asdict())
-  start.begin(config, workdir)
+  start.check_work_directory(config, workdir)
   for name in _PHASES:
     is_first = name == _PHASES[0]
     autoencoder_training.build(

@@ -8,7 +8,7 @@ _PROGRAM = """
 import resource
 import jax
 import jax.numpy as jnp
-from dcae_jax import host_memory
+from dcae_jax.runs import host_memory
 
 if {keep}:
   host_memory.keep_freed()

@@ -221,16 +221,22 @@ def test_a_run_measures_the_kl_loss_and_evaluates_the_mean(phase_1):
   assert {"eval/psnr", "eval/ssim", "scaling_factor"} <= result.keys()
 
 
-def test_interrupted_and_resumed_ends_with_the_same_bits(
-  own_config, own_run, tmp_path
-):
-  """Samples, too, are those of their step."""
-  assert _run(own_config(steps=2), tmp_path)
-  assert _run(own_config(), tmp_path)
-  _assert_same_bits(_saved(own_run), _saved(tmp_path))
-  key = "train/loss/kl"
-  runs = [[x[key] for x in _lines(d) if key in x] for d in (own_run, tmp_path)]
-  assert runs[0] == runs[1]
+def test_muon_and_samples_resume_with_the_same_bits(own_config, tmp_path):
+  """With means over two steps that end at the interruption."""
+  changes = {"optimizer.kind": "muon", "log_every": 2}
+  assert _run(own_config(**changes), tmp_path / "whole")
+  assert _run(own_config(steps=2, **changes), tmp_path / "resumed")
+  assert _run(own_config(**changes), tmp_path / "resumed")
+  saved = _saved(tmp_path / "whole")
+  _assert_same_bits(saved, _saved(tmp_path / "resumed"))
+  assert sum("/muon/" in name and "/mu/" in name for name in saved) > 20
+  for key in ("train/loss/kl", "train/loss/l1"):
+    runs = [
+      {x["step"]: x[key] for x in _lines(tmp_path / name) if key in x}
+      for name in ("whole", "resumed")
+    ]
+    assert list(runs[0]) == [2, 4] and runs[0] == runs[1]
+    assert runs[0][4] != runs[0][2]
 
 
 def test_samples_are_the_same_on_any_mesh(own_config, own_run, tmp_path):
