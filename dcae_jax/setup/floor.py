@@ -9,12 +9,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import block_pca
 from dcae_jax.data import crops, images, sources
 from dcae_jax.runs import work_directory
-from dcae_jax.setup import image_sources
+from dcae_jax.setup import image_sources, keys
 
 _LOG = logging.getLogger(__name__)
 NAME = "floor: block PCA"  # of its row in tables and pictures
@@ -43,7 +42,7 @@ def of_run(run: str) -> Material:
   Raises:
     ValueError: there is no such run, or its source is not here.
   """
-  config = ConfigDict(work_directory.read_run_config(run))
+  config = keys.completed(work_directory.read_run_config(run))
   c = config.data
   return Material(
     image_sources.weighted_sources(c.source),

@@ -227,7 +227,7 @@ def open_model(
     ValueError: a sampler or classes that do not fit.
   """
   try:
-    trained = ConfigDict(trained)
+    trained = keys.completed(trained)
     given = {k: v for k, v in config.sampler.items() if v is not None}
     sampler = ConfigDict(trained.sampler.to_dict() | given)
     model = denoising.create(trained.model, trained.objective, sampler)
