@@ -34,6 +34,10 @@ class Options:
   def __post_init__(self):
     precision.check_dtype(self.dtype)
 
+  def wrap(self, block: type[nn.Module]) -> type[nn.Module]:
+    """The class of a block, recomputed in the backward pass if that is on."""
+    return nn.remat(block) if self.rematerialisation else block
+
 
 class Network(nn.Module):
   """An autoencoder: `encode`, `decode`, or both by a call.

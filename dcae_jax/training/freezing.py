@@ -16,10 +16,11 @@ Tree = Any
 def parameter_paths(parameters: Tree) -> list[str]:
   """The paths of all leaves, in the tree's own order."""
   leaves, _ = jax.tree.flatten_with_path(parameters)
-  return [_path(path) for path, _ in leaves]
+  return [path_of(path) for path, _ in leaves]
 
 
-def _path(keys: tuple[Any, ...]) -> str:
+def path_of(keys: tuple[Any, ...]) -> str:
+  """A leaf's keys in its tree as a path, such as "encoder/stage_1"."""
   return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
@@ -43,7 +44,8 @@ def trainable_mask(parameters: Tree, patterns: tuple[str, ...]) -> Tree:
         f"{', '.join(modules)}, and what is below them"
       )
   return jax.tree.map_with_path(
-    lambda keys, _: any(_matches(_path(keys), p) for p in patterns), parameters
+    lambda keys, _: any(_matches(path_of(keys), p) for p in patterns),
+    parameters,
   )
 
 

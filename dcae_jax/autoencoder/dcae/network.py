@@ -21,6 +21,7 @@ from dcae_jax.autoencoder.dcae import (
   variants,
 )
 from dcae_jax.nn import convolution, normalization
+from dcae_jax.training import freezing
 
 ACTIVATIONS = {
   "silu": jax.nn.silu,
@@ -61,14 +62,13 @@ def _apply_blocks(
   are stacked for the length of the call, and the compiler sees one block in a
   loop, not each of them: it is faster, and the program is smaller.
   """
-  wrap = nn.remat if options.rematerialisation else lambda block: block
 
   def create(**place):
     if stage.block == "res":
-      return wrap(ResBlock)(
+      return options.wrap(ResBlock)(
         stage.norm, stage.activation, options.dtype, **place
       )
-    return wrap(efficientvit.EfficientViTBlock)(
+    return options.wrap(efficientvit.EfficientViTBlock)(
       stage.scales, stage.norm, stage.head_dim, options.dtype, **place
     )
 
@@ -292,12 +292,10 @@ def with_branch_scale(parameters: Any, scale: float) -> Any:
   each block starts as the identity, and so the network as its resampling. Other
   parameters stay as they are.
   """
-  return jax.tree.map_with_path(
-    lambda keys, x: jnp.full_like(x, scale) if _is_branch_scale(keys) else x,
-    parameters,
-  )
 
+  def scaled(keys, x):
+    path = freezing.path_of(keys)
+    ends_branch = "/block_" in path and path.endswith("/norm/scale")
+    return jnp.full_like(x, scale) if ends_branch else x
 
-def _is_branch_scale(keys: tuple[Any, ...]) -> bool:
-  path = jax.tree_util.keystr(keys, simple=True, separator="/")
-  return "/block_" in path and path.endswith("/norm/scale")
+  return jax.tree.map_with_path(scaled, parameters)

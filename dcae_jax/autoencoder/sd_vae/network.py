@@ -116,7 +116,7 @@ class Stage(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-    wrap = nn.remat if self.options.rematerialisation else lambda module: module
+    wrap = self.options.wrap
     settings = (self.groups, self.options.dtype)
     for i in range(self.depth):
       x = wrap(ResBlock)(self.width, *settings, name=f"block_{i}")(x)
@@ -144,7 +144,7 @@ class Middle(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    wrap = nn.remat if self.options.rematerialisation else lambda module: module
+    wrap = self.options.wrap
     width, settings = x.shape[-1], (self.groups, self.options.dtype)
     x = wrap(ResBlock)(width, *settings, name="block_0")(x)
     if self.attends:

@@ -17,6 +17,7 @@ from einops import rearrange
 
 from dcae_jax.autoencoder import families, network
 from dcae_jax.autoencoder.weights import safetensors_files
+from dcae_jax.training import freezing
 
 Tree = Any
 
@@ -223,6 +224,6 @@ def fingerprint(variables: Tree) -> str:
 def _flat(tree: Tree) -> dict[str, Any]:
   """Leaves by their path."""
   return {
-    jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+    freezing.path_of(keys): leaf
     for keys, leaf in jax.tree.leaves_with_path(tree)
   }

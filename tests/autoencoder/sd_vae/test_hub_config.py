@@ -171,7 +171,7 @@ def test_the_file_is_recognised_without_a_config(tmp_path):
   loaded = dcae_jax.load(tmp_path / FILE, scaling_factor=2.0)
   assert loaded.variant == "tiny-sd-vae-f8" and loaded.scaling_factor == 2.0
   (_write(tmp_path) / "config.json").unlink()
-  with pytest.raises(ValueError, match="recognised as a DC-AE or an SD-VAE"):
+  with pytest.raises(ValueError, match="recognised as one of DC-AE, SD-VAE"):
     dcae_jax.load(tmp_path / FILE)
 
 

@@ -244,7 +244,7 @@ def test_variant_is_recognised_without_a_config(write_model, layout):
   assert ae.variant == "tiny-f8" and ae.scaling_factor is None
   folder = write_model(CONFIG, layout)
   (folder / "config.json").unlink()
-  with pytest.raises(ValueError, match="not recognised as a DC-AE"):
+  with pytest.raises(ValueError, match="not recognised as one of DC-AE"):
     dcae_jax.load(folder)
 
 
