@@ -224,10 +224,9 @@ def test_the_readme_is_short():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_rows_of_a_table_have_as_many_cells(page):
-  lines = _text(page).splitlines()
-  for above, line in itertools.pairwise(lines):
-    if above.startswith("| ") and line.startswith("| "):
-      assert above.count("|") == line.count("|"), line
+  for above, line in itertools.pairwise(_text(page).splitlines()):
+    if above.startswith("| ") and line:
+      assert line.startswith("| ") and line.count("|") == above.count("|"), line
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
