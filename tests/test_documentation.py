@@ -202,17 +202,23 @@ def test_files_and_names_that_are_mentioned_exist(page):
     assert hasattr(public, name) or f"  {name}: " in public.__doc__, name
 
 
+def _tree(block):
+  """Of a module; or of one row of a table, `"name": value,`."""
+  is_row = re.match(r'(#.*\n)?"\w+":', block)
+  return ast.parse(f"{{\n{block}}}" if is_row else block)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python_examples_use_what_exists(page):
   for block in _blocks(_text(page), "python"):
     modules = {}
-    for node in ast.walk(ast.parse(block)):
+    for node in ast.walk(_tree(block)):
       if isinstance(node, ast.ImportFrom):
         package = node.module.partition(".")[0]
         for alias in node.names if package in ("configs", "dcae_jax") else ():
           found = pkgutil.resolve_name(f"{node.module}.{alias.name}")
           modules[alias.asname or alias.name] = found
-    for node in ast.walk(ast.parse(block)):
+    for node in ast.walk(_tree(block)):
       if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         owner = modules.get(node.value.id)
         assert owner is None or hasattr(owner, node.attr), ast.unparse(node)
