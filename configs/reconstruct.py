@@ -5,7 +5,7 @@ r"""Your own images through an autoencoder: side by side, with their PSNR.
     --config.input='holiday/*.jpg'
 
 Meant for any machine; on a CPU, f32c32 takes about a minute and a half for a
-megapixel. What it measures is its result.
+megapixel. What is measured is the result.
 """
 
 from configs import base
