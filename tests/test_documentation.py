@@ -1,6 +1,7 @@
 """What README, docs and configs say of commands, keys and names is true."""
 
 import ast
+import functools
 import importlib
 import itertools
 import pkgutil
@@ -15,6 +16,7 @@ from conftest import REPOSITORY
 from ml_collections import ConfigDict, config_flags
 
 import dcae_jax
+from dcae_jax.setup import keys
 
 PAGES = ["README.md"] + sorted(
   str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("docs/*.md")
@@ -71,12 +73,10 @@ def _commands(lines):
       yield [word for word in words if re.match("--[a-z]", word)]
 
 
-def _module(arguments):
-  return next(
-    word.removeprefix("--config=").removesuffix(".py").replace("/", ".")
-    for word in arguments
-    if word.startswith("--config=")
-  )
+@functools.cache
+def _defaults(file):
+  name = file.removesuffix(".py").replace("/", ".")
+  return importlib.import_module(name).get_config()
 
 
 def _check_tuples(config, defaults):
@@ -102,7 +102,8 @@ def _parse(monkeypatch, arguments):
   config_flags.DEFINE_config_file("config", None, "", flag_values=values)
   values(sys.argv)
   config = values.config
-  _check_tuples(config, importlib.import_module(_module(ours)).get_config())
+  keys.check(config)
+  _check_tuples(config, _defaults(values["config"].config_filename))
   for file in config.of.split(",") if config.get("changes") else ():
     changes = config.changes.to_dict()
     _parse(monkeypatch, [f"--config={file}"]).update(changes)
@@ -158,15 +159,13 @@ def test_docstrings_of_configs_have_keys_that_they_take(config, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_keys_in_sentences_exist(page, monkeypatch):
-  keys = set()
-  for config in CONFIGS:
-    keys |= set(_keys(_parse(monkeypatch, [f"--config={config}"])))
-  groups = {key.partition(".")[0] for key in keys if "." in key}
+def test_keys_in_sentences_exist(page):
+  known = {key for config in CONFIGS for key in _keys(_defaults(config))}
+  groups = {key.partition(".")[0] for key in known if "." in key}
   for code in _inline(_text(page)):
     group, _, rest = code.partition(".")
     if group in groups and re.fullmatch(r"[a-z_0-9.]+", rest):
-      assert code in keys or rest in ("json", "png"), f"{code} is no key"
+      assert code in known or rest in ("json", "png"), f"{code} is no key"
 
 
 def _exists(file):
