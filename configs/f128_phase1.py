@@ -5,7 +5,7 @@ r"""DC-AE f128c512, phase 1: low-resolution full training.
     --config.data.source.path=gs://BUCKET/images/train \
     --config.evaluation.source.path=gs://BUCKET/images/val
 
-Meant for v5e:4x8, 32 chips of 16 GiB (planned: README).
+Meant for v5e:4x8, 32 chips of 16 GiB (planned: docs/results.md).
 Expected numbers: not yet measured.
 """
 

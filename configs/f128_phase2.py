@@ -6,7 +6,7 @@ r"""DC-AE f128c512, phase 2: high-resolution latent adaptation.
     --config.data.source.path=gs://BUCKET/images/train \
     --config.evaluation.source.path=gs://BUCKET/images/val
 
-Meant for v5e:4x8, 32 chips of 16 GiB (planned: README).
+Meant for v5e:4x8, 32 chips of 16 GiB (planned: docs/results.md).
 Expected numbers: not yet measured.
 """
 

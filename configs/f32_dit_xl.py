@@ -3,7 +3,7 @@ r"""DiT-XL on latents of f32c32, 256 tokens of a 512 px image.
   python -m dcae_jax.main --config=configs/f32_dit_xl.py --workdir=out \
     --config.latents=gs://bucket/f32_512px
 
-Meant for v5e:4x4, 16 chips of 16 GiB (planned: README).
+Meant for v5e:4x4, 16 chips of 16 GiB (planned: docs/results.md).
 The authors give gFID 9.56 without and
 2.84 with guidance 1.3, ImageNet 512 px, after 3,000,000 steps.
 Here: not yet measured.

@@ -6,7 +6,7 @@ r"""DC-AE f32c32, phase 3: low-resolution local refinement.
     --config.data.source.path=gs://BUCKET/images/train \
     --config.evaluation.source.path=gs://BUCKET/images/val
 
-Meant for v5e:2x4, 8 chips of 16 GiB (planned: README).
+Meant for v5e:2x4, 8 chips of 16 GiB (planned: docs/results.md).
 The paper reports rFID 0.69, PSNR 23.85 dB on ImageNet val at 256 px;
 this configuration: not yet measured.
 """

@@ -3,7 +3,7 @@ r"""UViT-H on latents of f32c32, 256 tokens of a 512 px image.
   python -m dcae_jax.main --config=configs/f32_uvit_h.py --workdir=out \
     --config.latents=gs://bucket/f32_512px
 
-Meant for v5e:4x4, 16 chips of 16 GiB (planned: README).
+Meant for v5e:4x4, 16 chips of 16 GiB (planned: docs/results.md).
 The authors give gFID 9.83 without and
 2.53 with guidance, ImageNet 512 px, after 500,000 steps.
 Here: not yet measured.

@@ -1,4 +1,4 @@
-r"""A released autoencoder adapted to one's own images, phase 2.
+r"""A released autoencoder adapted to your own images, phase 2.
 
   python -m dcae_jax.main --config=configs/finetune_phase2.py \
     --workdir=runs/finetune/phase2 \

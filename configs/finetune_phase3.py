@@ -1,4 +1,4 @@
-r"""A released autoencoder refined on one's own images, phase 3.
+r"""A released autoencoder refined on your own images, phase 3.
 
   python -m dcae_jax.main --config=configs/finetune_phase3.py \
     --workdir=runs/finetune/phase3 \

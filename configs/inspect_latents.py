@@ -1,4 +1,4 @@
-r"""What a latent store holds, whether it is whole, what it looks like.
+r"""What a latent store holds, whether it is intact, what it looks like.
 
   python -m dcae_jax.main --config=configs/inspect_latents.py --workdir=out \
     --config.latents=gs://bucket/f64_512px

@@ -6,7 +6,7 @@ r"""A latent diffusion model of 38 photographs, on a CPU, in minutes.
 Needs the autoencoder of launch/quickstart.sh, runs/quickstart/phase3. Each
 photograph is a class: random crops of it are encoded, a small UViT learns them
 by flow matching, and samples/samples.png shows what it draws of some classes,
-without guidance and with. The measured time and the picture are in README.
+without guidance and with it. What was measured is in docs/results.md.
 """
 
 from configs import base

@@ -1,11 +1,11 @@
-r"""One's own pictures through an autoencoder: side by side, with their PSNR.
+r"""Your own images through an autoencoder: side by side, with their PSNR.
 
   python -m dcae_jax.main --config=configs/reconstruct.py --workdir=out \
     --config.init_from=mit-han-lab/dc-ae-f64c128-in-1.0-diffusers \
     --config.input='holiday/*.jpg'
 
 Meant for any machine; on a CPU, f32c32 takes about a minute and a half for a
-megapixel. Numbers are what it is for: what is measured is written.
+megapixel. What is measured is the result.
 """
 
 from configs import base

@@ -6,8 +6,7 @@ r"""Mean and covariance of Inception features of images, to compute FID with.
     --config.source.split=train
 
 Writes inception_512px.npz, in the layout of pytorch-fid. Meant for any machine;
-1.28 million images want an accelerator. Numbers are what it is for: what is
-measured is written.
+1.28 million images need an accelerator. What is measured is the result.
 """
 
 from configs import base

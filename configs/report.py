@@ -4,8 +4,7 @@ r"""Finished runs and their floor side by side: a picture, a table, curves.
     --config.runs="{'phase1': 'runs/f64/phase1', 'phase3': 'runs/f64/phase3'}" \
     --config.source.path=/data/val
 
-Meant for any machine that holds the model once. Numbers are what it is for:
-none are expected, what is measured is written.
+Meant for any machine that holds the model once. What is measured is the result.
 """
 
 from configs import base
