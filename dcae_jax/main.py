@@ -8,12 +8,13 @@ import errno
 import importlib
 import logging
 import os
-import pathlib
 import sys
 import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
+
+from dcae_jax import errors
 
 TASKS = (
   "train_autoencoder", "train_phases", "report", "reconstruct",
@@ -32,8 +33,8 @@ def main(argv: list[str]) -> int:
     )
   try:
     _run(flags.FLAGS.config, flags.FLAGS.workdir)
-  except (ValueError, FloatingPointError, OSError) as error:
-    if not _is_ours(error):
+  except (errors.UserError, FloatingPointError, OSError) as error:
+    if isinstance(error, OSError) and error.errno is None:
       raise
     advice = ""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -75,11 +76,11 @@ def _run(config, workdir: str | None) -> None:
   logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
   logging.getLogger("dcae_jax").setLevel(logging.INFO)
   if config.task not in TASKS:
-    raise ValueError(
+    raise errors.UserError(
       f"unknown config.task {config.task!r}; known are {', '.join(TASKS)}"
     )
   if workdir is None and config.task not in _WITHOUT_WORKDIR:
-    raise ValueError(
+    raise errors.UserError(
       "--workdir is missing; name a directory, local or gs://, for what is "
       "written"
     )
@@ -106,16 +107,18 @@ def _join_processes() -> None:
   }
   missing = [name for name, value in given.items() if value is None]
   if 0 < len(missing) < len(given):
-    raise ValueError(f"--{missing[0]} is missing; processes need all of them")
+    raise errors.UserError(
+      f"--{missing[0]} is missing; processes need all of them"
+    )
   if (
     not missing
     and not given["coordinator_address"].rpartition(":")[2].isdigit()
   ):
-    raise ValueError(
+    raise errors.UserError(
       f"--coordinator_address={given['coordinator_address']} is not HOST:PORT"
     )
   if not missing and not 0 <= given["process_id"] < given["num_processes"]:
-    raise ValueError(
+    raise errors.UserError(
       f"--process_id={given['process_id']} is not from 0 to "
       f"{given['num_processes'] - 1}"
     )
@@ -126,13 +129,13 @@ def _join_processes() -> None:
   try:
     jax.distributed.initialize(**given)
   except ValueError as error:
-    raise ValueError(
+    raise errors.UserError(
       f"jax cannot find the other processes of this run ({error}); name them "
       "with --coordinator_address, --num_processes and --process_id"
     ) from error
   except RuntimeError as error:
     first = f"{error}".strip().partition("\n")[0]
-    raise ValueError(
+    raise errors.UserError(
       f"the other processes of this run are not there ({first}); start all of "
       "them, with the same --coordinator_address and --num_processes"
     ) from error
@@ -153,14 +156,6 @@ def _is_tpu_host() -> bool:
   import jax  # on a Cloud TPU VM it prefers its TPUs
 
   return (jax.config.jax_platforms or "").split(",")[0] == "tpu"
-
-
-def _is_ours(error: Exception) -> bool:
-  """True where our own code raised it: the message then says it all."""
-  if isinstance(error, OSError):  # a full disk, a directory that is not ours
-    return error.errno is not None
-  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-  return pathlib.Path(__file__).parent in pathlib.Path(raised_in).parents
 
 
 def _fail(message: str) -> int:

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 from conftest import REPOSITORY, run_main
 
-from dcae_jax import main
+from dcae_jax import errors, main
 
 
 def test_the_processes_of_a_slurm_step_find_each_other():
@@ -75,3 +76,30 @@ def test_processes_that_jax_cannot_find_are_to_be_named():
 )  # fmt: skip
 def test_tuples_on_the_command_line_need_no_quotes(text, expected):
   assert main._TupleParser().parse(text) == expected
+
+
+@pytest.mark.parametrize(
+  "raised, status",
+  [
+    (errors.UserError("the side is odd"), 2),
+    (OSError(28, "No space left on device"), 2),
+    (ValueError("zip() argument 2 is shorter than argument 1"), None),
+    (OSError("without a number"), None),
+  ],
+)
+def test_mistakes_of_users_have_a_line_and_bugs_a_traceback(
+  raised, status, monkeypatch, capsys
+):
+  def run(config, workdir):
+    raise raised
+
+  monkeypatch.setattr(main, "_run", run)
+  values = {"config": None, "workdir": None, "distributed": False}
+  values |= {"num_processes": None}
+  monkeypatch.setattr(main.flags, "FLAGS", types.SimpleNamespace(**values))
+  if status is None:
+    with pytest.raises(type(raised)):
+      main.main(["main"])
+    return
+  assert main.main(["main"]) == status
+  assert capsys.readouterr().err.startswith(f"error: {raised}")

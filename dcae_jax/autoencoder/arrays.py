@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import network, quantisation
 
 _TOLERANCE = 1e-3  # of [-1, 1]
@@ -20,7 +21,7 @@ def checked_images(images: ArrayLike, image_channels: int) -> np.ndarray:
       advice = "; channels stand last here: images.transpose(0, 2, 3, 1)"
     elif x.shape[-1] == 4:
       advice = "; composite the alpha channel over a colour first"
-    raise ValueError(
+    raise errors.UserError(
       f"images have {x.shape[-1]} channels, and this autoencoder "
       f"{image_channels}{advice}"
     )
@@ -34,7 +35,7 @@ def checked_images(images: ArrayLike, image_channels: int) -> np.ndarray:
     )
     if max(-low, high) < 2:
       advice = "clip them: np.clip(images, -1, 1)"
-    raise ValueError(
+    raise errors.UserError(
       f"images have values from {low:.4g} to {high:.4g}, outside [-1, 1]; "
       f"{advice}"
     )
@@ -54,7 +55,7 @@ def checked_latents(
   z = _checked_floats(z, "latents", "float")
   if channels is not None:
     if z.shape[-1] not in (channels, latent_channels):
-      raise ValueError(
+      raise errors.UserError(
         f"latents have {z.shape[-1]} channels, neither {channels} nor "
         f"{latent_channels}"
       )
@@ -65,7 +66,7 @@ def checked_latents(
     advice = ""
     if z.shape[1] == latent_channels:
       advice = "; channels stand last here: z.transpose(0, 2, 3, 1)"
-    raise ValueError(
+    raise errors.UserError(
       f"latents have {z.shape[-1]} channels, and this autoencoder "
       f"{latent_channels}{advice}"
     )
@@ -74,7 +75,7 @@ def checked_latents(
 
 def _array(x: ArrayLike) -> np.ndarray:
   if isinstance(x, jax.core.Tracer):
-    raise ValueError(
+    raise errors.UserError(
       "an Autoencoder cannot be used inside jit, vmap or grad; use "
       'ae.model.apply(ae.variables, x, method="encode") there'
     )
@@ -84,19 +85,19 @@ def _array(x: ArrayLike) -> np.ndarray:
 def _check_rank(x: np.ndarray, name: str, variable: str) -> None:
   if x.ndim != 4:
     advice = f"; for a single one, {variable}[None]" if x.ndim == 3 else ""
-    raise ValueError(
+    raise errors.UserError(
       f"{name} have {x.ndim} axes {list(x.shape)}, not 4, [b, h, w, c]{advice}"
     )
   if not x.size:
-    raise ValueError(f"{name} are empty: {list(x.shape)}")
+    raise errors.UserError(f"{name} are empty: {list(x.shape)}")
 
 
 def _checked_floats(x: np.ndarray, name: str, allowed: str) -> np.ndarray:
   if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(f"{name} are {x.dtype}; {allowed} is allowed")
+    raise errors.UserError(f"{name} are {x.dtype}; {allowed} is allowed")
   x = x.astype(np.float32, copy=False)
   if not np.isfinite(x).all():
-    raise ValueError(f"{name} have values that are not finite")
+    raise errors.UserError(f"{name} have values that are not finite")
   return x
 
 
@@ -111,7 +112,7 @@ def check_pad(pad: str | None) -> None:
   """Raises ValueError for an unknown way to fill up images."""
   known = ("reflect", "edge")
   if pad is not None and pad not in known:
-    raise ValueError(f"unknown pad={pad!r}; known are {', '.join(known)}")
+    raise errors.UserError(f"unknown pad={pad!r}; known are {', '.join(known)}")
 
 
 def padded(x: np.ndarray, factor: int, pad: str | None) -> np.ndarray:
@@ -125,7 +126,7 @@ def padded(x: np.ndarray, factor: int, pad: str | None) -> np.ndarray:
       try:
         network.check_side(side, factor)
       except ValueError as error:
-        raise ValueError(f'{error}, or pad with pad="reflect"') from None
+        raise errors.UserError(f'{error}, or pad with pad="reflect"') from None
   return np.pad(x, [(0, 0), *((0, m) for m in missing), (0, 0)], mode=pad)
 
 
@@ -139,7 +140,7 @@ def check_size(
     for side, most in zip(size, largest, strict=True)
   )
   if not fits:
-    raise ValueError(
+    raise errors.UserError(
       f"size={size} is not a height and a width up to {largest}, the size of "
       "the decoded images"
     )

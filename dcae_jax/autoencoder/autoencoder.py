@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import (
   arrays,
   families,
@@ -78,7 +79,7 @@ def load(
     candidates = released.published_factors(found.architecture)
     if candidates:
       known = ", ".join(f"{name}: {x}" for name, x in candidates.items())
-      raise ValueError(
+      raise errors.UserError(
         f"{path!r} fits several released models, which differ in their "
         f"scaling factor; give it, scaling_factor=... ({known})"
       )
@@ -378,7 +379,9 @@ class Autoencoder:
         statistics.compute(), self.shift_factor
       )
     if factor is None:
-      raise ValueError("there are no images, or their latents are all zero")
+      raise errors.UserError(
+        "there are no images, or their latents are all zero"
+      )
     self.scaling_factor = factor
     self._provenance = self._provenance._replace(
       scaling_factor=f"1 / RMS of the latents of {images} {name}"
@@ -399,18 +402,18 @@ class Autoencoder:
         else.
     """
     if self.scaling_factor is None:
-      raise ValueError(
+      raise errors.UserError(
         "the scaling factor of this autoencoder is not known; measure it first "
         "with ae.measure_scaling_factor(folder_of_images), or set "
         "ae.scaling_factor"
       )
     if not self._residual_autoencoding:
-      raise ValueError(
+      raise errors.UserError(
         "a network without residual shortcuts cannot be saved: no other "
         "library has it"
       )
     if self.model.space_to_channel != 1:
-      raise ValueError(
+      raise errors.UserError(
         f"space_to_channel={self.model.space_to_channel} is no part of the "
         "weights, and other libraries have no such setting; load the "
         "autoencoder without it, and save that"
@@ -438,7 +441,7 @@ class Autoencoder:
   ) -> Iterable[np.ndarray]:
     for value in (resolution, max_images):
       if not isinstance(value, int) or not 0 <= value < 2**16:
-        raise ValueError(
+        raise errors.UserError(
           f"resolution={resolution!r} and max_images={max_images!r} are not "
           "both whole numbers below 65536"
         )
@@ -473,13 +476,13 @@ class Autoencoder:
       return
     whole = isinstance(channels, int | np.integer)
     if not whole or not 1 <= channels <= self.latent_channels:
-      raise ValueError(
+      raise errors.UserError(
         f"channels={channels!r} is not from 1 to {self.latent_channels}"
       )
     family = families.of(self.architecture)
     is_ordered = family.orders_channels(self.architecture)
     if not is_ordered or self.model.space_to_channel != 1:
-      raise ValueError(
+      raise errors.UserError(
         "channels= is for DC-AE 1.5, whose latents are ordered; this "
         f"{self.variant} needs all {self.latent_channels}"
       )
@@ -490,5 +493,5 @@ def _checked_factor(value: float | ArrayLike | None) -> float | None:
     return None
   is_number = np.ndim(value) == 0 and not isinstance(value, str | bool)
   if not (is_number and 0 < value < 1e30):
-    raise ValueError(f"scaling_factor={value!r} is not a positive number")
+    raise errors.UserError(f"scaling_factor={value!r} is not a positive number")
   return float(value)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import streaming_moments
 
 # Pixels a side: of a block of 32 the covariance takes 75 MB, of 64 1.2 GB.
@@ -39,14 +40,14 @@ def shape(
   name = f"f{f}c{c}"
   while f > LARGEST_BLOCK:
     if f % 2 or c % 4:
-      raise ValueError(
+      raise errors.UserError(
         f"block PCA has no latents of the size of {name}: blocks of more than "
         f"{LARGEST_BLOCK} pixels a side are quartered, and f{f}c{c} cannot be"
       )
     f, c = f // 2, c // 4
   values = f * f * image_channels
   if not 1 <= c <= values:
-    raise ValueError(
+    raise errors.UserError(
       f"block PCA has no latents of the size of {name}: {c} components of "
       f"blocks of {f} x {f} x {image_channels} = {values} values; an "
       "autoencoder that compresses has fewer"
@@ -133,7 +134,7 @@ def fit(batches: Iterable[np.ndarray], latent_channels: int) -> BlockPCA:
       moments = streaming_moments.Moments(blocks[0].size)
     moments.update(blocks.reshape(len(blocks), -1))
   if moments is None or moments.count < 2:
-    raise ValueError("block PCA needs at least two blocks")
+    raise errors.UserError("block PCA needs at least two blocks")
   _, vectors = np.linalg.eigh(moments.covariance)
   components = vectors[:, ::-1][:, :latent_channels]  # largest variance first
   return BlockPCA(moments.mean, components, channels)

@@ -5,6 +5,7 @@ A family is one file with a `family.Family`, and one line of `FAMILIES`.
 
 from typing import Any
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import family, network
 from dcae_jax.autoencoder.dcae import family as dcae
 from dcae_jax.autoencoder.sd_vae import family as sd_vae
@@ -31,7 +32,9 @@ def check_variant(name: str) -> Architecture:
   """The variant of that name; ValueError with the known names otherwise."""
   known = variants()
   if name not in known:
-    raise ValueError(f"unknown variant {name!r}; known are {', '.join(known)}")
+    raise errors.UserError(
+      f"unknown variant {name!r}; known are {', '.join(known)}"
+    )
   return known[name]
 
 
@@ -72,7 +75,9 @@ def by_class(config: dict[str, Any]) -> family.Family:
   known = {f.class_name: f for f in FAMILIES}
   name = config.get("_class_name") or FAMILIES[0].class_name
   if not isinstance(name, str) or name not in known:
-    raise ValueError(f"_class_name={name!r} is not among {', '.join(known)}")
+    raise errors.UserError(
+      f"_class_name={name!r} is not among {', '.join(known)}"
+    )
   return known[name]
 
 
@@ -122,7 +127,7 @@ def of_model(variant: str, config: dict[str, Any]) -> Architecture:
     whole = to_config(variants()[variant], 3, 1.0)
     name = whole["_class_name"]
     if config.keys() - whole.keys() or config.get("_class_name", name) != name:
-      raise ValueError(
+      raise errors.UserError(
         f"config.model.architecture={config} does not fit {variant!r}, an "
         f"{name}, whose keys are {', '.join(whole)}"
       )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dcae_jax import errors
 from dcae_jax.autoencoder.dcae import residual_autoencoding
 from dcae_jax.nn import precision
 
@@ -106,7 +107,7 @@ def check_side(side: int, spatial_compression: int) -> None:
   """Raises ValueError unless `side` pixels make whole latent positions."""
   if side < 1 or side % spatial_compression:
     below = max(side // spatial_compression, 1) * spatial_compression
-    raise ValueError(
+    raise errors.UserError(
       f"image side {side} is not divisible by {spatial_compression}, the "
       f"spatial compression of this autoencoder; use {below} or "
       f"{below + spatial_compression}"
@@ -117,7 +118,7 @@ def check_space_to_channel(factor: int) -> None:
   """Raises ValueError for a factor that latents cannot be rearranged by."""
   is_whole = isinstance(factor, int) and not isinstance(factor, bool)
   if not is_whole or not 1 <= factor <= 64:
-    raise ValueError(
+    raise errors.UserError(
       f"space_to_channel={factor!r} is not a whole number from 1 to 64; 1 "
       "leaves latents as they are"
     )

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from dcae_jax import errors
+
 Tree = Any
 
 
@@ -52,9 +54,11 @@ def create(name: str, trainable: tuple[str, ...]) -> Phase:
     ValueError: there is no such phase, or a pattern is not a string.
   """
   if name not in PHASES:
-    raise ValueError(f"unknown phase {name!r}; known are {', '.join(PHASES)}")
+    raise errors.UserError(
+      f"unknown phase {name!r}; known are {', '.join(PHASES)}"
+    )
   if not all(isinstance(pattern, str) for pattern in trainable or (None,)):
-    raise ValueError(
+    raise errors.UserError(
       f"trainable patterns {trainable!r} are not strings, at least one of them"
     )
   return dataclasses.replace(PHASES[name], trainable=tuple(trainable))

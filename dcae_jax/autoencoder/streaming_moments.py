@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from dcae_jax import errors
+
 
 class Moments:
   """Mean and covariance of rows that come in batches of any size.
@@ -47,7 +49,7 @@ class Moments:
       ValueError: fewer than two rows.
     """
     if self.count < 2:
-      raise ValueError(
+      raise errors.UserError(
         f"a Frechet distance needs at least 2 images, not {self.count}"
       )
     return self._scatter / (self.count - 1)

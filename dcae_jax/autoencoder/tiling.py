@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dcae_jax import errors
+
 
 class Tiles(NamedTuple):
   """Squares of `size` latent positions, `stride` from one to the next.
@@ -29,7 +31,7 @@ class Tiles(NamedTuple):
     """
     if tile is None:
       if stride is not None:
-        raise ValueError(f"stride={stride} needs tile=")
+        raise errors.UserError(f"stride={stride} needs tile=")
       return cls(0, 0)
     for name, value in (("tile", tile), ("stride", stride)):
       if value is not None and (
@@ -37,7 +39,7 @@ class Tiles(NamedTuple):
         or value < 1
         or value % spatial_compression
       ):
-        raise ValueError(
+        raise errors.UserError(
           f"{name}={value!r} is not a multiple of {spatial_compression}, the "
           "spatial compression of this autoencoder"
         )
@@ -45,7 +47,9 @@ class Tiles(NamedTuple):
     if stride is None:
       return cls(size, max(size * 3 // 4, 1))
     if stride > tile:
-      raise ValueError(f"stride={stride} is above tile={tile}: gaps between")
+      raise errors.UserError(
+        f"stride={stride} is above tile={tile}: gaps between"
+      )
     return cls(size, stride // spatial_compression)
 
   def apply(

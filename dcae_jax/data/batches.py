@@ -14,6 +14,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from dcae_jax import errors
+
 Batch = dict[str, np.ndarray]
 
 
@@ -60,7 +62,7 @@ class Batches:
 
   def set_state(self, state: dict[str, int]) -> None:
     if not state["next_batch"] >= 0:
-      raise ValueError(f"next_batch={state['next_batch']} is below 0")
+      raise errors.UserError(f"next_batch={state['next_batch']} is below 0")
     self.close()
     self._next_batch = state["next_batch"]
 

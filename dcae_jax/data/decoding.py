@@ -11,6 +11,7 @@ import math
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from dcae_jax import errors
 from dcae_jax.data import crops
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -25,7 +26,7 @@ class TooSmallError(Exception):
 def check_channels(channels: int) -> None:
   """Raises ValueError unless images can be decoded to that many channels."""
   if channels not in _MODES:
-    raise ValueError(
+    raise errors.UserError(
       f"image files can be read with 1 (grey) or 3 (RGB) channels, "
       f"not {channels}"
     )
@@ -62,16 +63,16 @@ def decode(
   try:
     image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
   except UnidentifiedImageError:
-    raise ValueError(f"no image ({', '.join(_FORMATS)})") from None
+    raise errors.UserError(f"no image ({', '.join(_FORMATS)})") from None
   width, height = image.size
   if min(width, height) < min_size:
     raise TooSmallError(f"{width}x{height}")
   if width * height > max_megapixels * 1e6:
-    raise ValueError(
+    raise errors.UserError(
       f"{width}x{height} pixels are more than {max_megapixels} megapixels"
     )
   if max(width, height) > _MAX_ASPECT * min(width, height):
-    raise ValueError(
+    raise errors.UserError(
       f"{width}x{height} pixels are too narrow: more than {_MAX_ASPECT}:1"
     )
   if shorter_side and image.format == "JPEG":
@@ -107,11 +108,11 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
   if image.mode == "F":
-    raise ValueError("floating-point images have no known range")
+    raise errors.UserError("floating-point images have no known range")
   if image.mode.startswith("I"):  # 16 bits, also where Pillow holds 32
     values = np.asarray(image).astype(np.float64)
     if values.min() < 0 or values.max() > 65535:
-      raise ValueError("32-bit integer images have no known range")
+      raise errors.UserError("32-bit integer images have no known range")
     image = Image.fromarray(np.round(values / 257).astype(np.uint8))
   if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or (
     "transparency" in image.info

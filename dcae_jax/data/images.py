@@ -19,6 +19,7 @@ import grain
 import numpy as np
 from PIL import Image
 
+from dcae_jax import errors
 from dcae_jax.data import batches, crops, sources
 from dcae_jax.data import decoding as image_decoding
 
@@ -60,7 +61,7 @@ class Cropping:
 
   def __post_init__(self):
     if self.kind not in crops.CROPS:
-      raise ValueError(
+      raise errors.UserError(
         f"unknown crop {self.kind!r}; known are {', '.join(crops.CROPS)}"
       )
 
@@ -219,7 +220,7 @@ class _Load:
         pixels = crop(image, self._cropping, rng)
         return {"images": pixels, "labels": np.int32(label)}
       index = int(rng.integers(len(self._source)))
-    raise ValueError(
+    raise errors.UserError(
       f"{_ATTEMPTS} images in a row could not be used, the last "
       f"{self._source.name(index)}"
     )
@@ -259,7 +260,7 @@ def check_not_empty(source: sources.Source, decoding: Decoding) -> None:
     except Exception as error:
       if len(reasons) < 3:
         reasons.append(f"{source.name(index)}: {type(error).__name__} {error}")
-  raise ValueError(
+  raise errors.UserError(
     f"none of the {len(source)} images can be used (min_size "
     f"{decoding.min_size}); {'; '.join(reasons)}"
   )

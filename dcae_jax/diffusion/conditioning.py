@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from dcae_jax import errors
+
 _LOG = logging.getLogger(__name__)
 Condition = Any  # a tree of arrays [b, ...]
 
@@ -107,7 +109,7 @@ class ClassLabels(Conditioning):
 
   def __post_init__(self):
     if self.num_classes < 1:
-      raise ValueError(
+      raise errors.UserError(
         f"num_classes={self.num_classes} is below 1; give 1, and every image "
         "the label 0, for data without classes"
       )
@@ -118,7 +120,7 @@ class ClassLabels(Conditioning):
   ) -> "ClassLabels":
     least, most = rows.min(initial=0), rows.max(initial=0)
     if least < 0 or (classes and most >= len(classes)):
-      raise ValueError(
+      raise errors.UserError(
         f"{path} has labels from {least} to {most}, and {len(classes)} "
         "classes; labels count from 0: export it again"
       )
@@ -145,7 +147,7 @@ class ClassLabels(Conditioning):
   def check_chosen(self, chosen: Sequence[Any]) -> None:
     for label in chosen:
       if type(label) is not int or not 0 <= label < self.num_classes:
-        raise ValueError(
+        raise errors.UserError(
           f"class {label!r} in config.classes is not from 0 to "
           f"{self.num_classes - 1}, the classes of the model"
         )
@@ -157,7 +159,7 @@ class ClassLabels(Conditioning):
     rows = learned["rows_of_classes"]
     for label in chosen:
       if not rows[label]:
-        raise ValueError(
+        raise errors.UserError(
           f"class {label} in config.classes had no latents: the run did not "
           "learn it"
         )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dcae_jax import errors
 from dcae_jax.diffusion import conditioning, objectives
 
 
@@ -14,12 +15,12 @@ def check_guidance(scale: float, interval: tuple[float, float] | None) -> None:
   """Raises ValueError for a negative scale, or an empty interval."""
   if not 0 <= scale < np.inf:
     what = "negative" if scale < 0 else "not a finite number"
-    raise ValueError(
+    raise errors.UserError(
       f"guidance scale {scale} is {what}; 1 is without guidance, and larger "
       "scales guide"
     )
   if interval is not None and not 0 <= interval[0] < interval[1] <= 1000:
-    raise ValueError(
+    raise errors.UserError(
       f"guidance interval {interval} is not (low, high) between 0 and 1000; "
       "None is for all times"
     )

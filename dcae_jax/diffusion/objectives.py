@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
+from dcae_jax import errors
+
 Latents = Float[Array, "b h w c"]
 Output = Float[Array, "b h w outputs"]
 Mask = Float[Array, "b 1 1 c"]
@@ -89,17 +91,17 @@ class NoisePrediction:
 
   def __post_init__(self):
     if self.spacing not in ("linear", "scaled_linear"):
-      raise ValueError(
+      raise errors.UserError(
         f"unknown spacing {self.spacing!r} of betas; known are linear, "
         "scaled_linear"
       )
     if not 0 < self.first_beta <= self.last_beta < 1:
-      raise ValueError(
+      raise errors.UserError(
         f"betas from {self.first_beta} to {self.last_beta} are not ascending "
         "between 0 and 1"
       )
     if self.total_steps < 2:
-      raise ValueError(f"total_steps {self.total_steps} is less than 2")
+      raise errors.UserError(f"total_steps {self.total_steps} is less than 2")
 
   def chain(self, steps: int | None = None) -> Chain:
     """The chain of `steps` evenly spaced times, both ends kept; all if None.
@@ -238,11 +240,11 @@ class FlowMatching:
 
   def __post_init__(self):
     if not 0 < self.shift <= 1000:
-      raise ValueError(
+      raise errors.UserError(
         f"shift {self.shift} is not above 0 and at most 1000; 1 shifts nothing"
       )
     if self.logit_normal is not None and not self.logit_normal[1] > 0:
-      raise ValueError(
+      raise errors.UserError(
         f"logit_normal {self.logit_normal} is no mean and positive standard "
         "deviation; None draws times uniformly"
       )
@@ -337,7 +339,7 @@ def network_output(
   channels = z.shape[-1]
   expected = (*z.shape[:-1], objective.output_channels(channels))
   if output.shape != expected:
-    raise ValueError(
+    raise errors.UserError(
       f"the network's output has shape {output.shape} at latents of {z.shape}; "
       f"{objective} needs {expected}: give the network {expected[-1]} output "
       "channels"
@@ -385,7 +387,7 @@ def random_channel_mask(
   if not candidates or not all(
     type(c) is int and 1 <= c <= channels for c in candidates
   ):
-    raise ValueError(
+    raise errors.UserError(
       f"candidate channel numbers {tuple(candidates)} are not whole numbers "
       f"from 1 to {channels}, at least one of them"
     )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dcae_jax import errors
 from dcae_jax.diffusion import objectives
 
 
@@ -80,7 +81,7 @@ class DDIM:
 
   def __post_init__(self):
     if not 0 <= self.eta <= 1:
-      raise ValueError(
+      raise errors.UserError(
         f"eta {self.eta} is not 0 (deterministic) to 1 (ancestral)"
       )
 
@@ -252,7 +253,7 @@ class Dopri5:
 
   def __post_init__(self):
     if not (0 < self.atol < np.inf and 0 <= self.rtol < np.inf):
-      raise ValueError(
+      raise errors.UserError(
         f"atol {self.atol} is not positive, rtol {self.rtol} negative, or one "
         "of them not finite"
       )
@@ -324,17 +325,17 @@ def check(
     fitting = [
       other.__name__ for other in SAMPLERS if isinstance(objective, other.fits)
     ]
-    raise ValueError(
+    raise errors.UserError(
       f"{name} does not sample {objective}; {', '.join(fitting)} do"
     )
   if steps < sampler.least_steps:
-    raise ValueError(
+    raise errors.UserError(
       f"{steps} steps are too few for {name}; it needs at least "
       f"{sampler.least_steps}"
     )
   most = getattr(objective, "total_steps", steps)
   if steps > most:
-    raise ValueError(
+    raise errors.UserError(
       f"{steps} steps are more than the {most} of {objective}; {name} takes "
       f"{sampler.least_steps} to {most}"
     )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from dcae_jax import errors
 from dcae_jax.runs import metrics_writer
 
 # Of Inception's 2048 features; a covariance of fewer images is of low rank, and
@@ -48,7 +49,7 @@ def frechet_distance(
   mean, covariance, other_mean, other_covariance = arrays
   d = mean.size
   if [x.shape for x in arrays] != [(d,), (d, d)] * 2:
-    raise ValueError(
+    raise errors.UserError(
       "means and covariances have the shapes "
       f"{', '.join(str(x.shape) for x in arrays)}, not (d,), (d, d) twice"
     )
@@ -64,14 +65,14 @@ def frechet_distance(
 def _factor(covariance: np.ndarray) -> np.ndarray:
   """`f` [d, rank] with orthogonal columns, of which `f @ f.T` is the matrix."""
   if not np.isfinite(covariance).all():
-    raise ValueError("a covariance has values that are not finite")
+    raise errors.UserError("a covariance has values that are not finite")
   size = np.abs(covariance).max(initial=0.0)
   if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-6 * size:
-    raise ValueError("a covariance is not symmetric")
+    raise errors.UserError("a covariance is not symmetric")
   values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
   largest = max(values.max(initial=0.0), 0.0)
   if values.min(initial=0.0) < -1e-3 * largest:
-    raise ValueError(
+    raise errors.UserError(
       f"a covariance has the negative eigenvalue {values.min():.3g}"
     )
   rounding = largest * len(values) * np.finfo(np.float64).eps
@@ -124,7 +125,7 @@ def load_statistics(path: epath.PathLike, dimensions: int) -> Statistics:
   """
   file = epath.Path(path).expanduser()
   if not file.is_file():
-    raise ValueError(f"reference statistics: there is no file {path}")
+    raise errors.UserError(f"reference statistics: there is no file {path}")
   try:
     data = file.read_bytes()
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
@@ -133,20 +134,20 @@ def load_statistics(path: epath.PathLike, dimensions: int) -> Statistics:
       )
       features = archive.get("features")
   except Exception as error:  # whatever a damaged file makes of numpy
-    raise ValueError(
+    raise errors.UserError(
       f"reference statistics: {path} is not an .npz with mu and sigma ({error})"
     ) from error
   if mean.shape != (dimensions,) or covariance.shape != (dimensions,) * 2:
-    raise ValueError(
+    raise errors.UserError(
       f"reference statistics: {path} has mu {list(mean.shape)} and sigma "
       f"{list(covariance.shape)}, not [{dimensions}] and [{dimensions}, "
       f"{dimensions}]"
     )
   if not np.isfinite(mean).all():
-    raise ValueError(f"reference statistics: mu in {path} is not finite")
+    raise errors.UserError(f"reference statistics: mu in {path} is not finite")
   try:
     _factor(covariance)
   except ValueError as error:
-    raise ValueError(f"reference statistics: {path}: {error}") from error
+    raise errors.UserError(f"reference statistics: {path}: {error}") from error
   digest = hashlib.sha256(data).hexdigest()
   return Statistics(mean, covariance, features, digest)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import latent_statistics, quantisation
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation import set_measures
@@ -325,7 +326,7 @@ class _Totals:
   def compute(self) -> Result:
     count = self._sets.count
     if not count:
-      raise ValueError("no image of the evaluation source could be used")
+      raise errors.UserError("no image of the evaluation source could be used")
     latents = self._latents.compute()
     of_sets, absent = self._sets.compute()
     means = {name: total / count for name, total in self._sums.items()}

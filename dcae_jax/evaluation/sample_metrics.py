@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from dcae_jax import errors
+
 NEIGHBOURS = 3  # of precision and recall
 SPLITS = 10  # of the Inception Score
 _BLOCK = 1024  # rows whose distances are in memory at a time
@@ -28,9 +30,9 @@ def inception_score(
     ValueError: fewer than one split, or fewer images than splits.
   """
   if splits < 1:
-    raise ValueError(f"splits={splits} is below 1")
+    raise errors.UserError(f"splits={splits} is below 1")
   if len(logits) < splits:
-    raise ValueError(
+    raise errors.UserError(
       f"an Inception Score of {splits} splits needs as many images at least, "
       f"not {len(logits)}"
     )
@@ -74,11 +76,11 @@ def precision_recall(
   """
   real, generated = (np.asarray(x, np.float64) for x in (real, generated))
   if real.ndim != 2 or real.shape[1:] != generated.shape[1:]:
-    raise ValueError(
+    raise errors.UserError(
       f"features {real.shape} and {generated.shape} are not [n, d] and [m, d]"
     )
   if k < 1 or min(len(real), len(generated)) <= k:
-    raise ValueError(
+    raise errors.UserError(
       f"k={k} neighbours need more than {k} points in each set, not "
       f"{len(real)} and {len(generated)}"
     )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.diffusion import conditioning
 from dcae_jax.evaluation import metrics as metrics_table
@@ -283,7 +284,7 @@ def check_not_fewer(
   for file in folder.glob("*_*.npz") if folder.exists() else ():
     number, rows = map(int, file.stem.split("_"))
     if number * batch_size + rows > samples:
-      raise ValueError(
+      raise errors.UserError(
         f"--workdir={workdir} holds more than config.samples={samples} samples "
         f"at guidance {scale:g}; choose another directory, or as many"
       )
@@ -338,7 +339,7 @@ def read_records(
           },
         )
     except Exception as error:  # whatever a damaged file makes of numpy
-      raise ValueError(
+      raise errors.UserError(
         f"{file} is damaged ({error}); remove it and run again: these samples "
         "are drawn anew"
       ) from error

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.latents import encode, reader
@@ -52,12 +53,12 @@ def load_autoencoder(
       space_to_channel=made_with["space_to_channel"],
     )
   except (ValueError, OSError) as error:
-    raise ValueError(
+    raise errors.UserError(
       f"the autoencoder {path!r} cannot be loaded ({error}); {advice}"
     ) from error
   encoder = encode.encoder_variables(ae.variables)
   if conversion.fingerprint(encoder) != made_with["encoder_sha256"]:
-    raise ValueError(
+    raise errors.UserError(
       f"{path!r} does not have the encoder that these latents were made with "
       f"(sha256 {made_with['encoder_sha256']}); {advice}"
     )
@@ -84,7 +85,7 @@ def description(store: reader.Latents) -> dict[str, Any]:
   manifest = store.manifest
   missing = [key for key in _KEPT if key not in manifest]
   if missing:
-    raise ValueError(
+    raise errors.UserError(
       f"the manifest of {store.path} has no {', '.join(missing)}: it is "
       "damaged, or not of export_latents"
     )
@@ -116,7 +117,7 @@ def read_description(run: str) -> dict[str, Any]:
     _, (_, _, _) = len(described["classes"]), described["shape"]
     return described
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(
+    raise errors.UserError(
       f"{path}, which a run of train_diffusion writes, cannot be read "
       f"({type(error).__name__}); bring it back, or start that run again"
     ) from error

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, latent_statistics
 from dcae_jax.latents import encode, rows
 from dcae_jax.latents import layout as store_layout
@@ -117,7 +118,7 @@ class Export:
       for crop in range(self.rows.per_image)
     ]
     if not places:
-      raise ValueError(
+      raise errors.UserError(
         f"none of the {self.images} images can be used; the first: "
         f"{self.rows.source.name(0)}: {unusable[0]}"
       )
@@ -143,7 +144,7 @@ class Export:
     needed = missing_rows * len(self.views) * self._row_bytes
     free = self.store.storage.free_bytes()
     if free is not None and free < needed:
-      raise ValueError(
+      raise errors.UserError(
         f"no space left for latents: {self.store.storage.path} has "
         f"{free / 1e6:,.1f} MB free, and {needed / 1e6:,.1f} MB are missing; "
         "make room, or choose another config.output"
@@ -206,7 +207,7 @@ class Export:
     finished = self.store.finished(plan.layout)
     missing = set(range(plan.layout.shards)).difference(finished)
     if missing:
-      raise ValueError(
+      raise errors.UserError(
         f"{len(missing)} shards of {self.store.storage.path} are not there "
         f"after all, the first {min(missing)}; run again"
       )
@@ -216,7 +217,9 @@ class Export:
       factor_origin = "1 / RMS of these latents"
       factor = latent_statistics.scaling_factor(statistics, ae.shift_factor)
     if factor is None:
-      raise ValueError("all latents are zero: they have no scaling factor")
+      raise errors.UserError(
+        "all latents are zero: they have no scaling factor"
+      )
     source = self.rows.source
     found_out = {
       "scaling_factor": factor,

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from dcae_jax import errors
 from dcae_jax.runs import storage
 
 FORMAT = {"format": "dcae_jax.latents", "format_version": 1}
@@ -160,20 +161,24 @@ def read_manifest(place: storage.Storage) -> dict[str, Any]:
   """
   manifest = place.read_json(MANIFEST)
   if manifest is None and place.read(IDENTITY) is not None:
-    raise ValueError(
+    raise errors.UserError(
       f"{place.path} is not finished; run its export again, which goes on "
       "where it was"
     )
   if manifest is None:
-    raise ValueError(f"{place.path} is no latent store: it has no {MANIFEST}")
+    raise errors.UserError(
+      f"{place.path} is no latent store: it has no {MANIFEST}"
+    )
   if {key: manifest.get(key) for key in FORMAT} != FORMAT:
-    raise ValueError(
+    raise errors.UserError(
       f"{place.path}/{MANIFEST} is not of {FORMAT['format']}, version "
       f"{FORMAT['format_version']}"
     )
   check_keys(f"{place.path}/{MANIFEST}", manifest, _NEEDED)
   if manifest["dtype"] not in DTYPES or not manifest["views"]:
-    raise ValueError(f"{place.path}/{MANIFEST} is damaged: dtype or views")
+    raise errors.UserError(
+      f"{place.path}/{MANIFEST} is damaged: dtype or views"
+    )
   # Stores were made before that had labels, and did not say so.
   return {"conditions": list(LABELS)} | manifest
 
@@ -182,7 +187,7 @@ def check_keys(path: str, values: dict[str, Any], needed: tuple[str, ...]):
   """Raises ValueError where JSON that was read lacks one of the keys."""
   missing = [key for key in needed if values.get(key) is None]
   if missing:
-    raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}")
+    raise errors.UserError(f"{path} is damaged: it has no {', '.join(missing)}")
 
 
 def as_stored(latents: np.ndarray) -> np.ndarray:
@@ -216,5 +221,5 @@ def decode_strings(data: bytes) -> list[str]:
       position += 4 + length
       texts.append(data[position - length : position].decode())
   except (struct.error, UnicodeDecodeError) as error:
-    raise ValueError(f"keys are damaged: {error}") from error
+    raise errors.UserError(f"keys are damaged: {error}") from error
   return texts

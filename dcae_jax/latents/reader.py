@@ -11,6 +11,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from dcae_jax import errors
 from dcae_jax.data import batches
 from dcae_jax.latents import layout, verification
 from dcae_jax.runs import storage
@@ -62,7 +63,7 @@ class Latents:
     self.conditions = tuple(known if conditions is None else conditions)
     for name in self.conditions:
       if name not in known:
-        raise ValueError(
+        raise errors.UserError(
           f"{self.path} has no {name}, which the model is conditioned on; it "
           f"has {', '.join(known)}"
         )
@@ -194,9 +195,9 @@ class LatentBatches(batches.Batches):
       ("workers", workers, 0), ("shuffle_shards", shuffle_shards, 0),
     ):  # fmt: skip
       if value < least:
-        raise ValueError(f"{name}={value} is below {least}")
+        raise errors.UserError(f"{name}={value} is below {least}")
     if not 0 <= process_index < process_count:
-      raise ValueError(f"process {process_index} of {process_count}")
+      raise errors.UserError(f"process {process_index} of {process_count}")
     order = _Order(latents, batch_size * process_count, seed, shuffle_shards)
     part = slice(process_index * batch_size, (process_index + 1) * batch_size)
     dataset = grain.MapDataset.source(order).map(
@@ -218,7 +219,7 @@ class _Order:
     self._window = shuffle_shards or len(sizes)
     self._batches = len(latents) // batch_size  # of an epoch
     if not self._batches:
-      raise ValueError(
+      raise errors.UserError(
         f"{latents.path} has {len(latents)} rows, and a batch of all processes "
         f"{batch_size}; use a smaller config.batch_size"
       )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dcae_jax import errors
 from dcae_jax.latents import layout as store_layout
 from dcae_jax.runs import differences, storage
 
@@ -41,7 +42,7 @@ class LatentStore:
       keys = self.storage.list_keys()
       foreign = [key for key in keys if not key.startswith("progress")]
       if foreign:
-        raise ValueError(
+        raise errors.UserError(
           f"{self.storage.path} holds {min(foreign)} of something else; choose "
           "another config.output"
         )
@@ -63,7 +64,7 @@ class LatentStore:
     """
     before = self._described()
     if before is None and begun:
-      raise ValueError(
+      raise errors.UserError(
         f"{self.storage.path} is not the same place for all processes; use a "
         "bucket, or a directory that all of them share, as config.output"
       )

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from dcae_jax import errors
 from dcae_jax.latents import layout
 from dcae_jax.runs import storage
 
@@ -19,7 +20,7 @@ def check_arrays(place: storage.Storage, manifest: dict[str, Any]) -> None:
   if not 0 < manifest["scaling_factor"] < np.inf:
     problems.append(f"the scaling factor is {manifest['scaling_factor']}")
   if problems:
-    raise ValueError(f"{place.path} is damaged: {'; '.join(problems)}")
+    raise errors.UserError(f"{place.path} is damaged: {'; '.join(problems)}")
 
 
 def verify(

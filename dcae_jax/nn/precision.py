@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from dcae_jax import errors
+
 
 def check_dtype(dtype: DTypeLike) -> None:
   """Raises ValueError for numbers that layers do not compute with."""
@@ -12,4 +14,6 @@ def check_dtype(dtype: DTypeLike) -> None:
   except TypeError:
     name = str(dtype)
   if name not in known:
-    raise ValueError(f"unknown dtype {name!r}; known are {', '.join(known)}")
+    raise errors.UserError(
+      f"unknown dtype {name!r}; known are {', '.join(known)}"
+    )

@@ -15,6 +15,8 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dcae_jax import errors
+
 _MAX_PERIOD = 10_000.0
 MLP_RATIO = 4
 
@@ -25,18 +27,20 @@ def check_sizes(depth: int, hidden: int, heads: int, divisor: int) -> None:
   `divisor` is what sines and cosines need `hidden` to be a multiple of.
   """
   if heads < 1 or hidden < 1 or hidden % heads:
-    raise ValueError(
+    raise errors.UserError(
       f"hidden={hidden} is not divisible by heads={heads}: each head owns "
       "as many channels of a token; change one of them"
     )
   if hidden % divisor:
     below = hidden // divisor * divisor
-    raise ValueError(
+    raise errors.UserError(
       f"hidden={hidden} is not divisible by {divisor}, as the sines and "
       f"cosines need it; use {below} or {below + divisor}"
     )
   if depth < 1:
-    raise ValueError(f"depth={depth} is below 1, the least number of blocks")
+    raise errors.UserError(
+      f"depth={depth} is below 1, the least number of blocks"
+    )
 
 
 def time_features(t: Float[Array, " b"], features: int) -> Float[Array, "b d"]:
@@ -218,13 +222,13 @@ def check_latents(
 ) -> None:
   """Raises ValueError for latents that do not make whole patches."""
   if z.shape[-1] != channels:
-    raise ValueError(
+    raise errors.UserError(
       f"latents have {z.shape[-1]} channels; this model takes {channels}, the "
       "latent channels of its autoencoder"
     )
   for side in z.shape[1:3]:
     if side < 1 or side % patch_size:
-      raise ValueError(
+      raise errors.UserError(
         f"latent side {side} is not divisible by {patch_size}, the patch size "
         "of this model; use images of another size, or patch size 1"
       )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from dcae_jax import errors
+
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   """Leaves by their path, `a.b.c`."""
@@ -36,4 +38,4 @@ def check_same(
     for key, text in differences(before, now).items()
   ]
   if changes:
-    raise ValueError(f"{what} ({'; '.join(changes)}); {advice}")
+    raise errors.UserError(f"{what} ({'; '.join(changes)}); {advice}")

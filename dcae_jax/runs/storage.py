@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from dcae_jax import errors
+
 RETRIES = 10  # of a request: about two minutes
 
 
@@ -44,7 +46,7 @@ class Storage:
       ("retries", retries), ("cache_megabytes", cache_megabytes)
     ):  # fmt: skip
       if not value >= 0:
-        raise ValueError(f"{name}={value} is below 0")
+        raise errors.UserError(f"{name}={value} is below 0")
     self._options = {"retries": retries, "cache_megabytes": cache_megabytes}
     self._place = _place(path)
     self._is_remote = self._place["driver"] != "file"
@@ -194,9 +196,11 @@ class Storage:
     try:
       found = json.loads(data)
     except (ValueError, RecursionError) as error:
-      raise ValueError(f"{self.path}/{key} is damaged: {error}") from error
+      raise errors.UserError(
+        f"{self.path}/{key} is damaged: {error}"
+      ) from error
     if not isinstance(found, dict):
-      raise ValueError(f"{self.path}/{key} is damaged: it is no mapping")
+      raise errors.UserError(f"{self.path}/{key} is damaged: it is no mapping")
     return found
 
 
@@ -211,7 +215,7 @@ def _place(path: str) -> dict[str, str]:
   scheme, _, rest = path.partition("://")
   bucket, _, prefix = rest.partition("/")
   if scheme != "gs" or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{2,221}", bucket):
-    raise ValueError(
+    raise errors.UserError(
       f"{path!r} is neither a local path nor gs://BUCKET/PATH with a bucket "
       "name of 3 or more lower-case letters, digits, dots and dashes"
     )

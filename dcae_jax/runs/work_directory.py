@@ -10,6 +10,8 @@ from typing import Any
 
 from etils import epath
 
+from dcae_jax import errors
+
 
 def is_run(path: str) -> bool:
   """Whether it is the work directory of a run, finished or not."""
@@ -29,27 +31,31 @@ def read_run_config(
   """
   path = epath.Path(run).expanduser()
   if not (path / "config.json").exists():
-    raise ValueError(
+    raise errors.UserError(
       f"{run!r} is not the work directory of an earlier run: it has no "
       "config.json; train it first, or correct the path"
     )
   config = read_config(path / "config.json")
   if config["task"] == "train_phases":
-    raise ValueError(
+    raise errors.UserError(
       f"{run!r} holds the runs of three phases; name one of them, such as "
       f"{str(path / 'phase3')!r}"
     )
   if config["task"] != task:
-    raise ValueError(
+    raise errors.UserError(
       f"{run!r} is the work directory of {config['task']!r}; name that of a "
       f"run of {task!r}"
     )
   if task == "train_autoencoder" and "architecture" not in config["model"]:
-    raise ValueError(f"{run!r} is a run of an earlier version; train it again")
+    raise errors.UserError(
+      f"{run!r} is a run of an earlier version; train it again"
+    )
   steps = path / "checkpoints"
   names = [entry.name for entry in steps.iterdir()] if steps.exists() else []
   if not any(name.isdigit() for name in names):
-    raise ValueError(f"{run!r} has no finished checkpoint; let that run go on")
+    raise errors.UserError(
+      f"{run!r} has no finished checkpoint; let that run go on"
+    )
   return config
 
 
@@ -58,9 +64,11 @@ def read_config(path: epath.Path) -> dict[str, Any]:
   try:
     config = json.loads(path.read_bytes())
   except ValueError as error:
-    raise ValueError(f"{path} is damaged ({error}); bring it back") from error
+    raise errors.UserError(
+      f"{path} is damaged ({error}); bring it back"
+    ) from error
   if not isinstance(config, dict) or "task" not in config:
-    raise ValueError(
+    raise errors.UserError(
       f"{path} is not the config of a run; choose another directory"
     )
   return config
@@ -72,7 +80,7 @@ def check_nothing_foreign(workdir: epath.Path, names: tuple[str, ...]) -> None:
     return
   for name in (*names, "result.json"):
     if (workdir / name).exists():
-      raise ValueError(
+      raise errors.UserError(
         f"--workdir={workdir} holds {name} of something else; choose another "
         "directory"
       )

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import (
   families,
   family,
@@ -284,13 +285,13 @@ def _adversarial(
 ) -> tuple[patchgan.PatchGAN, train_step.Adversarial]:
   c = config.discriminator
   if c.adaptive and not train_step.last_layer(mask):
-    raise ValueError(
+    raise errors.UserError(
       "config.discriminator.adaptive needs decoder/project_out/conv among "
       "the trainable parameters; set it to False, or add the pattern"
     )
   smallest = patchgan.smallest_side(c.layers)
   if config.resolution < smallest:
-    raise ValueError(
+    raise errors.UserError(
       f"config.resolution={config.resolution} is too small for a "
       f"discriminator with {c.layers} layers; use at least {smallest}, or "
       "fewer layers"
@@ -310,7 +311,7 @@ def _check_images(config: ConfigDict) -> None:
   """Raises ValueError for sides of images that do not fit what reads them."""
   sides = config.evaluation.resolutions
   if not sides:
-    raise ValueError(
+    raise errors.UserError(
       "config.evaluation.resolutions is empty; name at least one"
     )
   models.check_resolutions((config.resolution, *sides), config.model)
@@ -318,7 +319,7 @@ def _check_images(config: ConfigDict) -> None:
   metric_networks.check(config.evaluation, "config.evaluation")
   for key in ("min_size", "shorter_side"):
     if 0 < config.data[key] < config.resolution:
-      raise ValueError(
+      raise errors.UserError(
         f"config.data.{key}={config.data[key]} is below config.resolution="
         f"{config.resolution}, so that images would be enlarged; set it to "
         f"{config.resolution}, or to 0 to allow that"
@@ -326,7 +327,7 @@ def _check_images(config: ConfigDict) -> None:
   network = config.lpips.network
   lpips.parameter_shapes(network)
   if config.lpips.weight and config.resolution < lpips.SMALLEST_SIDE[network]:
-    raise ValueError(
+    raise errors.UserError(
       f"config.resolution={config.resolution} is too small for LPIPS with "
       f"{network}; use at least {lpips.SMALLEST_SIDE[network]}"
     )
@@ -340,7 +341,7 @@ def _check_predecessor(config: ConfigDict, phase: phases.Phase) -> None:
       f"config.init_from={config.init_from!r}",
     )
   elif not phase.from_scratch:
-    raise ValueError(
+    raise errors.UserError(
       f"phase {config.phase!r} starts from a trained autoencoder; set "
       "--config.init_from to the work directory of the phase before it"
     )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.diffusion import (
   conditioning,
   guidance,
@@ -43,7 +44,7 @@ def _pair(
   """Two numbers, or None for an empty tuple."""
   values = tuple(config[key])
   if len(values) not in (0, 2) or not all(map(_is_number, values)):
-    raise ValueError(
+    raise errors.UserError(
       f"config.{name}.{key}={values} is not two numbers; () leaves it out"
     )
   return values or None
@@ -57,15 +58,19 @@ def check_guidance(key: str, scales: Sequence[Any]) -> None:
   """Raises ValueError for scales that cannot be, or that stand twice."""
   for scale in scales:
     if not _is_number(scale):
-      raise ValueError(f"{key}={scales}: {scale!r} is not a finite number")
+      raise errors.UserError(
+        f"{key}={scales}: {scale!r} is not a finite number"
+      )
     guidance.check_guidance(scale, None)
   if len({f"{scale:g}" for scale in scales}) < len(scales):
-    raise ValueError(f"{key}={scales} names a scale twice (six digits count)")
+    raise errors.UserError(
+      f"{key}={scales} names a scale twice (six digits count)"
+    )
 
 
 def _chosen(known: dict[str, Callable], config: ConfigDict, key: str) -> Any:
   if config.kind not in known:
-    raise ValueError(
+    raise errors.UserError(
       f"unknown config.{key}.kind={config.kind!r}; known are {', '.join(known)}"
     )
   return known[config.kind](config)
@@ -119,7 +124,7 @@ def with_numbers(
   """
   height, width, channels = shape
   if height != width:
-    raise ValueError(
+    raise errors.UserError(
       f"{path} has latents of {height} x {width}, and only square ones can be "
       "trained on; export square crops"
     )
@@ -129,7 +134,7 @@ def with_numbers(
   with config.unlocked():
     for key, value in numbers.items():
       if config.model[key] not in (0, value):
-        raise ValueError(
+        raise errors.UserError(
           f"config.model.{key}={config.model[key]}, but {path} has {value}; "
           "leave it 0, or name another config.latents"
         )

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.diffusion import objectives, sampling, train_step
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.setup import denoising, keys
@@ -124,7 +125,7 @@ def check(config: ConfigDict) -> None:
   keys.check(config)
   denoising.check_guidance("config.samples.guidance", config.samples.guidance)
   if config.samples.count and not config.samples.guidance:
-    raise ValueError(
+    raise errors.UserError(
       "config.samples.guidance is empty; name at least one scale, or set "
       "config.samples.count=0"
     )
@@ -146,7 +147,7 @@ def build(
   numbers = denoising.numbers_of_latents(config.model)
   for key in numbers:
     if not config.model[key]:
-      raise ValueError(
+      raise errors.UserError(
         f"config.model.{key}=0 is filled in from the latents, and config."
         f"latents is empty; name a store, or set {', '.join(numbers)}"
       )
@@ -158,7 +159,7 @@ def build(
     )  # fmt: skip
   mesh = sharding.create_mesh(**config.mesh, devices=devices)
   if mesh.shape["spatial"] != 1:
-    raise ValueError(
+    raise errors.UserError(
       f"config.mesh.spatial={mesh.shape['spatial']} splits images; latents are "
       "small: use 1"
     )

@@ -8,6 +8,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, network
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.data import decoding, images, sources
@@ -21,29 +22,29 @@ from dcae_jax.setup import image_sources, keys, models
 def check(config: ConfigDict) -> None:
   """Raises ValueError for a config that cannot be run; reads descriptions."""
   if not config.init_from:
-    raise ValueError(
+    raise errors.UserError(
       "config.init_from is empty; name a run, a folder or file of released "
       "weights, or a hub id"
     )
   keys.check(config)
   if config.dtype not in layout.DTYPES:
-    raise ValueError(
+    raise errors.UserError(
       f"config.dtype={config.dtype!r} is not among {', '.join(layout.DTYPES)}"
     )
   if config.shard_rows % layout.CHUNK_ROWS:
-    raise ValueError(
+    raise errors.UserError(
       f"config.shard_rows={config.shard_rows} is not a multiple of "
       f"{layout.CHUNK_ROWS}"
     )
   precision.check_dtype(config.compute_dtype)
   images.Cropping(config.crop, config.resolution)
   if config.crops_per_image > 1 and config.crop == "dm_crop":
-    raise ValueError(
+    raise errors.UserError(
       f"config.crops_per_image={config.crops_per_image} of config.crop=dm_crop "
       "would all be the same; use random_crop or random_resized_crop"
     )
   if _is_import(config) and (config.flip or config.crops_per_image > 1):
-    raise ValueError(
+    raise errors.UserError(
       "config.flip and config.crops_per_image need images; the source is of "
       "kind 'npy', latents"
     )
@@ -87,7 +88,7 @@ def open_store(config: ConfigDict, workdir: epath.Path) -> store.LatentStore:
   """
   output = config.output or os.fspath(workdir / "latents")
   if epath.Path(output).expanduser() == workdir:
-    raise ValueError(
+    raise errors.UserError(
       f"config.output={output} is --workdir; use a place of its own for the "
       "store"
     )
@@ -119,7 +120,7 @@ def create(
   dtype = layout.DTYPES[config.dtype]
   if _is_import(config):
     if ae.scaling_factor is None:
-      raise ValueError(
+      raise errors.UserError(
         "the scaling factor that the latents were multiplied by is not known; "
         "give it, config.scaling_factor=..."
       )

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import block_pca
 from dcae_jax.data import crops, images, sources
 from dcae_jax.runs import work_directory
@@ -127,7 +128,7 @@ def _batches(
         yield np.concatenate(waiting) / 127.5 - 1.0
         waiting, rows = [], 0
   if not total:
-    raise ValueError(
+    raise errors.UserError(
       f"none of {len(chosen)} images can be used to fit block PCA"
     )
   if waiting:

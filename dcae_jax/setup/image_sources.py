@@ -5,6 +5,7 @@ import math
 
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.data import sources
 
 
@@ -19,18 +20,20 @@ def weighted_sources(
   if config.kind == "mixture":
     members = list(config.members.values())
     if not members or any(member.kind == "mixture" for member in members):
-      raise ValueError(
+      raise errors.UserError(
         "a source of kind 'mixture' needs at least one member, and none that "
         "is a mixture itself"
       )
     if config.part:
-      raise ValueError(
+      raise errors.UserError(
         f"a source of kind 'mixture' has no part {config.part!r}; its members "
         "have: config.data.source.members.NAME.part"
       )
     return [pair for member in members for pair in weighted_sources(member)]
   if not 0 < config.weight < math.inf:
-    raise ValueError(f"source weight {config.weight} is not a positive number")
+    raise errors.UserError(
+      f"source weight {config.weight} is not a positive number"
+    )
   return [(part_of(whole(config), config), config.weight)]
 
 
@@ -41,7 +44,7 @@ def whole(config: ConfigDict) -> sources.Source:
     ValueError: an unknown kind, or a source that does not exist.
   """
   if config.kind not in sources.KINDS:
-    raise ValueError(
+    raise errors.UserError(
       f"unknown source kind {config.kind!r}; known are "
       f"{', '.join(sources.KINDS)}, mixture"
     )
@@ -57,7 +60,7 @@ def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:
     return source
   parts = ("training", "held_out")
   if config.part not in parts:
-    raise ValueError(
+    raise errors.UserError(
       f"unknown part {config.part!r} of a source; known are "
       f"{', '.join(parts)}, and '' for all of it"
     )
@@ -67,5 +70,7 @@ def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:
 def single_source(config: ConfigDict) -> sources.Source:
   """A source that is not a mixture: evaluations have an order."""
   if config.kind == "mixture":
-    raise ValueError("images are evaluated from one source, not from a mixture")
+    raise errors.UserError(
+      "images are evaluated from one source, not from a mixture"
+    )
   return weighted_sources(config)[0][0]

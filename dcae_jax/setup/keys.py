@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import base
+from dcae_jax import errors
 from dcae_jax.runs import differences
 
 _LOG = logging.getLogger(__name__)
@@ -35,9 +36,9 @@ def check(config: ConfigDict) -> None:
     if key.least is None:
       continue
     if not value >= key.least:  # also for NaN
-      raise ValueError(f"config.{path}={value} is below {key.least}")
+      raise errors.UserError(f"config.{path}={value} is below {key.least}")
     if value > key.most:
-      raise ValueError(f"config.{path}={value} is above {key.most}")
+      raise errors.UserError(f"config.{path}={value} is above {key.most}")
 
 
 def completed(config: dict[str, Any]) -> ConfigDict:
@@ -77,7 +78,9 @@ def for_device(config: ConfigDict, backend: str) -> ConfigDict:
   here, there = differences.flat(config.to_dict()), {}
   for path, before, value in config.on_accelerator:
     if path not in here:
-      raise ValueError(f"config.on_accelerator names {path!r}, which is no key")
+      raise errors.UserError(
+        f"config.on_accelerator names {path!r}, which is no key"
+      )
     if here[path] == before and backend != "cpu":
       there[path] = value
   if there:

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.data import images, sources
 from dcae_jax.evaluation import fid, reconstruction
 from dcae_jax.setup import metric_networks
@@ -22,10 +23,10 @@ _LARGEST_SIDE = 2**14  # pixels
 def check_reading(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no images can be read with."""
   if not config.resolutions:
-    raise ValueError("config.resolutions is empty; name at least one")
+    raise errors.UserError("config.resolutions is empty; name at least one")
   for side in config.resolutions:
     if type(side) is not int or not 1 <= side <= _LARGEST_SIDE:
-      raise ValueError(
+      raise errors.UserError(
         f"image side {side!r} in config.resolutions is not a whole number from "
         f"1 to {_LARGEST_SIDE}"
       )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.evaluation import fid, set_measures
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.networks import pretrained
@@ -59,7 +60,7 @@ def check_known(
   known = metrics_table.known(subject)
   for metric in asked:
     if metric not in known:
-      raise ValueError(
+      raise errors.UserError(
         f"unknown metric {metric!r} in {key}; known of {subject} are "
         f"{', '.join(known)}"
       )
@@ -78,7 +79,7 @@ def check(config: ConfigDict, key: str = "config") -> None:
   for metric in chosen.values():
     smallest = metric.of_pairs.smallest_side if metric.of_pairs else 1
     if side < smallest:
-      raise ValueError(
+      raise errors.UserError(
         f"image side {side} is below {smallest}, the smallest that "
         f"{metric.label} can be computed for; leave it out of {key}.metrics"
       )
@@ -90,12 +91,12 @@ def check_reference(config: ConfigDict) -> None:
     return
   chosen = metrics_table.chosen(config.metrics, "reconstructions")
   if metrics_table.INCEPTION.key not in compared(chosen):
-    raise ValueError(
+    raise errors.UserError(
       f"config.reference={config.reference} is for metrics such as rfid, which "
       "is not among config.metrics"
     )
   if "{resolution}" not in config.reference and len(config.resolutions) > 1:
-    raise ValueError(
+    raise errors.UserError(
       f"config.reference={config.reference} is one file for several "
       "resolutions; put {resolution} into it, or evaluate one resolution"
     )
@@ -166,7 +167,7 @@ def load_reference(
       or shape[0] < least
       or not np.isfinite(features).all()
     ):
-      raise ValueError(
+      raise errors.UserError(
         f"config.reference={path} has features {list(shape)} of single images, "
         f"and {metric.label} needs those of at least {least}, each "
         f"{network.features} finite numbers; make a reference with "

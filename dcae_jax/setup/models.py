@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import families, network
 from dcae_jax.autoencoder.weights import released
 from dcae_jax.data import decoding
@@ -79,7 +80,7 @@ def check_same(before: Identity, now: ConfigDict, name: str) -> None:
   here = differences.flat(identity(keys.resolved(now))._asdict())
   for key in here:
     if there.get(key) != here[key]:
-      raise ValueError(
+      raise errors.UserError(
         f"{name} has config.model.{key}={there.get(key)!r}, and this config "
         f"{here[key]!r}; use weights of the same autoencoder, or take its "
         "model with config.model.variant=''"
@@ -108,7 +109,7 @@ def with_model(config: ConfigDict) -> ConfigDict:
     model = identity_of(config.init_from)
   else:
     known = ", ".join(families.variants())
-    raise ValueError(
+    raise errors.UserError(
       f"config.model.variant is empty; name one of {known}, or set "
       "config.init_from, whose model is taken then"
     )
@@ -128,10 +129,10 @@ def check_sides(resolutions: tuple[int, ...], compression: int) -> None:
   """Raises ValueError for image sides that cannot be encoded or evaluated."""
   for resolution in resolutions:
     if not isinstance(resolution, int):
-      raise ValueError(f"image side {resolution!r} is not a whole number")
+      raise errors.UserError(f"image side {resolution!r} is not a whole number")
     network.check_side(resolution, compression)
     if resolution < image_metrics.SMALLEST_SIDE:
-      raise ValueError(
+      raise errors.UserError(
         f"image side {resolution} is below {image_metrics.SMALLEST_SIDE}, the "
         "smallest that SSIM can be computed for"
       )

@@ -7,6 +7,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.runs import (
   differences,
   metrics_writer,
@@ -53,7 +54,9 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
     place.check_writable(f"probe_{jax.process_index()}")
   path = workdir / "config.json"
   if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f"--workdir={workdir} is not a directory; choose another")
+    raise errors.UserError(
+      f"--workdir={workdir} is not a directory; choose another"
+    )
   if not path.exists():
     return
   before = work_directory.read_config(path)
@@ -64,7 +67,7 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
     now = models.in_whole(keys.resolved(config))
     changes = keys.changes(models.in_whole(before), now)
   if changes:
-    raise ValueError(
+    raise errors.UserError(
       f"--workdir={workdir} holds a run of another config ({'; '.join(changes)}"
       "); choose another directory, or the same config to go on"
     )

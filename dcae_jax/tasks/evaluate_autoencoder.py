@@ -14,6 +14,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, block_pca, families, network
 from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images
@@ -43,12 +44,12 @@ def check(config: ConfigDict) -> None:
   """Raises ValueError for a config that cannot be run; reads descriptions."""
   others = config.compare
   if config.init_from and config.variant:
-    raise ValueError(
+    raise errors.UserError(
       f"config.init_from={config.init_from} and config.variant="
       f"{config.variant} exclude each other; leave one of them empty"
     )
   if not (config.init_from or config.variant or others):
-    raise ValueError(
+    raise errors.UserError(
       "config.init_from is empty; name a run, a folder or file of released "
       "weights, or a hub id, or a config.variant for its initial values"
     )
@@ -81,7 +82,7 @@ def _check_model(path: str, config: ConfigDict) -> None:
 
 def _check_floor(config: ConfigDict) -> None:
   if not (config.init_from or config.variant):
-    raise ValueError(
+    raise errors.UserError(
       f"config.compare={config.compare} names {FLOOR}, whose latents have the "
       "size of those of config.init_from or config.variant; set one of them"
     )
@@ -123,7 +124,7 @@ def _material(config: ConfigDict) -> floor.Material:
   try:
     return floor.of_run(config.init_from)
   except ValueError as error:
-    raise ValueError(
+    raise errors.UserError(
       f"{FLOOR} cannot be fitted on what {config.init_from} was trained on "
       f"({error}); name other images with config.fit_source"
     ) from error
@@ -163,7 +164,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       continue
     path = pathlib.PurePath(os.path.abspath(os.path.expanduser(other)))
     if path.is_relative_to(os.path.abspath(workdir)):
-      raise ValueError(
+      raise errors.UserError(
         f"config.compare={other} lies in --workdir={workdir}, which is written "
         "anew; choose another --workdir"
       )

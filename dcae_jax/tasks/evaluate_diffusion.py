@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.diffusion import conditioning, sampling
 from dcae_jax.evaluation import fid, samples, set_measures
@@ -67,16 +68,18 @@ def check(config: ConfigDict) -> None:
   keys.check(config)
   ways = jax.local_device_count()
   if config.batch_size % ways:
-    raise ValueError(
+    raise errors.UserError(
       f"config.batch_size={config.batch_size} is not divisible by {ways}, the "
       "devices of this process; use a multiple"
     )
   if config.images not in samples.IMAGES:
     known = ", ".join(map(repr, samples.IMAGES))
-    raise ValueError(f"config.images={config.images!r} is not among {known}")
+    raise errors.UserError(
+      f"config.images={config.images!r} is not among {known}"
+    )
   denoising.check_guidance("config.guidance", config.guidance)
   if not config.guidance:
-    raise ValueError("config.guidance is empty; name at least one scale")
+    raise errors.UserError("config.guidance is empty; name at least one scale")
   _check_metrics(config)
   precision.check_dtype(config.compute_dtype)
 
@@ -86,20 +89,20 @@ def _check_metrics(config: ConfigDict) -> None:
   chosen = metrics_table.chosen(config.metrics, "samples")
   networks = metric_networks.compared(chosen)
   if networks and not config.reference:
-    raise ValueError(
+    raise errors.UserError(
       f"config.reference is empty, and some of config.metrics="
       f"{config.metrics} compare with it; make one with "
       "configs/reference_statistics.py, or choose others"
     )
   if len(networks) > 1 and "{network}" not in config.reference:
-    raise ValueError(
+    raise errors.UserError(
       f"config.reference={config.reference} is one file, and config.metrics="
       f"{config.metrics} compare features of {', '.join(networks)}; put "
       "{network} into it"
     )
   for key, metric in chosen.items():
     if config.samples < metric.of_sets.least:
-      raise ValueError(
+      raise errors.UserError(
         f"config.samples={config.samples} is below {metric.of_sets.least}, the "
         f"least for {key}; draw more, or choose other config.metrics"
       )
@@ -232,7 +235,7 @@ def open_model(
     sampler = ConfigDict(trained.sampler.to_dict() | given)
     model = denoising.create(trained.model, trained.objective, sampler)
   except (AttributeError, KeyError, TypeError) as error:
-    raise ValueError(
+    raise errors.UserError(
       f"config.json of {config.init_from} is damaged, or of an earlier version "
       f"({error}); bring it back, or train again"
     ) from error
@@ -260,7 +263,7 @@ def open_metrics(
   inception = {"gfid": config.weights}
   metrics = metric_networks.open_all(config.metrics, inception, "samples")
   if metrics.absent and not metrics.metrics:
-    raise ValueError("; ".join(dict.fromkeys(metrics.absent.values())))
+    raise errors.UserError("; ".join(dict.fromkeys(metrics.absent.values())))
   references = {
     key: metric_networks.load_reference(
       _reference(config, key), network, metrics.metrics
@@ -307,12 +310,12 @@ def _check_identity(
   path = workdir / _IDENTITY
   if not path.exists():
     if begun:
-      raise ValueError(
+      raise errors.UserError(
         f"--workdir={workdir} is not the same place for all processes; use a "
         "bucket, or a directory that all of them share"
       )
     if (workdir / "parts").exists() and any((workdir / "parts").iterdir()):
-      raise ValueError(
+      raise errors.UserError(
         f"{path} is gone, so that it is not known what the samples there are "
         "of; bring it back, or choose another --workdir"
       )
@@ -320,7 +323,7 @@ def _check_identity(
   try:
     before = dict(json.loads(path.read_bytes()))
   except (ValueError, TypeError) as error:
-    raise ValueError(
+    raise errors.UserError(
       f"{path} is damaged ({error}); choose another --workdir"
     ) from error
   if not begun:

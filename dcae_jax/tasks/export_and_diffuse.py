@@ -5,6 +5,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.setup import (
   denoising,
   diffusion_training,
@@ -48,7 +49,7 @@ def check(config: ConfigDict) -> ConfigDict:
     ValueError: a stage that cannot be run, or does not fit the others.
   """
   if jax.process_count() > 1:
-    raise ValueError(
+    raise errors.UserError(
       "export_and_diffuse runs in one process; on a pod, run export_latents, "
       "train_diffusion and evaluate_diffusion one after the other"
     )

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder
 from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
@@ -21,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 def check(config: ConfigDict) -> None:
   """Raises ValueError for a config that cannot be run."""
   if not config.latents:
-    raise ValueError(
+    raise errors.UserError(
       "config.latents is empty; name a latent store, a directory or gs:// "
       "prefix"
     )
@@ -63,7 +64,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   )
   if problems:
     more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-    raise ValueError(
+    raise errors.UserError(
       f"{store.path} is damaged: {'; '.join(problems[:10])}{more}; export it "
       "again to another place"
     )

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.runs import metrics_writer
 from dcae_jax.setup import (
   autoencoder_training,
@@ -136,7 +137,7 @@ class _Job(NamedTuple):
 def _jobs(config: ConfigDict) -> Iterator[_Job]:
   names = [name.strip() for name in config.of.split(",") if name.strip()]
   if not names:
-    raise ValueError(
+    raise errors.UserError(
       "config.of is empty; name the config of a training run, such as "
       "configs/f64_phase2.py"
     )
@@ -195,7 +196,7 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
     ValueError: no such file, no training run, or an unknown key.
   """
   if not pathlib.Path(path).is_file():
-    raise ValueError(f"config.of={path!r} is not a file; see configs/")
+    raise errors.UserError(f"config.of={path!r} is not a file; see configs/")
   config = runpy.run_path(path).get("get_config", ConfigDict)()
   task = config.get("task", "nothing")
   if task == "train_phases":
@@ -203,7 +204,7 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
   elif task in _BUILD:
     found = {"": config}
   else:
-    raise ValueError(
+    raise errors.UserError(
       f"config.of={path!r} is of the task {task!r}; plans are of "
       f"{', '.join(_BUILD)} and train_phases"
     )
@@ -211,7 +212,7 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
     try:
       planned.lock().update(changes)
     except (AttributeError, KeyError, TypeError) as error:
-      raise ValueError(f"config.changes: {error.args[0]}") from error
+      raise errors.UserError(f"config.changes: {error.args[0]}") from error
   return found
 
 
@@ -219,7 +220,7 @@ def set_batch_size(config: ConfigDict, per_chip: float, chips: int) -> None:
   """Raises ValueError unless it makes a whole number of images."""
   batch_size = per_chip * chips
   if batch_size < 1 or batch_size != int(batch_size):
-    raise ValueError(
+    raise errors.UserError(
       f"config.batch_size_per_chip={per_chip} is {batch_size:g} images on "
       f"{chips} chips; choose one that makes a whole number"
     )
@@ -246,7 +247,7 @@ def measure(
     failure = str(error)
     if "RESOURCE_EXHAUSTED" not in failure:
       first = failure.strip().splitlines()[0]
-      raise ValueError(f"{name} does not compile: {first}") from error
+      raise errors.UserError(f"{name} does not compile: {first}") from error
   seconds = time.perf_counter() - start
   available = hardware.usable_memory(chip)
   if failure:

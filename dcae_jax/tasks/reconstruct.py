@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.data import decoding, images, sources
 from dcae_jax.evaluation import image_metrics
@@ -41,7 +42,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   names = _file_names(originals)
   for original, name in zip(originals, names, strict=True):
     if os.path.realpath(original) == os.path.realpath(workdir / name):
-      raise ValueError(
+      raise errors.UserError(
         f"{original} would be written over; choose another --workdir"
       )
   start.begin(config, workdir, ("pictures", "summary.md"))
@@ -80,7 +81,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
 
 def _check(config: ConfigDict) -> None:
   if not config.init_from:
-    raise ValueError(
+    raise errors.UserError(
       "config.init_from is empty; name a run, a folder or file of released "
       "weights, or a hub id"
     )

@@ -14,6 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import streaming_moments
 from dcae_jax.data import images
 from dcae_jax.evaluation import fid
@@ -32,7 +33,7 @@ def check(config: ConfigDict) -> None:
   known = metrics_table.describing_networks()
   for key in config.networks:
     if key not in known:
-      raise ValueError(
+      raise errors.UserError(
         f"unknown network {key!r} in config.networks; known are "
         f"{', '.join(known)}"
       )

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, block_pca
 from dcae_jax.data import decoding
 from dcae_jax.evaluation import metrics as metrics_table
@@ -39,7 +40,7 @@ _PICTURE = "reconstructions.png"
 def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
   """Raises ValueError for a config that cannot be run; touches no file."""
   if not config.runs:
-    raise ValueError(
+    raise errors.UserError(
       "config.runs is empty; name the work directories to report"
     )
   keys.check(config)

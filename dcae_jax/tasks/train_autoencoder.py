@@ -13,6 +13,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import families
 from dcae_jax.data import images, sources
 from dcae_jax.evaluation import metrics as metrics_table
@@ -60,7 +61,7 @@ def open_inputs(config: ConfigDict) -> Inputs:
         config.lpips.network, config.lpips.path
       )
     except pretrained.AbsentWeightsError as error:
-      raise ValueError(
+      raise errors.UserError(
         f"{error}, or name a copy with --config.lpips.path=FILE, or train "
         "without LPIPS with --config.lpips.weight=0"
       ) from error

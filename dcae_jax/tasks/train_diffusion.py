@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder
 from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
@@ -38,7 +39,7 @@ def run(
   config = keys.for_device(config, jax.default_backend())
   diffusion_training.check(config)
   if not config.latents:
-    raise ValueError(
+    raise errors.UserError(
       "config.latents is empty; name a latent store (configs/f64_export.py "
       "writes one)"
     )

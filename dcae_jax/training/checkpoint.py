@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dcae_jax import errors
 from dcae_jax.runs import metrics_writer
 from dcae_jax.training import sharding
 from dcae_jax.training import state as state_lib
@@ -56,7 +57,7 @@ def _explained(what: str) -> Iterator[None]:
     others = ""
     if jax.process_count() > 1:
       others = "if another process has ended, see its log; "
-    raise ValueError(
+    raise errors.UserError(
       f"{what} failed: {first_line[:300]}; other checkpoints are as they were: "
       f"{others}make room on a full disk, remove a damaged checkpoint, and run "
       "again"
@@ -136,7 +137,7 @@ def restore_variables(
   ) as manager:
     step = manager.latest_step()
     if step is None:
-      raise ValueError(
+      raise errors.UserError(
         f"{run!r} has no finished checkpoint; let that run go on"
       )
     target = ocp.args.StandardRestore(sharding.placed(abstract, shardings))
@@ -184,7 +185,7 @@ def check_space(workdir: epath.Path, abstract: Tree, keep: int) -> None:
     existing_parent = existing_parent.parent
   free = shutil.disk_usage(existing_parent).free
   if free < needed:
-    raise ValueError(
+    raise errors.UserError(
       f"no space left for checkpoints: {workdir} has {free / 1e6:,.1f} MB free "
       f"and this run needs {needed / 1e6:,.1f} MB ({size / 1e6:,.1f} MB each); "
       "free some, set config.checkpoint.keep=1, or choose another --workdir"

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import optax
 
+from dcae_jax import errors
+
 Tree = Any
 
 
@@ -35,11 +37,13 @@ def trainable_mask(parameters: Tree, patterns: tuple[str, ...]) -> Tree:
   """
   paths = parameter_paths(parameters)
   if not patterns:
-    raise ValueError("no trainable patterns are given, so nothing would learn")
+    raise errors.UserError(
+      "no trainable patterns are given, so nothing would learn"
+    )
   for pattern in patterns:
     if not any(_matches(path, pattern) for path in paths):
       modules = sorted({"/".join(path.split("/")[:2]) for path in paths})
-      raise ValueError(
+      raise errors.UserError(
         f"trainable pattern {pattern!r} matches no parameter; there are "
         f"{', '.join(modules)}, and what is below them"
       )

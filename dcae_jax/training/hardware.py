@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from dcae_jax import errors
+
 _GIB = 2**30
 
 
@@ -95,18 +97,18 @@ def describe_slice(topology: str) -> list[jax.Device]:
     or "x".join(map(str, lengths)) != sides
     or len(lengths) != _GENERATIONS[generation].dimensions
   ):
-    raise ValueError(
+    raise errors.UserError(
       f"unknown topology {topology!r}; write v5e:4x4 or v6e:4x4 (two sides), "
       "v4:2x2x4 or v5p:2x2x4 (three), or nothing for the devices that are here"
     )
   most = _GENERATIONS[generation].chips
   if not 1 <= math.prod(lengths) <= most:
-    raise ValueError(
+    raise errors.UserError(
       f"topology {topology!r} has {math.prod(lengths):,} chips; a slice of "
       f"{generation} has up to {most:,}"
     )
   if importlib.util.find_spec("libtpu") is None:
-    raise ValueError(
+    raise errors.UserError(
       "compiling for a TPU needs libtpu, which is an ordinary package and "
       'needs no TPU: pip install "jax[tpu]"'
     )
@@ -124,7 +126,7 @@ def describe_slice(topology: str) -> list[jax.Device]:
       **bounds,
     )
   except jax.errors.JaxRuntimeError as error:
-    raise ValueError(
+    raise errors.UserError(
       f"libtpu does not know the topology {topology!r}: {error}"
     ) from error
   return list(found.devices)

@@ -13,6 +13,8 @@ import jax
 import optax
 from optax import contrib, schedules
 
+from dcae_jax import errors
+
 Tree = Any
 
 
@@ -69,7 +71,7 @@ def create(
   """
   for key, known in (("kind", KINDS), ("schedule", SCHEDULES)):
     if getattr(settings, key) not in known:
-      raise ValueError(
+      raise errors.UserError(
         f"unknown config.optimizer.{key}={getattr(settings, key)!r}; known are "
         f"{', '.join(known)}"
       )
@@ -178,7 +180,7 @@ def _linear(settings: Settings, largest: float, steps: int):
 
 def _warmup_stable_decay(settings: Settings, largest: float, steps: int):
   if not settings.decay_steps:
-    raise ValueError(
+    raise errors.UserError(
       "config.optimizer.decay_steps=0 leaves nothing to decay with schedule "
       "wsd; set it to the number of the last steps, such as a tenth of all"
     )

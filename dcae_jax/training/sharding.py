@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dcae_jax import errors
+
 Tree = Any
 
 # Path pattern, then the dimensions that `fsdp` may split: the first of them
@@ -42,13 +44,13 @@ def create_mesh(
   text = f"data={data}, fsdp={fsdp}, spatial={spatial}"
   known = int(np.prod([size for size in sizes if size != -1]))
   if sizes.count(-1) > 1 or known < 1 or any(size < -1 for size in sizes):
-    raise ValueError(
+    raise errors.UserError(
       f"config.mesh has {text}; sizes are positive, and one may be -1"
     )
   if -1 in sizes:
     sizes[sizes.index(-1)] = len(devices) // known
   if int(np.prod(sizes)) != len(devices):
-    raise ValueError(
+    raise errors.UserError(
       f"config.mesh with {text} does not fit {len(devices)} devices; choose "
       "sizes whose product is that number, one of them -1"
     )
@@ -67,7 +69,7 @@ def check_batch(
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size < 1 or accumulation < 1 or batch_size % (ways * accumulation):
     times = f" times config.accumulation={accumulation}"
-    raise ValueError(
+    raise errors.UserError(
       f"config.batch_size={batch_size} is not divisible by "
       f"{ways * accumulation}: {ways} ways of data parallelism (mesh axes data "
       f"x fsdp){times if accumulation != 1 else ''}; use a multiple"
@@ -80,12 +82,12 @@ def check_images(resolution: int, mesh: Mesh) -> None:
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   processes = len({device.process_index for device in mesh.devices.flat})
   if ways % processes:
-    raise ValueError(
+    raise errors.UserError(
       f"config.mesh splits batches {ways} ways over {processes} processes; use "
       "a smaller spatial axis, so that each process reads whole images"
     )
   if resolution % mesh.shape["spatial"]:
-    raise ValueError(
+    raise errors.UserError(
       f"image side {resolution} is not divisible by config.mesh.spatial="
       f"{mesh.shape['spatial']}; use a smaller spatial axis"
     )

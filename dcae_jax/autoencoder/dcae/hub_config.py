@@ -6,6 +6,7 @@ That is the class which diffusers has for them.
 import dataclasses
 from typing import Any
 
+from dcae_jax import errors
 from dcae_jax.autoencoder.dcae import network as dcae
 from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.autoencoder.weights import settings
@@ -85,7 +86,7 @@ def to_config(
     ValueError: AutoencoderDC has no setting for it.
   """
   if shift_factor:
-    raise ValueError(
+    raise errors.UserError(
       f"AutoencoderDC has no shift_factor, and this one is {shift_factor}; "
       "latents of a DC-AE are scaled alone"
     )
@@ -115,7 +116,7 @@ def to_config(
     }
     c |= {f"{part}_{name}": column for name, column in columns.items()}
   if plain(from_config(c)[0]) != plain(architecture):
-    raise ValueError(
+    raise errors.UserError(
       "this architecture has no AutoencoderDC config: its encoder has RMS "
       "norms and SiLU, and all heads have the same number of channels"
     )
@@ -143,7 +144,7 @@ def _plain_stage(stage: variants.Stage) -> variants.Stage:
 def _stages(c: dict[str, Any], part: str) -> tuple[variants.Stage, ...]:
   widths = c[f"{part}_block_out_channels"]
   if not isinstance(widths, list | tuple) or len(widths) < 2:
-    raise ValueError(
+    raise errors.UserError(
       f"{part}_block_out_channels={widths!r} is not a list of two or more"
     )
 
@@ -153,7 +154,7 @@ def _stages(c: dict[str, Any], part: str) -> tuple[variants.Stage, ...]:
     if isinstance(values, str) or values is None:
       values = [values] * len(widths)
     if not isinstance(values, list | tuple) or len(values) != len(widths):
-      raise ValueError(
+      raise errors.UserError(
         f"{part}_{name}={values!r} does not have one value for each of the "
         f"{len(widths)} stages of {part}_block_out_channels"
       )
@@ -177,7 +178,7 @@ def _stages(c: dict[str, Any], part: str) -> tuple[variants.Stage, ...]:
 
 def _scales(values: Any, name: str) -> tuple[int, ...]:
   if not isinstance(values, list | tuple):
-    raise ValueError(f"{name}={values!r} is not a list of kernel sizes")
+    raise errors.UserError(f"{name}={values!r} is not a list of kernel sizes")
   return tuple(settings.whole(value, name, 1, 31) for value in values)
 
 

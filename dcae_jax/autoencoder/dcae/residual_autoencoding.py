@@ -12,6 +12,7 @@ from einops import rearrange, reduce, repeat
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dcae_jax import errors
 from dcae_jax.nn import convolution
 
 
@@ -38,7 +39,7 @@ def channel_average(
     ValueError: `channels` does not divide the channels of `x`.
   """
   if x.shape[-1] % channels:
-    raise ValueError(
+    raise errors.UserError(
       f"the averaging shortcut cannot go from {x.shape[-1]} to {channels} "
       "channels; choose a number that divides it, or switch the shortcut off"
     )
@@ -54,7 +55,7 @@ def channel_duplicate(
     ValueError: `channels` is not a multiple of the channels of `x`.
   """
   if channels % x.shape[-1]:
-    raise ValueError(
+    raise errors.UserError(
       f"the duplicating shortcut cannot go from {x.shape[-1]} to {channels} "
       "channels; choose a multiple of it, or switch the shortcut off"
     )

@@ -7,6 +7,7 @@ Shallow stages hold ResBlocks, deep ones EfficientViT blocks (section 3.3).
 import dataclasses
 from typing import Any, NamedTuple
 
+from dcae_jax import errors
 from dcae_jax.autoencoder.dcae import efficientvit
 
 
@@ -179,21 +180,21 @@ def check_architecture(architecture: Architecture) -> None:
   compressions = [spatial_compression(architecture.encoder)]
   compressions.append(spatial_compression(architecture.decoder))
   if len(set(compressions)) > 1:
-    raise ValueError(
+    raise errors.UserError(
       f"the encoder divides image sides by {compressions[0]}, and the decoder "
       f"multiplies them by {compressions[1]}; give both as many stages"
     )
   for stage in architecture.encoder[1:]:
     if stage.width % 4 and architecture.downsample == "space_to_channel":
-      raise ValueError(
+      raise errors.UserError(
         f"encoder stage width {stage.width} is not divisible by 4, as the "
         "rearrangement of 2x2 pixels to channels before it needs it"
       )
   for stage in (*architecture.encoder, *architecture.decoder):
     if stage.block == "efficientvit" and stage.width < stage.head_dim:
-      raise ValueError(
+      raise errors.UserError(
         f"stage width {stage.width} is below {stage.head_dim}, the channels of "
         "one attention head"
       )
     if any(size % 2 == 0 for size in stage.scales):
-      raise ValueError(f"attention scales {stage.scales} are not all odd")
+      raise errors.UserError(f"attention scales {stage.scales} are not all odd")

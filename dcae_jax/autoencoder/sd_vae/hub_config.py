@@ -5,6 +5,7 @@ That is the class which diffusers has for them.
 
 from typing import Any
 
+from dcae_jax import errors
 from dcae_jax.autoencoder.sd_vae import variants
 from dcae_jax.autoencoder.weights import settings
 
@@ -43,14 +44,16 @@ def from_config(config: dict[str, Any]) -> tuple[variants.Architecture, int]:
   c = DEFAULTS | config
   image_channels = settings.count(c, "in_channels")
   if settings.count(c, "out_channels") != image_channels:
-    raise ValueError(
+    raise errors.UserError(
       f"in_channels={image_channels} and out_channels={c['out_channels']} "
       "differ; an autoencoder gives back what it takes"
     )
   settings.known(c["act_fn"], "act_fn", _ACTIVATIONS)
   widths = c["block_out_channels"]
   if not isinstance(widths, list | tuple) or not widths:
-    raise ValueError(f"block_out_channels={widths!r} is not a list of widths")
+    raise errors.UserError(
+      f"block_out_channels={widths!r} is not a list of widths"
+    )
   widths = tuple(
     settings.whole(width, f"block_out_channels[{i}]", 1)
     for i, width in enumerate(widths)
@@ -116,7 +119,7 @@ def _attending(
   """Indices of the stages with attention; `key` lists them as `stages` does."""
   blocks = c[key]
   if not isinstance(blocks, list | tuple) or len(blocks) != len(stages):
-    raise ValueError(
+    raise errors.UserError(
       f"{key}={blocks!r} does not have one block for each of the {len(stages)} "
       "stages of block_out_channels"
     )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import network
 from dcae_jax.autoencoder.dcae import residual_autoencoding
 from dcae_jax.autoencoder.sd_vae import variants
@@ -293,7 +294,7 @@ def create(
   """
   variants.check_architecture(architecture)
   if not options.residual_autoencoding:
-    raise ValueError(
+    raise errors.UserError(
       "residual_autoencoding=False is DC-AE's ablation, and SD-VAE has no "
       "shortcuts around its resampling; leave it True"
     )

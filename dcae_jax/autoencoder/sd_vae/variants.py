@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from dcae_jax import errors
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
@@ -62,7 +64,7 @@ def check_architecture(architecture: Architecture) -> None:
   """Raises ValueError for widths that the norms cannot divide."""
   for width in architecture.widths:
     if width % architecture.groups:
-      raise ValueError(
+      raise errors.UserError(
         f"stage width {width} is not divisible by {architecture.groups}, the "
         "groups of its norms"
       )

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from einops import rearrange
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import families, network
 from dcae_jax.autoencoder.weights import safetensors_files
 from dcae_jax.training import freezing
@@ -88,12 +89,12 @@ def table(
     ValueError: an unknown layout, or one that the family does not come in.
   """
   if layout not in LAYOUTS:
-    raise ValueError(
+    raise errors.UserError(
       f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}"
     )
   family = families.of(architecture)
   if layout not in family.layouts:
-    raise ValueError(
+    raise errors.UserError(
       f"the layout {layout!r} is of authors whose code has no {family.name}; "
       f"use {' or '.join(map(repr, family.layouts))}"
     )
@@ -174,7 +175,9 @@ def read(
         (name,) = entry.names
         count = safetensors_files.read(files[name], name)
         if count.dtype.kind != "i":
-          raise ValueError(f"{name} in {files[name]} is {count}, not a count")
+          raise errors.UserError(
+            f"{name} in {files[name]} is {count}, not a count"
+          )
         counts[entry.path] = int(count)
       continue
     tensors = [safetensors_files.read(files[n], n) for n in entry.names]
@@ -183,7 +186,7 @@ def read(
     del tensors
     is_variance = entry.path.endswith("/var")
     if not np.isfinite(ours).all() or (is_variance and ours.min() < 0):
-      raise ValueError(
+      raise errors.UserError(
         f"{', '.join(entry.names)} in {files[entry.names[0]]} has values that "
         "are not finite, or negative variances; download or convert it again"
       )

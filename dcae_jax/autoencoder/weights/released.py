@@ -8,6 +8,7 @@ apart by name.
 import pathlib
 from typing import Any, NamedTuple
 
+from dcae_jax import errors
 from dcae_jax.autoencoder import families
 from dcae_jax.autoencoder.weights import conversion, safetensors_files
 
@@ -84,7 +85,9 @@ def find(source: str) -> Released:
   for file in files:
     for name, shape in safetensors_files.header(file).items():
       if name in paths:
-        raise ValueError(f"{name} stands in both {paths[name]} and {file}")
+        raise errors.UserError(
+          f"{name} stands in both {paths[name]} and {file}"
+        )
       tensors[name], paths[name] = shape, file
   try:
     defaults = families.by_class(config).config_defaults
@@ -98,7 +101,7 @@ def find(source: str) -> Released:
       # As the class in diffusers takes it.
       config = {"scaling_factor": defaults["scaling_factor"]} | config
   except ValueError as error:
-    raise ValueError(f"config.json of {source!r}: {error}") from error
+    raise errors.UserError(f"config.json of {source!r}: {error}") from error
   if not is_described:
     architecture, image_channels, layout = _recognise(source, tensors)
     entries = conversion.table(architecture, image_channels, layout)
@@ -121,13 +124,13 @@ def _scaling(source: str, config: dict[str, Any]) -> tuple[float | None, float]:
   is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
   factor = config.get("scaling_factor")
   if factor is not None and not (is_number(factor) and 0 < factor < 1e30):
-    raise ValueError(
+    raise errors.UserError(
       f"config.json of {source!r}: scaling_factor={factor!r} is not a positive "
       "number"
     )
   shift = config.get("shift_factor")
   if shift is not None and not (is_number(shift) and abs(shift) < 1e30):
-    raise ValueError(
+    raise errors.UserError(
       f"config.json of {source!r}: shift_factor={shift!r} is not a number"
     )
   return factor, float(shift or 0)
@@ -166,7 +169,7 @@ def _recognise(
   if best is None or shared(best) < 0.5:
     names = ", ".join(family.name for family in families.FAMILIES)
     known = ", ".join(families.variants())
-    raise ValueError(
+    raise errors.UserError(
       f"{source!r} is not recognised as one of {names}: put its config.json "
       f"beside the safetensors file (known without one: {known})"
     )
@@ -235,7 +238,7 @@ def _check_tensors(
     if tensors[name] != expected[name]
   ]
   if problems:
-    raise ValueError(
+    raise errors.UserError(
       f"{source!r} does not fit its architecture, {len(problems)} tensors: "
       f"{'; '.join(problems)}"
     )

@@ -4,6 +4,8 @@ import pickle
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
+from dcae_jax import errors
+
 
 class Unpickler(pickle.Unpickler):
   """Admits the names that it is given: a pickle can call any other function."""
@@ -21,7 +23,7 @@ class Unpickler(pickle.Unpickler):
   def find_class(self, module: str, name: str) -> Any:
     """Raises ValueError for a name that is not admitted."""
     if (module, name) not in self._admitted:
-      raise ValueError(
+      raise errors.UserError(
         f"it names {module}.{name}, which is no part of an array"
       )
     return self._admitted[module, name]

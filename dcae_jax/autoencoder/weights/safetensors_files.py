@@ -16,6 +16,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dcae_jax import errors
+
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 _RECIPE = (
   'convert it once, where torch is installed: python -c "import torch; from '
@@ -41,7 +43,7 @@ def find(source: str) -> tuple[list[pathlib.Path], dict[str, Any]]:
   """
   path = pathlib.Path(os.path.expanduser(source))
   if not source or ":/" in source:
-    raise ValueError(
+    raise errors.UserError(
       f"{source!r} is no local path and no hub id, and a run is only read from "
       "gs:// besides; copy released weights to a local folder first"
     )
@@ -60,25 +62,25 @@ def find(source: str) -> tuple[list[pathlib.Path], dict[str, Any]]:
   try:
     found = json.loads(config.read_bytes())
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{config} is damaged ({error})") from error
+    raise errors.UserError(f"{config} is damaged ({error})") from error
   if not isinstance(found, dict):
-    raise ValueError(f"{config} is not the config of a model")
+    raise errors.UserError(f"{config} is not the config of a model")
   return files, found
 
 
 def _refuse_pickle(path: pathlib.Path) -> None:
   if path.suffix.lower() in _PICKLES:
-    raise ValueError(
+    raise errors.UserError(
       f"{path} is a pickle, which may run code of others; "
       f"{_RECIPE.format(name=path)}"
     )
   if path.suffix.lower() != ".safetensors":
-    raise ValueError(f"{path} is not a safetensors file")
+    raise errors.UserError(f"{path} is not a safetensors file")
 
 
 def _download(source: str) -> pathlib.Path:
   if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-    raise ValueError(
+    raise errors.UserError(
       f"{source!r} is not the work directory of a run, nor a folder or file of "
       "weights, nor a hub id such as mit-han-lab/dc-ae-f64c128-in-1.0-diffusers"
     )
@@ -90,7 +92,7 @@ def _download(source: str) -> pathlib.Path:
     )
   except Exception as error:  # of the hub, of the network, of the disk
     reason = str(error).strip().split("\n")[0]
-    raise ValueError(
+    raise errors.UserError(
       f"{source!r} is not a local folder or file, and the hub did not give it: "
       f"{reason or type(error).__name__}"
     ) from error
@@ -104,34 +106,38 @@ def _files(folder: pathlib.Path, source: str) -> list[pathlib.Path]:
       shards = json.loads(indices[0].read_bytes())["weight_map"].values()
       names = sorted(set(shards))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-      raise ValueError(
+      raise errors.UserError(
         f'{indices[0]} has no "weight_map" from tensors to files; download it '
         "again"
       ) from None
     for name in names:  # an index from elsewhere must not point out of here
       if not re.fullmatch(r"[^/\\]+\.safetensors", str(name)):
-        raise ValueError(
+        raise errors.UserError(
           f"{indices[0]} names {name!r}, which is not a safetensors file of "
           "that folder"
         )
     files = [folder / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-      raise ValueError(f"{source!r} lacks the shards {', '.join(missing)}")
+      raise errors.UserError(
+        f"{source!r} lacks the shards {', '.join(missing)}"
+      )
     return files
   files = sorted(folder.glob("*.safetensors"))
   if len(files) == 1:
     return files
   if files:
     names = ", ".join(file.name for file in files)
-    raise ValueError(f"{source!r} holds several models: {names}; name one file")
+    raise errors.UserError(
+      f"{source!r} holds several models: {names}; name one file"
+    )
   for file in sorted(folder.iterdir()):
     if file.suffix.lower() in _PICKLES:
       _refuse_pickle(file)
   advice = ""
   if (folder / "vae").is_dir():
     advice = f"; the autoencoder of a pipeline is in {folder / 'vae'}"
-  raise ValueError(
+  raise errors.UserError(
     f"{source!r} is not a model: it has no safetensors file{advice}"
   )
 
@@ -141,7 +147,7 @@ def _open(file: pathlib.Path):
   try:
     return safetensors.safe_open(file, framework="numpy", backend="pread")
   except (safetensors.SafetensorError, OSError) as error:
-    raise ValueError(
+    raise errors.UserError(
       f"{file} is not a whole safetensors file ({error}); download or copy it "
       "again"
     ) from error
@@ -158,7 +164,7 @@ def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
     slices = {name: opened.get_slice(name) for name in names}
     for name, part in slices.items():
       if part.get_dtype() not in _DTYPES:
-        raise ValueError(
+        raise errors.UserError(
           f"{name} in {file} holds {part.get_dtype()}; only "
           f"{', '.join(_DTYPES)} can be read"
         )
@@ -171,7 +177,9 @@ def read(file: pathlib.Path, name: str) -> np.ndarray:
     with _open(file) as opened:
       return opened.get_tensor(name)
   except (safetensors.SafetensorError, OSError) as error:
-    raise ValueError(f"{name} in {file} cannot be read ({error})") from error
+    raise errors.UserError(
+      f"{name} in {file} cannot be read ({error})"
+    ) from error
 
 
 def save(
@@ -195,7 +203,7 @@ def save(
     ValueError: the folder holds something else, or cannot be written.
   """
   if not os.fspath(folder):
-    raise ValueError("the folder to save to is empty; name one")
+    raise errors.UserError("the folder to save to is empty; name one")
   folder = pathlib.Path(os.path.expanduser(folder))
   _check_folder(folder, file)
   folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +217,7 @@ def save(
     for name, part in zip(names, parts, strict=True):
       os.replace(part, folder / name)
   except safetensors.SafetensorError as error:
-    raise ValueError(f"writing {folder} failed: {error}") from error
+    raise errors.UserError(f"writing {folder} failed: {error}") from error
   finally:
     for part in parts:
       part.unlink(missing_ok=True)
@@ -218,19 +226,19 @@ def save(
 def _check_folder(folder: pathlib.Path, file: str) -> None:
   """Raises ValueError where writing would destroy or confuse something."""
   if ":/" in str(folder):
-    raise ValueError(
+    raise errors.UserError(
       f"{folder} is not a local folder; save to one, and copy it there"
     )
   if folder.exists() and not folder.is_dir():
-    raise ValueError(f"{folder} is not a directory")
+    raise errors.UserError(f"{folder} is not a directory")
   if (folder / "checkpoints").exists():
-    raise ValueError(
+    raise errors.UserError(
       f"{folder} is the work directory of a run; choose another folder"
     )
   others = [path.name for path in folder.glob("*.safetensors*")]
   others = [name for name in others if name != file]
   if others:
-    raise ValueError(
+    raise errors.UserError(
       f"{folder} already holds {', '.join(sorted(others))}; choose another "
       "folder"
     )
@@ -238,7 +246,7 @@ def _check_folder(folder: pathlib.Path, file: str) -> None:
     name for name in ("config.json", "README.md") if (folder / name).exists()
   ]
   if foreign and not (folder / file).exists():
-    raise ValueError(
+    raise errors.UserError(
       f"{folder} holds the {' and '.join(foreign)} of something else; choose "
       "another folder"
     )

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from dcae_jax import errors
+
 
 def whole(value: Any, name: str, least: int, most: int = 2**20) -> int:
   """`value` itself; ValueError unless it is a whole number of that range."""
   is_whole = isinstance(value, int) and not isinstance(value, bool)
   if not is_whole or not least <= value <= most:
-    raise ValueError(
+    raise errors.UserError(
       f"{name}={value!r} is not a whole number from {least} to {most}"
     )
   return value
@@ -26,11 +28,13 @@ def known(value: Any, name: str, names: dict[str, str]) -> str:
   for ours, theirs in names.items():
     if isinstance(value, str) and value.lower() == theirs.lower():
       return ours
-  raise ValueError(f"{name}={value!r} is not among {', '.join(names.values())}")
+  raise errors.UserError(
+    f"{name}={value!r} is not among {', '.join(names.values())}"
+  )
 
 
 def flag(c: dict[str, Any], key: str) -> bool:
   """The value of a key; ValueError unless it is true or false."""
   if not isinstance(c[key], bool):
-    raise ValueError(f"{key}={c[key]!r} is neither true nor false")
+    raise errors.UserError(f"{key}={c[key]!r} is neither true nor false")
   return c[key]

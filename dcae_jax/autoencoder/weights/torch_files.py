@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dcae_jax import errors
 from dcae_jax.autoencoder.weights import restricted_pickle
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -64,12 +65,12 @@ class _RebuildTensor:
       or not all(type(number) is int and number >= 0 for number in whole)
       or len(shape) != len(strides)
     ):
-      raise ValueError("it describes a tensor wrongly")
+      raise errors.UserError("it describes a tensor wrongly")
     last = offset
     if 0 not in shape:
       last += 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if last > storage.size:
-      raise ValueError(
+      raise errors.UserError(
         f"a tensor of shape {shape}, strides {strides} and offset {offset} "
         f"leaves its storage of {storage.size} numbers"
       )
@@ -95,9 +96,9 @@ class _Unpickler(restricted_pickle.Unpickler):
     # A sixth item describes views, which no longer exist.
     tag, kind, key, _, size, *view = pid
     if tag != "storage" or kind not in _DTYPES or view not in ([], [None]):
-      raise ValueError("it describes a storage wrongly")
+      raise errors.UserError("it describes a storage wrongly")
     if type(key) is not str or type(size) is not int or size < 0:
-      raise ValueError("it describes a storage wrongly")
+      raise errors.UserError("it describes a storage wrongly")
     return _Storage(kind, key, size)
 
 
@@ -126,7 +127,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
       reason = "it ends too early"
     elif not isinstance(error, OSError | ValueError):
       reason = f"it is damaged ({reason})"
-    raise ValueError(
+    raise errors.UserError(
       f"{path} cannot be read as a state dict of PyTorch: {reason}; download "
       "or copy it again, or convert it to .safetensors where torch is installed"
     ) from error
@@ -137,12 +138,12 @@ def _unpickle(file: io.BufferedIOBase) -> Any:
   start = file.tell()
   for instruction, argument, _ in pickletools.genops(file):
     if instruction.proto > _HIGHEST_PICKLE_PROTOCOL:
-      raise ValueError(
+      raise errors.UserError(
         f"it is pickled with protocol {instruction.proto}; known are those up "
         f"to {_HIGHEST_PICKLE_PROTOCOL}"
       )
     if "PUT" in instruction.name and argument > _LARGEST_MEMO:
-      raise ValueError("its pickle asks for an absurd amount of memory")
+      raise errors.UserError("its pickle asks for an absurd amount of memory")
   file.seek(start)
   return _Unpickler(file, _ADMITTED, encoding="utf-8").load()
 
@@ -153,19 +154,21 @@ def _read(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
   except Exception:
     magic = None
   if magic != _MAGIC:
-    raise ValueError("it is not of the format before torch 1.6")
+    raise errors.UserError("it is not of the format before torch 1.6")
   protocol = _unpickle(file)
   if protocol != _PROTOCOL:
-    raise ValueError(f"its protocol is {protocol}, not {_PROTOCOL}")
+    raise errors.UserError(f"its protocol is {protocol}, not {_PROTOCOL}")
   if not _unpickle(file)["little_endian"]:
-    raise ValueError("its byte order is big; only little is known")
+    raise errors.UserError("its byte order is big; only little is known")
   tensors = _tensors(_unpickle(file))
   described = _storages(tensors)
   storages = {}
   for key in _unpickle(file):
     (size,) = struct.unpack("<q", _exactly(file, 8))
     if key not in described or size != described[key].size:
-      raise ValueError(f"its storage {key!r} is not what its tensors expect")
+      raise errors.UserError(
+        f"its storage {key!r} is not what its tensors expect"
+      )
     kind = described[key].kind
     count = size * np.dtype(_DTYPES[kind]).itemsize
     storages[key] = _numbers(kind, _exactly(file, count))
@@ -182,10 +185,12 @@ def _exactly(file: io.BufferedIOBase, count: int) -> bytes:
 
 def _tensors(tree: Any) -> dict[str, _Tensor]:
   if not isinstance(tree, dict):
-    raise ValueError(f"it holds a {type(tree).__name__}, not a state dict")
+    raise errors.UserError(
+      f"it holds a {type(tree).__name__}, not a state dict"
+    )
   for name, value in tree.items():
     if not isinstance(name, str) or not isinstance(value, _Tensor):
-      raise ValueError(
+      raise errors.UserError(
         f"{name!r} in it is a {type(value).__name__}, not a tensor; save "
         "the state dict alone"
       )
@@ -197,7 +202,9 @@ def _storages(tensors: dict[str, _Tensor]) -> dict[str, _Storage]:
   for tensor in tensors.values():
     storage = tensor.storage
     if storages.setdefault(storage.key, storage) != storage:
-      raise ValueError(f"its storage {storage.key!r} is described in two ways")
+      raise errors.UserError(
+        f"its storage {storage.key!r} is described in two ways"
+      )
   return storages
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 
+from dcae_jax import errors
 from dcae_jax.data.sources import files
 
 # Photographs inside packages of the Python package index: package, pattern of
@@ -61,7 +62,7 @@ def embedded(split: str) -> files.Files:
     ValueError: unknown split, or a package that is not installed.
   """
   if split not in _EMBEDDED:
-    raise ValueError(
+    raise errors.UserError(
       f"embedded photographs have the splits {', '.join(_EMBEDDED)}, "
       f"not {split!r}"
     )
@@ -75,7 +76,7 @@ def embedded(split: str) -> files.Files:
     spec = importlib.util.find_spec(package)
     directory = pathlib.Path(spec.origin).parent if spec else None
     if directory is None or not (directory / file).is_file():
-      raise ValueError(
+      raise errors.UserError(
         f"the embedded photograph {package}/{file} is not installed; run "
         "`pip install -r requirements-quickstart.txt`"
       )

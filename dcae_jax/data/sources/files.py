@@ -11,6 +11,7 @@ import time
 import fsspec
 from etils import epath
 
+from dcae_jax import errors
 from dcae_jax.data.sources import protocol
 
 SUFFIXES = (
@@ -125,7 +126,7 @@ def latent_files(path: str) -> Files:
 def _tree(path: str, suffixes: tuple[str, ...], what: str) -> Files:
   root = epath.Path(path).expanduser()
   if not path or not root.is_dir():
-    raise ValueError(
+    raise errors.UserError(
       f"{what} folder {path!r} does not exist or is not a directory; name a "
       f"tree of {what}s (config.source.path; for a training run, "
       "config.data.source.path and config.evaluation.source.path)"
@@ -140,7 +141,7 @@ def _tree(path: str, suffixes: tuple[str, ...], what: str) -> Files:
     and not os.path.basename(name).startswith(".")
   )
   if not paths:
-    raise ValueError(
+    raise errors.UserError(
       f"{what} folder {path!r} holds no {what}s ({', '.join(suffixes)})"
     )
   keys = [
@@ -172,7 +173,7 @@ def pictures(path: str) -> Files:
     if file.lower().endswith(SUFFIXES)
   )
   if not files:
-    raise ValueError(
+    raise errors.UserError(
       f"{path!r} is no image file, folder of images, or pattern of image files "
       f"({', '.join(SUFFIXES)})"
     )

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 
+from dcae_jax import errors
 from dcae_jax.data.sources import protocol
 
 
@@ -52,9 +53,11 @@ def split(source: protocol.Source, held_out: float) -> tuple[Subset, Subset]:
     ValueError: the source or the part is too small, or the part too large.
   """
   if not 0 < held_out < 1:
-    raise ValueError(f"the held-out part {held_out} is not between 0 and 1")
+    raise errors.UserError(
+      f"the held-out part {held_out} is not between 0 and 1"
+    )
   if len(source) < 2:
-    raise ValueError(
+    raise errors.UserError(
       f"{source.name(0)} is the only image, and none is left to be held out; "
       "add more of them, or name other ones to evaluate on"
     )

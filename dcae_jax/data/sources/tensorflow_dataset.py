@@ -4,6 +4,7 @@ import hashlib
 
 import tensorflow_datasets as tfds
 
+from dcae_jax import errors
 from dcae_jax.data.sources import protocol
 
 
@@ -35,17 +36,17 @@ class TensorFlowDataset:
       builder = tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError as error:
       place = data_dir or "the default place"
-      raise ValueError(
+      raise errors.UserError(
         f"there is no TFDS dataset {name!r} in {place}"
       ) from error
     if "image" not in builder.info.features:
-      raise ValueError(
+      raise errors.UserError(
         f"TFDS dataset {name!r} has no feature `image`; its features are "
         f"{', '.join(builder.info.features)}"
       )
     if split not in builder.info.splits:
       known = ", ".join(builder.info.splits) or "none: it is not prepared"
-      raise ValueError(
+      raise errors.UserError(
         f"TFDS dataset {name!r} has no split {split!r}; there are {known}"
       )
     return builder

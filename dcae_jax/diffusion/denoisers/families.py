@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from dcae_jax import errors
 from dcae_jax.diffusion import conditioning as conditioning_lib
 from dcae_jax.diffusion.denoisers import dit, uvit
 from dcae_jax.nn import precision
@@ -81,7 +82,9 @@ def find(name: str) -> Variant:
   """The variant of that name; ValueError with the known names otherwise."""
   known = variants()
   if name not in known:
-    raise ValueError(f"unknown denoiser {name!r}; known are {', '.join(known)}")
+    raise errors.UserError(
+      f"unknown denoiser {name!r}; known are {', '.join(known)}"
+    )
   return known[name]
 
 
@@ -90,18 +93,18 @@ def _check_settings(
 ) -> None:
   """Raises ValueError for latents that a denoiser cannot be made for."""
   if patch_size not in PATCH_SIZES:
-    raise ValueError(
+    raise errors.UserError(
       f"patch_size={patch_size} is not one of "
       f"{', '.join(map(str, PATCH_SIZES))}"
     )
   for side in latent_size:
     if side < 1 or side % patch_size:
-      raise ValueError(
+      raise errors.UserError(
         f"latent side {side} is not divisible by patch_size={patch_size}; use "
         "a smaller patch size (1 always fits), or images of another size"
       )
   if latent_channels < 1:
-    raise ValueError(
+    raise errors.UserError(
       f"latent_channels={latent_channels} is below 1; give the number of the "
       "autoencoder that the latents are of"
     )
@@ -137,7 +140,7 @@ def create(
   variant = find(variant) if isinstance(variant, str) else variant
   family, fields = variant.family, dict(variant.fields)
   if family not in DENOISERS:
-    raise ValueError(
+    raise errors.UserError(
       f"unknown family {family!r} of denoisers; known are "
       f"{', '.join(DENOISERS)}"
     )
@@ -151,7 +154,7 @@ def create(
     fields["learn_sigma"] = learn_sigma
   elif learn_sigma:
     able = [name for name, k in DENOISERS.items() if k.predicts_variance]
-    raise ValueError(
+    raise errors.UserError(
       f"learn_sigma is for {', '.join(able)}: a {family} predicts no variance; "
       "switch it off"
     )

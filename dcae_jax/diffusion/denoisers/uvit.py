@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dcae_jax import errors
 from dcae_jax.diffusion import conditioning
 from dcae_jax.nn import convolution, transformer
 
@@ -177,7 +178,7 @@ class UViT(nn.Module):
 
   def _check_size(self, z: Float[Array, "b h w c"]) -> None:
     if z.shape[1:3] != self.latent_size:
-      raise ValueError(
+      raise errors.UserError(
         f"latents of size {z.shape[1:3]}; this model has learned positions for "
         f"{self.latent_size}: create it with latent_size={z.shape[1:3]}, or "
         "take a DiT, whose positions are not learned"
@@ -188,7 +189,7 @@ def check(depth: int, hidden: int, heads: int) -> None:
   """Raises ValueError for a U-ViT that cannot be."""
   transformer.check_sizes(depth, hidden, heads, divisor=2)
   if depth % 2:
-    raise ValueError(
+    raise errors.UserError(
       f"depth={depth} of a UViT is odd; half of the blocks are before the "
       "middle one, half behind it"
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dcae_jax import errors
 from dcae_jax.autoencoder.weights import restricted_pickle
 from dcae_jax.evaluation.networks import pretrained
 
@@ -150,7 +151,7 @@ def parameter_shapes(network: str) -> dict[str, tuple[int, ...]]:
     ValueError: unknown network.
   """
   if network not in NETWORKS:
-    raise ValueError(
+    raise errors.UserError(
       f"unknown LPIPS network {network!r}; known are {', '.join(NETWORKS)}"
     )
   shapes, taps = {}, []

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 
+from dcae_jax import errors
 from dcae_jax.autoencoder.weights import torch_files
 
 
@@ -64,9 +65,9 @@ def sha256(path: pathlib.Path) -> str:
     with path.open("rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
   except FileNotFoundError:
-    raise ValueError(f"weights: there is no file {path}") from None
+    raise errors.UserError(f"weights: there is no file {path}") from None
   except OSError as error:
-    raise ValueError(f"weights: cannot read {path}: {error}") from error
+    raise errors.UserError(f"weights: cannot read {path}: {error}") from error
 
 
 def require_published(
@@ -84,7 +85,7 @@ def require_published(
     ValueError: the two differ.
   """
   if found != published:
-    raise ValueError(
+    raise errors.UserError(
       f"weights: {path} has sha256 {found}, not the published {published}; "
       f"{remedy}"
     )
@@ -100,10 +101,10 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
       arrays = {name: archive[name] for name in archive.files}
       if not all(isinstance(x, np.ndarray) for x in arrays.values()):
-        raise ValueError("it holds other things than arrays")
+        raise errors.UserError("it holds other things than arrays")
       return arrays
   except Exception as error:  # whatever a damaged file makes of numpy
-    raise ValueError(
+    raise errors.UserError(
       f"weights: {path} is not a readable .npz file ({error}); make it again"
     ) from error
 
@@ -112,7 +113,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     return safetensors.numpy.load_file(path)
   except Exception as error:  # also dtypes that numpy does not have
-    raise ValueError(
+    raise errors.UserError(
       f"weights: {path} is not a readable .safetensors file ({error}); make it "
       "again"
     ) from error
@@ -140,7 +141,7 @@ def checked(
   if wrong:
     names = ", ".join(wrong[:8])
     more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-    raise ValueError(
+    raise errors.UserError(
       f"weights: {path} does not hold {network}; missing, unexpected or "
       f"mis-shaped: {names}{more}"
     )
@@ -149,7 +150,7 @@ def checked(
   for name, array in found.items():
     is_variance = name.endswith("running_var")
     if not np.isfinite(array).all() or (is_variance and array.min() < 0):
-      raise ValueError(
+      raise errors.UserError(
         f"weights: {name} in {path} has values that are not finite, or "
         "negative variances; make the file again"
       )

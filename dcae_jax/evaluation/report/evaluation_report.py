@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from dcae_jax import errors
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import comparison, figures
 from dcae_jax.evaluation.report import page as html_page
@@ -51,7 +52,7 @@ def check(directory: epath.Path) -> None:
       write(epath.Path(aside) / "report", read([directory]))
     except Exception as error:  # whatever may have been damaged there
       reason = " ".join(str(error).split())
-      raise ValueError(
+      raise errors.UserError(
         f"{directory} is not a whole evaluation ({type(error).__name__}: "
         f"{reason}); run it again"
       ) from error
