@@ -83,7 +83,6 @@ def _file(tree, storages, little_endian=True, protocol=1001) -> bytes:
   return data
 
 
-FORMATS = {"archive": _archive, "legacy": _legacy}
 NUMBERS = np.arange(24, dtype=np.float32)
 
 

@@ -117,7 +117,7 @@ def test_pickles_that_would_run_code_are_refused(tmp_path):
   file.write_bytes(pickle.dumps({"a": Attack()}))
   with (
     file.open("rb") as stream,
-    pytest.raises(ValueError, match=r"getattr.* no part of an array"),
+    pytest.raises(ValueError, match=r"touch, which is no part of an array"),
   ):
     restricted_pickle.Unpickler(stream, lpips._ARRAYS).load()
   assert not (tmp_path / "attacked").exists()
