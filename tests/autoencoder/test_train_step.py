@@ -31,7 +31,7 @@ OPTIMIZER = dataclasses.replace(
   clip_norm=0.0,
 )
 _DEEPEST = variants.Stage(32, 1, "efficientvit")
-VARIANT = variants.Variant(  # each kind of block and of norm, once
+ARCHITECTURE = variants.Architecture(  # each kind of block and of norm, once
   2,
   encoder=(variants.Stage(16, 0), _DEEPEST),
   decoder=(
@@ -43,7 +43,7 @@ VARIANT = variants.Variant(  # each kind of block and of norm, once
 
 @pytest.fixture(scope="module")
 def model():
-  return families.create(VARIANT)
+  return families.create(ARCHITECTURE)
 
 
 @pytest.fixture(scope="module")

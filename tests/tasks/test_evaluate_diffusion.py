@@ -11,7 +11,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import fill_store, run_main, save_tiny_autoencoder
+from conftest import MITE, fill_store, run_main, save_tiny_autoencoder
 from etils import epath
 from PIL import Image
 
@@ -236,7 +236,10 @@ def test_the_command_line_draws_the_same_on_one_device(
   file = tmp_path / "evaluate.py"
   c = config(guidance=(2.5,), images="npz")
   file.write_text(
-    "from configs import base\n\n\ndef get_config():\n"
+    "from configs import base\n"
+    "from dcae_jax.diffusion.denoisers import families\n\n\n"
+    f"families.DENOISERS['UViT'].sizes['mite'] = {MITE!r}\n\n\n"
+    "def get_config():\n"
     "  c = base.evaluate_diffusion()\n"
     f"  c.update({ {k: v for k, v in c.to_dict().items() if k in _PLAIN}!r})\n"
     "  c.picture.classes = 0\n  return c\n"
