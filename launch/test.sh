@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 source launch/install.sh requirements-dev.txt
 ruff check .
 ruff format --check .
-python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -37,6 +37,7 @@ from configs import base
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 REPOSITORY = pathlib.Path(__file__).parent.parent
+MITE = {"depth": 2, "hidden": 64, "heads": 2}  # of UViT-mite
 
 
 def pytest_configure():
@@ -215,12 +216,13 @@ def fill_store(
 
 @pytest.fixture(scope="session")
 def tiny_diffusion(tiny_latents, compilation_cache):
-  """A function: four steps of UViT-tiny."""
+  """A function: four steps of a UViT that is smaller than those with names."""
+  from dcae_jax.diffusion.denoisers import families
 
   def create(**changes):
     c = base.latent_diffusion()
     c.latents = tiny_latents
-    c.model.variant, c.model.dtype = "UViT-tiny", "float32"
+    c.model.variant, c.model.dtype = "UViT-mite", "float32"
     c.batch_size, c.steps = 16, 4
     c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-3, 2
     c.ema.decay = 0.9
@@ -232,7 +234,9 @@ def tiny_diffusion(tiny_latents, compilation_cache):
     c.update_from_flattened_dict(changes)
     return c
 
-  return create
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(families.DENOISERS["UViT"].sizes, "mite", MITE)
+    yield create
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import html.parser
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -81,6 +82,14 @@ def _run(config, workdir):
   workdir = epath.Path(workdir)
   evaluate_autoencoder.run(config, workdir)
   return json.loads((workdir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def of_two_images(config, tmp_path_factory):
+  """A finished evaluation that no test may change."""
+  workdir = tmp_path_factory.mktemp("evaluation") / "out"
+  _run(config(max_images=2), workdir)
+  return workdir
 
 
 @pytest.fixture(scope="module")
@@ -532,10 +541,11 @@ def test_a_directory_of_something_else_is_left_alone(config, tmp_path):
 
 @pytest.mark.parametrize("damage", ["result", "row", "picture", "latents"])
 def test_damaged_evaluations_are_refused_before_anything_is_measured(
-  damage, config, tmp_path
+  damage, of_two_images, config, tmp_path
 ):
   first, second = tmp_path / "first", tmp_path / "second"
-  result = _run(config(max_images=2), first)
+  shutil.copytree(of_two_images, first)
+  result = json.loads((first / "result.json").read_text())
   pictures = first / "pictures" / f"{RESOLUTION}px"
   if damage == "result":
     (first / "result.json").write_text("{")
@@ -552,12 +562,12 @@ def test_damaged_evaluations_are_refused_before_anything_is_measured(
 
 
 def test_a_failing_run_leaves_the_evaluation_before_it(
-  config, tmp_path, monkeypatch
+  config, of_two_images, tmp_path, monkeypatch
 ):
   files = lambda: {
     file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()
   }
-  _run(config(max_images=3), tmp_path)
+  shutil.copytree(of_two_images, tmp_path, dirs_exist_ok=True)
   before = files()
   decode = dcae_jax.Autoencoder.apply
   broken = lambda *args, method: jnp.nan * decode(*args, method=method)
@@ -567,8 +577,8 @@ def test_a_failing_run_leaves_the_evaluation_before_it(
   assert files() == before
   monkeypatch.undo()
   (tmp_path / "images_48px.csv").write_text("of a resolution before")
-  after = _run(config(max_images=2, samples=1), tmp_path)
-  assert after["resolutions"][str(RESOLUTION)]["images"] == 2
+  after = _run(config(max_images=3, samples=1), tmp_path)
+  assert after["resolutions"][str(RESOLUTION)]["images"] == 3
   assert [file.name for file in tmp_path.glob("*.csv")] == [
     f"images_{RESOLUTION}px.csv"
   ]
@@ -577,9 +587,9 @@ def test_a_failing_run_leaves_the_evaluation_before_it(
   _check_page(tmp_path)
 
 
-def test_an_evaluation_is_not_compared_with_what_it_replaces(config, tmp_path):
-  _run(config(max_images=2), tmp_path)
-  with pytest.raises(ValueError, match="written anew"):
-    _run(config(compare=(str(tmp_path),)), tmp_path)
-  with pytest.raises(ValueError, match="written anew"):
-    _run(config(compare=(str(tmp_path / "compared" / "0"),)), tmp_path)
+def test_an_evaluation_is_not_compared_with_what_it_replaces(
+  config, of_two_images
+):
+  for replaced in (of_two_images, of_two_images / "compared" / "0"):
+    with pytest.raises(ValueError, match="written anew"):
+      _run(config(compare=(str(replaced),)), of_two_images)

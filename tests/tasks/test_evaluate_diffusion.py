@@ -11,7 +11,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import fill_store, run_main, save_tiny_autoencoder
+from conftest import MITE, fill_store, run_main, save_tiny_autoencoder
 from etils import epath
 from PIL import Image
 
@@ -73,6 +73,14 @@ def config(trained, compilation_cache):
 def _run(config, workdir) -> dict:
   assert evaluate_diffusion.run(config, epath.Path(workdir))
   return json.loads((pathlib.Path(workdir) / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def drawn(config, tmp_path_factory) -> pathlib.Path:
+  """The samples of one scale; no test may change them."""
+  workdir = tmp_path_factory.mktemp("drawn") / "out"
+  _run(config(guidance=(2.5,)), workdir)
+  return workdir
 
 
 def _images(workdir, scale) -> dict[str, np.ndarray]:
@@ -228,7 +236,10 @@ def test_the_command_line_draws_the_same_on_one_device(
   file = tmp_path / "evaluate.py"
   c = config(guidance=(2.5,), images="npz")
   file.write_text(
-    "from configs import base\n\n\ndef get_config():\n"
+    "from configs import base\n"
+    "from dcae_jax.diffusion.denoisers import families\n\n\n"
+    f"families.DENOISERS['UViT'].sizes['mite'] = {MITE!r}\n\n\n"
+    "def get_config():\n"
     "  c = base.evaluate_diffusion()\n"
     f"  c.update({ {k: v for k, v in c.to_dict().items() if k in _PLAIN}!r})\n"
     "  c.picture.classes = 0\n  return c\n"
@@ -275,12 +286,10 @@ class _Killed(BaseException):
 
 
 def test_killed_anywhere_it_goes_on_and_ends_equal(
-  config, tmp_path, monkeypatch
+  drawn, config, tmp_path, monkeypatch
 ):
   """Each start dies at a later write; what is written is not drawn again."""
-  whole = tmp_path / "whole"
-  _run(config(guidance=(2.5,)), whole)
-  written, limit, drawn = [], [0], []
+  written, limit, parts = [], [0], []
 
   def limited(original):
     def write(*arguments):
@@ -296,36 +305,34 @@ def test_killed_anywhere_it_goes_on_and_ends_equal(
     monkeypatch.setattr(metrics_writer, name, limited(original))
   part = samples.Drawing.part
   monkeypatch.setattr(
-    samples.Drawing, "part", lambda *a: drawn.append(a[1]) or part(*a)
+    samples.Drawing, "part", lambda *a: parts.append(a[1]) or part(*a)
   )
   workdir, starts = tmp_path / "out", 0
   while not (workdir / "result.json").exists():
     assert starts < 10  # 12 images, two records, and four others
     limit[0], starts = 4 * starts, starts + 1
     written.clear()
-    drawn.clear()
+    parts.clear()
     there = len(list(workdir.glob("parts/*/*.npz")))
     with contextlib.suppress(_Killed):
       evaluate_diffusion.run(config(guidance=(2.5,)), epath.Path(workdir))
-    assert len(drawn) <= 2 - there
+    assert len(parts) <= 2 - there
   assert starts > 3
-  assert _bytes(workdir) == _bytes(whole)
+  assert _bytes(workdir) == _bytes(drawn)
 
 
 def test_more_samples_and_scales_draw_only_what_is_missing(
-  config, tmp_path, monkeypatch
+  drawn, config, tmp_path, monkeypatch
 ):
-  drawn = []
+  parts = []
   part = samples.Drawing.part
   monkeypatch.setattr(
-    samples.Drawing, "part", lambda *a: drawn.append(a[1]) or part(*a)
+    samples.Drawing, "part", lambda *a: parts.append(a[1]) or part(*a)
   )
-  _run(config(guidance=(2.5,)), tmp_path)
-  assert len(drawn) == 2
+  shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
   before = _bytes(tmp_path)
-  drawn.clear()
   result = _run(config(samples=20), tmp_path)
-  assert [(x.scale, x.number, x.rows) for x in drawn] == [
+  assert [(x.scale, x.number, x.rows) for x in parts] == [
     (1.0, 0, 8), (1.0, 1, 8), (1.0, 2, 4), (2.5, 1, 8), (2.5, 2, 4)
   ]  # fmt: skip
   after = _bytes(tmp_path)
@@ -413,9 +420,11 @@ def test_classes_that_were_not_learned_are_not_drawn(
     _run(config(**settings, classes=(0, 1)), tmp_path / "other")
 
 
-def test_what_is_gone_or_damaged_is_drawn_anew_or_named(config, tmp_path):
+def test_what_is_gone_or_damaged_is_drawn_anew_or_named(
+  drawn, config, tmp_path
+):
   c = config(guidance=(2.5,))
-  _run(c, tmp_path)
+  shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
   before = _bytes(tmp_path)
   next(tmp_path.glob("images/*/0000003_*.png")).unlink()
   _run(c, tmp_path)
@@ -456,9 +465,7 @@ def test_a_damaged_run_is_named(file, text, message, trained, config, tmp_path):
     )
 
 
-def test_sigterm_stops_between_parts(config, tmp_path, monkeypatch):
-  whole = tmp_path / "whole"
-  _run(config(guidance=(2.5,)), whole)
+def test_sigterm_stops_between_parts(drawn, config, tmp_path, monkeypatch):
   sigterm = loop.Sigterm(each_alone=True)
   part = samples.Drawing.part
 
@@ -473,7 +480,7 @@ def test_sigterm_stops_between_parts(config, tmp_path, monkeypatch):
   assert len(list(workdir.glob("parts/*/*.npz"))) == 1
   monkeypatch.undo()
   _run(c, workdir)
-  assert _bytes(workdir) == _bytes(whole)
+  assert _bytes(workdir) == _bytes(drawn)
 
 
 @pytest.mark.parametrize(

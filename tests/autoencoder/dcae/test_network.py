@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,11 +23,23 @@ PARAMETERS = {
 
 
 def _shapes(model, height, width, channels=3):
+  """Of the variables, of latents and of reconstructions."""
   images = jax.ShapeDtypeStruct((2, height, width, channels), "float32")
+
+  def both(variables, images):
+    z = model.apply(variables, images, method="encode")
+    return z, model.apply(variables, z, method="decode")
+
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
-  encode = lambda v, x: model.apply(v, x, method="encode")
-  z = jax.eval_shape(encode, variables, images)
-  return variables, z, jax.eval_shape(model.apply, variables, images)
+  return variables, *jax.eval_shape(both, variables, images)
+
+
+@functools.cache
+def _shapes_of(variant):
+  """Of images of 2 x 3 latents."""
+  model = families.create(variant)
+  f = model.spatial_compression
+  return _shapes(model, 2 * f, 3 * f)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +52,7 @@ def tiny():
 
 @pytest.mark.parametrize("variant", PARAMETERS)
 def test_parameter_counts_are_the_published_ones(variant):
-  model = families.create(variant)
-  f = model.spatial_compression
-  variables, _, _ = _shapes(model, f, f)
+  variables, _, _ = _shapes_of(variant)
   found = (
     freezing.count(variables["params"]["encoder"]),
     freezing.count(variables["params"]["decoder"]),
@@ -51,9 +63,8 @@ def test_parameter_counts_are_the_published_ones(variant):
 
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 def test_any_multiple_of_the_compression_is_encoded_and_decoded(variant):
-  model = families.create(variant)
-  f = model.spatial_compression
-  _, z, images = _shapes(model, 2 * f, 3 * f)
+  f = variants.VARIANTS[variant].spatial_compression
+  _, z, images = _shapes_of(variant)
   assert z.shape == (2, 2, 3, variants.VARIANTS[variant].latent_channels)
   assert images.shape == (2, 2 * f, 3 * f, 3)
   assert z.dtype == images.dtype == jnp.float32
@@ -80,35 +91,21 @@ def test_ablation_removes_shortcuts_and_nothing_else(tiny):
   ablation = families.create("tiny-f8", residual_autoencoding=False)
   shapes, _, _ = _shapes(ablation, 16, 24)
   assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
+  encode = jax.jit(functools.partial(model.apply, method="encode"))
+  decode, without = (
+    jax.jit(functools.partial(m.apply, method="decode"))
+    for m in (model, ablation)
+  )
   # With every learned path at zero only the shortcuts are left.
   silent = jax.tree.map(jnp.zeros_like, variables)
-  z = model.apply(silent, images, method="encode")
+  z = encode(silent, images)
   assert not jnp.any(z)  # the image enters through a learned projection only
   z = jnp.ones_like(z)
   head = variables["params"]["decoder"]["project_out"]
   silent["params"]["decoder"]["project_out"] = head
-  constant = model.apply(silent, jnp.zeros_like(z), method="decode")
-  assert jnp.any(model.apply(silent, z, method="decode") != constant)
-  np.testing.assert_array_equal(
-    ablation.apply(silent, z, method="decode"), constant
-  )
-
-
-def test_rematerialisation_changes_neither_values_nor_gradients(tiny):
-  model, variables, images = tiny
-
-  def gradient(model):
-    loss = lambda params: jnp.mean(
-      jnp.abs(model.apply({**variables, "params": params}, images) - images)
-    )
-    return jax.jit(jax.grad(loss))(variables["params"])
-
-  other = gradient(families.create("tiny-f8", rematerialisation=True))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
-    gradient(model),
-    other,
-  )
+  constant = decode(silent, jnp.zeros_like(z))
+  assert jnp.any(decode(silent, z) != constant)
+  np.testing.assert_array_equal(without(silent, z), constant)
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +123,15 @@ def deep():
   )
 
 
-def test_scanned_blocks_compute_the_same_with_the_same_variables(deep):
+def test_scanned_and_rematerialised_blocks_compute_the_same(deep):
+  """With the same variables: values, gradients, and moved statistics."""
   images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3))
   images = jnp.asarray(images, "float32")
   models = [
-    families.create(deep, scan=scan, rematerialisation=True)
-    for scan in (False, True)
+    families.create(deep, scan=scan, rematerialisation=rematerialisation)
+    for scan, rematerialisation in ((False, False), (False, True), (True, True))
   ]
-  initial = [jax.jit(m.init)(jax.random.key(0), images) for m in models]
+  initial = [jax.jit(m.init)(jax.random.key(0), images) for m in models[::2]]
   jax.tree.map(np.testing.assert_array_equal, *initial)
   blocks = initial[1]["params"]["decoder"]["stage_1"]
   assert {"block_0", "block_1", "block_2"} < set(blocks)
@@ -146,15 +144,17 @@ def test_scanned_blocks_compute_the_same_with_the_same_variables(deep):
 
     return jax.jit(jax.grad(loss, has_aux=True))(initial[0]["params"])
 
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6),
-    *map(results, models),
-  )
-  count = [
-    str(jax.make_jaxpr(m.apply)(initial[0], images)).count("scan[")
-    for m in models
-  ]
-  assert count == [0, 4]  # the stages with more than one block
+  expected, *others = map(results, models)
+  for found in others:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6),
+      found,
+      expected,
+    )
+  programs = [str(jax.make_jaxpr(m.apply)(initial[0], images)) for m in models]
+  # Four stages have more than one block.
+  assert [text.count("scan[") for text in programs] == [0, 0, 4]
+  assert ["remat" in text for text in programs] == [False, True, True]
 
 
 def test_bfloat16_stays_close_and_parameters_stay_float32(tiny):
@@ -162,8 +162,9 @@ def test_bfloat16_stays_close_and_parameters_stay_float32(tiny):
   half = families.create("tiny-f8", dtype="bfloat16")
   shapes, _, _ = _shapes(half, 16, 24)
   assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-  expected = model.apply(variables, images)
-  difference = jnp.linalg.norm(half.apply(variables, images) - expected)
+  expected = jax.jit(model.apply)(variables, images)
+  found = jax.jit(half.apply)(variables, images)
+  difference = jnp.linalg.norm(found - expected)
   assert 0 < difference / jnp.linalg.norm(expected) < 0.05
 
 
@@ -184,13 +185,12 @@ def test_unknown_variants_are_refused_with_the_known_ones():
 )
 def test_a_block_whose_branches_start_at_zero_is_the_identity(block):
   x = jax.random.normal(jax.random.key(0), (2, 4, 4, 32))
-  variables = block.init(jax.random.key(1), x)
-  assert not np.allclose(block.apply(variables, x), x, atol=0.1)
+  variables = jax.jit(block.init)(jax.random.key(1), x)
+  apply = jax.jit(block.apply)
+  assert not np.allclose(apply(variables, x), x, atol=0.1)
   stage = {"stage_1": {"block_0": variables["params"]}}
   start = dcae.with_branch_scale(stage, 0.0)["stage_1"]["block_0"]
-  np.testing.assert_array_equal(
-    block.apply(variables | {"params": start}, x), x
-  )
+  np.testing.assert_array_equal(apply(variables | {"params": start}, x), x)
 
 
 def test_only_the_branches_of_blocks_start_smaller():

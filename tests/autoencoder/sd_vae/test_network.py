@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,10 @@ def _perturbed(model, seed=0):
     return jnp.asarray(rng.normal(size=x.shape) * gain, "float32")
 
   return jax.tree.map_with_path(random, network.abstract_variables(model, 3))
+
+
+def _jitted(model, method="__call__"):
+  return jax.jit(functools.partial(model.apply, method=method))
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +72,16 @@ def test_default_patterns_of_the_phases_match():
 
 def test_latents_are_the_mean_of_the_posterior(tiny):
   model, variables, images = tiny
-  mean, log_variance = model.apply(variables, images, method="posterior")
-  z = model.apply(variables, images, method="encode")
+  posterior = _jitted(model, "posterior")
+  mean, log_variance = posterior(variables, images)
+  z = _jitted(model, "encode")(variables, images)
   np.testing.assert_array_equal(z, mean)
   assert mean.shape == log_variance.shape == (2, 2, 3, 4)
   # The first half of the channels, which the other half does not enter.
   changed = jax.tree.map(lambda x: x, variables)
   mix = changed["params"]["encoder"]["project_out"]["mix"]
   mix["bias"] = mix["bias"] + np.repeat([0.0, 100.0], 4).astype("float32")
-  same, large = model.apply(changed, images, method="posterior")
+  same, large = posterior(changed, images)
   np.testing.assert_array_equal(same, mean)
   np.testing.assert_array_equal(large, np.full_like(large, 20.0))
 
@@ -90,10 +97,10 @@ def test_samples_scatter_around_the_mean_by_the_standard_deviation(tiny):
   np.testing.assert_array_equal(y, again)
   assert jnp.any(y != other)
   np.testing.assert_array_equal(divergences, same)
-  mean, log_variance = model.apply(variables, images, method="posterior")
+  mean, log_variance = _jitted(model, "posterior")(variables, images)
   noise = jax.random.normal(jax.random.key(0), mean.shape)
   z = mean + jnp.sqrt(jnp.exp(log_variance)) * noise
-  expected = model.apply(variables, z, method="decode")
+  expected = _jitted(model, "decode")(variables, z)
   np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -142,8 +149,8 @@ def test_bfloat16_stays_close_and_parameters_stay_float32(tiny):
   half = families.create(TINY, dtype="bfloat16")
   shapes = network.abstract_variables(half, 3)
   assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-  expected = model.apply(variables, images)
-  found = half.apply(variables, images)
+  expected = _jitted(model)(variables, images)
+  found = _jitted(half)(variables, images)
   assert found.dtype == jnp.float32
   difference = jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)
   assert 0 < difference < 0.05
