@@ -34,6 +34,7 @@ from dcae_jax.training import (
   freezing,
   learning,
   optimizer,
+  overview,
   sharding,
 )
 from dcae_jax.training import state as state_lib
@@ -214,13 +215,11 @@ class Training:
 
   def description(self) -> str:
     """One line: what is trained, and how much of it learns."""
-    learns, frozen = freezing.partition(
-      self.abstract.params, self.learning.mask
-    )
+    c = self.config
+    counts = overview.summary(self.abstract.params, self.learning.mask)
     return (
-      f"{self.config.phase} of {self.config.model.variant} at "
-      f"{self.config.resolution} px: {freezing.count(learns):,} parameters "
-      f"learn, {freezing.count(frozen):,} are frozen; {self.mesh.size} devices"
+      f"{c.phase} of {c.model.variant} at {c.resolution} px: {counts}; "
+      f"{self.mesh.size} devices"
     )
 
 
