@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt8
 
-from dcae_jax.autoencoder import losses, phases
+from dcae_jax.autoencoder import losses, phases, quantisation
 from dcae_jax.training import freezing
 from dcae_jax.training import learning as learning_lib
 from dcae_jax.training import state as state_lib
@@ -71,11 +71,6 @@ class Adversarial:
       self.discriminate(discriminator, images),
       self.discriminate(discriminator, reconstructions),
     )
-
-
-def to_float(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-  """[0, 255] integers to [-1, 1] floats."""
-  return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by `jax.jit`
@@ -164,7 +159,7 @@ class TrainStep:
 
   def _gradients(self, state, batch_stats, images, part, perceptual_parameters):
     """Of one part of the batch: (gradients of both, batch_stats, metrics)."""
-    images = to_float(images)
+    images = quantisation.to_float(images)
     trainable, frozen = freezing.partition(state.params, self.learning.mask)
     forward = lambda learns: self._forward(
       {"params": freezing.combine(learns, frozen), "batch_stats": batch_stats},

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Array
 
+from dcae_jax.autoencoder import quantisation
 from dcae_jax.evaluation import fid, image_metrics, sample_metrics
 from dcae_jax.evaluation.networks import (
   efficientnet,
@@ -140,7 +141,7 @@ def _efficientnet(parameters, images):
 
 
 def _lpips(parameters, reconstructions, originals):
-  pair = reconstructions / 127.5 - 1.0, originals / 127.5 - 1.0
+  pair = map(quantisation.to_float, (reconstructions, originals))
   return lpips.distance(parameters, *pair, "alexnet")
 
 

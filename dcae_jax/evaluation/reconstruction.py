@@ -190,7 +190,7 @@ class Measurement:
     """Traced; `of_originals` are the metrics that compare with originals."""
     metrics = self._networks.metrics
     images = batch.images.astype(jnp.float32)
-    z = self._networks.encode(variables, images / 127.5 - 1.0)
+    z = self._networks.encode(variables, quantisation.to_float(images))
     y = quantisation.quantise(self._networks.decode(variables, z))
     values = {}
     for key, metric in metrics.items():

@@ -180,7 +180,7 @@ def test_muon_has_no_state_for_frozen_parameters_and_leaves_their_bits(build):
 def test_encode_is_bit_identical_after_phase_3(model, build):
   step_fn, state, _ = build(PHASES[2])
   encode = jax.jit(functools.partial(model.apply, method="encode"))
-  x = train_step.to_float(jnp.asarray(_images(2)))
+  x = quantisation.to_float(jnp.asarray(_images(2)))
   before = encode(state.variables, x)
   for seed in range(3):
     state, _ = step_fn(state, _images(seed=seed), {})
@@ -219,7 +219,7 @@ def test_step_is_adamw_with_decay_on_kernels_only(model, build):
   phase = PHASES[2]
   options = {"weight_decay": 0.5, "clip_norm": 1e-3}
   step_fn, state, _ = build(phase, with_gan=False, optimizer=options)
-  x = train_step.to_float(jnp.asarray(_images()))
+  x = quantisation.to_float(jnp.asarray(_images()))
 
   def loss(head):
     params = {**state.params, "decoder": {**state.params["decoder"]}}
@@ -283,7 +283,7 @@ def test_accumulation_moves_statistics_once_per_part(model, build):
   apply = jax.jit(functools.partial(model.apply, mutable=["batch_stats"]))
   expected = state.variables
   for part in (_images()[0::2], _images()[1::2]):
-    _, moved = apply(expected, train_step.to_float(jnp.asarray(part)))
+    _, moved = apply(expected, quantisation.to_float(jnp.asarray(part)))
     expected = {**expected, **moved}
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
@@ -298,7 +298,7 @@ def test_perceptual_loss_is_added_with_its_weight(build, forward):
     PHASES[1], perceptual=train_step.Perceptual(perceptual, 0.25)
   )
   _, metrics = step_fn(state, _images(), {"scale": jnp.float32(3.0)})
-  x = train_step.to_float(jnp.asarray(_images()))
+  x = quantisation.to_float(jnp.asarray(_images()))
   y = forward(state.variables, x)
   distance = 3.0 * jnp.mean((x - y) ** 2)
   np.testing.assert_allclose(metrics["loss/lpips"], distance, rtol=1e-4)
@@ -308,7 +308,7 @@ def test_perceptual_loss_is_added_with_its_weight(build, forward):
 
 def _last_kernel_gradients(model, state, gan_weight):
   """Of L1, and of the generator's loss, for the decoder's last kernel."""
-  x = train_step.to_float(jnp.asarray(_images()))
+  x = quantisation.to_float(jnp.asarray(_images()))
   module = patchgan.PatchGAN(8, 2)
 
   def both(kernel):
@@ -362,7 +362,7 @@ def test_discriminator_learns_from_the_same_batch_before_the_update(
 ):
   step_fn, state, _ = build(PHASES[2])
   _, metrics = step_fn(state, _images(), {})
-  x = train_step.to_float(jnp.asarray(_images()))
+  x = quantisation.to_float(jnp.asarray(_images()))
   y = forward(state.variables, x)
   apply = jax.jit(patchgan.PatchGAN(8, 2).apply)
   real, fake = (apply({"params": state.discriminator}, v) for v in (x, y))
@@ -374,5 +374,5 @@ def test_discriminator_learns_from_the_same_batch_before_the_update(
 
 
 def test_to_float_spans_minus_one_to_one():
-  x = train_step.to_float(jnp.array([0, 255], jnp.uint8).reshape(1, 1, 2, 1))
+  x = quantisation.to_float(jnp.array([0, 255], jnp.uint8).reshape(1, 1, 2, 1))
   np.testing.assert_array_equal(x.ravel(), [-1.0, 1.0])

@@ -13,7 +13,13 @@ from etils import epath
 
 import dcae_jax
 from configs import base
-from dcae_jax.autoencoder import families, network, phases, train_step
+from dcae_jax.autoencoder import (
+  families,
+  network,
+  phases,
+  quantisation,
+  train_step,
+)
 from dcae_jax.autoencoder.sd_vae import variants as sd_vae_variants
 from dcae_jax.tasks import train_autoencoder
 from dcae_jax.training import freezing, learning, optimizer
@@ -131,7 +137,7 @@ def _key(step_number, part):
 def test_gradient_is_that_of_l1_and_weighted_kl_of_a_sample(model, build):
   weight = 0.5
   step_fn, state = build(weight)
-  x = train_step.to_float(jnp.asarray(_images(4)))
+  x = quantisation.to_float(jnp.asarray(_images(4)))
 
   @jax.jit
   def losses(params):
@@ -173,7 +179,7 @@ def test_each_step_and_part_has_samples_of_its_own(model, build):
   parts, state = build(1e-6, accumulation=2)
   twice = np.repeat(_images(4), 2, axis=0)
   both = l1(parts(state, twice, {})[1])
-  x = train_step.to_float(jnp.asarray(_images(4)))
+  x = quantisation.to_float(jnp.asarray(_images(4)))
   sample = jax.jit(
     lambda key: model.apply(
       state.variables, x, key, method="reconstruct_sample"

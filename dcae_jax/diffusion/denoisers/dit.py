@@ -181,8 +181,6 @@ class DiT(nn.Module):
     z: Float[Array, "b h w c"],
     t: Float[Array, " b"],
     labels: Int[Array, " b"],
-    *,
-    train: bool = False,
   ) -> Float[Array, "b h w d"]:
     """What is predicted, and behind it the variance with `learn_sigma`.
 
@@ -190,12 +188,10 @@ class DiT(nn.Module):
       z: noisy latents.
       t: time, in the 0 to 999 of diffusion's steps; not necessarily whole.
       labels: of the classes.
-      train: changes nothing: the model has no dropout.
 
     Raises:
       ValueError: latents that are not made for the model.
     """
-    del train
     transformer.check_latents(z, self.latent_channels, self.patch_size)
     height, width, p = *z.shape[1:3], self.patch_size
     project_in = transformer.Linear(

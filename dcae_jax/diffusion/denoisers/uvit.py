@@ -106,8 +106,6 @@ class UViT(nn.Module):
     z: Float[Array, "b h w c"],
     t: Float[Array, " b"],
     labels: Int[Array, " b"],
-    *,
-    train: bool = False,
   ) -> Float[Array, "b h w c"]:
     """What is predicted.
 
@@ -115,12 +113,10 @@ class UViT(nn.Module):
       z: noisy latents.
       t: time, in the 0 to 999 of diffusion's steps; not necessarily whole.
       labels: of the classes.
-      train: changes nothing: the model has no dropout.
 
     Raises:
       ValueError: latents that are not made for the model.
     """
-    del train
     transformer.check_latents(z, self.latent_channels, self.patch_size)
     self._check_size(z)
     tokens = self._embed(z, t, labels)

@@ -189,14 +189,6 @@ def test_each_image_has_its_own_time_and_class(small):
     np.testing.assert_allclose(other[::2], y[::2], rtol=0, atol=1e-5)
 
 
-def test_training_changes_nothing(small):
-  model, variables, inputs = small
-  y = jax.jit(model.apply)(variables, *inputs)
-  rngs = {"dropout": jax.random.key(0)}
-  train = jax.jit(lambda v: model.apply(v, *inputs, train=True, rngs=rngs))
-  np.testing.assert_array_equal(train(variables), y)
-
-
 def test_rematerialisation_changes_nothing_but_the_backward_pass(small):
   model, variables, inputs = small
   other = _small(model, rematerialisation=True)
