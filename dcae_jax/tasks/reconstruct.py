@@ -18,7 +18,7 @@ from dcae_jax.data import decoding, images, sources
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.evaluation.report import figures
 from dcae_jax.runs import metrics_writer
-from dcae_jax.setup import keys
+from dcae_jax.setup import keys, start
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   images.check_not_empty(pictures, how)
   start.write_config(config, workdir)
   (workdir / "pictures").mkdir(parents=True, exist_ok=True)
-  rows, skipped, start = [], [], time.monotonic()
+  rows, skipped, begun = [], [], time.monotonic()
   for i, name in enumerate(names):
     try:
       image, _ = images.open_image(pictures, i, how)
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       {"image": pictures.name(i), "file": name, "width": image.width,
        "height": image.height, "psnr": psnr}
     )  # fmt: skip
-    seconds = (time.monotonic() - start) / (i + 1) * (len(names) - i - 1)
+    seconds = (time.monotonic() - begun) / (i + 1) * (len(names) - i - 1)
     _LOG.info(
       "%d/%d %s: %d x %d, %.2f dB; about %.0f s left",
       i + 1, len(names), pictures.name(i), image.width, image.height, psnr,
