@@ -13,6 +13,7 @@ from dcae_jax.autoencoder import (
   network,
   patchgan,
   phases,
+  quantisation,
   train_step,
 )
 from dcae_jax.autoencoder.dcae import variants

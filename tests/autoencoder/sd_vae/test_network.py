@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from dcae_jax.autoencoder import families
+from dcae_jax.autoencoder import families, network
 from dcae_jax.autoencoder.dcae import residual_autoencoding
 from dcae_jax.autoencoder.sd_vae import network as sd_vae
 from dcae_jax.autoencoder.sd_vae import variants as sd_vae_variants
