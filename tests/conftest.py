@@ -1,5 +1,6 @@
 """Fake devices, strict JAX, shape checks, and a small world to train in."""
 
+import gc
 import os
 import pathlib
 import subprocess
@@ -36,6 +37,8 @@ from PIL import Image
 from configs import base
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many objects, and most of them stay.
+gc.set_threshold(100_000, 20)
 REPOSITORY = pathlib.Path(__file__).parent.parent
 MITE = {"depth": 2, "hidden": 64, "heads": 2}  # of UViT-mite
 
