@@ -140,10 +140,10 @@ def test_blocks_are_scanned_unless_some_of_a_stage_are_frozen():
   build = lambda: autoencoder_training.build(
     config, predecessor_is_pending=True
   )
-  assert build().autoencoder.decoder.scan
+  assert build().autoencoder.decoder.options.scan
   with config.unlocked():
     config.trainable = ("decoder/stage_1/block_4",)
-  assert not build().autoencoder.decoder.scan
+  assert not build().autoencoder.decoder.options.scan
 
 
 def test_a_run_from_before_blocks_were_scanned_goes_on(tmp_path):

@@ -30,16 +30,18 @@ class Identity(NamedTuple):
   """What makes parameters of one model fit another; keys of `config.model`."""
 
   variant: str
-  architecture: dict[str, Any]
   image_channels: int
   residual_autoencoding: bool
+  architecture: dict[str, Any]
 
 
 def identity(model: Mapping[str, Any]) -> Identity:
   """Of the model's part of a config, with the architecture in whole."""
-  variant, architecture, *rest = (model[key] for key in Identity._fields)
-  architecture = families.described(variant, architecture, rest[0])
-  return Identity(variant, architecture, *rest)
+  found = Identity(*(model[key] for key in Identity._fields))
+  architecture = families.described(
+    found.variant, found.architecture, found.image_channels
+  )
+  return found._replace(architecture=architecture)
 
 
 def identity_of(source: str) -> Identity:
@@ -53,9 +55,11 @@ def identity_of(source: str) -> Identity:
   found = released.find(source)
   return Identity(
     families.name_of(found.architecture),
-    families.to_config(found.architecture, found.image_channels, 1.0),
     found.image_channels,
     residual_autoencoding=True,
+    architecture=families.to_config(
+      found.architecture, found.image_channels, 1.0
+    ),
   )
 
 

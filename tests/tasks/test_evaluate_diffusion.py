@@ -452,7 +452,11 @@ def test_what_is_gone_or_damaged_is_drawn_anew_or_named(
   [
     ("latents.json", "[]", "latents.json.*cannot be read"),
     ("latents.json", '{"shape": 1}', "latents.json.*cannot be read"),
-    ("config.json", '{"task": "train_diffusion"}', "config.json of .* damaged"),
+    (
+      "config.json",
+      '{"task": "train_diffusion", "model": 1}',
+      "config.json of .* damaged",
+    ),
   ],
 )
 def test_a_damaged_run_is_named(file, text, message, trained, config, tmp_path):

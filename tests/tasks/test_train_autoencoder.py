@@ -378,7 +378,7 @@ def test_a_work_directory_of_another_config_is_refused_and_untouched(
     ({"optimizer.schedule": "wsd"}, "decay_steps=0 leaves nothing to decay"),
     ({"optimizer.final_rate": 1.5}, "final_rate=1.5 is above 1"),
     ({"discriminator.learning_rate": -1.0}, "rate=-1.0 is below 0"),
-    ({"ema.decay": 1.0}, "not below 1"),
+    ({"ema.decay": 1.0}, "decay=1.0 is above 0.9"),
     ({"data.crop": "centre"}, "unknown crop 'centre'"),
     ({"seed": -1}, "seed=-1 is below 0"),
     ({"optimizer.beta1": 1.0}, "beta1=1.0 is above 0.9"),

@@ -17,7 +17,7 @@ from dcae_jax.diffusion import objectives
 from dcae_jax.diffusion import train_step as diffusion_train_step
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.latents import reader
-from dcae_jax.setup import denoising
+from dcae_jax.setup import denoising, diffusion_training
 from dcae_jax.tasks import train_diffusion
 from dcae_jax.training import checkpoint, learning, loop, optimizer
 
@@ -195,12 +195,12 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
 ):
   saved = loop.run
 
-  def interrupted(step_fn, *args, **kwargs):
-    def step(*arguments):
+  def interrupted(program, *arguments):
+    def step(*inputs):
       os.kill(os.getpid(), signal.SIGTERM)
-      return step_fn(*arguments)
+      return program.step(*inputs)
 
-    return saved(step, *args, **kwargs)
+    return saved(program._replace(step=step), *arguments)
 
   monkeypatch.setattr(loop, "run", interrupted)
   assert not train_diffusion.run(config(), epath.Path(tmp_path))
@@ -293,7 +293,7 @@ def test_recipes_are_the_papers(name, tokens, macs):
   }[name.split("_")[0]]  # fmt: skip
   c.model.latent_size, c.model.latent_channels = size, channels
   c.model.num_classes = 1000
-  train_diffusion.check(c)
+  diffusion_training.check(c)
   denoiser = denoising.create(c.model, c.objective, c.sampler).denoiser
   assert (size // c.model.patch_size) ** 2 == tokens
   if macs:
