@@ -67,7 +67,13 @@ def _is_one_of_many() -> bool:
 
 
 def _leave(status: int) -> None:
-  """At once: jax would wait for the others for minutes."""
+  """Without waiting for the others, for which jax would wait for minutes."""
+  import jax
+
+  if jax.distributed.is_initialized():
+    from dcae_jax.runs import processes
+
+    processes.leave(status)
   sys.stderr.flush()
   os._exit(status)
 
