@@ -250,7 +250,12 @@ class SDVAE(network.Network):
   def posterior(
     self, images: Float[Array, "b h w c"]
   ) -> tuple[Float[Array, "b h2 w2 d"], Float[Array, "b h2 w2 d"]]:
-    """Mean and log variance of the latents, before space goes to channels."""
+    """Mean and log variance of the latents, before space goes to channels.
+
+    Raises ValueError for sides that the compression does not divide.
+    """
+    for side in images.shape[1:3]:
+      network.check_side(side, self.spatial_compression)
     moments = self.encoder(images).astype("float32")
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(log_variance, *_LOG_VARIANCES)

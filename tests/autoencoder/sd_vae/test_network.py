@@ -8,11 +8,13 @@ import pytest
 from configs import base
 from dcae_jax.autoencoder import families, network
 from dcae_jax.autoencoder.dcae import residual_autoencoding
+from dcae_jax.autoencoder.dcae import variants as dcae_variants
 from dcae_jax.autoencoder.sd_vae import network as sd_vae
 from dcae_jax.autoencoder.sd_vae import variants as sd_vae_variants
 from dcae_jax.training import freezing
 
 TINY = "tiny-sd-vae-f8"
+SMALL = sd_vae_variants.Architecture(4, (16, 32), depth=1, groups=4)
 
 
 def _perturbed(model, seed=0):
@@ -33,9 +35,9 @@ def _jitted(model, method="__call__"):
 
 
 @pytest.fixture(scope="module")
-def tiny():
-  model = families.create(TINY)
-  images = np.random.default_rng(1).uniform(-1, 1, (2, 16, 24, 3))
+def small():
+  model = families.create(SMALL)
+  images = np.random.default_rng(1).uniform(-1, 1, (2, 4, 6, 3))
   return model, _perturbed(model), jnp.asarray(images, "float32")
 
 
@@ -54,10 +56,13 @@ def test_names_tell_the_shapes(name):
   assert name.endswith(f"sd-vae-{last}")
   variables = network.abstract_variables(model, 3)
   images = jax.ShapeDtypeStruct((2, 2 * f, 3 * f, 3), "float32")
-  encode = lambda v, x: model.apply(v, x, method="encode")
-  z = jax.eval_shape(encode, variables, images)
+
+  def both(variables, images):
+    z = model.apply(variables, images, method="encode")
+    return z, model.apply(variables, z, method="decode")
+
+  z, again = jax.eval_shape(both, variables, images)
   assert z.shape == (2, 2, 3, variant.latent_channels)
-  again = jax.eval_shape(model.apply, variables, images)
   assert again.shape == images.shape
   assert z.dtype == again.dtype == jnp.float32
 
@@ -70,8 +75,8 @@ def test_default_patterns_of_the_phases_match():
   assert params["decoder"]["project_out"]["conv"]["kernel"]
 
 
-def test_latents_are_the_mean_of_the_posterior(tiny):
-  model, variables, images = tiny
+def test_latents_are_the_mean_of_the_posterior(small):
+  model, variables, images = small
   posterior = _jitted(model, "posterior")
   mean, log_variance = posterior(variables, images)
   z = _jitted(model, "encode")(variables, images)
@@ -86,8 +91,8 @@ def test_latents_are_the_mean_of_the_posterior(tiny):
   np.testing.assert_array_equal(large, np.full_like(large, 20.0))
 
 
-def test_samples_scatter_around_the_mean_by_the_standard_deviation(tiny):
-  model, variables, images = tiny
+def test_samples_scatter_around_the_mean_by_the_standard_deviation(small):
+  model, variables, images = small
   sample = jax.jit(
     lambda key: model.apply(variables, images, key, method="reconstruct_sample")
   )
@@ -127,8 +132,8 @@ def test_attention_is_softmax_attention():
   )
 
 
-def test_rematerialisation_changes_neither_values_nor_gradients(tiny):
-  model, variables, images = tiny
+def test_rematerialisation_changes_neither_values_nor_gradients(small):
+  model, variables, images = small
 
   def gradient(model):
     loss = lambda params: jnp.mean(
@@ -136,7 +141,7 @@ def test_rematerialisation_changes_neither_values_nor_gradients(tiny):
     )
     return jax.jit(jax.value_and_grad(loss))(variables["params"])
 
-  other = gradient(families.create(TINY, rematerialisation=True))
+  other = gradient(families.create(SMALL, rematerialisation=True))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
     gradient(model),
@@ -144,9 +149,9 @@ def test_rematerialisation_changes_neither_values_nor_gradients(tiny):
   )
 
 
-def test_bfloat16_stays_close_and_parameters_stay_float32(tiny):
-  model, variables, images = tiny
-  half = families.create(TINY, dtype="bfloat16")
+def test_bfloat16_stays_close_and_parameters_stay_float32(small):
+  model, variables, images = small
+  half = families.create(SMALL, dtype="bfloat16")
   shapes = network.abstract_variables(half, 3)
   assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
   expected = _jitted(model)(variables, images)
@@ -156,28 +161,32 @@ def test_bfloat16_stays_close_and_parameters_stay_float32(tiny):
   assert 0 < difference < 0.05
 
 
-def test_sides_that_do_not_divide_are_refused(tiny):
-  model, variables, _ = tiny
+def test_sides_that_do_not_divide_are_refused(small):
+  model, variables, _ = small
   for method in ("encode", "posterior"):
-    with pytest.raises(ValueError, match=r"20 is not divisible by 8"):
-      model.apply(variables, jnp.zeros((1, 16, 20, 3)), method=method)
+    apply = functools.partial(model.apply, method=method)
+    with pytest.raises(ValueError, match=r"5 is not divisible by 2"):
+      jax.eval_shape(apply, variables, jnp.zeros((1, 4, 5, 3)))
 
 
-@pytest.mark.parametrize("name", ["tiny-f8", TINY])
-def test_space_to_channel_only_rearranges_latents(name):
-  plain = families.create(name)
-  model = families.create(name, space_to_channel=8)
-  assert model.spatial_compression == 64
+DC_AE = dcae_variants.Architecture(
+  2, *[(dcae_variants.Stage(16, 0), dcae_variants.Stage(32, 1))] * 2
+)
+
+
+@pytest.mark.parametrize("architecture", [DC_AE, SMALL], ids=["dcae", "sd-vae"])
+def test_space_to_channel_only_rearranges_latents(architecture):
+  plain = families.create(architecture)
+  model = families.create(architecture, space_to_channel=8)
+  assert model.spatial_compression == 16
   variables = _perturbed(plain)
   assert jax.tree.map(jnp.shape, network.abstract_variables(model, 3)) == (
     jax.tree.map(jnp.shape, variables)
   )
-  images = np.random.default_rng(1).uniform(-1, 1, (1, 64, 128, 3))
+  images = np.random.default_rng(1).uniform(-1, 1, (1, 16, 32, 3))
   images = jnp.asarray(images, "float32")
   encode, decode = (
-    lambda model, x, method=method: jax.jit(
-      lambda variables, x: model.apply(variables, x, method=method)
-    )(variables, x)
+    lambda model, x, method=method: _jitted(model, method)(variables, x)
     for method in ("encode", "decode")
   )
   z, moved = encode(plain, images), encode(model, images)
@@ -189,10 +198,10 @@ def test_space_to_channel_only_rearranges_latents(name):
   )
   y = decode(plain, z)
   np.testing.assert_array_equal(decode(model, moved), y)
-  both = jax.jit(model.apply)(variables, images)
+  both = _jitted(model)(variables, images)
   np.testing.assert_allclose(both, y, rtol=1e-4, atol=1e-5)
-  with pytest.raises(ValueError, match=r"32 is not divisible by 64"):
-    model.apply(variables, images[:, :32], method="encode")
+  with pytest.raises(ValueError, match=r"8 is not divisible by 16"):
+    model.apply(variables, images[:, :8], method="encode")
 
 
 def test_f8c4_and_squares_of_8_are_an_f64c256():
