@@ -36,11 +36,11 @@ class Key:
   may_change: bool = False
 
 
-class Task(NamedTuple):
-  """What is known of a task.
+class TaskKeys(NamedTuple):
+  """The keys of a task.
 
   Attributes:
-    keys: returns all its keys, as `Key` where there is more than a default.
+    keys: returns all of them, as `Key` where there is more than a default.
     begins_anew: started again in the same work directory, it computes all again
       or finds out by itself what it can keep, so that every key may change.
   """
@@ -50,7 +50,7 @@ class Task(NamedTuple):
 
 
 _BELOW_1 = 1 - 1e-12
-TASKS: dict[str, Task] = {}
+KEYS: dict[str, TaskKeys] = {}
 
 
 def _task(
@@ -64,7 +64,7 @@ def _task(
       c.update(describe())
       return c
 
-    TASKS[name] = Task(keys, begins_anew)
+    KEYS[name] = TaskKeys(keys, begins_anew)
     return functools.wraps(describe)(lambda: _defaults(keys()))
 
   return decorate
@@ -107,8 +107,8 @@ def source(
   # "tfds": a prepared TFDS dataset in array_record format; no TensorFlow.
   # "embedded": photographs inside installed packages, nothing to download.
   # "mixture": of `members`, drawn by their weights.
-  # "npy": latents of the authors' tools, one .npy per image in `path`, for
-  # export_latents alone; its resolution must be that of the files.
+  # "npy", export_latents only: latents of the authors' tools, one .npy per
+  # image in `path`; its resolution must be that of the files.
   c.kind = kind
   c.path = path  # folder: the directory. tfds: its data_dir, "": the default.
   c.name = name  # tfds: the dataset, such as "imagenet2012".
@@ -360,7 +360,7 @@ def hold_out(c: ConfigDict) -> None:
 
   What is evaluated on follows `data.source`, unless it is set, too.
   """
-  for key in ("kind", "path", "name", "split", "held_out"):
+  for key in set(source()) - {"part", "weight", "members"}:
     c.evaluation.source[key] = c.data.source.get_oneway_ref(key)
   c.data.source.part, c.evaluation.source.part = "training", "held_out"
 

@@ -21,7 +21,8 @@ class Phase:
   """What one phase trains, and with which losses.
 
   Attributes:
-    trainable: patterns over parameter paths; the rest is frozen.
+    trainable: patterns over parameter paths; the rest is frozen. It comes from
+      the config of a run, and is empty in `PHASES`.
     adversarial: the PatchGAN loss acts beside L1 and LPIPS.
     moves_batch_statistics: batch norm uses, and records, each batch's
       statistics; otherwise the stored ones are used and stay as they are.

@@ -67,8 +67,8 @@ class OfPairs:
   """The metric of an image and its reconstruction, averaged over images.
 
   Attributes:
-    compute: `(parameters, reconstructions, originals) -> [b]`, of images with
-      values from 0 to 255.
+    compute: `(parameters, reconstructions, originals) -> [b]`, of float32
+      images with values from 0 to 255.
     histogram: the last edge and the number of bins, which start at 0; what
       lies beyond counts in the last bin.
     smallest_side: of the images, in pixels.
@@ -110,13 +110,13 @@ class OfSets:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """A value of the table; its kind is which of the last two it has.
+  """A value of the table; it has exactly one of `of_pairs` and `of_sets`.
 
   Attributes:
     label: for people.
     columns: its numbers, under their keys in results.
     network: whose outputs it is computed from; None: of the pixels alone.
-    subjects: what it can be computed of, if it is one of sets.
+    subjects: what it can be computed of. Pairs are of reconstructions only.
     always: it is computed of them without being asked for.
     of_pairs: how it is computed, if it is one of pairs.
     of_sets: how it is computed, if it is one of sets.

@@ -94,7 +94,7 @@ def _keys(
   config: dict[str, Any], described: Mapping[str, Any] = _NOTHING
 ) -> dict[str, base.Key]:
   """By path: what is said of the keys of a config, and of those it lacks."""
-  task = base.TASKS.get(config.get("task"))  # maybe within another one
+  task = base.KEYS.get(config.get("task"))  # maybe within another one
   if task is not None:
     described = task.keys().to_dict()
   found = {}

@@ -30,7 +30,7 @@ def trainable_mask(parameters: Tree, patterns: tuple[str, ...]) -> Tree:
   """A tree of booleans: True where a parameter learns.
 
   A pattern names a module ("decoder/project_out") or is a shell pattern over
-  the whole path ("encoder/*/norm/scale").
+  the whole path ("encoder/*/norm/scale"), in which `*` crosses "/", too.
 
   Raises:
     ValueError: a pattern that matches no parameter, or no patterns at all.

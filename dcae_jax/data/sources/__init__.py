@@ -17,7 +17,8 @@ from dcae_jax.data.sources.protocol import Record, Source, limited
 from dcae_jax.data.sources.subsets import ClassPerImage, Subset, split
 from dcae_jax.data.sources.tensorflow_dataset import TensorFlowDataset
 
-# By `kind`: what opens it, given the keys of a source's config that it names.
+# By `kind`: what opens it. Its parameters are named after the keys of
+# `source()` in configs/base.py that it is called with.
 KINDS: dict[str, Callable[..., Source]] = {
   "folder": folder,
   "tfds": TensorFlowDataset,

@@ -28,16 +28,30 @@ def limited(source: "Source", most: int) -> int:
 
 @runtime_checkable
 class Source(Protocol):
-  """A random-access sequence of records; reading one may raise OSError."""
+  """A random-access sequence of records.
 
-  classes: list[str]  # names, by label
+  Reading one raises OSError where it cannot be read. That it never can be, and
+  is skipped, is told by its number: EACCES, EPERM, EFBIG, ELOOP or ENXIO. With
+  any other it may be readable later: training skips it, an export stops.
+
+  Attributes:
+    classes: names, by label.
+  """
+
+  classes: list[str]
 
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Record: ...
 
-  def name(self, index: int) -> str: ...
+  def name(self, index: int) -> str:
+    """For messages."""
+    ...
 
-  def key(self, index: int) -> str: ...
+  def key(self, index: int) -> str:
+    """Stays the same when the source moves; decides what is held out."""
+    ...
 
-  def fingerprint(self) -> str: ...
+  def fingerprint(self) -> str:
+    """Changes when the images do: an export refuses to mix them."""
+    ...

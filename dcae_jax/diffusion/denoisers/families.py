@@ -32,8 +32,8 @@ class Denoiser:
     module: its class. Besides the fields that `sizes` sets it has
       `conditioning`, `latent_size`, `latent_channels`, `patch_size`,
       `rematerialisation` and `dtype`, and the property `forward_macs`.
-    sizes: the fields of each size, by the end of the variant's name.
-    conditioning: the kind of condition that it takes.
+    sizes: the fields of each size, by its suffix, such as H of UViT-H.
+    conditioning: the class of condition that it takes.
     check: raises ValueError for fields that do not fit together.
     predicts_variance: it has the field `learn_sigma`: twice the channels.
   """
