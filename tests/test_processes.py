@@ -51,6 +51,7 @@ def config_of(tiny_config):
     return tiny_config(
       1,
       **{
+        "model.variant": "tiny-f8",  # other processes know no tiny-f2
         "steps": steps,
         "mesh.data": -1,
         "checkpoint.every": 2,

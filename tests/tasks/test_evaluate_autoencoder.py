@@ -404,7 +404,8 @@ def test_the_floor_stands_beside_what_is_measured(
   changes = {"compare": ("block_pca",), "space_to_channel": 2}
   name = "floor: block PCA (fitted on these images)"
   if trained:
-    train_autoencoder.run(tiny_config(1, steps=1), epath.Path(tmp_path / "run"))
+    training = tiny_config(1, steps=1, **{"model.variant": "tiny-f8"})
+    train_autoencoder.run(training, epath.Path(tmp_path / "run"))
     changes["init_from"] = str(tmp_path / "run")
     name = "floor: block PCA"
   result = _run(config(**changes), tmp_path / "out")
