@@ -404,20 +404,22 @@ def test_the_floor_stands_beside_what_is_measured(
   changes = {"compare": ("block_pca",), "space_to_channel": 2}
   name = "floor: block PCA (fitted on these images)"
   if trained:
-    training = tiny_config(1, steps=1, **{"model.variant": "tiny-f8"})
-    train_autoencoder.run(training, epath.Path(tmp_path / "run"))
+    train_autoencoder.run(tiny_config(1, steps=1), epath.Path(tmp_path / "run"))
     changes["init_from"] = str(tmp_path / "run")
     name = "floor: block PCA"
   result = _run(config(**changes), tmp_path / "out")
   found = json.loads((tmp_path / "out/compared/0/result.json").read_text())
   assert found["name"] == name
-  size = ("spatial_compression", "latent_channels")
-  assert [found["autoencoder"][key] for key in size] == [16, 64]
-  assert [result["autoencoder"][key] for key in size] == [16, 64]
+  compression, channels = (4, 16) if trained else (16, 64)
+  for described in (found["autoencoder"], result["autoencoder"]):
+    assert described["spatial_compression"] == compression
+    assert described["latent_channels"] == channels
   ours, theirs = (x["resolutions"][str(RESOLUTION)] for x in (result, found))
   assert theirs["psnr"] > ours["psnr"] + 3 and theirs["images"] == 11
   assert theirs["ssim"] > ours["ssim"]
-  assert "2 x 2 x 64" in _check_page(tmp_path / "out")
+  side = RESOLUTION // compression
+  page = _check_page(tmp_path / "out")
+  assert f"{side} x {side} x {channels}" in page
   # As any finished evaluation, it can stand beside others.
   again = config(init_from="", compare=(str(tmp_path / "out/compared/0"),))
   evaluate_autoencoder.run(again, epath.Path(tmp_path / "again"))

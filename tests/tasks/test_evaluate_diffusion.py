@@ -123,38 +123,38 @@ def test_metrics_are_those_of_the_written_images(
   parameters = inception.load(str(inception_weights)).parameters
   described = jax.jit(lambda x: inception.features(parameters, x))
   statistics = fid.load_statistics(reference, inception.FEATURES)
-  for scale in SCALES:
-    images = _images(workdir, scale)
-    pixels = np.stack(list(images.values())).astype(np.float32)
-    assert pixels.shape == (SAMPLES, 16, 16, 3)
-    records = samples.read_records(
-      epath.Path(workdir),
-      samples.parts(scale, SAMPLES, BATCH),
-      {k: metrics.METRICS[k] for k in ("gfid", "inception_score")},
-    )
-    rows = [record.described["inception"] for record in records]
-    features = np.concatenate([row["features"] for row in rows])
-    logits = np.concatenate([row["logits"] for row in rows])
-    for recorded, direct in zip(
-      (features, logits), jax.device_get(described(pixels)), strict=True
-    ):
-      spread = direct.std(axis=0).mean()  # over images
-      assert abs(recorded - direct).max() < 0.3 * spread
-    found = result["guidance"][f"{scale:g}"]
-    moments = streaming_moments.Moments(inception.FEATURES)
-    moments.update(features)
-    assert found["gfid"] == pytest.approx(
-      fid.frechet_distance(
-        moments.mean, moments.covariance,
-        statistics.mean, statistics.covariance,
-      ),
-      rel=1e-9,
-    )  # fmt: skip
-    mean, deviation = sample_metrics.inception_score(logits)
-    assert found["inception_score"] == pytest.approx(mean, rel=1e-9)
-    assert found["inception_score_deviation"] == pytest.approx(deviation)
-    part = sample_metrics.precision_recall(statistics.features, features)
-    assert (found["precision"], found["recall"]) == part
+  scale = SCALES[0]
+  images = _images(workdir, scale)
+  pixels = np.stack(list(images.values())).astype(np.float32)
+  assert pixels.shape == (SAMPLES, 16, 16, 3)
+  records = samples.read_records(
+    epath.Path(workdir),
+    samples.parts(scale, SAMPLES, BATCH),
+    {k: metrics.METRICS[k] for k in ("gfid", "inception_score")},
+  )
+  rows = [record.described["inception"] for record in records]
+  features = np.concatenate([row["features"] for row in rows])
+  logits = np.concatenate([row["logits"] for row in rows])
+  for recorded, direct in zip(
+    (features, logits), jax.device_get(described(pixels)), strict=True
+  ):
+    spread = direct.std(axis=0).mean()  # over images
+    assert abs(recorded - direct).max() < 0.3 * spread
+  found = result["guidance"][f"{scale:g}"]
+  moments = streaming_moments.Moments(inception.FEATURES)
+  moments.update(features)
+  assert found["gfid"] == pytest.approx(
+    fid.frechet_distance(
+      moments.mean, moments.covariance,
+      statistics.mean, statistics.covariance,
+    ),
+    rel=1e-9,
+  )  # fmt: skip
+  mean, deviation = sample_metrics.inception_score(logits)
+  assert found["inception_score"] == pytest.approx(mean, rel=1e-9)
+  assert found["inception_score_deviation"] == pytest.approx(deviation)
+  part = sample_metrics.precision_recall(statistics.features, features)
+  assert (found["precision"], found["recall"]) == part
   distances = [found["gfid"] for found in result["guidance"].values()]
   assert distances[0] != distances[1]
   assert result["samples"] == SAMPLES and result["step"] == 2

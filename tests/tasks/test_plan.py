@@ -47,8 +47,7 @@ def test_state_of_a_chip_falls_as_one_nth_with_fsdp(config_file):
   """As the compiler has it, with the optimizer and the averages."""
   path = config_file(1)
   found = {
-    n: _measure(path, changes={"mesh": {"data": -1, "fsdp": n}})
-    for n in (1, 2, 8)
+    n: _measure(path, changes={"mesh": {"data": -1, "fsdp": n}}) for n in (1, 8)
   }
   whole = found[1]
   assert whole.state >= whole.parameters + whole.averages + whole.optimizer
