@@ -2,7 +2,7 @@
 
   python -m benchmarks.frozen_flops --variant=tiny-f32 --resolution=64
 
-L1 loss alone, no rematerialisation, same batch and resolution; also the bytes
+L1 loss alone, no remat, same batch and resolution; also the bytes
 of the optimizer's state. Nothing is trained or allocated.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     training = dataclasses.replace(
       training, adversarial=None, discriminator=None
     )
-    flops = training.flops(rematerialisation=False)
+    flops = training.flops(remat=False)
     first = first or flops
     moments = 4 * freezing.count(training.abstract.optimizer) / 1e6
     print(

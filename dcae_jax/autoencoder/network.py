@@ -21,14 +21,14 @@ class Options:
   Attributes:
     residual_autoencoding: False removes DC-AE's shortcuts, the paper's
       ablation.
-    rematerialisation: recompute each block's activations in the backward pass.
+    remat: recompute each block's activations in the backward pass.
     scan: compile the blocks of DC-AE's stages as loops.
     dtype: of the computation; attention and norms are float32. ValueError for
       numbers that layers do not compute with.
   """
 
   residual_autoencoding: bool = True
-  rematerialisation: bool = False
+  remat: bool = False
   scan: bool = False
   dtype: DTypeLike = "float32"
 
@@ -37,7 +37,7 @@ class Options:
 
   def wrap(self, block: type[nn.Module]) -> type[nn.Module]:
     """The class of a block, recomputed in the backward pass if that is on."""
-    return nn.remat(block) if self.rematerialisation else block
+    return nn.remat(block) if self.remat else block
 
 
 class Network(nn.Module):

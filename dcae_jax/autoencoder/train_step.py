@@ -89,7 +89,7 @@ class TrainStep:
     adversarial: of phase 3, else None.
     kl_weight: of the mean divergence.
     seed: of sampled latents; each step, and each part of a batch, has its own.
-    accumulation: parts of the batch whose gradients are averaged before the
+    grad_accum_steps: parts of the batch whose gradients are averaged before the
       update; each normalises by its own batch statistics.
   """
 
@@ -100,7 +100,7 @@ class TrainStep:
   adversarial: Adversarial | None = None
   kl_weight: float = 0.0
   seed: int = 0
-  accumulation: int = 1
+  grad_accum_steps: int = 1
 
   def __call__(
     self,
@@ -132,12 +132,12 @@ class TrainStep:
 
   def _accumulated(self, state, images, perceptual_parameters):
     """Means over the parts of the batch, one after the other."""
-    if self.accumulation == 1:
+    if self.grad_accum_steps == 1:
       return self._gradients(
         state, state.batch_stats, images, 0, perceptual_parameters
       )
     # Each part takes rows from every device: the batch axis stays split.
-    parts = images.reshape(-1, self.accumulation, *images.shape[1:])
+    parts = images.reshape(-1, self.grad_accum_steps, *images.shape[1:])
     parts = jnp.moveaxis(parts, 1, 0)
 
     def part(batch_stats, images, number):
@@ -152,9 +152,9 @@ class TrainStep:
       return (batch_stats, jax.tree.map(jnp.add, sums, terms)), None
 
     first = part(state.batch_stats, parts[0], 0)
-    others = (parts[1:], jnp.arange(1, self.accumulation))
+    others = (parts[1:], jnp.arange(1, self.grad_accum_steps))
     (batch_stats, sums), _ = jax.lax.scan(add, first, others)
-    gradients, metrics = jax.tree.map(lambda x: x / self.accumulation, sums)
+    gradients, metrics = jax.tree.map(lambda x: x / self.grad_accum_steps, sums)
     return gradients, batch_stats, metrics
 
   def _gradients(self, state, batch_stats, images, part, perceptual_parameters):

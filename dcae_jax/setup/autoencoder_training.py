@@ -152,7 +152,7 @@ class Training:
       adversarial=self.adversarial,
       kl_weight=c.kl.weight,
       seed=c.seed,
-      accumulation=c.accumulation,
+      grad_accum_steps=c.accumulation,
     )
 
   def jitted(self) -> Any:
@@ -187,16 +187,16 @@ class Training:
       perceptual_parameters,
     )
 
-  def flops(self, rematerialisation: bool) -> float:
+  def flops(self, remat: bool) -> float:
     """Of a step over all devices; 0 where they cannot be counted.
 
     Args:
-      rematerialisation: with what is computed twice, if the config has it so.
+      remat: count what is computed twice, where the config has it so.
     """
     config = self.config.copy_and_resolve_references()
     config.model.scan = False
     config.accumulation = 1  # the parts of a loop are counted once
-    if not rematerialisation:
+    if not remat:
       config.model.rematerialisation = False
     unrolled = dataclasses.replace(
       self, config=config, autoencoder=models.create(config.model)

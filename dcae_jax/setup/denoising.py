@@ -171,7 +171,7 @@ def create(
     latent_channels=channels,
     patch_size=model.patch_size,
     learn_sigma=learned.output_channels(channels) > channels,
-    rematerialisation=model.rematerialisation,
+    remat=model.rematerialisation,
     dtype=model.dtype,
   )
   return sampling.LatentDiffusion(

@@ -100,12 +100,12 @@ class Training:
       sharding.placed(batch, jax.tree.map(lambda _: rows, batch)),
     )
 
-  def flops(self, rematerialisation: bool) -> float:
+  def flops(self, remat: bool) -> float:
     """Of a step over all devices, with what is computed twice if asked.
 
     A multiply-accumulate is two; the backward pass costs twice the forward one.
     """
-    twice = rematerialisation and self.config.model.rematerialisation
+    twice = remat and self.config.model.rematerialisation
     forwards = 4 if twice else 3
     return (
       2.0 * forwards * self.model.denoiser.forward_macs * self.config.batch_size

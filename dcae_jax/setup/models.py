@@ -20,7 +20,7 @@ def create(config: ConfigDict) -> network.Network:
     families.of_model(config.variant, config.architecture.to_dict()),
     image_channels=config.image_channels,
     residual_autoencoding=config.residual_autoencoding,
-    rematerialisation=config.rematerialisation,
+    remat=config.rematerialisation,
     scan=config.scan,
     dtype=config.dtype,
   )

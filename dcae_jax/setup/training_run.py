@@ -65,7 +65,7 @@ class Training(Protocol):
     """Shapes of what it is called with, and where they live."""
     ...
 
-  def flops(self, rematerialisation: bool) -> float:
+  def flops(self, remat: bool) -> float:
     """Of a step over all devices, maybe with what is computed twice."""
     ...
 
@@ -134,7 +134,7 @@ def run(
           _compiled(training, work.constants),
           evaluate,
           config.batch_size,
-          training.flops(rematerialisation=False),
+          training.flops(remat=False),
           hardware.peak_flops(),
         ),
         state,

@@ -263,7 +263,7 @@ def measure(
     needed = held + temporaries + program
     cost = program_cost.cost(compiled.as_text())
   chips = training.mesh.size
-  flops = training.flops(rematerialisation=True) / chips
+  flops = training.flops(remat=True) / chips
   plan = Plan(
     config=name,
     topology=topology or f"{chips} x {device.device_kind}",

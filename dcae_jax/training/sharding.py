@@ -63,16 +63,16 @@ def local_mesh() -> Mesh:
 
 
 def check_batch(
-  batch_size: int, accumulation: int, resolution: int, mesh: Mesh
+  batch_size: int, grad_accum_steps: int, resolution: int, mesh: Mesh
 ) -> None:
   """Raises ValueError unless the batch divides over the mesh."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size < 1 or accumulation < 1 or batch_size % (ways * accumulation):
-    times = f" times config.accumulation={accumulation}"
+  if batch_size % (ways * grad_accum_steps):
+    times = f" times config.accumulation={grad_accum_steps}"
     raise errors.UserError(
       f"config.batch_size={batch_size} is not divisible by "
-      f"{ways * accumulation}: {ways} ways of data parallelism (mesh axes data "
-      f"x fsdp){times if accumulation != 1 else ''}; use a multiple"
+      f"{ways * grad_accum_steps}: {ways} ways of data parallelism (mesh axes "
+      f"data x fsdp){times if grad_accum_steps > 1 else ''}; use a multiple"
     )
   check_images(resolution, mesh)
 

@@ -158,7 +158,7 @@ def test_muon_has_no_state_for_frozen_parameters_and_leaves_their_bits(build):
   """In phase 2, with a batch in two parts."""
   phase = PHASES[1]
   step_fn, state, mask = build(
-    phase, accumulation=2, optimizer={"kind": "muon"}
+    phase, grad_accum_steps=2, optimizer={"kind": "muon"}
   )
   learns, _ = freezing.partition(state.params, mask)
   kernels = {x for x in freezing.parameter_paths(learns) if "kernel" in x}
@@ -266,7 +266,7 @@ def test_ema_ramps_up_and_covers_parameters_and_statistics(build):
 def test_accumulated_gradients_equal_those_of_the_whole_batch(build):
   phase = PHASES[1]  # statistics are fixed: parts do not depend on each other
   whole, state, _ = build(phase)
-  parts, _, _ = build(phase, accumulation=4)
+  parts, _, _ = build(phase, grad_accum_steps=4)
   a, metrics_a = whole(state, _images(), {})
   b, metrics_b = parts(state, _images(), {})
   for name in ("loss/l1", "gradient_norm"):
@@ -279,7 +279,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(build):
 
 
 def test_accumulation_moves_statistics_once_per_part(model, build):
-  step_fn, state, _ = build(PHASES[0], accumulation=2)
+  step_fn, state, _ = build(PHASES[0], grad_accum_steps=2)
   after, _ = step_fn(state, _images(), {})
   apply = jax.jit(functools.partial(model.apply, mutable=["batch_stats"]))
   expected = state.variables

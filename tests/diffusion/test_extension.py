@@ -70,7 +70,7 @@ class Blend(nn.Module):
   latent_size: tuple[int, int]
   latent_channels: int
   patch_size: int = 1
-  rematerialisation: bool = False
+  remat: bool = False
   dtype: str = "float32"
 
   @property

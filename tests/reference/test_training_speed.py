@@ -44,7 +44,7 @@ def _assert_moved_alike(found, expected, start):
 @pytest.mark.parametrize("phase", training_speed.PHASES)
 def test_both_sides_take_the_same_steps(phase, tmp_path):
   """In both layouts of theirs."""
-  case = training_speed.Case("tiny-f8", phase, 2, 64)
+  case = training_speed.Case("tiny-f8", phase, 8, 64)
   initial, train = training_speed.jax_training(case)
   for layout in training_speed.LAYOUTS:
     # A copy, as the step's arguments are donated.

@@ -174,7 +174,7 @@ def test_each_step_and_part_has_samples_of_its_own(model, build):
   second = l1(whole(later, _images(4), {})[1])
   assert abs(second - first) > 1e-5
   # Two parts of the same images: the mean of two samplings.
-  parts, state = build(1e-6, accumulation=2)
+  parts, state = build(1e-6, grad_accum_steps=2)
   twice = np.repeat(_images(4), 2, axis=0)
   both = l1(parts(state, twice, {})[1])
   x = quantisation.to_float(jnp.asarray(_images(4)))

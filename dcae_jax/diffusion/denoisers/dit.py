@@ -145,7 +145,7 @@ class DiT(nn.Module):
     patch_size: side of the squares of latent positions that make a token.
     learn_sigma: twice the channels come out, and the second half tells the
       variance.
-    rematerialisation: recompute each block's activations in the backward pass.
+    remat: recompute each block's activations in the backward pass.
     dtype: of the linear layers; norms, modulation, attention and the tokens are
       float32.
   """
@@ -158,7 +158,7 @@ class DiT(nn.Module):
   conditioning: conditioning.ClassLabels
   patch_size: int = 1
   learn_sigma: bool = False
-  rematerialisation: bool = False
+  remat: bool = False
   dtype: DTypeLike = "float32"
 
   @property
@@ -207,7 +207,7 @@ class DiT(nn.Module):
     )
     condition = TimeEmbedding(self.hidden, name="time_embedding")(t)
     condition = condition + label_embedding(labels)
-    block = nn.remat(DiTBlock) if self.rematerialisation else DiTBlock
+    block = nn.remat(DiTBlock) if self.remat else DiTBlock
     for i in range(self.depth):
       x = block(self.heads, self.dtype, name=f"block_{i}")(x, condition)
     head = Head(p * p * self.out_channels, name="project_out")

@@ -31,7 +31,7 @@ class Denoiser:
   Attributes:
     module: its class. Besides the fields that `sizes` sets it has
       `conditioning`, `latent_size`, `latent_channels`, `patch_size`,
-      `rematerialisation` and `dtype`, and the property `forward_macs`.
+      `remat` and `dtype`, and the property `forward_macs`.
     sizes: the fields of each size, by its suffix, such as H of UViT-H.
     conditioning: the class of condition that it takes.
     check: raises ValueError for fields that do not fit together.
@@ -118,7 +118,7 @@ def create(
   latent_channels: int,
   patch_size: int = 1,
   learn_sigma: bool = False,
-  rematerialisation: bool = False,
+  remat: bool = False,
   dtype: DTypeLike = "float32",
 ) -> Module:
   """The module of a variant.
@@ -131,7 +131,7 @@ def create(
     patch_size: side of the squares of latent positions that make a token; DC-AE
       leaves the compression to the autoencoder, and it is 1.
     learn_sigma: predict the variance too, in as many channels again.
-    rematerialisation: trade time for memory, block by block.
+    remat: trade time for memory, block by block.
     dtype: of the linear layers; what else there is stays float32.
 
   Raises:
@@ -164,7 +164,7 @@ def create(
     latent_size=tuple(latent_size),
     latent_channels=latent_channels,
     patch_size=patch_size,
-    rematerialisation=rematerialisation,
+    remat=remat,
     dtype=dtype,
   )
 

@@ -71,7 +71,7 @@ class UViT(nn.Module):
     latent_channels: of the latents.
     conditioning: the classes.
     patch_size: side of the squares of latent positions that make a token.
-    rematerialisation: recompute each block's activations in the backward pass.
+    remat: recompute each block's activations in the backward pass.
     dtype: of the linear layers; norms, attention and the tokens are float32.
   """
 
@@ -82,7 +82,7 @@ class UViT(nn.Module):
   latent_channels: int
   conditioning: conditioning.ClassLabels
   patch_size: int = 1
-  rematerialisation: bool = False
+  remat: bool = False
   dtype: DTypeLike = "float32"
 
   @property
@@ -120,7 +120,7 @@ class UViT(nn.Module):
     transformer.check_latents(z, self.latent_channels, self.patch_size)
     self._check_size(z)
     tokens = self._embed(z, t, labels)
-    wrap = nn.remat if self.rematerialisation else lambda module: module
+    wrap = nn.remat if self.remat else lambda module: module
     block = lambda name: wrap(UViTBlock)(self.heads, self.dtype, name=name)
     skips = []
     for i in range(self.depth // 2):

@@ -123,13 +123,13 @@ def deep():
   )
 
 
-def test_scanned_and_rematerialised_blocks_compute_the_same(deep):
+def test_scanned_and_remat_blocks_compute_the_same(deep):
   """With the same variables: values, gradients, and moved statistics."""
   images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3))
   images = jnp.asarray(images, "float32")
   models = [
-    families.create(deep, scan=scan, rematerialisation=rematerialisation)
-    for scan, rematerialisation in ((False, False), (False, True), (True, True))
+    families.create(deep, scan=scan, remat=remat)
+    for scan, remat in ((False, False), (False, True), (True, True))
   ]
   initial = [jax.jit(m.init)(jax.random.key(0), images) for m in models[::2]]
   jax.tree.map(np.testing.assert_array_equal, *initial)

@@ -132,7 +132,7 @@ def test_attention_is_softmax_attention():
   )
 
 
-def test_rematerialisation_changes_neither_values_nor_gradients(small):
+def test_remat_changes_neither_values_nor_gradients(small):
   model, variables, images = small
 
   def gradient(model):
@@ -141,7 +141,7 @@ def test_rematerialisation_changes_neither_values_nor_gradients(small):
     )
     return jax.jit(jax.value_and_grad(loss))(variables["params"])
 
-  other = gradient(families.create(SMALL, rematerialisation=True))
+  other = gradient(families.create(SMALL, remat=True))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
     gradient(model),

@@ -189,9 +189,9 @@ def test_each_image_has_its_own_time_and_class(small):
     np.testing.assert_allclose(other[::2], y[::2], rtol=0, atol=1e-5)
 
 
-def test_rematerialisation_changes_nothing_but_the_backward_pass(small):
+def test_remat_changes_nothing_but_the_backward_pass(small):
   model, variables, inputs = small
-  other = _small(model, rematerialisation=True)
+  other = _small(model, remat=True)
   assert denoisers.abstract_variables(other) == denoisers.abstract_variables(
     model
   )
