@@ -39,7 +39,7 @@ def frechet_distance(
     other_covariance: [d, d], symmetric.
 
   Raises:
-    ValueError: shapes that do not fit, values that are not finite, or matrices
+    UserError: shapes that do not fit, values that are not finite, or matrices
       that are not covariances.
   """
   arrays = [
@@ -121,7 +121,7 @@ def load_statistics(path: epath.PathLike, dimensions: int) -> Statistics:
   """Reads `mu` [d] and `sigma` [d, d] of an `.npz`, ours or others'.
 
   Raises:
-    ValueError: no such file, or not statistics of so many dimensions.
+    UserError: no such file, or not statistics of so many dimensions.
   """
   file = epath.Path(path).expanduser()
   if not file.is_file():

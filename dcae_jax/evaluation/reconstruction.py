@@ -161,7 +161,7 @@ class Measurement:
       on_batch: called with the metrics of each image, and its "index".
 
     Raises:
-      ValueError: no image could be used.
+      UserError: no image could be used.
       FloatingPointError: a reconstruction or latents are not finite.
     """
     metrics, references = self._networks.metrics, references or {}

@@ -27,7 +27,7 @@ def inception_score(
     splits: parts that the images are divided into.
 
   Raises:
-    ValueError: fewer than one split, or fewer images than splits.
+    UserError: fewer than one split, or fewer images than splits.
   """
   if splits < 1:
     raise errors.UserError(f"splits={splits} is below 1")
@@ -72,7 +72,7 @@ def precision_recall(
     The part of `generated` in the manifold of `real`, and the reverse.
 
   Raises:
-    ValueError: sets of other dimensions, or without `k` neighbours.
+    UserError: sets of other dimensions, or without `k` neighbours.
   """
   real, generated = (np.asarray(x, np.float64) for x in (real, generated))
   if real.ndim != 2 or real.shape[1:] != generated.shape[1:]:

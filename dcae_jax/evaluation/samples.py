@@ -279,7 +279,7 @@ def _write(
 def check_not_fewer(
   workdir: epath.Path, scale: float, samples: int, batch_size: int
 ) -> None:
-  """Raises ValueError if more samples of a scale are there than are wanted."""
+  """Raises UserError if more samples of a scale are there than are wanted."""
   folder = workdir / "parts" / scale_name(scale)
   for file in folder.glob("*_*.npz") if folder.exists() else ():
     number, rows = map(int, file.stem.split("_"))
@@ -322,7 +322,7 @@ def read_records(
   """What `fill` wrote, part by part, as far as metrics take it.
 
   Raises:
-    ValueError: a record is damaged.
+    UserError: a record is damaged.
   """
   outputs = set_measures.outputs(metrics)
   for part in wanted:

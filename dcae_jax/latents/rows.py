@@ -11,17 +11,17 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import grain
 import numpy as np
 
+from dcae_jax import errors
 from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images, sources
 from dcae_jax.latents import layout
 
 
 class Row(NamedTuple):
-  """Before it is encoded.
+  """A row before it is encoded, and what a denoiser is told of it.
 
-  Attributes:
-    values: uint8 [size, size, channels], or a latent, float32 [h, w, c].
-    conditions: what a denoiser is told of it, by the name of the array.
+  Values are uint8 [size, size, channels], or a latent, float32 [h, w, c].
+  Conditions are by the name of their array.
   """
 
   values: np.ndarray
@@ -30,13 +30,11 @@ class Row(NamedTuple):
 
 @runtime_checkable
 class Rows(Protocol):
-  """All rows that a source could give, were all of it readable.
+  """All rows that a source could give, if all of it is readable.
 
   Attributes:
-    source: of the images, or latents.
-    per_image: rows of each image.
-    conditions: of each row.
-    description: how an image becomes rows; the same one, the same rows.
+    per_image: number of rows.
+    description: how an image becomes rows: with the same one, the same rows.
   """
 
   source: sources.Source
@@ -45,10 +43,10 @@ class Rows(Protocol):
   description: dict[str, Any]
 
   def reason(self, index: int) -> str | None:
-    """Why an image of the source cannot be used; None where it can."""
+    """Why an image of the source cannot be used; None if it can."""
 
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
-    """Some rows of an image; ValueError for one that has a reason."""
+    """Some rows of an image; UserError if it can no longer be used."""
 
 
 class Crops:
@@ -65,15 +63,7 @@ class Crops:
     per_image: int,
     seed: int,
   ):
-    """Opens nothing yet.
-
-    Args:
-      source: of the images.
-      decoding: of its files.
-      cropping: of the images; random ones follow the seed.
-      per_image: crops of each image.
-      seed: of random crops.
-    """
+    """Opens nothing yet; random crops, `per_image` of them, follow the seed."""
     self.source, self.per_image = source, per_image
     self._decoding, self._cropping, self._seed = decoding, cropping, seed
 
@@ -130,8 +120,8 @@ class LatentFiles:
     Args:
       source: of the files.
       shape: [h, w, c] of each latent.
-      scaling_factor: that the files were multiplied by: it is divided out.
-      shift_factor: that was subtracted before; 0 for DC-AE.
+      scaling_factor: the files were multiplied by it; it is divided out.
+      shift_factor: was subtracted before; 0 for DC-AE.
     """
     self.description = {"kind": "not known: latents of another tool"}
     self.source, self._shape = source, shape
@@ -175,21 +165,16 @@ class LatentFiles:
 
 def _changed(
   source: sources.Source, index: int, error: Exception
-) -> ValueError:
-  return ValueError(
+) -> errors.UserError:
+  return errors.UserError(
     f"{source.name(index)} could be used when the export began, and can no "
     f"longer be ({error}); bring it back, or export to another place"
   )
 
 
 class Group(NamedTuple):
-  """Rows of one shard that one device encodes at once.
-
-  Attributes:
-    shard: that they belong to.
-    rows: how many.
-    conditions: of the rows, by name.
-    is_last: of its shard.
+  """Rows of one shard that one device encodes at once: how many, and whether
+  they are the last ones of their shard.
   """
 
   shard: int
@@ -201,9 +186,7 @@ class Group(NamedTuple):
 class Batch(NamedTuple):
   """Groups for all devices, each filled up with zeros to the same size.
 
-  Attributes:
-    values: [groups x size, ...] of the rows.
-    groups: what they are; fewer than there are devices at the end.
+  Values are [devices x size, ...]; the last batch may have fewer groups.
   """
 
   values: np.ndarray
@@ -224,11 +207,11 @@ def load_batches(
   which shards are missing, nor on the number of devices.
 
   Args:
-    rows: where from.
+    rows: to load from.
     shards: number, and (image, crop) of each row.
     group_size: rows of a group.
-    groups: of a batch, the number of devices.
-    threads: loader threads.
+    groups: of a batch, one for each device.
+    threads: of the loader.
   """
   plan = [
     (number, part[i : i + group_size], i + group_size >= len(part))

@@ -11,10 +11,7 @@ from dcae_jax.runs import storage
 
 
 def check_arrays(place: storage.Storage, manifest: dict[str, Any]) -> None:
-  """Raises ValueError unless arrays and numbers fit each other.
-
-  No row is read; `verify` reads all.
-  """
+  """Raises UserError unless arrays and numbers fit; reads no row."""
   _, problems = _open_arrays(place, manifest)
   problems += _wrong_count(manifest)
   if not 0 < manifest["scaling_factor"] < np.inf:
@@ -32,12 +29,10 @@ def verify(
 
   Shapes against the manifest, and the checksum of each shard of each array.
   """
-  problems = []
+  arrays, problems = _open_arrays(place, manifest)
   for key, checksum in manifest["metadata_sha256"].items():
     problem = _compared(lambda key=key: place.read(key), checksum)
     problems += [f"{key} {problem}"] if problem else []
-  arrays, wrong = _open_arrays(place, manifest)
-  problems += wrong
   start = 0
   for shard, record in enumerate(manifest["shards"]):
     rows = slice(start, start + record["rows"])
@@ -63,7 +58,7 @@ def verify(
 def _compared(
   read: Callable[[], np.ndarray | bytes | None], checksum: str
 ) -> str | None:
-  """What is wrong with a part of the store; None where nothing is."""
+  """What is wrong with a part of the store, if anything is."""
   try:
     part = read()
   except OSError as error:

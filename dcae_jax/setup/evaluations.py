@@ -62,7 +62,7 @@ def open_inputs(config: ConfigDict) -> Inputs:
     config: of `evaluate()` in configs/base.py.
 
   Raises:
-    ValueError: images, devices, weights or references that do not fit.
+    UserError: images, devices, weights or references that do not fit.
   """
   mesh = sharding.create_mesh(**config.mesh)
   for resolution in config.resolutions:

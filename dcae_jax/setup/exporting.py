@@ -20,7 +20,7 @@ from dcae_jax.setup import image_sources, keys, models
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a config that cannot be run; reads descriptions."""
+  """Raises UserError for a config that cannot be run; reads descriptions."""
   if not config.init_from:
     raise errors.UserError(
       "config.init_from is empty; name a run, a folder or file of released "
@@ -53,7 +53,7 @@ def check(config: ConfigDict) -> None:
 
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
-  """[h, w, c] of the latents; ValueError for a resolution that does not fit."""
+  """[h, w, c] of the latents; UserError for a resolution that does not fit."""
   variant, _ = models.variant_of(config.init_from)
   compression = variant.spatial_compression * config.space_to_channel
   network.check_side(config.resolution, compression)
@@ -83,7 +83,7 @@ def open_store(config: ConfigDict, workdir: epath.Path) -> store.LatentStore:
   """Where the latents go; this process may write there.
 
   Raises:
-    ValueError: it holds something else, or is the work directory.
+    UserError: it holds something else, or is the work directory.
     OSError: no such bucket, no permission, no answer.
   """
   output = config.output or os.fspath(workdir / "latents")

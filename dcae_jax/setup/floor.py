@@ -41,7 +41,7 @@ def of_run(run: str) -> Material:
   """What a run of train_autoencoder sees, given its work directory.
 
   Raises:
-    ValueError: there is no such run, or its source is not here.
+    UserError: there is no such run, or its source is not here.
   """
   config = keys.completed(work_directory.read_run_config(run))
   c = config.data
@@ -77,7 +77,7 @@ def fit(
     threads: that read images.
 
   Raises:
-    ValueError: there is no block PCA of that size, or no usable image.
+    UserError: there is no block PCA of that size, or no usable image.
   """
   channels = material.decoding.channels
   f, c = block_pca.shape(spatial_compression, latent_channels, channels)

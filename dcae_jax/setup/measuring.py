@@ -21,7 +21,7 @@ _LARGEST_SIDE = 2**14  # pixels
 
 
 def check_reading(config: ConfigDict) -> None:
-  """Raises ValueError for numbers that no images can be read with."""
+  """Raises UserError for numbers that no images can be read with."""
   if not config.resolutions:
     raise errors.UserError("config.resolutions is empty; name at least one")
   for side in config.resolutions:

@@ -50,7 +50,7 @@ class Opened(NamedTuple):
 def check_known(
   asked: Iterable[str], subject: metrics_table.Subject, key: str
 ) -> None:
-  """Raises ValueError for a metric that is not one of such images.
+  """Raises UserError for a metric that is not one of such images.
 
   Args:
     asked: keys of metrics.
@@ -67,7 +67,7 @@ def check_known(
 
 
 def check(config: ConfigDict, key: str = "config") -> None:
-  """Raises ValueError for metrics that cannot be computed as asked.
+  """Raises UserError for metrics that cannot be computed as asked.
 
   Args:
     config: with `metrics` and `resolutions`.
@@ -86,7 +86,7 @@ def check(config: ConfigDict, key: str = "config") -> None:
 
 
 def check_reference(config: ConfigDict) -> None:
-  """Raises ValueError for reference statistics that nothing can use."""
+  """Raises UserError for reference statistics that nothing can use."""
   if not config.reference:
     return
   chosen = metrics_table.chosen(config.metrics, "reconstructions")
@@ -124,7 +124,7 @@ def open_all(
     subject: what is measured.
 
   Raises:
-    ValueError: a file that is not what it should be.
+    UserError: a file that is not what it should be.
   """
   paths = {
     metrics_table.METRICS[key].network: path
@@ -153,7 +153,7 @@ def load_reference(
   """The statistics of a network's features that metrics compare with.
 
   Raises:
-    ValueError: a file that is not what it should be, or that lacks the features
+    UserError: a file that is not what it should be, or that lacks the features
       of single images where a metric needs them.
   """
   statistics = fid.load_statistics(path, network.features)

@@ -41,7 +41,7 @@ FLOOR = "block_pca"  # in `config.compare`
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a config that cannot be run; reads descriptions."""
+  """Raises UserError for a config that cannot be run; reads descriptions."""
   others = config.compare
   if config.init_from and config.variant:
     raise errors.UserError(
@@ -108,7 +108,7 @@ def _material(config: ConfigDict) -> floor.Material:
   """What block PCA is fitted on.
 
   Raises:
-    ValueError: it is not here.
+    UserError: it is not here.
   """
   decoding = images.Decoding(
     _latent_size(config)[2], max_megapixels=config.max_megapixels

@@ -64,7 +64,7 @@ class _Inputs(NamedTuple):
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for numbers that no samples can be drawn with."""
+  """Raises UserError for numbers that no samples can be drawn with."""
   keys.check(config)
   ways = jax.local_device_count()
   if config.batch_size % ways:
@@ -227,7 +227,7 @@ def open_model(
   """Of the config of a training run, and how it is sampled.
 
   Raises:
-    ValueError: a sampler or classes that do not fit.
+    UserError: a sampler or classes that do not fit.
   """
   try:
     trained = keys.completed(trained)
@@ -257,7 +257,7 @@ def open_metrics(
   """The metrics, and what they compare with by the network's key.
 
   Raises:
-    ValueError: no metric has its weights, or a file is not what it should be:
+    UserError: no metric has its weights, or a file is not what it should be:
       samples are dear, and not drawn where they could not be measured.
   """
   inception = {"gfid": config.weights}
@@ -303,7 +303,7 @@ def _identity(config: ConfigDict, inputs: _Inputs) -> dict[str, Any]:
 def _check_identity(
   config: ConfigDict, workdir: epath.Path, identity: dict[str, Any], begun: bool
 ) -> None:
-  """Raises ValueError where a work directory holds other samples.
+  """Raises UserError where a work directory holds other samples.
 
   Before the work has begun there, it may hold fewer.
   """

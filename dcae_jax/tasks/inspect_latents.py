@@ -20,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a config that cannot be run."""
+  """Raises UserError for a config that cannot be run."""
   if not config.latents:
     raise errors.UserError(
       "config.latents is empty; name a latent store, a directory or gs:// "
@@ -33,7 +33,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Prints the manifest; writes `samples/*.png` and `result.json`.
 
   Raises:
-    ValueError: there is no finished store, it is damaged, or another
+    UserError: there is no finished store, it is damaged, or another
       autoencoder was to decode it.
   """
   check(config)

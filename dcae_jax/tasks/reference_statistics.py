@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a config that cannot be run."""
+  """Raises UserError for a config that cannot be run."""
   keys.check(config)
   measuring.check_reading(config)
   known = metrics_table.describing_networks()

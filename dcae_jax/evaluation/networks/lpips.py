@@ -148,7 +148,7 @@ def parameter_shapes(network: str) -> dict[str, tuple[int, ...]]:
   """Names and shapes of a network's parameters.
 
   Raises:
-    ValueError: unknown network.
+    UserError: unknown network.
   """
   if network not in NETWORKS:
     raise errors.UserError(
@@ -181,7 +181,7 @@ def load(network: str, path: str = "") -> pretrained.Pretrained:
   Raises:
     AbsentWeightsError: the package is not installed; the message ends with the
       command that gets it.
-    ValueError: unknown network; no such file; a file that is not what it should
+    UserError: unknown network; no such file; a file that is not what it should
       be.
   """
   shapes = parameter_shapes(network)

@@ -59,7 +59,7 @@ def sha256(path: pathlib.Path) -> str:
   """Of a file, in hexadecimal digits.
 
   Raises:
-    ValueError: there is no such file, or it cannot be read.
+    UserError: there is no such file, or it cannot be read.
   """
   try:
     with path.open("rb") as file:
@@ -82,7 +82,7 @@ def require_published(
     remedy: what to do, "run ...".
 
   Raises:
-    ValueError: the two differ.
+    UserError: the two differ.
   """
   if found != published:
     raise errors.UserError(
@@ -95,7 +95,7 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
   """All arrays of an `.npz` file.
 
   Raises:
-    ValueError: it is damaged, or holds other things than arrays.
+    UserError: it is damaged, or holds other things than arrays.
   """
   try:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -128,7 +128,7 @@ def checked(
   """The arrays in float32, after a look at their names and shapes.
 
   Raises:
-    ValueError: one is missing, unexpected, mis-shaped or not of real numbers
+    UserError: one is missing, unexpected, mis-shaped or not of real numbers
       (the message lists the first of many), or has values that cannot be.
   """
   wrong = sorted(
@@ -177,7 +177,7 @@ def load_state_dict(
     remedy: what to do where the published file is damaged, "run ...".
 
   Raises:
-    ValueError: no such file, another hash, other names or shapes.
+    UserError: no such file, another hash, other names or shapes.
   """
   digest = sha256(path)
   readers = {".npz": read_npz, ".safetensors": _read_safetensors}

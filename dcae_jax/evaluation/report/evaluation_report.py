@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
 
 def check(directory: epath.Path) -> None:
-  """Raises ValueError unless a report can be made of a finished evaluation."""
+  """Raises UserError unless a report can be made of a finished evaluation."""
   with tempfile.TemporaryDirectory(prefix="dcae_jax_report_") as aside:
     try:
       write(epath.Path(aside) / "report", read([directory]))
