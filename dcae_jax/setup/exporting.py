@@ -121,12 +121,11 @@ def create(
     source_rows = rows.LatentFiles(source, shape, **factors)
     encoder = lambda group_size: encode.converted(views[0], dtype)
   else:
-    decoding = images.Decoding(
-      ae.image_channels, config.min_size, config.max_megapixels
-    )
     source_rows = rows.Crops(
       source,
-      decoding,
+      images.Decoding(
+        ae.image_channels, config.min_size, config.max_megapixels
+      ),
       images.Cropping(config.crop, config.resolution, config.min_area),
       per_image=config.crops_per_image,
       seed=config.seed,
