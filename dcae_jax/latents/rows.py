@@ -49,7 +49,29 @@ class Rows(Protocol):
     """Some rows of an image; UserError if it can no longer be used."""
 
 
-class Crops:
+class _Images:
+  """Rows of what `_open` returns of an image, unless that is unusable."""
+
+  source: sources.Source
+
+  def reason(self, index: int) -> str | None:
+    try:
+      self._open(index)
+    except images.UnusableError as error:
+      return str(error)
+    return None
+
+  def _still_usable(self, index: int) -> Any:
+    try:
+      return self._open(index)
+    except images.UnusableError as error:
+      raise errors.UserError(
+        f"{self.source.name(index)} could be used when the export began, and "
+        f"can no longer be ({error}); bring it back, or export to another place"
+      ) from error
+
+
+class Crops(_Images):
   """Crops of images; the same ones whenever and wherever they are made."""
 
   conditions = layout.LABELS
@@ -82,26 +104,22 @@ class Crops:
       "max_megapixels": self._decoding.max_megapixels,
     }
 
-  def reason(self, index: int) -> str | None:
+  def _open(self, index: int) -> tuple[Any, int]:
     try:
-      images.open_image(self.source, index, self._decoding)
+      return images.open_image(self.source, index, self._decoding)
     except image_decoding.TooSmallError as error:
-      return f"{error} pixels: smaller than {self._decoding.min_size}"
-    except images.UnusableError as error:
-      return str(error)
-    return None
+      raise images.UnusableError(
+        f"{error} pixels: smaller than {self._decoding.min_size}"
+      ) from error
 
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
-    try:
-      image, label = images.open_image(self.source, index, self._decoding)
-    except (image_decoding.TooSmallError, images.UnusableError) as error:
-      raise _changed(self.source, index, error) from error
+    image, label = self._still_usable(index)
     rngs = [np.random.default_rng((self._seed, index, i)) for i in crops]
     crop = lambda rng: images.crop(image, self._cropping, rng)
     return [Row(crop(rng), {"labels": label}) for rng in rngs]
 
 
-class LatentFiles:
+class LatentFiles(_Images):
   """The authors' layout: `.npy` files, float32 [c, h, w], already scaled."""
 
   per_image = 1
@@ -127,21 +145,10 @@ class LatentFiles:
     self.source, self._shape = source, shape
     self._scale, self._shift = scaling_factor, shift_factor
 
-  def reason(self, index: int) -> str | None:
-    try:
-      self._read(index)
-    except images.UnusableError as error:
-      return str(error)
-    return None
-
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
-    try:
-      row = self._read(index)
-    except images.UnusableError as error:
-      raise _changed(self.source, index, error) from error
-    return [row for _ in crops]
+    return [self._still_usable(index) for _ in crops]
 
-  def _read(self, index: int) -> Row:
+  def _open(self, index: int) -> Row:
     record = images.read_record(self.source, index)
     try:
       latent = np.load(io.BytesIO(record.encoded), allow_pickle=False)
@@ -161,15 +168,6 @@ class LatentFiles:
       raise images.UnusableError("it has values that are not finite")
     values = values / np.float32(self._scale) + np.float32(self._shift)
     return Row(values, {"labels": record.label})
-
-
-def _changed(
-  source: sources.Source, index: int, error: Exception
-) -> errors.UserError:
-  return errors.UserError(
-    f"{source.name(index)} could be used when the export began, and can no "
-    f"longer be ({error}); bring it back, or export to another place"
-  )
 
 
 class Group(NamedTuple):

@@ -31,43 +31,41 @@ def verify(
   """
   arrays, problems = _open_arrays(place, manifest)
   for key, checksum in manifest["metadata_sha256"].items():
-    problem = _compared(lambda key=key: place.read(key), checksum)
-    problems += [f"{key} {problem}"] if problem else []
+    problems += _compared(key, checksum, place.read, key)
+
+  def read_rows(name, rows):
+    with place.errors():
+      return arrays[name][rows].read().result()
+
   start = 0
   for shard, record in enumerate(manifest["shards"]):
-    rows = slice(start, start + record["rows"])
-
-    def read(name, shard=shard, rows=rows):
-      if name == "keys":
-        return place.read(f"keys/c/{shard}")
-      with place.errors():
-        return arrays[name][rows].read().result()
-
+    stop = start + record["rows"]
     for name, checksum in record["sha256"].items():
-      if name != "keys" and name not in arrays:
-        continue
-      problem = _compared(lambda name=name, read=read: read(name), checksum)
-      if problem:
-        where = f"shard {shard} of {name} (rows {start} to {rows.stop - 1})"
-        problems.append(f"{where} {problem}")
+      what = f"shard {shard} of {name} (rows {start} to {stop - 1})"
+      if name == "keys":
+        key = f"keys/c/{shard}"
+        problems += _compared(what, checksum, place.read, key)
+      elif name in arrays:
+        rows = slice(start, stop)
+        problems += _compared(what, checksum, read_rows, name, rows)
     on_rows(record["rows"])
-    start = rows.stop
+    start = stop
   return problems + _wrong_count(manifest)
 
 
 def _compared(
-  read: Callable[[], np.ndarray | bytes | None], checksum: str
-) -> str | None:
+  what: str, checksum: str, read: Callable[..., Any], *arguments: Any
+) -> list[str]:
   """What is wrong with a part of the store, if anything is."""
   try:
-    part = read()
+    part = read(*arguments)
   except OSError as error:
-    return f"cannot be read: {error}"
+    return [f"{what} cannot be read: {error}"]
   if part is None:
-    return "is missing"
+    return [f"{what} is missing"]
   if layout.sha256(part) != checksum:
-    return "does not have the checksum of the manifest"
-  return None
+    return [f"{what} does not have the checksum of the manifest"]
+  return []
 
 
 def _open_arrays(

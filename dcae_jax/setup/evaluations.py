@@ -100,15 +100,11 @@ def _measure(
 ) -> dict[str, Any]:
   """The numbers by resolution; tables and pictures are written."""
   subject.variables = measuring.on_mesh(subject.variables, inputs.mesh)
+  decoding = images.Decoding(
+    subject.image_channels, max_megapixels=config.max_megapixels
+  )
   reader = measuring.EvaluationImages(
-    inputs.source,
-    images.Decoding(
-      subject.image_channels, max_megapixels=config.max_megapixels
-    ),
-    inputs.mesh,
-    batch_size=config.batch_size,
-    max_images=config.max_images,
-    threads=config.threads,
+    inputs.source, decoding, inputs.mesh, config, config.threads
   )
   measurement = measuring.measurement(
     subject,

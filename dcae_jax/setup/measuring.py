@@ -37,29 +37,21 @@ class EvaluationImages:
     source: sources.Source,
     decoding: images.Decoding,
     mesh: Mesh,
-    *,
-    batch_size: int,
-    max_images: int,
+    config: ConfigDict,
     threads: int,
   ):
-    """Opens nothing yet.
+    """Opens nothing yet; `config` has the keys `batch_size` and `max_images`.
 
-    Args:
-      source: of the images.
-      decoding: of its files.
-      mesh: of the devices.
-      batch_size: rounded up to what the mesh divides.
-      max_images: 0: all.
-      threads: of the loader.
+    The batch size is rounded up to what the mesh divides.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    self.total = sources.limited(source, max_images)
-    batch_size = -(-min(batch_size, self.total) // ways) * ways
+    self.total = sources.limited(source, config.max_images)
+    batch_size = -(-min(config.batch_size, self.total) // ways) * ways
     self.skipped = images.Skipped()
     self._source, self._decoding, self._mesh = source, decoding, mesh
     self._reading = {
       "batch_size": batch_size // jax.process_count(),
-      "max_images": max_images,
+      "max_images": config.max_images,
       "process_index": jax.process_index(),
       "process_count": jax.process_count(),
       "threads": threads,

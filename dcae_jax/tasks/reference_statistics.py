@@ -59,12 +59,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     sharding.check_images(resolution, mesh)
   start.write_config(config, workdir)
   reader = measuring.EvaluationImages(
-    source,
-    decoding,
-    mesh,
-    batch_size=config.batch_size,
-    max_images=config.max_images,
-    threads=config.threads,
+    source, decoding, mesh, config, config.threads
   )
   # Evenly spaced: sources are in the order of their classes.
   number = min(config.features, reader.total)

