@@ -47,19 +47,12 @@ class Outputs(NamedTuple):
 
 
 class Networks(NamedTuple):
-  """What is measured, and what it is measured with.
+  """What is measured, and the metrics with their networks' parameters."""
 
-  Attributes:
-    encode: `(variables, images in [-1, 1]) -> latents`.
-    decode: `(variables, latents) -> reconstructions`.
-    metrics: of `metrics.METRICS`, those to compute.
-    parameters: of the metrics' networks, by their keys.
-  """
-
-  encode: Callable[[Any, Array], Array]
-  decode: Callable[[Any, Array], Array]
+  encode: Callable[[Any, Array], Array]  # (variables, images in [-1, 1])
+  decode: Callable[[Any, Array], Array]  # (variables, latents)
   metrics: Mapping[str, metrics_table.Metric]
-  parameters: Mapping[str, Any]
+  parameters: Mapping[str, Any]  # by the networks' keys
 
 
 class Picture(NamedTuple):
@@ -73,26 +66,16 @@ class Picture(NamedTuple):
 
 
 class Result(NamedTuple):
-  """The result of a measurement of `count` images.
-
-  Attributes:
-    metrics: the numbers by column, and "latent_rms".
-    latents: of `latent_statistics`.
-    absent: why a metric could not be computed, by its key.
-    histograms: number of images in each bin, by metric of pairs.
-    samples: the first images.
-    worst: of the lowest PSNR, the lowest first.
-    best: of the highest PSNR, the highest first.
-  """
+  """The result of a measurement of `count` images."""
 
   count: int
-  metrics: dict[str, float]
-  latents: dict[str, Any]
-  absent: dict[str, str]
-  histograms: dict[str, list[int]]
-  samples: list[Picture]
-  worst: list[Picture]
-  best: list[Picture]
+  metrics: dict[str, float]  # the numbers by column, and "latent_rms"
+  latents: dict[str, Any]  # of `latent_statistics`
+  absent: dict[str, str]  # why a metric could not be computed, by its key
+  histograms: dict[str, list[int]]  # images in each bin, by metric of pairs
+  samples: list[Picture]  # the first images
+  worst: list[Picture]  # the lowest PSNR first
+  best: list[Picture]  # the highest PSNR first
 
   @property
   def rows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -118,8 +101,7 @@ class Measurement:
 
     Args:
       networks: what it calls.
-      whole: places numbers, parameters and what networks describe on every
-        device. Pictures and latents stay where they are computed.
+      whole: for all but pictures and latents: on every device.
       samples: first images to return as pictures.
       extremes: worst and best images to return as pictures.
     """

@@ -61,9 +61,8 @@ def missing(wanted: list[Part], workdir: epath.Path, images: str) -> list[Part]:
   """The parts that lack their record or an image."""
   names = {}
   for folder in {part.file(workdir, "images").parent for part in wanted}:
-    files = list(folder.iterdir()) if folder.exists() else []
-    names[folder] = {file.name for file in files}
-    names[folder] |= {file.name.partition("_")[0] for file in files}
+    files = [x.name for x in folder.iterdir()] if folder.exists() else []
+    names[folder] = {*files, *(name.partition("_")[0] for name in files)}
 
   def is_whole(part):
     file = part.file(workdir, "images")
@@ -123,8 +122,8 @@ class Drawing:
       samplers: by guidance scale, `(variables, key, condition) -> latents`.
       variables: of the denoiser, on all devices.
       decoder: its variables go to all devices.
-      metrics: their networks describe the images. All outputs that any of them
-        needs are written, also for metrics that are asked for later.
+      metrics: all outputs of networks that any of them needs are written, also
+        for metrics that are asked for later.
       parameters: of the networks, by their keys.
       order: of the samples.
     """
@@ -197,14 +196,7 @@ def fill(
   images: str,
   stopped: Callable[[], bool],
 ) -> None:
-  """Draws parts and writes them: images first, then the record.
-
-  Args:
-    drawing: the programs.
-    missing: the parts.
-    workdir: gets the files.
-    images: one of `IMAGES`.
-    stopped: asked between parts.
+  """Draws and writes parts: images, a kind of `IMAGES`, and then the record.
 
   Raises:
     FloatingPointError: latents are not finite.

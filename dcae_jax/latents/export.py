@@ -185,13 +185,9 @@ class Export:
     factor_origin: str,
     described: dict[str, Any],
   ) -> None:
-    """Writes the manifest of a store whose shards are all written.
+    """Writes the manifest, of which `described` is known before the export.
 
-    Args:
-      plan: that `fill` returned.
-      ae: the autoencoder that encoded.
-      factor_origin: of its scaling factor, if it has one.
-      described: the rest of the manifest.
+    `factor_origin` is of the autoencoder's scaling factor, if it has one.
 
     Raises:
       UserError: some shards are gone, or all latents are zero.

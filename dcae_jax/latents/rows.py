@@ -133,13 +133,10 @@ class LatentFiles(_Images):
     scaling_factor: float,
     shift_factor: float = 0.0,
   ):
-    """Opens nothing yet.
+    """Opens nothing yet; `shape` is [h, w, c] of each latent.
 
-    Args:
-      source: of the files.
-      shape: [h, w, c] of each latent.
-      scaling_factor: the files were multiplied by it; it is divided out.
-      shift_factor: was subtracted before; 0 for DC-AE.
+    The shift factor was subtracted from the latents, and they were multiplied
+    by the scaling factor; both are undone.
     """
     self.description = {"kind": "not known: latents of another tool"}
     self.source, self._shape = source, shape
@@ -202,14 +199,8 @@ def load_batches(
   """Loads shards one after the other, ahead of their use.
 
   No group has rows of two shards: what is encoded together does not depend on
-  which shards are missing, nor on the number of devices.
-
-  Args:
-    rows: to load from.
-    shards: number, and (image, crop) of each row.
-    group_size: rows of a group.
-    groups: of a batch, one for each device.
-    threads: of the loader.
+  which shards are missing, nor on the number of devices, which is that of the
+  groups of a batch. Shards are their number, and (image, crop) of each row.
   """
   plan = [
     (number, part[i : i + group_size], i + group_size >= len(part))

@@ -60,10 +60,8 @@ def features(
 ) -> Float[Array, "b 1280"]:
   """Means over the positions of the last convolution's output.
 
-  Args:
-    parameters: from `load`.
-    images: values from 0 to 255, of any size; 3 channels, or 1 (grey). They are
-      resized to 224 x 224, bilinear, low-pass filtered if they get smaller.
+  Images have values from 0 to 255, any size, and 3 channels or 1 (grey). They
+  are resized to 224 x 224, bilinear, low-pass filtered if they get smaller.
   """
   shape = (images.shape[0], SIDE, SIDE, images.shape[-1])
   x = jax.image.resize(images.astype(jnp.float32), shape, "linear")

@@ -240,11 +240,9 @@ def features(
 ) -> tuple[Float[Array, "b 2048"], Float[Array, "b 1008"]]:
   """What the Frechet inception distance and the inception score are made of.
 
-  Args:
-    parameters: from `load`.
-    images: values from 0 to 255, whole numbers, of any size; 3 channels, or 1
-      (grey). They are resized to 299 x 299 and brought to [-1, 1] as
-      `pytorch-fid` does it; `torch-fidelity` resizes differently.
+  Images have whole numbers from 0 to 255, any size, and 3 channels or 1 (grey).
+  They are resized to 299 x 299 and brought to [-1, 1] as `pytorch-fid` does it;
+  `torch-fidelity` resizes differently.
 
   Returns:
     The features after the last pool, and the logits of the 1008 classes without

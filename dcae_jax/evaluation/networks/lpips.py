@@ -113,13 +113,10 @@ def distance(
   others: Float[Array, "b h w c"],
   network: str,
 ) -> Float[Array, " b"]:
-  """LPIPS distance of each pair of images.
+  """LPIPS distance of each pair of images, in [-1, 1], 3 channels or 1 (grey).
 
-  Args:
-    parameters: from `load_parameters`.
-    images: in [-1, 1], 3 channels, or 1 (grey).
-    others: of the same shape and range.
-    network: "vgg16" (training) or "alexnet" (the paper's tables).
+  The network is "vgg16" (training) or "alexnet" (the paper's tables), with
+  parameters from `load_parameters`.
   """
   if images.shape[-1] == 1:
     images, others = (jnp.repeat(x, 3, axis=-1) for x in (images, others))

@@ -177,14 +177,8 @@ def fold_batch_norm(
 ) -> tuple[np.ndarray, np.ndarray]:
   """A convolution without bias and the batch normalisation after it, as one.
 
-  Args:
-    tensors: of a state dict; kernels are OIHW.
-    convolution: name of the module.
-    norm: name of the module.
-    epsilon: of the norm.
-
-  Returns:
-    Kernel, HWIO, and bias, float32.
+  The tensors are of a state dict, with kernels OIHW, the names of modules.
+  Returns the kernel, HWIO, and the bias, float32.
   """
   scale, bias, mean, variance = (
     tensors[f"{norm}.{leaf}"].astype(np.float64)
