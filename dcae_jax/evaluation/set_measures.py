@@ -33,13 +33,13 @@ def compared_with_originals(
 
 def outputs(metrics: Metrics) -> dict[metrics_table.Network, list[str]]:
   """The outputs of networks that metrics of sets take."""
-  outputs = {}
+  by_network = {}
   for metric in metrics.values():
     if metric.of_sets:
-      of_network = outputs.setdefault(metric.network, set())
+      of_network = by_network.setdefault(metric.network, set())
       of_network.update(metric.of_sets.rows)
       of_network.update(["features"] * metric.of_sets.moments)
-  return {network: sorted(names) for network, names in outputs.items()}
+  return {network: sorted(names) for network, names in by_network.items()}
 
 
 def describe(

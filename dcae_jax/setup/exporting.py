@@ -117,8 +117,12 @@ def create(
         "the factor that the latents were multiplied by is not known; give "
         "config.scaling_factor"
       )
-    factors = {x: getattr(ae, x) for x in ("scaling_factor", "shift_factor")}
-    source_rows = rows.LatentFiles(source, shape, **factors)
+    source_rows = rows.LatentFiles(
+      source,
+      shape,
+      scaling_factor=ae.scaling_factor,
+      shift_factor=ae.shift_factor,
+    )
     encoder = lambda group_size: encode.converted(views[0], dtype)
   else:
     source_rows = rows.Crops(

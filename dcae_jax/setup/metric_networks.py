@@ -31,13 +31,12 @@ class Opened(NamedTuple):
   def used_weights(self) -> dict[str, dict[str, str | bool]]:
     """By metric, the file that a result names."""
     used = {
-      key: self.weights[metric.network.key]._asdict()
+      key: self.weights[metric.network.key]
       for key, metric in self.metrics.items()
       if metric.network
     }
-    for weights in used.values():
-      del weights["parameters"]
-    return used
+    fields = ("file", "sha256", "is_published")
+    return {key: {f: getattr(x, f) for f in fields} for key, x in used.items()}
 
 
 def check_known(
@@ -94,8 +93,8 @@ def compared(
   metrics: set_measures.Metrics,
 ) -> dict[str, metrics_table.Network]:
   """By key, the networks whose outputs are compared with a reference."""
-  compared = set_measures.compared_with_originals(metrics)
-  return {metric.network.key: metric.network for metric in compared.values()}
+  metrics = set_measures.compared_with_originals(metrics)
+  return {metric.network.key: metric.network for metric in metrics.values()}
 
 
 def warn_of_few(numbers: Mapping[str, float | None], images: int) -> None:

@@ -119,10 +119,8 @@ def run(
 
 def _open(config: ConfigDict, workdir: epath.Path) -> _Inputs:
   """Checks the work directory, and opens everything; writes nothing."""
-  model = open_model(
-    config,
-    work_directory.read_run_config(config.init_from, "train_diffusion"),
-  )
+  trained = work_directory.read_run_config(config.init_from, "train_diffusion")
+  model = open_model(config, trained)
   description = decode.read_description(config.init_from)
   try:
     choices = model.conditioning.choices(config.classes, description)
@@ -136,26 +134,15 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Inputs:
   )
   store = _open_store(config)
   metrics, references = open_metrics(config)
+  advice = "name it with config.autoencoder"
   ae = decode.load_autoencoder(
-    description,
-    config.autoencoder,
-    "name it with config.autoencoder",
-    config.compute_dtype,
+    description, config.autoencoder, advice, config.compute_dtype
   )
-  step, variables = denoising.averages(
-    config.init_from,
-    model.denoiser,
-    sharding.replicated(sharding.local_mesh()),
-  )
+  whole = sharding.replicated(sharding.local_mesh())
+  step, variables = denoising.averages(config.init_from, model.denoiser, whole)
+  decoder = samples.Decoder(ae, description)
   return _Inputs(
-    model,
-    step,
-    variables,
-    samples.Decoder(ae, description),
-    choices,
-    store,
-    metrics,
-    references,
+    model, step, variables, decoder, choices, store, metrics, references
   )
 
 
@@ -165,19 +152,20 @@ def _drawing(config: ConfigDict, inputs: _Inputs) -> samples.Drawing:
   described = {
     key: m for key, m in known if m.network.key in inputs.metrics.weights
   }
+  order = samples.Order(
+    model.conditioning,
+    inputs.choices,
+    at_random=not config.classes,
+    batch_size=config.batch_size,
+    seed=config.seed,
+  )
   return samples.Drawing(
     {scale: model.sample_function(scale, placed) for scale in config.guidance},
     inputs.variables,
     inputs.decoder,
     described,
     inputs.metrics.parameters,
-    samples.Order(
-      model.conditioning,
-      inputs.choices,
-      at_random=not config.classes,
-      batch_size=config.batch_size,
-      seed=config.seed,
-    ),
+    order,
   )
 
 
