@@ -1,8 +1,7 @@
 """Frechet distance between sets of images (FID, arXiv 1706.08500).
 
-The distance between the Gaussians that have the moments of network features.
-Which network the features come from is not known here: with the FID Inception
-the distance is FID (rFID for reconstructions).
+The distance between the Gaussians that have the moments of network features;
+with features of the FID Inception it is FID (rFID for reconstructions).
 """
 
 import hashlib
@@ -32,14 +31,10 @@ def frechet_distance(
   singular values of the product of their square roots: no imaginary part can
   arise, and covariances of few images, of low rank, are quickly done.
 
-  Args:
-    mean: [d].
-    covariance: [d, d], symmetric.
-    other_mean: [d].
-    other_covariance: [d, d], symmetric.
+  Means are [d], covariances [d, d].
 
   Raises:
-    ValueError: shapes that do not fit, values that are not finite, or matrices
+    UserError: shapes that do not fit, values that are not finite, or matrices
       that are not covariances.
   """
   arrays = [
@@ -63,7 +58,7 @@ def frechet_distance(
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-  """`f` [d, rank] with orthogonal columns, of which `f @ f.T` is the matrix."""
+  """`f` [d, rank] with orthogonal columns; `f @ f.T` is the covariance."""
   if not np.isfinite(covariance).all():
     raise errors.UserError("a covariance has values that are not finite")
   size = np.abs(covariance).max(initial=0.0)
@@ -86,13 +81,9 @@ def save_statistics(
   covariance: np.ndarray,
   features: np.ndarray | None = None,
 ) -> None:
-  """Writes an `.npz` with `mu` and `sigma`, the layout of pytorch-fid.
+  """Writes an `.npz` with `mu` [d] and `sigma` [d, d], as pytorch-fid does.
 
-  Args:
-    path: of the file, which appears whole, in place of an older one.
-    mean: [d].
-    covariance: [d, d].
-    features: [n, d] of some of the images, for precision and recall.
+  `features` [n, d] of some of the images are for precision and recall.
   """
   buffer = io.BytesIO()
   arrays = {} if features is None else {"features": features}
@@ -101,31 +92,23 @@ def save_statistics(
 
 
 class Statistics(NamedTuple):
-  """Of features of reference images.
+  """Of features of reference images, from a file."""
 
-  Attributes:
-    mean: float64 [d].
-    covariance: float64 [d, d].
-    features: [n, d] of some of the images, as they stand there; None where the
-      file has none.
-    sha256: of the file.
-  """
-
-  mean: np.ndarray
-  covariance: np.ndarray
-  features: np.ndarray | None
-  sha256: str
+  mean: np.ndarray  # float64 [d]
+  covariance: np.ndarray  # float64 [d, d]
+  features: np.ndarray | None  # [n, d] of some of the images, as in the file
+  sha256: str  # of the file
 
 
 def load_statistics(path: epath.PathLike, dimensions: int) -> Statistics:
   """Reads `mu` [d] and `sigma` [d, d] of an `.npz`, ours or others'.
 
   Raises:
-    ValueError: no such file, or not statistics of so many dimensions.
+    UserError: no such file, or not statistics of so many dimensions.
   """
-  file = epath.Path(path).expanduser()
+  file, what = epath.Path(path).expanduser(), "reference statistics:"
   if not file.is_file():
-    raise errors.UserError(f"reference statistics: there is no file {path}")
+    raise errors.UserError(f"{what} there is no file {path}")
   try:
     data = file.read_bytes()
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
@@ -135,19 +118,19 @@ def load_statistics(path: epath.PathLike, dimensions: int) -> Statistics:
       features = archive.get("features")
   except Exception as error:  # whatever a damaged file makes of numpy
     raise errors.UserError(
-      f"reference statistics: {path} is not an .npz with mu and sigma ({error})"
+      f"{what} {path} is not an .npz with mu and sigma ({error})"
     ) from error
   if mean.shape != (dimensions,) or covariance.shape != (dimensions,) * 2:
     raise errors.UserError(
-      f"reference statistics: {path} has mu {list(mean.shape)} and sigma "
+      f"{what} {path} has mu {list(mean.shape)} and sigma "
       f"{list(covariance.shape)}, not [{dimensions}] and [{dimensions}, "
       f"{dimensions}]"
     )
   if not np.isfinite(mean).all():
-    raise errors.UserError(f"reference statistics: mu in {path} is not finite")
+    raise errors.UserError(f"{what} mu in {path} is not finite")
   try:
     _factor(covariance)
   except ValueError as error:
-    raise errors.UserError(f"reference statistics: {path}: {error}") from error
+    raise errors.UserError(f"{what} {path}: {error}") from error
   digest = hashlib.sha256(data).hexdigest()
   return Statistics(mean, covariance, features, digest)

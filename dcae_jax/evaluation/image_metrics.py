@@ -41,13 +41,12 @@ def ssim(
   """Structural similarity (Wang et al. 2004); values from 0 to 255.
 
   Gaussian window of 11 pixels, sigma 1.5; mean over channels and over the
-  positions whose window lies inside the image, as in scikit-image, and in
-  torchmetrics before 1.4.2, which since then counts windows over the border
-  too, of the reflected image. (The paper used torchmetrics; of which version is
-  not known.) Sides are at least 11 pixels.
+  positions whose window lies inside the image, as in scikit-image and in
+  torchmetrics before 1.4.2, which now counts windows over the border, too (the
+  version that the paper used is not known). Sides are at least 11 pixels.
   """
   c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-  # Variances do not depend on it, and less of a bright image cancels.
+  # Variances do not depend on the centre, and lose less precision around it.
   centre = jnp.mean(images, axis=(1, 2, 3), keepdims=True)
   a, b = images - centre, others - centre
   mean_a, mean_b = _blur(a), _blur(b)

@@ -49,8 +49,8 @@ class Network:
 
   Attributes:
     key: its name in files and records.
-    load: its weights, given their path, or "" for where they usually are;
-      raises `pretrained.AbsentWeightsError` where they are not there.
+    load: its weights, given their path, or "" for the usual place; raises
+      `pretrained.AbsentWeightsError` if there are none.
     describe: `(parameters, images) -> arrays [b, ...] by name`, of images with
       values from 0 to 255; None for networks that compare pairs themselves.
     features: dimensions of the array "features" that `describe` returns.
@@ -64,13 +64,13 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class OfPairs:
-  """The metric of an image and its reconstruction, averaged over images.
+  """A metric of an image and its reconstruction, averaged over images.
 
   Attributes:
     compute: `(parameters, reconstructions, originals) -> [b]`, of float32
       images with values from 0 to 255.
-    histogram: the last edge and the number of bins, which start at 0; what
-      lies beyond counts in the last bin.
+    histogram: the last edge and the number of bins, which start at 0; larger
+      values count in the last bin.
     smallest_side: of the images, in pixels.
   """
 
@@ -86,18 +86,17 @@ class OfPairs:
 
 @dataclasses.dataclass(frozen=True)
 class OfSets:
-  """The metric of a whole set of images.
+  """A metric of a whole set of images.
 
   Attributes:
-    compute: `(images, reference) -> numbers of the columns`. Both have what the
-      next two fields ask for as attributes: `mean`, `covariance` and the arrays
-      [n, ...] of all images.
-    moments: whether it needs the moments of the network's "features".
+    compute: `(images, reference) -> numbers of the columns`. Both have as
+      attributes what the next two fields ask for: `mean`, `covariance` and the
+      arrays [n, ...] of all images.
+    moments: it needs the moments of the network's "features".
     rows: outputs of the network that it needs of each image.
-    is_compared: False: it does without a reference.
+    is_compared: False: it needs no reference.
     least: images that it can be computed of.
-    fewest: images of which it can be relied on; of fewer it orders runs at
-      best.
+    fewest: images that make it reliable; of fewer it orders runs at best.
   """
 
   compute: Callable[[Any, Any], Sequence[float]]
@@ -114,12 +113,10 @@ class Metric:
 
   Attributes:
     label: for people.
-    columns: its numbers, under their keys in results.
-    network: whose outputs it is computed from; None: of the pixels alone.
+    columns: its numbers, by their keys in results.
+    network: whose outputs it is computed from; None: from the pixels alone.
     subjects: what it can be computed of. Pairs are of reconstructions only.
-    always: it is computed of them without being asked for.
-    of_pairs: how it is computed, if it is one of pairs.
-    of_sets: how it is computed, if it is one of sets.
+    always: it is computed even if nobody asks for it.
   """
 
   label: str
@@ -158,6 +155,7 @@ EFFICIENTNET = Network(
 # Of the paper's tables; training uses VGG16.
 LPIPS = Network("lpips_alexnet", functools.partial(lpips.load, "alexnet"))
 
+_LITE = "Fréchet EfficientNet-Lite0"
 _FRECHET = OfSets(_frechet, moments=True, least=2, fewest=fid.FEWEST_IMAGES)
 METRICS: dict[str, Metric] = {
   "rfid": Metric(
@@ -189,12 +187,8 @@ METRICS: dict[str, Metric] = {
     of_pairs=OfPairs(_lpips, smallest_side=lpips.SMALLEST_SIDE["alexnet"]),
   ),
   "frechet_efficientnet_lite0": Metric(
-    "Fréchet EfficientNet-Lite0",
-    {
-      "frechet_efficientnet_lite0": Column(
-        "Fréchet EfficientNet-Lite0", 2, "lower"
-      )
-    },
+    _LITE,
+    {"frechet_efficientnet_lite0": Column(_LITE, 2, "lower")},
     EFFICIENTNET,
     of_sets=_FRECHET,
   ),
@@ -244,7 +238,7 @@ def known(subject: Subject) -> dict[str, Metric]:
     for key, metric in METRICS.items()
     if subject in metric.subjects
     # Samples have no originals to make pairs with.
-    and (metric.of_sets is not None or subject == "reconstructions")
+    and (metric.of_sets or subject == "reconstructions")
   }
 
 
@@ -256,8 +250,7 @@ def chosen(asked: Iterable[str], subject: Subject) -> dict[str, Metric]:
 
 def describing_networks() -> dict[str, Network]:
   """Those that metrics of sets see images through, by key."""
-  of_sets = [m.network for m in METRICS.values() if m.of_sets is not None]
-  return {network.key: network for network in of_sets}
+  return {m.network.key: m.network for m in METRICS.values() if m.of_sets}
 
 
 def columns() -> dict[str, Column]:
@@ -271,21 +264,16 @@ def columns() -> dict[str, Column]:
 
 def columns_of(results: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
   """Those that any of several results has a number for."""
-  found = set().union(*results)
-  return {key: column for key, column in columns().items() if key in found}
+  keys = set().union(*results)
+  return {key: column for key, column in columns().items() if key in keys}
 
 
 def with_too_few(values: Mapping[str, float | None], images: int) -> list[str]:
-  """Labels of the metrics among these numbers that want more images.
-
-  Args:
-    values: by column.
-    images: that they were computed of.
-  """
+  """Labels of the metrics among `values`, by column, that want more images."""
   return [
     metric.label
     for metric in METRICS.values()
-    if metric.of_sets is not None
+    if metric.of_sets
     and images < metric.of_sets.fewest
     and any(values.get(key) is not None for key in metric.columns)
   ]

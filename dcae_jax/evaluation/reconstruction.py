@@ -1,8 +1,8 @@
 """Reconstruction quality over a set of images (DC-AE, section 4.1, table 2).
 
-Sees functions and batches only. Metrics are computed per image on 8-bit values,
-as in the paper's tables, and averaged over images in float64 on the host;
-images stream through, and memory does not grow with their number.
+Metrics are computed per image on 8-bit values, as in the paper's tables, and
+averaged over images in float64 on the host; images stream through, and memory
+does not grow with their number.
 """
 
 import heapq
@@ -32,42 +32,27 @@ class Batch(NamedTuple):
 class Outputs(NamedTuple):
   """Of one batch, row by row.
 
-  Attributes:
-    batch: the images.
-    values: of the metrics of pairs, [b].
-    latents: [b, h, w, d].
-    latent_means: over the positions, [b, d].
-    latent_variances: over the positions, [b, d].
-    described: reconstructions as networks describe them, for metrics of sets.
-    originals: the images as networks describe them, where those are compared
-      with them.
-    reconstructions: uint8 [b, h, w, c].
+  Networks describe reconstructions, and those originals that are compared with
+  them, for metrics of sets.
   """
 
   batch: Batch
-  values: dict[str, jax.Array]
-  latents: jax.Array
-  latent_means: jax.Array
-  latent_variances: jax.Array
+  values: dict[str, jax.Array]  # of the metrics of pairs, [b]
+  latents: jax.Array  # [b, h, w, d]
+  latent_means: jax.Array  # over the positions, [b, d]
+  latent_variances: jax.Array  # [b, d]
   described: dict[str, dict[str, jax.Array]]
   originals: dict[str, dict[str, jax.Array]]
-  reconstructions: jax.Array
+  reconstructions: jax.Array  # uint8 [b, h, w, c]
 
 
 class Networks(NamedTuple):
-  """What is measured, and what it is measured with.
+  """What is measured, and the metrics with their networks' parameters."""
 
-  Attributes:
-    encode: `(variables, images in [-1, 1]) -> latents`.
-    decode: `(variables, latents) -> reconstructions`.
-    metrics: of `metrics.METRICS`, those to compute.
-    parameters: of the metrics' networks, by their keys.
-  """
-
-  encode: Callable[[Any, Array], Array]
-  decode: Callable[[Any, Array], Array]
+  encode: Callable[[Any, Array], Array]  # (variables, images in [-1, 1])
+  decode: Callable[[Any, Array], Array]  # (variables, latents)
   metrics: Mapping[str, metrics_table.Metric]
-  parameters: Mapping[str, Any]
+  parameters: Mapping[str, Any]  # by the networks' keys
 
 
 class Picture(NamedTuple):
@@ -81,27 +66,16 @@ class Picture(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What a measurement found.
-
-  Attributes:
-    count: images that it is about.
-    metrics: the numbers by column, and "latent_rms".
-    latents: of `latent_statistics`.
-    absent: why a metric could not be computed, by its key.
-    histograms: images in each bin, by metric of pairs.
-    samples: the first images.
-    worst: of the lowest PSNR, the lowest first.
-    best: of the highest, the highest first.
-  """
+  """The result of a measurement of `count` images."""
 
   count: int
-  metrics: dict[str, float]
-  latents: dict[str, Any]
-  absent: dict[str, str]
-  histograms: dict[str, list[int]]
-  samples: list[Picture]
-  worst: list[Picture]
-  best: list[Picture]
+  metrics: dict[str, float]  # the numbers by column, and "latent_rms"
+  latents: dict[str, Any]  # of `latent_statistics`
+  absent: dict[str, str]  # why a metric could not be computed, by its key
+  histograms: dict[str, list[int]]  # images in each bin, by metric of pairs
+  samples: list[Picture]  # the first images
+  worst: list[Picture]  # the lowest PSNR first
+  best: list[Picture]  # the highest PSNR first
 
   @property
   def rows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +92,7 @@ class Measurement:
   def __init__(
     self,
     networks: Networks,
-    sharding: jax.sharding.Sharding,
+    whole: jax.sharding.Sharding,
     *,
     samples: int,
     extremes: int = 0,
@@ -127,15 +101,13 @@ class Measurement:
 
     Args:
       networks: what it calls.
-      sharding: of numbers, parameters and what networks describe: whole on
-        every device. Pictures and latents stay where they are computed.
+      whole: for all but pictures and latents: on every device.
       samples: first images to return as pictures.
       extremes: worst and best images to return as pictures.
     """
     self._networks = networks
-    self._parameters = jax.device_put(dict(networks.parameters), sharding)
+    self._parameters = jax.device_put(dict(networks.parameters), whole)
     self._samples, self._extremes = samples, extremes
-    whole = sharding
     self._measure_batch = jax.jit(
       self._outputs,
       static_argnums=0,
@@ -155,13 +127,13 @@ class Measurement:
 
     Args:
       variables: of the autoencoder.
-      batches: images in any order, each counted where its mask is True.
+      batches: images in any order; those count whose mask is True.
       references: `fid.Statistics` by the network's key; metrics through other
         networks compare with the originals.
       on_batch: called with the metrics of each image, and its "index".
 
     Raises:
-      ValueError: no image could be used.
+      UserError: no image could be used.
       FloatingPointError: a reconstruction or latents are not finite.
     """
     metrics, references = self._networks.metrics, references or {}
@@ -194,7 +166,7 @@ class Measurement:
     y = quantisation.quantise(self._networks.decode(variables, z))
     values = {}
     for key, metric in metrics.items():
-      if metric.of_pairs is not None:
+      if metric.of_pairs:
         weights = metric.network and parameters[metric.network.key]
         values[key] = metric.of_pairs.compute(weights, y, images)
     return Outputs(
@@ -217,13 +189,11 @@ def _moments(z: Float[Array, "b h w c"]) -> tuple[Array, Array]:
 
 def _one_behind(outputs: Iterator[Outputs]) -> Iterator[Outputs]:
   """So that devices have the next batch while the host reads this one."""
-  previous = None
-  for found in outputs:
-    if previous is not None:
-      yield previous
-    previous = found
-  if previous is not None:
+  previous = next(outputs, None)
+  while previous is not None:
+    following = next(outputs, None)
     yield previous
+    previous = following
 
 
 class _Selection:
@@ -256,7 +226,7 @@ class _Totals:
     self._edges = {
       key: metric.of_pairs.edges
       for key, metric in metrics.items()
-      if metric.of_pairs is not None
+      if metric.of_pairs
     }
     self._sets = sets
     self._sums = dict.fromkeys(self._edges, 0.0)
@@ -306,16 +276,14 @@ class _Totals:
     return rows
 
   def _offer(self, outputs: Outputs, row: int, values: dict[str, float]):
-    index = int(values["index"])
+    index = values["index"]
+    shown = outputs.batch.images, outputs.reconstructions, outputs.latents
 
     def picture():
       # Every process chooses the same rows, and takes part in fetching them.
-      pictures = (
-        outputs.batch.images, outputs.reconstructions, outputs.latents
-      )  # fmt: skip
       return Picture(
         index,
-        *(jax.device_get(self._fetch(x, row)) for x in pictures),
+        *(jax.device_get(self._fetch(x, row)) for x in shown),
         {name: v for name, v in values.items() if name != "index"},
       )
 
@@ -344,8 +312,8 @@ class _Totals:
 
 def _check_finite(indices: np.ndarray, arrays: Iterable[np.ndarray]) -> None:
   """Raises FloatingPointError for the first image of which an array is not."""
-  for rows in zip(indices, *arrays, strict=True):
-    if not all(np.isfinite(row).all() for row in rows[1:]):
+  for index, *rows in zip(indices, *arrays, strict=True):
+    if not all(np.isfinite(row).all() for row in rows):
       raise FloatingPointError(
-        f"latents or reconstruction of image {rows[0]} are not finite"
+        f"latents or reconstruction of image {index} are not finite"
       )

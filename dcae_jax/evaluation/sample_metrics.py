@@ -1,6 +1,5 @@
-"""Metrics of generated images: Inception Score, precision and recall.
-
-Of a network's outputs, as a rule of the FID Inception (networks/inception).
+"""Metrics of generated images, as the FID Inception sees them: Inception Score,
+precision and recall.
 """
 
 from collections.abc import Iterator
@@ -20,14 +19,10 @@ def inception_score(
   """Inception Score (arXiv 1606.03498): its mean and deviation over splits.
 
   Images, which may come class after class, are shuffled, the same each time;
-  image i then goes to split i modulo `splits`.
-
-  Args:
-    logits: [n, classes].
-    splits: parts that the images are divided into.
+  image i then goes to split i modulo `splits`. Logits are [n, classes].
 
   Raises:
-    ValueError: fewer than one split, or fewer images than splits.
+    UserError: fewer than one split, or fewer images than splits.
   """
   if splits < 1:
     raise errors.UserError(f"splits={splits} is below 1")
@@ -61,18 +56,14 @@ def precision_recall(
   """Improved precision and recall (arXiv 1904.06991).
 
   A point lies in the manifold of a set if it is not farther from one of its
-  points than that point's `k`-th nearest neighbour within the set.
-
-  Args:
-    real: features [n, d].
-    generated: features [m, d].
-    k: neighbours.
+  points than that point's `k`-th nearest neighbour within the set. Features are
+  [n, d] and [m, d].
 
   Returns:
     The part of `generated` in the manifold of `real`, and the reverse.
 
   Raises:
-    ValueError: sets of other dimensions, or without `k` neighbours.
+    UserError: sets of other dimensions, or without `k` neighbours.
   """
   real, generated = (np.asarray(x, np.float64) for x in (real, generated))
   if real.ndim != 2 or real.shape[1:] != generated.shape[1:]:

@@ -2,7 +2,7 @@
 
 Samples come in parts, batches of one guidance scale. A part depends on its
 number and the batch size alone, so that any process may draw it, on any number
-of devices, and what is written stays valid.
+of devices.
 """
 
 import collections
@@ -58,19 +58,19 @@ def parts(scale: float, samples: int, batch_size: int) -> list[Part]:
 
 
 def missing(wanted: list[Part], workdir: epath.Path, images: str) -> list[Part]:
-  """The parts of which a record or an image is not there."""
+  """The parts that lack their record or an image."""
   names = {}
   for folder in {part.file(workdir, "images").parent for part in wanted}:
-    files = list(folder.iterdir()) if folder.exists() else []
-    names[folder] = {file.name for file in files}
-    names[folder] |= {file.name.partition("_")[0] for file in files}
+    files = [x.name for x in folder.iterdir()] if folder.exists() else []
+    names[folder] = {*files, *(name.partition("_")[0] for name in files)}
 
   def is_whole(part):
-    file, needed = part.file(workdir, "images"), []
-    if images == "npz":
-      needed = [file.name]
-    if images == "png":
-      needed = [_png_name(part, i) for i in range(part.rows)]
+    file = part.file(workdir, "images")
+    needed = {
+      "": [],
+      "npz": [file.name],
+      "png": [_png_name(part, i) for i in range(part.rows)],
+    }[images]
     record = part.file(workdir, "parts")
     return record.exists() and names[file.parent].issuperset(needed)
 
@@ -78,7 +78,7 @@ def missing(wanted: list[Part], workdir: epath.Path, images: str) -> list[Part]:
 
 
 def _png_name(part: Part, row: int) -> str:
-  """Without what it is of."""
+  """The start of the name; its condition follows."""
   return f"{part.first + row:07d}"
 
 
@@ -90,21 +90,13 @@ class Decoder(NamedTuple):
 
 
 class Order(NamedTuple):
-  """Which samples are drawn.
-
-  Attributes:
-    kind: of the conditions.
-    choices: the conditions.
-    at_random: with replacement, instead of in turn.
-    batch_size: of a part.
-    seed: of noise and conditions.
-  """
+  """Which samples are drawn: the conditions of each part."""
 
   kind: conditioning.Conditioning
   choices: conditioning.Condition
-  at_random: bool
+  at_random: bool  # with replacement, instead of in turn
   batch_size: int
-  seed: int
+  seed: int  # of noise and conditions
 
   def part(self, number: int) -> conditioning.Condition:
     """The conditions of a part."""
@@ -129,9 +121,9 @@ class Drawing:
     Args:
       samplers: by guidance scale, `(variables, key, condition) -> latents`.
       variables: of the denoiser, on all devices.
-      decoder: whose variables go to all devices.
-      metrics: whose networks describe the images. All that any of them takes
-        is written, so that those that are asked for later find it.
+      decoder: its variables go to all devices.
+      metrics: all outputs of networks that any of them needs are written, also
+        for metrics that are asked for later.
       parameters: of the networks, by their keys.
       order: of the samples.
     """
@@ -204,14 +196,7 @@ def fill(
   images: str,
   stopped: Callable[[], bool],
 ) -> None:
-  """Draws parts and writes them: images first, then the record.
-
-  Args:
-    drawing: draws.
-    missing: the parts.
-    workdir: below which they are written.
-    images: a kind of `IMAGES`.
-    stopped: asked between parts.
+  """Draws and writes parts: images, a kind of `IMAGES`, and then the record.
 
   Raises:
     FloatingPointError: latents are not finite.
@@ -223,7 +208,7 @@ def fill(
         raise FloatingPointError(
           f"samples at guidance {part.scale:g} are not finite (part "
           f"{part.number}): the scale is too large, the model has diverged, or "
-          "config.sampler.steps do not suffice for dopri5"
+          "dopri5 needs more config.sampler.steps"
         )
       _write(part, arrays, drawing.order.kind, workdir, images, pool)
       progress.add(part.rows)
@@ -257,29 +242,27 @@ def _write(
   pool: futures.Executor,
 ) -> None:
   pixels, condition = arrays.pop("images"), arrays[kind.name]
-  for folder in ("parts", "images"):  # of fewer samples, by an earlier start
-    file = part.file(workdir, folder)
-    if file.parent.exists():
-      for shorter in file.parent.glob(f"{part.number:06d}_*.npz"):
+  record, file = (part.file(workdir, folder) for folder in ("parts", "images"))
+  for parent in (record.parent, file.parent):
+    if parent.exists():  # maybe with fewer samples, of an earlier start
+      for shorter in parent.glob(f"{part.number:06d}_*.npz"):
         shorter.unlink()
   if images == "npz":
-    named = {"arr_0": pixels, "arr_1": condition}
-    _write_npz(part.file(workdir, "images"), named)
+    _write_npz(file, {"arr_0": pixels, "arr_1": condition})
   if images == "png":
-    folder = part.file(workdir, "images").parent
-    folder.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     files = [
-      folder / f"{_png_name(part, i)}_{name}.png"
+      file.parent / f"{_png_name(part, i)}_{name}.png"
       for i, name in enumerate(kind.file_names(condition))
     ]
     list(pool.map(metrics_writer.write_png, files, pixels))
-  _write_npz(part.file(workdir, "parts"), arrays)
+  _write_npz(record, arrays)
 
 
 def check_not_fewer(
   workdir: epath.Path, scale: float, samples: int, batch_size: int
 ) -> None:
-  """Raises ValueError if more samples of a scale are there than are wanted."""
+  """Raises UserError if there are more samples of a scale than are wanted."""
   folder = workdir / "parts" / scale_name(scale)
   for file in folder.glob("*_*.npz") if folder.exists() else ():
     number, rows = map(int, file.stem.split("_"))
@@ -297,47 +280,32 @@ def _write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _array_name(network: str, output: str) -> str:
-  """In a record; the Inception's, once alone, have no name before theirs."""
+  """In a record; outputs of the Inception keep their names."""
   inception = metrics_table.INCEPTION.key
   return output if network == inception else f"{network}_{output}"
 
 
 class Record(NamedTuple):
-  """What is written of a part beside its images.
+  """What is written of a part beside its images."""
 
-  Attributes:
-    latent_rms: of each sample, [rows].
-    described: the images as networks describe them.
-  """
-
-  latent_rms: np.ndarray
-  described: dict[str, dict[str, np.ndarray]]
+  latent_rms: np.ndarray  # of each sample
+  described: dict[str, dict[str, np.ndarray]]  # by networks
 
 
 def read_records(
-  workdir: epath.Path,
-  wanted: list[Part],
-  metrics: set_measures.Metrics,
+  workdir: epath.Path, wanted: list[Part], metrics: set_measures.Metrics
 ) -> Iterator[Record]:
-  """What `fill` wrote, part by part, as far as metrics take it.
-
-  Raises:
-    ValueError: a record is damaged.
-  """
-  outputs = set_measures.outputs(metrics)
+  """What metrics need of what `fill` wrote; UserError if it is damaged."""
+  outputs = {
+    network.key: {name: _array_name(network.key, name) for name in names}
+    for network, names in set_measures.outputs(metrics).items()
+  }
   for part in wanted:
     file = part.file(workdir, "parts")
     try:
       with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-        record = Record(
-          arrays["latent_rms"],
-          {
-            network.key: {
-              name: arrays[_array_name(network.key, name)] for name in names
-            }
-            for network, names in outputs.items()
-          },
-        )
+        described = jax.tree.map(lambda name: arrays[name], outputs)
+        record = Record(arrays["latent_rms"], described)
     except Exception as error:  # whatever a damaged file makes of numpy
       raise errors.UserError(
         f"{file} is damaged ({error}); remove it and run again: these samples "

@@ -1,11 +1,11 @@
 """Metrics of sets of images: of samples, or of reconstructions.
 
-A set is compared with reference statistics, or with the originals where there
-are none. Images stream through: what is kept of them is each metric's matter.
+A set is compared with reference statistics, or else with the originals. Images
+stream through; what is kept of them depends on the metric.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,11 @@ Described = Mapping[str, Mapping[str, Any]]  # by network and output
 def compared_with_originals(
   metrics: Metrics, references: Iterable[str] = ()
 ) -> dict[str, metrics_table.Metric]:
-  """The metrics of sets that no reference statistics are there for.
-
-  Args:
-    metrics: any.
-    references: keys of the networks that there are statistics of.
-  """
+  """The metrics of sets without reference statistics of their network."""
   return {
     key: metric
     for key, metric in metrics.items()
-    if metric.of_sets is not None
+    if metric.of_sets
     and metric.of_sets.is_compared
     and metric.network.key not in references
   }
@@ -38,22 +33,19 @@ def compared_with_originals(
 
 def outputs(metrics: Metrics) -> dict[metrics_table.Network, list[str]]:
   """The outputs of networks that metrics of sets take."""
-  found = {}
+  by_network = {}
   for metric in metrics.values():
-    if metric.of_sets is not None:
-      of_network = found.setdefault(metric.network, set())
+    if metric.of_sets:
+      of_network = by_network.setdefault(metric.network, set())
       of_network.update(metric.of_sets.rows)
       of_network.update(["features"] * metric.of_sets.moments)
-  return {network: sorted(names) for network, names in found.items()}
+  return {network: sorted(names) for network, names in by_network.items()}
 
 
 def describe(
   metrics: Metrics, parameters: Mapping[str, Any], images: Array
 ) -> dict[str, dict[str, Array]]:
-  """What metrics of sets see of images [b, h, w, c], values from 0 to 255.
-
-  Parameters are by the network's key.
-  """
+  """What metrics of sets see of images [b, h, w, c], values from 0 to 255."""
   described = {}
   for network, names in outputs(metrics).items():
     arrays = network.describe(parameters[network.key], images)
@@ -64,12 +56,10 @@ def describe(
 class _Images:
   """What metrics need to know of a set of images, through one network."""
 
-  def __init__(self, of_sets: Iterable[metrics_table.OfSets]):
-    self._moments, self._rows = None, {}
-    self._needs_moments = False
-    for metric in of_sets:
-      self._needs_moments |= metric.moments
-      self._rows |= {name: [] for name in metric.rows}
+  def __init__(self, of_sets: Sequence[metrics_table.OfSets]):
+    self._moments = None
+    self._needs_moments = any(metric.moments for metric in of_sets)
+    self._rows = {name: [] for metric in of_sets for name in metric.rows}
 
   def update(self, arrays: Mapping[str, np.ndarray]) -> None:
     for name, rows in self._rows.items():
@@ -93,15 +83,9 @@ class SetMeasures:
   """
 
   def __init__(self, metrics: Metrics, references: Mapping[str, Any]):
-    """Starts empty.
-
-    Args:
-      metrics: those of pairs are left aside.
-      references: `fid.Statistics` by the network's key; without, metrics
-        compare with the originals.
-    """
+    """Starts empty; references are `fid.Statistics` by the network's key."""
     self.count = 0
-    self._metrics = {k: m for k, m in metrics.items() if m.of_sets is not None}
+    self._metrics = {k: m for k, m in metrics.items() if m.of_sets}
     self._images = _by_network(self._metrics)
     self._originals = _by_network(compared_with_originals(metrics, references))
     self._references = {**references, **self._originals}
@@ -109,7 +93,7 @@ class SetMeasures:
   def update(
     self, count: int, images: Described, originals: Described | None = None
   ) -> None:
-    """Adds so many images, of which `describe` returned these arrays."""
+    """Adds so many images, as `describe` returned them."""
     self.count += count
     for key, seen in self._images.items():
       seen.update(images[key])
@@ -138,7 +122,7 @@ class SetMeasures:
 
 
 def _by_network(metrics: Metrics) -> dict[str, _Images]:
-  found = {}
+  by_network = {}
   for metric in metrics.values():
-    found.setdefault(metric.network.key, []).append(metric.of_sets)
-  return {key: _Images(of_sets) for key, of_sets in found.items()}
+    by_network.setdefault(metric.network.key, []).append(metric.of_sets)
+  return {key: _Images(of_sets) for key, of_sets in by_network.items()}

@@ -15,33 +15,29 @@ from etils import epath
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.autoencoder.weights import conversion
-from dcae_jax.latents import encode, reader
+from dcae_jax.latents import encode, layout, reader
 from dcae_jax.runs import differences, metrics_writer
 
 _FILE = "latents.json"
-# Of the manifest.
-_KEPT = (
-  "autoencoder", "scaling_factor", "shift_factor", "shape", "classes", "count",
-  "views", "crop", "source",
-)  # fmt: skip
-# With others, latents have another meaning, or batches other rows.
+# With other values of these, latents have another meaning,
 _MEANING = ("encoder", "scaling_factor", "shift_factor", "shape", "classes")
-_ORDER = ("count", "views", "rows_of_shards", "crop", "source")
+# or batches have other rows.
+_SAME = (*_MEANING, "count", "views", "rows_of_shards", "crop", "source")
 
 
 def load_autoencoder(
   manifest: dict[str, Any], path: str, advice: str, dtype: str = "float32"
 ) -> autoencoder.Autoencoder:
-  """What a store's latents were made with.
+  """The autoencoder that made a store's latents.
 
   Args:
     manifest: of the store.
-    path: where the weights are; "": where the manifest says.
-    advice: what to do where they are not there.
+    path: of the weights; "": as the manifest says.
+    advice: what to do if they are not there, for messages.
     dtype: of the computation.
 
   Raises:
-    ValueError: it cannot be loaded, or has another encoder.
+    UserError: it cannot be loaded, or has another encoder.
   """
   made_with = manifest["autoencoder"]
   path = path or made_with["init_from"]
@@ -77,41 +73,32 @@ def unscaled(manifest: dict[str, Any], z: Any) -> Any:
 
 
 def description(store: reader.Latents) -> dict[str, Any]:
-  """What a run needs to know of its latents.
-
-  Raises:
-    ValueError: the manifest does not say it.
-  """
-  manifest = store.manifest
-  missing = [key for key in _KEPT if key not in manifest]
-  if missing:
-    raise errors.UserError(
-      f"the manifest of {store.path} has no {', '.join(missing)}: it is "
-      "damaged, or not of export_latents"
-    )
-  return {key: manifest[key] for key in _KEPT} | {
-    "encoder": manifest["autoencoder"]["encoder_sha256"],
-    "rows_of_shards": [shard["rows"] for shard in manifest["shards"]],
+  """What a run needs to know of its latents; UserError if it is not there."""
+  kept = ("autoencoder", *_SAME)
+  described = store.manifest | {
+    "encoder": store.manifest.get("autoencoder", {}).get("encoder_sha256"),
+    "rows_of_shards": [shard["rows"] for shard in store.manifest["shards"]],
   }
+  layout.check_keys(f"{store.path}/{layout.MANIFEST}", described, kept)
+  return {key: described[key] for key in kept}
 
 
 def write_description(workdir: epath.Path, described: dict[str, Any]) -> None:
   """Writes a description into the work directory, on the first process."""
   if jax.process_index() == 0:
-    text = json.dumps(described, indent=2)
-    metrics_writer.write_whole(workdir / _FILE, text)
+    metrics_writer.write_json(workdir / _FILE, described)
 
 
 def read_description(run: str) -> dict[str, Any]:
   """What `write_description` wrote; a manifest for the functions above.
 
   Raises:
-    ValueError: it is not there, or damaged.
+    UserError: it is not there, or damaged.
   """
   path = epath.Path(run).expanduser() / _FILE
   try:
     described = json.loads(path.read_bytes())
-    _ = [described[key] for key in (*_KEPT, *_MEANING, *_ORDER)]
+    _parts(_SAME, described)
     made_with = described["autoencoder"]
     _ = os.fspath(made_with["init_from"]), made_with["space_to_channel"]
     _, (_, _, _) = len(described["classes"]), described["shape"]
@@ -124,18 +111,17 @@ def read_description(run: str) -> dict[str, Any]:
 
 
 def check_same_latents(workdir: epath.Path, described: dict[str, Any]) -> None:
-  """Raises ValueError if a run began with other latents than these."""
+  """Raises UserError if a run began with other latents than these."""
   if (workdir / _FILE).exists():
-    keys = (*_MEANING, *_ORDER)
     differences.check_same(
-      *_parts(keys, read_description(str(workdir)), described),
+      *_parts(_SAME, read_description(str(workdir)), described),
       f"the run in {workdir} began with other latents",
       "bring them back, or choose another --workdir",
     )
 
 
 def check_same_meaning(run: str, store: reader.Latents) -> None:
-  """Raises ValueError if a store has other latents than a run learned from."""
+  """Raises UserError if a store has other latents than a run learned from."""
   differences.check_same(
     *_parts(_MEANING, read_description(run), description(store)),
     f"{store.path} holds other latents than {run} was trained on",

@@ -14,11 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcae_jax.autoencoder import (
-  autoencoder,
-  latent_statistics,
-  quantisation,
-)
+from dcae_jax.autoencoder import autoencoder, latent_statistics, quantisation
 from dcae_jax.latents import layout as store_layout
 from dcae_jax.latents import rows
 from dcae_jax.latents import store as latent_store
@@ -48,14 +44,9 @@ def compiled(
   resolution: int,
   group_size: int,
 ) -> Encode:
-  """A program that encodes a group of images on each device of this process.
+  """A program that encodes `group_size` images on each local device.
 
-  Args:
-    ae: what encodes.
-    views: of `layout.VIEWS`; the second is of the mirrored images.
-    dtype: of the latents.
-    resolution: side of the images.
-    group_size: images of a group.
+  The second of the views, if it is asked for, is of the mirrored images.
   """
   devices = jax.local_devices()
   mesh = sharding.create_mesh(-1, 1, 1, devices)
@@ -127,16 +118,12 @@ def encoded(
 
 
 class ShardWriter:
-  """Gathers rows into shards, and writes those behind the encoder.
-
-  Attributes:
-    waited: seconds that it made the encoder wait.
-  """
+  """Gathers rows into shards, and writes those behind the encoder."""
 
   def __init__(
     self, store: latent_store.LatentStore, layout: store_layout.Layout
   ):
-    self.waited = 0.0
+    self.waited = 0.0  # seconds that the encoder had to
     self._store, self._layout = store, layout
     self._pool = futures.ThreadPoolExecutor(_UPLOADS)
     self._pending = collections.deque()
@@ -175,8 +162,8 @@ class ShardWriter:
     if not np.isfinite([moments["mean"], moments["variance"]]).all():
       raise FloatingPointError(
         f"latents of shard {shard} (images {keys[0]} to {keys[-1]}) are not "
-        f"finite in {views[0].dtype}; where the autoencoder is sound, use "
-        "config.dtype=float32 and another config.output"
+        f"finite in {views[0].dtype}; use config.dtype=float32 and another "
+        "config.output, or another autoencoder"
       )
     self._store.write_shard(
       self._layout, shard, arrays, keys, {"moments": moments}

@@ -8,11 +8,11 @@ again, it does what is missing.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, latent_statistics
@@ -25,12 +25,9 @@ _LOG = logging.getLogger(__name__)
 
 
 class Plan(NamedTuple):
-  """Which row is where.
+  """Which row is where: the image and the crop of each row of each shard.
 
-  Attributes:
-    layout: of the store.
-    shards: the image and the crop of each of their rows.
-    unusable: images that are left out, with the reason.
+  `unusable` are the images that are left out, with the reason.
   """
 
   layout: store_layout.Layout
@@ -43,16 +40,14 @@ class Export:
   """What is exported, and how.
 
   Attributes:
-    store: that is filled.
-    rows: that the source could give.
-    images: of the source; the first ones are used.
+    images: number of images of the source; the first ones are used.
     shape: of a latent, [h / f, w / f, c].
     dtype: of the stored latents, a key of `layout.DTYPES`.
     views: of `layout.VIEWS`.
-    encoder: a function of the number of rows that a device encodes at once.
-    group_size: that number, where a shard has as many.
-    shard_rows: rows of a shard; 0: `layout.block_size`.
-    threads: loader threads.
+    encoder: makes the encoder, given the rows that a device encodes at once.
+    group_size: that number; a shard that has fewer rows lowers it.
+    shard_rows: 0: `layout.block_size`.
+    threads: of the loader.
   """
 
   store: latent_store.LatentStore
@@ -123,30 +118,27 @@ class Export:
         f"{self.rows.source.name(0)}: {unusable[0]}"
       )
     size = self.shard_rows or store_layout.block_size(
-      len(places), self._row_bytes
+      len(places), self._latent_bytes
     )
-    return Plan(
-      store_layout.Layout(
-        len(places), self.shape, self.dtype, self.views, size,
-        self.rows.conditions,
-      ),
-      [places[i : i + size] for i in range(0, len(places), size)],
-      unusable,
+    layout = store_layout.Layout(
+      len(places), self.shape, self.dtype, self.views, size,
+      self.rows.conditions,
     )  # fmt: skip
+    shards = [places[i : i + size] for i in range(0, len(places), size)]
+    return Plan(layout, shards, unusable)
 
   @property
-  def _row_bytes(self) -> int:
-    """Of a latent."""
-    values = int(np.prod(self.shape))
-    return values * store_layout.DTYPES[self.dtype].itemsize
+  def _latent_bytes(self) -> int:
+    itemsize = store_layout.DTYPES[self.dtype].itemsize
+    return math.prod(self.shape) * itemsize
 
   def _check_space(self, missing_rows: int) -> None:
-    needed = missing_rows * len(self.views) * self._row_bytes
+    needed = missing_rows * len(self.views) * self._latent_bytes
     free = self.store.storage.free_bytes()
     if free is not None and free < needed:
       raise errors.UserError(
         f"no space left for latents: {self.store.storage.path} has "
-        f"{free / 1e6:,.1f} MB free, and {needed / 1e6:,.1f} MB are missing; "
+        f"{free / 1e6:,.1f} MB free of {needed / 1e6:,.1f} MB that are needed; "
         "make room, or choose another config.output"
       )
 
@@ -193,23 +185,19 @@ class Export:
     factor_origin: str,
     described: dict[str, Any],
   ) -> None:
-    """Writes the manifest of a store whose shards are all written.
+    """Writes the manifest, of which `described` is known before the export.
 
-    Args:
-      plan: that `fill` returned.
-      ae: what encoded.
-      factor_origin: of its scaling factor, where it has one.
-      described: what else is to be in the manifest.
+    `factor_origin` is of the autoencoder's scaling factor, if it has one.
 
     Raises:
-      ValueError: some shards are not there, or all latents are zero.
+      UserError: some shards are gone, or all latents are zero.
     """
     finished = self.store.finished(plan.layout)
     missing = set(range(plan.layout.shards)).difference(finished)
     if missing:
       raise errors.UserError(
-        f"{len(missing)} shards of {self.store.storage.path} are not there "
-        f"after all, the first {min(missing)}; run again"
+        f"{len(missing)} shards of {self.store.storage.path} are gone, the "
+        f"first {min(missing)}; run again"
       )
     statistics = encode.merged(self.store.records(plan.layout.shards))
     factor = ae.scaling_factor
@@ -217,11 +205,9 @@ class Export:
       factor_origin = "1 / RMS of these latents"
       factor = latent_statistics.scaling_factor(statistics, ae.shift_factor)
     if factor is None:
-      raise errors.UserError(
-        "all latents are zero: they have no scaling factor"
-      )
+      raise errors.UserError("all latents are zero: there is nothing to scale")
     source = self.rows.source
-    found_out = {
+    computed = {
       "scaling_factor": factor,
       "scaling_factor_origin": factor_origin,
       "statistics": statistics,
@@ -231,4 +217,4 @@ class Export:
         for index, reason in sorted(plan.unusable.items())
       ],
     }
-    self.store.finish(plan.layout, described | found_out)
+    self.store.finish(plan.layout, described | computed)

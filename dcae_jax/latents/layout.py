@@ -35,15 +35,14 @@ CHUNK_ROWS = 16  # read at once
 MANIFEST, IDENTITY = "manifest.json", "progress/identity.json"
 _SHARD_ROWS = 1024  # written at once: 16 MB of f64c128 at 512 px
 _SHARD_BYTES = 2**26
-# What readers rely on.
-_NEEDED = (
+_NEEDED = (  # by readers, of the manifest
   "count", "shape", "dtype", "views", "classes", "shards", "scaling_factor",
   "shift_factor", "metadata_sha256",
 )  # fmt: skip
 
 
 class Column(NamedTuple):
-  """A row of a condition's array."""
+  """One row of a condition's array."""
 
   shape: tuple[int, ...]
   dtype: str
@@ -61,7 +60,7 @@ class Layout:
     shape: of a latent, [h / f, w / f, c].
     dtype: of the latents, a key of `DTYPES`.
     views: of `VIEWS`.
-    shard_rows: rows of a shard; the last one may have fewer.
+    shard_rows: the last shard may have fewer.
     conditions: by the name of their arrays.
   """
 
@@ -154,12 +153,8 @@ def block_size(total: int, row_bytes: int = 1) -> int:
 
 
 def read_manifest(place: storage.Storage) -> dict[str, Any]:
-  """The manifest of a finished store.
-
-  Raises:
-    ValueError: there is none, or it is of another format.
-  """
-  manifest = place.read_json(MANIFEST)
+  """The manifest; UserError unless this is a finished store of our format."""
+  manifest, path = place.read_json(MANIFEST), f"{place.path}/{MANIFEST}"
   if manifest is None and place.read(IDENTITY) is not None:
     raise errors.UserError(
       f"{place.path} is not finished; run its export again, which goes on "
@@ -171,20 +166,17 @@ def read_manifest(place: storage.Storage) -> dict[str, Any]:
     )
   if {key: manifest.get(key) for key in FORMAT} != FORMAT:
     raise errors.UserError(
-      f"{place.path}/{MANIFEST} is not of {FORMAT['format']}, version "
-      f"{FORMAT['format_version']}"
+      f"{path} is not of {FORMAT['format']}, version {FORMAT['format_version']}"
     )
-  check_keys(f"{place.path}/{MANIFEST}", manifest, _NEEDED)
+  check_keys(path, manifest, _NEEDED)
   if manifest["dtype"] not in DTYPES or not manifest["views"]:
-    raise errors.UserError(
-      f"{place.path}/{MANIFEST} is damaged: dtype or views"
-    )
-  # Stores were made before that had labels, and did not say so.
+    raise errors.UserError(f"{path} is damaged: dtype or views")
+  # Older stores have labels, and do not say so.
   return {"conditions": list(LABELS)} | manifest
 
 
 def check_keys(path: str, values: dict[str, Any], needed: tuple[str, ...]):
-  """Raises ValueError where JSON that was read lacks one of the keys."""
+  """Raises UserError if JSON that was read lacks one of the keys."""
   missing = [key for key in needed if values.get(key) is None]
   if missing:
     raise errors.UserError(f"{path} is damaged: it has no {', '.join(missing)}")
@@ -213,7 +205,7 @@ def encode_strings(texts: list[str], count: int) -> bytes:
 
 
 def decode_strings(data: bytes) -> list[str]:
-  """Inverse of `encode_strings`; ValueError for what is damaged."""
+  """Inverse of `encode_strings`; UserError if they are damaged."""
   try:
     (count,), position, texts = struct.unpack_from("<I", data), 4, []
     for _ in range(count):

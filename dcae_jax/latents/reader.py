@@ -25,10 +25,9 @@ class Latents:
   after all others.
 
   Attributes:
-    manifest: of the store.
     shape: [h, w, c] of a latent.
-    conditions: the names of the arrays that hold them; "labels" is one.
-    classes: names, by label; empty where the source had none.
+    conditions: the names of their arrays; "labels" is one.
+    classes: names, by label; empty if the source had none.
   """
 
   def __init__(
@@ -43,14 +42,12 @@ class Latents:
 
     Args:
       path: of the store, local or `gs://`.
-      conditions: the names of those that are read; None: all that it has.
-      cache_megabytes: of rows kept in memory; all of a store that fits is read
-        once.
+      conditions: the names of those that are read; None: all.
+      cache_megabytes: of rows kept in memory; a store that fits is read once.
       retries: of a request to a bucket.
 
     Raises:
-      ValueError: there is no store, it is not finished, or has no condition of
-        that name.
+      UserError: there is no finished store, or it lacks one of the conditions.
       OSError: no such bucket, no permission, no answer.
     """
     self._retries = retries
@@ -90,11 +87,7 @@ class Latents:
     return {name: part[0] for name, part in self.read([index]).items()}
 
   def read(self, rows: Any) -> dict[str, np.ndarray]:
-    """Many rows at once: `{"latents": [n, h, w, c], "labels": [n], ...}`.
-
-    Args:
-      rows: [n] indices, in any order.
-    """
+    """Rows [n], in any order: `{"latents": [n, ...], "labels": [n], ...}`."""
     rows = np.asarray(rows, np.int64)
     latents = self.read_unscaled(rows)
     images = rows % self.manifest["count"]
@@ -137,13 +130,13 @@ class Latents:
     ]
 
   def check(self) -> None:
-    """Raises ValueError unless the arrays are those of the manifest."""
+    """Raises UserError unless the arrays are those of the manifest."""
     verification.check_arrays(self._place, self.manifest)
 
   def verify(
     self, on_rows: Callable[[int], None] = lambda count: None
   ) -> list[str]:
-    """What is wrong with the store; see `verification.verify`."""
+    """Reads all of it; returns what is wrong, see `verification.verify`."""
     place = storage.Storage(self.path, retries=self._retries)  # without cache
     return verification.verify(place, self.manifest, on_rows)
 
@@ -187,7 +180,7 @@ class LatentBatches(batches.Batches):
         store's cache holds as many.
 
     Raises:
-      ValueError: a number that cannot be, or a store with fewer rows than a
+      UserError: a number that cannot be, or a store with fewer rows than a
         batch of all processes.
     """
     for name, value, least in (
@@ -207,7 +200,7 @@ class LatentBatches(batches.Batches):
 
 
 class _Order:
-  """Number of a batch, without end, to its rows."""
+  """The rows of each batch, without end."""
 
   def __init__(
     self, latents: Latents, batch_size: int, seed: int, shuffle_shards: int
@@ -234,8 +227,8 @@ class _Order:
     return rows[batch * self._batch_size : (batch + 1) * self._batch_size]
 
   def _rows(self, epoch: int) -> np.ndarray:
-    found, rows = self._epoch  # read at once: other threads replace it
-    if found == epoch:
+    known, rows = self._epoch  # read at once: other threads replace it
+    if known == epoch:
       return rows
     rng = np.random.default_rng((self._seed, epoch))
     shards = rng.permutation(len(self._starts) - 1)

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import grain
 import numpy as np
 
+from dcae_jax import errors
 from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images, sources
 from dcae_jax.latents import layout
 
 
 class Row(NamedTuple):
-  """Before it is encoded.
+  """A row before it is encoded, and what a denoiser is told of it.
 
-  Attributes:
-    values: uint8 [size, size, channels], or a latent, float32 [h, w, c].
-    conditions: what a denoiser is told of it, by the name of the array.
+  Values are uint8 [size, size, channels], or a latent, float32 [h, w, c].
+  Conditions are by the name of their array.
   """
 
   values: np.ndarray
@@ -30,13 +30,11 @@ class Row(NamedTuple):
 
 @runtime_checkable
 class Rows(Protocol):
-  """All rows that a source could give, were all of it readable.
+  """All rows that a source could give, if all of it is readable.
 
   Attributes:
-    source: of the images, or latents.
-    per_image: rows of each image.
-    conditions: of each row.
-    description: how an image becomes rows; the same one, the same rows.
+    per_image: number of rows.
+    description: how an image becomes rows: with the same one, the same rows.
   """
 
   source: sources.Source
@@ -45,13 +43,35 @@ class Rows(Protocol):
   description: dict[str, Any]
 
   def reason(self, index: int) -> str | None:
-    """Why an image of the source cannot be used; None where it can."""
+    """Why an image of the source cannot be used; None if it can."""
 
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
-    """Some rows of an image; ValueError for one that has a reason."""
+    """Some rows of an image; UserError if it can no longer be used."""
 
 
-class Crops:
+class _Images:
+  """Rows of what `_open` returns of an image, unless that is unusable."""
+
+  source: sources.Source
+
+  def reason(self, index: int) -> str | None:
+    try:
+      self._open(index)
+    except images.UnusableError as error:
+      return str(error)
+    return None
+
+  def _still_usable(self, index: int) -> Any:
+    try:
+      return self._open(index)
+    except images.UnusableError as error:
+      raise errors.UserError(
+        f"{self.source.name(index)} could be used when the export began, and "
+        f"can no longer be ({error}); bring it back, or export to another place"
+      ) from error
+
+
+class Crops(_Images):
   """Crops of images; the same ones whenever and wherever they are made."""
 
   conditions = layout.LABELS
@@ -65,15 +85,7 @@ class Crops:
     per_image: int,
     seed: int,
   ):
-    """Opens nothing yet.
-
-    Args:
-      source: of the images.
-      decoding: of its files.
-      cropping: of the images; random ones follow the seed.
-      per_image: crops of each image.
-      seed: of random crops.
-    """
+    """Opens nothing yet; random crops, `per_image` of them, follow the seed."""
     self.source, self.per_image = source, per_image
     self._decoding, self._cropping, self._seed = decoding, cropping, seed
 
@@ -92,26 +104,22 @@ class Crops:
       "max_megapixels": self._decoding.max_megapixels,
     }
 
-  def reason(self, index: int) -> str | None:
+  def _open(self, index: int) -> tuple[Any, int]:
     try:
-      images.open_image(self.source, index, self._decoding)
+      return images.open_image(self.source, index, self._decoding)
     except image_decoding.TooSmallError as error:
-      return f"{error} pixels: smaller than {self._decoding.min_size}"
-    except images.UnusableError as error:
-      return str(error)
-    return None
+      raise images.UnusableError(
+        f"{error} pixels: smaller than {self._decoding.min_size}"
+      ) from error
 
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
-    try:
-      image, label = images.open_image(self.source, index, self._decoding)
-    except (image_decoding.TooSmallError, images.UnusableError) as error:
-      raise _changed(self.source, index, error) from error
+    image, label = self._still_usable(index)
     rngs = [np.random.default_rng((self._seed, index, i)) for i in crops]
     crop = lambda rng: images.crop(image, self._cropping, rng)
     return [Row(crop(rng), {"labels": label}) for rng in rngs]
 
 
-class LatentFiles:
+class LatentFiles(_Images):
   """The authors' layout: `.npy` files, float32 [c, h, w], already scaled."""
 
   per_image = 1
@@ -125,33 +133,19 @@ class LatentFiles:
     scaling_factor: float,
     shift_factor: float = 0.0,
   ):
-    """Opens nothing yet.
+    """Opens nothing yet; `shape` is [h, w, c] of each latent.
 
-    Args:
-      source: of the files.
-      shape: [h, w, c] of each latent.
-      scaling_factor: that the files were multiplied by: it is divided out.
-      shift_factor: that was subtracted before; 0 for DC-AE.
+    The shift factor was subtracted from the latents, and they were multiplied
+    by the scaling factor; both are undone.
     """
     self.description = {"kind": "not known: latents of another tool"}
     self.source, self._shape = source, shape
     self._scale, self._shift = scaling_factor, shift_factor
 
-  def reason(self, index: int) -> str | None:
-    try:
-      self._read(index)
-    except images.UnusableError as error:
-      return str(error)
-    return None
-
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
-    try:
-      row = self._read(index)
-    except images.UnusableError as error:
-      raise _changed(self.source, index, error) from error
-    return [row for _ in crops]
+    return [self._still_usable(index) for _ in crops]
 
-  def _read(self, index: int) -> Row:
+  def _open(self, index: int) -> Row:
     record = images.read_record(self.source, index)
     try:
       latent = np.load(io.BytesIO(record.encoded), allow_pickle=False)
@@ -173,23 +167,9 @@ class LatentFiles:
     return Row(values, {"labels": record.label})
 
 
-def _changed(
-  source: sources.Source, index: int, error: Exception
-) -> ValueError:
-  return ValueError(
-    f"{source.name(index)} could be used when the export began, and can no "
-    f"longer be ({error}); bring it back, or export to another place"
-  )
-
-
 class Group(NamedTuple):
-  """Rows of one shard that one device encodes at once.
-
-  Attributes:
-    shard: that they belong to.
-    rows: how many.
-    conditions: of the rows, by name.
-    is_last: of its shard.
+  """Rows of one shard that one device encodes at once: how many, and whether
+  they are the last ones of their shard.
   """
 
   shard: int
@@ -201,9 +181,7 @@ class Group(NamedTuple):
 class Batch(NamedTuple):
   """Groups for all devices, each filled up with zeros to the same size.
 
-  Attributes:
-    values: [groups x size, ...] of the rows.
-    groups: what they are; fewer than there are devices at the end.
+  Values are [devices x size, ...]; the last batch may have fewer groups.
   """
 
   values: np.ndarray
@@ -221,14 +199,8 @@ def load_batches(
   """Loads shards one after the other, ahead of their use.
 
   No group has rows of two shards: what is encoded together does not depend on
-  which shards are missing, nor on the number of devices.
-
-  Args:
-    rows: where from.
-    shards: number, and (image, crop) of each row.
-    group_size: rows of a group.
-    groups: of a batch, the number of devices.
-    threads: loader threads.
+  which shards are missing, nor on the number of devices, which is that of the
+  groups of a batch. Shards are their number, and (image, crop) of each row.
   """
   plan = [
     (number, part[i : i + group_size], i + group_size >= len(part))

@@ -19,24 +19,18 @@ _OF_SHARD = ("rows", "sha256", "moments")  # a record
 
 
 class LatentStore:
-  """Fills a store; any number of processes may, each with shards of its own.
-
-  Attributes:
-    storage: where it is.
-  """
+  """Fills a store; any number of processes may, each with shards of its own."""
 
   def __init__(self, path: str, *, retries: int = storage.RETRIES):
     self.storage = storage.Storage(path, retries=retries)
     self._arrays: dict[str, Any] = {}
 
-  # --- what it is ------------------------------------------------------------
-
   def check_writable(self, process_index: int = 0) -> None:
-    """Finds out whether this process may write here, and nobody else does.
+    """Finds out whether this process may write here.
 
     Raises:
       OSError: no such bucket, no permission, no answer.
-      ValueError: it holds something else.
+      UserError: the place holds something else.
     """
     if self._described() is None:
       keys = self.storage.list_keys()
@@ -49,17 +43,17 @@ class LatentStore:
     self.storage.check_writable(f"progress.probe_{process_index}")
 
   def _described(self) -> dict[str, Any] | None:
-    manifest = self.storage.read_json(store_layout.MANIFEST)
+    manifest = self.manifest()
     if manifest is not None:
       return manifest
     return self.storage.read_json(store_layout.IDENTITY)
 
   def check_identity(self, identity: dict[str, Any], begun: bool) -> None:
-    """Raises ValueError where the place holds latents of another export.
+    """Raises UserError if the place holds latents of another export.
 
     Args:
-      identity: what must be the same; None stands for what an export finds out.
-      begun: this export must be there. If not, what another one began without a
+      identity: what must be the same; None: the export computes it.
+      begun: this export must be there. If False, another one that has no
         finished shard does not count.
     """
     before = self._described()
@@ -73,7 +67,7 @@ class LatentStore:
     ):
       return
     identity = store_layout.FORMAT | identity
-    if "count" in before:  # what it had to find out is in the manifest
+    if "count" in before:  # a manifest, which has what the export computed
       identity = {k: v for k, v in identity.items() if v is not None}
     compared = differences.flat(identity)
     flat = differences.flat(before).items()
@@ -85,7 +79,7 @@ class LatentStore:
     )
 
   def write_identity(self, identity: dict[str, Any]) -> None:
-    """Of one process, after `check_identity` and before all else."""
+    """Called by one process, after `check_identity` and before all else."""
     before, identity = self._described(), store_layout.FORMAT | identity
     if before is None or ("count" not in before and before != identity):
       arrays = self.storage.list_keys()
@@ -97,8 +91,6 @@ class LatentStore:
   def manifest(self) -> dict[str, Any] | None:
     """None unless the store is finished."""
     return self.storage.read_json(store_layout.MANIFEST)
-
-  # --- which images can be read ----------------------------------------------
 
   def survey_blocks(self, total: int) -> dict[int, range]:
     """The blocks of images that were not tried yet, by number."""
@@ -118,10 +110,7 @@ class LatentStore:
   ) -> Iterable[int]:
     """Tries the images of some blocks; yields their number, block by block.
 
-    Args:
-      blocks: of `survey_blocks`.
-      reason: why an image cannot be used; None where it can.
-      threads: that try images at once.
+    `reason` tells why an image cannot be used; None if it can.
     """
     with futures.ThreadPoolExecutor(threads) as pool:
       for block, images in blocks.items():
@@ -140,10 +129,8 @@ class LatentStore:
       for index, reason in block.items()
     }
 
-  # --- shards ----------------------------------------------------------------
-
   def create_arrays(self, layout: store_layout.Layout) -> None:
-    """Writes the arrays' metadata, of one process; again does no harm."""
+    """Writes the arrays' metadata, by one process; again does no harm."""
     group = {
       "zarr_format": 3,
       "node_type": "group",
@@ -171,14 +158,9 @@ class LatentStore:
     keys: list[str],
     record: dict[str, Any],
   ) -> None:
-    """Writes one shard, then its record; returns when both are there.
+    """Writes the rows of one shard by array, then its record.
 
-    Args:
-      layout: of the store.
-      shard: its number.
-      arrays: by name, the rows of each view and condition.
-      keys: of the images.
-      record: what else is to be kept of it; `records` returns it.
+    The record is what `records` returns; some keys of it are filled in here.
     """
     parts = {
       view: store_layout.as_stored(arrays[view]) for view in layout.views
@@ -200,7 +182,7 @@ class LatentStore:
     )
 
   def records(self, shards: int) -> list[dict[str, Any]]:
-    """Of all shards, which are finished."""
+    """The records of all shards, which are finished."""
     keys = [_record_key(i) for i in range(shards)]
     records = self.storage.read_all_json(keys)
     for key, record in zip(keys, records, strict=True):
@@ -210,12 +192,7 @@ class LatentStore:
   def finish(
     self, layout: store_layout.Layout, manifest: dict[str, Any]
   ) -> None:
-    """Writes the manifest, and removes what was needed until then.
-
-    Args:
-      layout: of the store.
-      manifest: what else it is to hold than the arrays.
-    """
+    """Writes the manifest, with the arrays added, and removes the progress."""
     keys = layout.metadata_keys
     metadata = zip(keys, self.storage.read_all(keys), strict=True)
     self.storage.write_json(

@@ -11,10 +11,7 @@ from dcae_jax.runs import storage
 
 
 def check_arrays(place: storage.Storage, manifest: dict[str, Any]) -> None:
-  """Raises ValueError unless arrays and numbers fit each other.
-
-  No row is read; `verify` reads all.
-  """
+  """Raises UserError unless arrays and numbers fit; reads no row."""
   _, problems = _open_arrays(place, manifest)
   problems += _wrong_count(manifest)
   if not 0 < manifest["scaling_factor"] < np.inf:
@@ -32,47 +29,43 @@ def verify(
 
   Shapes against the manifest, and the checksum of each shard of each array.
   """
-  problems = []
+  arrays, problems = _open_arrays(place, manifest)
   for key, checksum in manifest["metadata_sha256"].items():
-    problem = _compared(lambda key=key: place.read(key), checksum)
-    problems += [f"{key} {problem}"] if problem else []
-  arrays, wrong = _open_arrays(place, manifest)
-  problems += wrong
+    problems += _compared(key, checksum, place.read, key)
+
+  def read_rows(name, rows):
+    with place.errors():
+      return arrays[name][rows].read().result()
+
   start = 0
   for shard, record in enumerate(manifest["shards"]):
-    rows = slice(start, start + record["rows"])
-
-    def read(name, shard=shard, rows=rows):
-      if name == "keys":
-        return place.read(f"keys/c/{shard}")
-      with place.errors():
-        return arrays[name][rows].read().result()
-
+    stop = start + record["rows"]
     for name, checksum in record["sha256"].items():
-      if name != "keys" and name not in arrays:
-        continue
-      problem = _compared(lambda name=name, read=read: read(name), checksum)
-      if problem:
-        where = f"shard {shard} of {name} (rows {start} to {rows.stop - 1})"
-        problems.append(f"{where} {problem}")
+      what = f"shard {shard} of {name} (rows {start} to {stop - 1})"
+      if name == "keys":
+        key = f"keys/c/{shard}"
+        problems += _compared(what, checksum, place.read, key)
+      elif name in arrays:
+        rows = slice(start, stop)
+        problems += _compared(what, checksum, read_rows, name, rows)
     on_rows(record["rows"])
-    start = rows.stop
+    start = stop
   return problems + _wrong_count(manifest)
 
 
 def _compared(
-  read: Callable[[], np.ndarray | bytes | None], checksum: str
-) -> str | None:
-  """What is wrong with a part of the store; None where nothing is."""
+  what: str, checksum: str, read: Callable[..., Any], *arguments: Any
+) -> list[str]:
+  """What is wrong with a part of the store, if anything is."""
   try:
-    part = read()
+    part = read(*arguments)
   except OSError as error:
-    return f"cannot be read: {error}"
+    return [f"{what} cannot be read: {error}"]
   if part is None:
-    return "is missing"
+    return [f"{what} is missing"]
   if layout.sha256(part) != checksum:
-    return "does not have the checksum of the manifest"
-  return None
+    return [f"{what} does not have the checksum of the manifest"]
+  return []
 
 
 def _open_arrays(

@@ -1,12 +1,9 @@
-"""One evaluation of an autoencoder, as its work directory holds it.
-
-`result.json`, the metrics of each image in `images_<side>px.csv`, and
-`pictures/`; reports are made from them.
+"""One evaluation of an autoencoder: `result.json`, the metrics of each image in
+`images_<side>px.csv`, and `pictures/`; reports are made from them.
 """
 
 import contextlib
 import csv
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator
@@ -38,32 +35,17 @@ Subject = autoencoder.Autoencoder | block_pca.BlockPCA
 
 
 class Inputs(NamedTuple):
-  """What all rows of a table are measured with, opened.
-
-  Attributes:
-    source: of the images.
-    mesh: of the devices.
-    metrics: with their weights.
-    references: by resolution and the network's key.
-    reference_files: by resolution, for the result.
-  """
+  """What all rows of a table are measured with, opened."""
 
   source: sources.Source
   mesh: Mesh
   metrics: metric_networks.Opened
-  references: dict[int, dict[str, fid.Statistics]]
-  reference_files: dict[str, dict[str, str]]
+  references: dict[int, dict[str, fid.Statistics]]  # by resolution and network
+  reference_files: dict[str, dict[str, str]]  # by resolution, for the result
 
 
 def open_inputs(config: ConfigDict) -> Inputs:
-  """Opens what an evaluation reads.
-
-  Args:
-    config: of `evaluate()` in configs/base.py.
-
-  Raises:
-    ValueError: images, devices, weights or references that do not fit.
-  """
+  """Opens what an evaluation reads; UserError if it does not fit."""
   mesh = sharding.create_mesh(**config.mesh)
   for resolution in config.resolutions:
     sharding.check_images(resolution, mesh)
@@ -87,14 +69,7 @@ def open_inputs(config: ConfigDict) -> Inputs:
 def record(
   subject: Subject, config: ConfigDict, inputs: Inputs, directory: epath.Path
 ) -> None:
-  """Measures an autoencoder, and writes its evaluation.
-
-  Args:
-    subject: what is measured.
-    config: of its evaluation.
-    inputs: of `open_inputs`.
-    directory: that gets the files, on the first process.
-  """
+  """Measures an autoencoder; the first process writes its evaluation."""
   result = {
     "name": name_of(config),
     "autoencoder": {
@@ -117,9 +92,7 @@ def record(
   }
   start.write_config(config, directory)
   if jax.process_index() == 0:
-    metrics_writer.write_whole(
-      directory / "result.json", json.dumps(result, indent=2)
-    )
+    metrics_writer.write_json(directory / "result.json", result)
 
 
 def _measure(
@@ -127,23 +100,18 @@ def _measure(
 ) -> dict[str, Any]:
   """The numbers by resolution; tables and pictures are written."""
   subject.variables = measuring.on_mesh(subject.variables, inputs.mesh)
-  reader = measuring.EvaluationImages(
-    inputs.source,
-    images.Decoding(
-      subject.image_channels, max_megapixels=config.max_megapixels
-    ),
-    inputs.mesh,
-    batch_size=config.batch_size,
-    max_images=config.max_images,
-    threads=config.threads,
+  decoding = images.Decoding(
+    subject.image_channels, max_megapixels=config.max_megapixels
   )
-  evaluation = measuring.Evaluation(
-    measuring.networks_of(subject, inputs.metrics),
-    reader,
+  reader = measuring.EvaluationImages(
+    inputs.source, decoding, inputs.mesh, config, config.threads
+  )
+  measurement = measuring.measurement(
+    subject,
+    inputs.metrics,
     inputs.mesh,
     samples=config.samples,
     extremes=config.extremes,
-    references=inputs.references,
   )
   by_resolution = {}
   for resolution in config.resolutions:
@@ -158,7 +126,12 @@ def _measure(
         progress.add(len(rows))
         add_rows(rows)
 
-      result = evaluation.measure(subject.variables, resolution, on_batch)
+      result = measurement.measure(
+        subject.variables,
+        reader.batches(resolution),
+        inputs.references.get(resolution),
+        on_batch,
+      )
     progress.finish()
     numbers = _numbers(result, inputs.metrics.absent, subject.shift_factor)
     numbers["images_skipped"] = reader.total - result.count
@@ -179,7 +152,7 @@ def _image_table(
     yield lambda rows: None
     return
   metrics = inputs.metrics.metrics
-  columns = [key for key in metrics if metrics[key].of_pairs is not None]
+  columns = [key for key in metrics if metrics[key].of_pairs]
   with path.open("w") as file:
     writer = csv.writer(file)
     writer.writerow(("index", "name", *columns))
@@ -203,19 +176,12 @@ def _numbers(
   for metric in absent:
     numbers |= dict.fromkeys(metrics_table.METRICS[metric].columns)
   numbers |= {k: v for k, v in result.metrics.items() if k != "latent_rms"}
-  few = metrics_table.with_too_few(numbers, result.count)
-  if few:
-    _LOG.warning(
-      "%s of %d images, fewer than %d: the number orders runs at best",
-      ", ".join(few), result.count, fid.FEWEST_IMAGES,
-    )  # fmt: skip
-  latent = dict(result.latents)
-  latent["scaling_factor"] = latent_statistics.scaling_factor(
-    latent, shift_factor
-  )
+  metric_networks.warn_of_few(numbers, result.count)
+  factor = latent_statistics.scaling_factor(result.latents, shift_factor)
+  factors = {"scaling_factor": factor, "shift_factor": shift_factor}
   return numbers | {
     "absent": absent,
-    "latent": latent | {"shift_factor": shift_factor},
+    "latent": result.latents | factors,
     "histograms": result.histograms,
   }
 
@@ -224,30 +190,25 @@ def _write_pictures(
   result: reconstruction.Result, folder: epath.Path, source: sources.Source
 ) -> dict[str, Any]:
   """PNGs of the shown images; returns what they are, in groups."""
-  groups = {
-    "samples": result.samples, "worst": result.worst, "best": result.best
-  }  # fmt: skip
   folder.mkdir(parents=True, exist_ok=True)
-  for picture in result.samples + result.worst + result.best:
-    stem = f"{picture.index:07d}"
-    metrics_writer.write_png(folder / f"{stem}.png", picture.original)
-    metrics_writer.write_png(
-      folder / f"{stem}_reconstruction.png", picture.reconstruction
-    )
+  groups = {}
+  for group in ("samples", "worst", "best"):
+    groups[group] = []
+    for x in getattr(result, group):
+      stem = f"{x.index:07d}"
+      metrics_writer.write_png(folder / f"{stem}.png", x.original)
+      metrics_writer.write_png(
+        folder / f"{stem}_reconstruction.png", x.reconstruction
+      )
+      row = {"index": x.index, "name": source.name(x.index)}
+      groups[group].append(row | x.values)
   latents = figures.latent_channels(result.samples[0].latents)
   metrics_writer.write_png(folder / "latents.png", latents)
-  return {
-    group: [
-      {"index": picture.index, "name": source.name(picture.index)}
-      | picture.values
-      for picture in pictures
-    ]
-    for group, pictures in groups.items()
-  }
+  return groups
 
 
 def publish(part: epath.Path, directory: epath.Path) -> None:
-  """Moves what was made aside; `result.json` comes last, on process 0."""
+  """Moves what was made aside, on the first process; `result.json` last."""
   if jax.process_index():
     return
   (directory / "result.json").unlink(missing_ok=True)

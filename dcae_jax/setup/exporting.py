@@ -20,7 +20,7 @@ from dcae_jax.setup import image_sources, keys, models
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a config that cannot be run; reads descriptions."""
+  """Raises UserError for a config that cannot be run."""
   if not config.init_from:
     raise errors.UserError(
       "config.init_from is empty; name a run, a folder or file of released "
@@ -41,19 +41,19 @@ def check(config: ConfigDict) -> None:
   if config.crops_per_image > 1 and config.crop == "dm_crop":
     raise errors.UserError(
       f"config.crops_per_image={config.crops_per_image} of config.crop=dm_crop "
-      "would all be the same; use random_crop or random_resized_crop"
+      "would be the same; use random_crop or random_resized_crop"
     )
   if _is_import(config) and (config.flip or config.crops_per_image > 1):
     raise errors.UserError(
-      "config.flip and config.crops_per_image need images; the source is of "
-      "kind 'npy', latents"
+      "config.flip and config.crops_per_image need images, and the source is "
+      "of latents, kind 'npy'"
     )
   decoding.check_channels(models.identity_of(config.init_from).image_channels)
   latent_shape(config)
 
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
-  """[h, w, c] of the latents; ValueError for a resolution that does not fit."""
+  """[h, w, c] of the latents; UserError if the resolution does not fit."""
   variant, _ = models.variant_of(config.init_from)
   compression = variant.spatial_compression * config.space_to_channel
   network.check_side(config.resolution, compression)
@@ -72,25 +72,18 @@ def open_source(config: ConfigDict) -> sources.Source:
     source = image_sources.part_of(source, config.source)
   else:
     source = image_sources.single_source(config.source)
-  if not config.class_per_image:
-    return source
-  return sources.ClassPerImage(
-    source, sources.limited(source, config.max_images)
-  )
+  if config.class_per_image:
+    total = sources.limited(source, config.max_images)
+    source = sources.ClassPerImage(source, total)
+  return source
 
 
 def open_store(config: ConfigDict, workdir: epath.Path) -> store.LatentStore:
-  """Where the latents go; this process may write there.
-
-  Raises:
-    ValueError: it holds something else, or is the work directory.
-    OSError: no such bucket, no permission, no answer.
-  """
+  """The store that the latents go to, after a test that it can be written."""
   output = config.output or os.fspath(workdir / "latents")
   if epath.Path(output).expanduser() == workdir:
     raise errors.UserError(
-      f"config.output={output} is --workdir; use a place of its own for the "
-      "store"
+      f"config.output={output} is --workdir; use a place of its own"
     )
   place = store.LatentStore(output, retries=config.retries)
   place.check_writable(jax.process_index())
@@ -98,7 +91,7 @@ def open_store(config: ConfigDict, workdir: epath.Path) -> store.LatentStore:
 
 
 def load_autoencoder(config: ConfigDict) -> autoencoder.Autoencoder:
-  """What encodes, with the scaling factor that is given."""
+  """The encoder's, with the scaling factor of the config if it has one."""
   return autoencoder.load(
     config.init_from,
     scaling_factor=config.scaling_factor or None,
@@ -121,8 +114,8 @@ def create(
   if _is_import(config):
     if ae.scaling_factor is None:
       raise errors.UserError(
-        "the scaling factor that the latents were multiplied by is not known; "
-        "give it, config.scaling_factor=..."
+        "the factor that the latents were multiplied by is not known; give "
+        "config.scaling_factor"
       )
     source_rows = rows.LatentFiles(
       source,
@@ -135,9 +128,7 @@ def create(
     source_rows = rows.Crops(
       source,
       images.Decoding(
-        ae.image_channels,
-        min_size=config.min_size,
-        max_megapixels=config.max_megapixels,
+        ae.image_channels, config.min_size, config.max_megapixels
       ),
       images.Cropping(config.crop, config.resolution, config.min_area),
       per_image=config.crops_per_image,
@@ -165,10 +156,7 @@ def identity(
   export: latent_export.Export,
   ae: autoencoder.Autoencoder,
 ) -> dict[str, Any]:
-  """What must be the same for an export to go on with a store.
-
-  None stands for what it will find out itself.
-  """
+  """What must be the same to go on with a store; None: not known before."""
   source = export.rows.source
   return {
     "autoencoder": {
@@ -200,16 +188,16 @@ def identity(
 def description(
   config: ConfigDict, export: latent_export.Export, ae: autoencoder.Autoencoder
 ) -> dict[str, Any]:
-  """What the manifest says of an export that is known before it."""
+  """What the manifest says that is known before the export."""
   described = identity(config, export, ae)
   described["autoencoder"] |= {
-    "init_from": _found_again(config.init_from),
+    "init_from": _absolute(config.init_from),
     "weights_sha256": conversion.fingerprint(ae.variables),
   }
   return described | {"versions": versions.versions()}
 
 
-def _found_again(path: str) -> str:
-  """`init_from`, so that others find it from elsewhere."""
+def _absolute(path: str) -> str:
+  """A local path, as it is known from elsewhere; hub ids as they are."""
   local = os.path.abspath(os.path.expanduser(path))
   return local if "://" not in path and os.path.exists(local) else path

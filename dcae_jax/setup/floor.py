@@ -24,25 +24,15 @@ _ROWS = 4_096  # blocks that enter the moments at once, in few large products
 
 
 class Material(NamedTuple):
-  """What a floor is fitted to.
-
-  Attributes:
-    weighted_sources: with the weights of their mixture.
-    decoding: of their files.
-    cropping: of a training run, whose crops are seen as well; or None.
-  """
+  """The images that a floor is fitted to."""
 
   weighted_sources: list[tuple[sources.Source, float]]
   decoding: images.Decoding
-  cropping: images.Cropping | None = None
+  cropping: images.Cropping | None = None  # of a training run
 
 
 def of_run(run: str) -> Material:
-  """What a run of train_autoencoder sees, given its work directory.
-
-  Raises:
-    ValueError: there is no such run, or its source is not here.
-  """
+  """What a run of train_autoencoder sees; UserError if it is not here."""
   config = keys.completed(work_directory.read_run_config(run))
   c = config.data
   return Material(
@@ -67,30 +57,23 @@ def fit(
   Of a bounded number of images, evenly spaced over the sources, blocks at
   random places: in a crop as training takes it, and in the whole image at each
   resolution that is measured, since the statistics of blocks change with the
-  scale. The same blocks whenever it is called with the same arguments.
-
-  Args:
-    material: the images.
-    spatial_compression: of the autoencoder.
-    latent_channels: of the autoencoder.
-    resolutions: sides that are measured, in pixels.
-    threads: that read images.
+  scale. The same arguments give the same blocks.
 
   Raises:
-    ValueError: there is no block PCA of that size, or no usable image.
+    UserError: there is no block PCA of that size, or no usable image.
   """
   channels = material.decoding.channels
   f, c = block_pca.shape(spatial_compression, latent_channels, channels)
   start = time.perf_counter()
-  found = block_pca.fit(_batches(material, f, tuple(resolutions), threads), c)
+  pca = block_pca.fit(_batches(material, f, tuple(resolutions), threads), c)
   if jax.process_count() > 1:
     # Of the first process: libraries of linear algebra may round differently.
-    found.variables = multihost_utils.broadcast_one_to_all(found.variables)
+    pca.variables = multihost_utils.broadcast_one_to_all(pca.variables)
   _LOG.info(
     "%s with latents f%dc%d, fitted in %.1f s",
     NAME, f, c, time.perf_counter() - start,
   )  # fmt: skip
-  return found
+  return pca
 
 
 def _batches(
@@ -116,17 +99,15 @@ def _batches(
       [_random_blocks(x, f, blocks_of_view, rng) for x in pixels]
     )
 
-  waiting, rows, total = [], 0, 0
+  waiting, total = [], 0
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    for found in pool.map(blocks, enumerate(chosen)):
-      if found is None:
-        continue
-      waiting.append(found)
-      rows += len(found)
-      total += len(found)
-      if rows >= _ROWS:
+    for of_image in pool.map(blocks, enumerate(chosen)):
+      if of_image is not None:
+        waiting.append(of_image)
+        total += 1
+      if sum(map(len, waiting)) >= _ROWS:
         yield np.concatenate(waiting) / 127.5 - 1.0
-        waiting, rows = [], 0
+        waiting = []
   if not total:
     raise errors.UserError(
       f"none of {len(chosen)} images can be used to fit block PCA"

@@ -1,10 +1,7 @@
-"""Measuring autoencoders on images, for training, reports and evaluations.
-
-Images of a source over a mesh, and the measurement of one resolution.
-"""
+"""Measuring autoencoders on images, for training, reports and evaluations."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.data import images, sources
-from dcae_jax.evaluation import fid, reconstruction
+from dcae_jax.evaluation import reconstruction
 from dcae_jax.setup import metric_networks
 from dcae_jax.training import sharding
 
@@ -21,7 +18,7 @@ _LARGEST_SIDE = 2**14  # pixels
 
 
 def check_reading(config: ConfigDict) -> None:
-  """Raises ValueError for numbers that no images can be read with."""
+  """Raises UserError for numbers that no images can be read with."""
   if not config.resolutions:
     raise errors.UserError("config.resolutions is empty; name at least one")
   for side in config.resolutions:
@@ -40,29 +37,21 @@ class EvaluationImages:
     source: sources.Source,
     decoding: images.Decoding,
     mesh: Mesh,
-    *,
-    batch_size: int,
-    max_images: int,
+    config: ConfigDict,
     threads: int,
   ):
-    """Opens nothing yet.
+    """Opens nothing yet; `config` has the keys `batch_size` and `max_images`.
 
-    Args:
-      source: of the images.
-      decoding: of its files.
-      mesh: of the devices.
-      batch_size: at most all images; rounded up to what the mesh divides.
-      max_images: 0: all.
-      threads: loader threads.
+    The batch size is rounded up to what the mesh divides.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    self.total = sources.limited(source, max_images)
-    batch_size = -(-min(batch_size, self.total) // ways) * ways
+    self.total = sources.limited(source, config.max_images)
+    batch_size = -(-min(config.batch_size, self.total) // ways) * ways
     self.skipped = images.Skipped()
     self._source, self._decoding, self._mesh = source, decoding, mesh
     self._reading = {
       "batch_size": batch_size // jax.process_count(),
-      "max_images": max_images,
+      "max_images": config.max_images,
       "process_index": jax.process_index(),
       "process_count": jax.process_count(),
       "threads": threads,
@@ -79,64 +68,28 @@ class EvaluationImages:
       yield reconstruction.Batch(images_of_batch, rows["mask"], rows["indices"])
 
 
-class Evaluation:
-  """Measures an autoencoder on images, at any resolution."""
-
-  def __init__(
-    self,
-    networks: reconstruction.Networks,
-    reader: EvaluationImages,
-    mesh: Mesh,
-    *,
-    samples: int,
-    extremes: int = 0,
-    references: Mapping[int, Mapping[str, fid.Statistics]] | None = None,
-  ):
-    """Compiles nothing yet.
-
-    Args:
-      networks: the autoencoder's functions, and the metrics.
-      reader: of the images.
-      mesh: of the devices.
-      samples: first images to return as pictures.
-      extremes: worst and best images to return as pictures.
-      references: by resolution and the network's key; without, metrics compare
-        with the originals.
-    """
-    self._reader, self._references = reader, references or {}
-    self._measurement = reconstruction.Measurement(
-      networks, sharding.replicated(mesh), samples=samples, extremes=extremes
-    )
-
-  def measure(
-    self,
-    variables: Any,
-    resolution: int,
-    on_batch: Callable[[list[dict[str, float]]], None] | None = None,
-  ) -> reconstruction.Result:
-    """One resolution; see `reconstruction.Measurement.measure`."""
-    return self._measurement.measure(
-      variables,
-      self._reader.batches(resolution),
-      self._references.get(resolution),
-      on_batch,
-    )
-
-
-def on_mesh(variables: Any, mesh: Mesh) -> Any:
-  """An autoencoder's variables, where `sharding` has them live."""
-  # From the host: one device's arrays cannot be sent to other processes.
-  placed = sharding.shardings(variables, mesh)
-  return jax.device_put(jax.device_get(variables), placed)
-
-
-def networks_of(
-  autoencoder: Any, opened: metric_networks.Opened
-) -> reconstruction.Networks:
-  """What evaluates whatever has an `apply` with the methods of autoencoders."""
-  return reconstruction.Networks(
+def measurement(
+  autoencoder: Any,
+  opened: metric_networks.Opened,
+  mesh: Mesh,
+  *,
+  samples: int,
+  extremes: int = 0,
+) -> reconstruction.Measurement:
+  """Measures whatever has an `apply` with the methods of autoencoders."""
+  networks = reconstruction.Networks(
     functools.partial(autoencoder.apply, method="encode"),
     functools.partial(autoencoder.apply, method="decode"),
     opened.metrics,
     opened.parameters,
   )
+  return reconstruction.Measurement(
+    networks, sharding.replicated(mesh), samples=samples, extremes=extremes
+  )
+
+
+def on_mesh(variables: Any, mesh: Mesh) -> Any:
+  """An autoencoder's variables, sharded over the mesh."""
+  # From the host: one device's arrays cannot be sent to other processes.
+  placed = sharding.shardings(variables, mesh)
+  return jax.device_put(jax.device_get(variables), placed)

@@ -16,46 +16,35 @@ _LOG = logging.getLogger(__name__)
 
 
 class Opened(NamedTuple):
-  """Metrics that can be computed, and why others cannot.
-
-  Attributes:
-    metrics: of `metrics.METRICS`, by key.
-    weights: of their networks, by the network's key.
-    absent: by metric, why it is left out, with the command that gets it.
-  """
+  """Metrics that can be computed, and why others cannot."""
 
   metrics: dict[str, metrics_table.Metric]
-  weights: dict[str, pretrained.Pretrained]
-  absent: dict[str, str]
+  weights: dict[str, pretrained.Pretrained]  # by the network's key
+  absent: dict[str, str]  # by metric, with the command that gets its weights
 
   @property
   def parameters(self) -> dict[str, dict[str, np.ndarray]]:
     """By the network's key."""
-    return {key: found.parameters for key, found in self.weights.items()}
+    return {key: x.parameters for key, x in self.weights.items()}
 
   @property
   def used_weights(self) -> dict[str, dict[str, str | bool]]:
     """By metric, the file that a result names."""
-    return {
-      key: {
-        "file": self.weights[metric.network.key].file,
-        "sha256": self.weights[metric.network.key].sha256,
-        "is_published": self.weights[metric.network.key].is_published,
-      }
+    used = {
+      key: self.weights[metric.network.key]
       for key, metric in self.metrics.items()
-      if metric.network is not None
+      if metric.network
     }
+    fields = ("file", "sha256", "is_published")
+    return {key: {f: getattr(x, f) for f in fields} for key, x in used.items()}
 
 
 def check_known(
   asked: Iterable[str], subject: metrics_table.Subject, key: str
 ) -> None:
-  """Raises ValueError for a metric that is not one of such images.
+  """Raises UserError for a metric that cannot be computed of the subject.
 
-  Args:
-    asked: keys of metrics.
-    subject: "reconstructions" or "samples".
-    key: of the config, for messages.
+  `key` is where the metrics are named, for messages.
   """
   known = metrics_table.known(subject)
   for metric in asked:
@@ -67,11 +56,9 @@ def check_known(
 
 
 def check(config: ConfigDict, key: str = "config") -> None:
-  """Raises ValueError for metrics that cannot be computed as asked.
+  """Raises UserError for metrics that cannot be computed at a resolution.
 
-  Args:
-    config: with `metrics` and `resolutions`.
-    key: where it is, for messages.
+  `key` is where the config is, for messages.
   """
   check_known(config.metrics, "reconstructions", f"{key}.metrics")
   side = min(config.resolutions)
@@ -86,7 +73,7 @@ def check(config: ConfigDict, key: str = "config") -> None:
 
 
 def check_reference(config: ConfigDict) -> None:
-  """Raises ValueError for reference statistics that nothing can use."""
+  """Raises UserError for reference statistics that nothing can use."""
   if not config.reference:
     return
   chosen = metrics_table.chosen(config.metrics, "reconstructions")
@@ -106,8 +93,18 @@ def compared(
   metrics: set_measures.Metrics,
 ) -> dict[str, metrics_table.Network]:
   """By key, the networks whose outputs are compared with a reference."""
-  found = set_measures.compared_with_originals(metrics)
-  return {metric.network.key: metric.network for metric in found.values()}
+  metrics = set_measures.compared_with_originals(metrics)
+  return {metric.network.key: metric.network for metric in metrics.values()}
+
+
+def warn_of_few(numbers: Mapping[str, float | None], images: int) -> None:
+  """Names the metrics that want more images, if there are any."""
+  few = metrics_table.with_too_few(numbers, images)
+  if few:
+    _LOG.warning(
+      "%s of %d images, fewer than %d: the number orders runs at best",
+      ", ".join(few), images, fid.FEWEST_IMAGES,
+    )  # fmt: skip
 
 
 def open_all(
@@ -115,16 +112,15 @@ def open_all(
   weights: Mapping[str, str] | None = None,
   subject: metrics_table.Subject = "reconstructions",
 ) -> Opened:
-  """Opens metrics; those without weights are left out, with a line.
+  """Opens metrics; logs which are left out for want of weights.
 
   Args:
     asked: keys of metrics, besides those that are always computed.
-    weights: by metric, where its network's are; "", as for others: the cache,
-      or the package that has them.
+    weights: by metric, the file of its network's; "": the usual place.
     subject: what is measured.
 
   Raises:
-    ValueError: a file that is not what it should be.
+    UserError: a file of weights has other contents.
   """
   paths = {
     metrics_table.METRICS[key].network: path
@@ -153,8 +149,8 @@ def load_reference(
   """The statistics of a network's features that metrics compare with.
 
   Raises:
-    ValueError: a file that is not what it should be, or that lacks the features
-      of single images where a metric needs them.
+    UserError: a file of other contents, or without the features of single
+      images that a metric needs.
   """
   statistics = fid.load_statistics(path, network.features)
   for key, metric in set_measures.compared_with_originals(metrics).items():

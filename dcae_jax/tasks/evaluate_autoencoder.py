@@ -41,14 +41,13 @@ FLOOR = "block_pca"  # in `config.compare`
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a config that cannot be run; reads descriptions."""
-  others = config.compare
+  """Raises UserError for a config that cannot be run; reads descriptions."""
   if config.init_from and config.variant:
     raise errors.UserError(
       f"config.init_from={config.init_from} and config.variant="
       f"{config.variant} exclude each other; leave one of them empty"
     )
-  if not (config.init_from or config.variant or others):
+  if not (config.init_from or config.variant or config.compare):
     raise errors.UserError(
       "config.init_from is empty; name a run, a folder or file of released "
       "weights, or a hub id, or a config.variant for its initial values"
@@ -58,25 +57,20 @@ def check(config: ConfigDict) -> None:
   precision.check_dtype(config.dtype)
   metric_networks.check(config)
   metric_networks.check_reference(config)
-  if config.init_from:
-    _check_model(config.init_from, config)
-  if config.variant:
-    variant = families.check_variant(config.variant)
-    compression = variant.spatial_compression * config.space_to_channel
-    models.check_sides(config.resolutions, compression)
-  for other in others:
+  if config.init_from or config.variant:
+    _check_model(config)
+  for other in config.compare:
     if other == FLOOR:
       _check_floor(config)
     elif is_evaluation(other):
       evaluation_report.check(epath.Path(other).expanduser())
     else:
-      _check_model(other, _config_of_other(config, other))
+      _check_model(_config_of_other(config, other))
 
 
-def _check_model(path: str, config: ConfigDict) -> None:
-  variant, channels = models.variant_of(path)
-  image_decoding.check_channels(channels)
-  compression = variant.spatial_compression * config.space_to_channel
+def _check_model(config: ConfigDict) -> None:
+  compression, _, image_channels = _latent_size(config)
+  image_decoding.check_channels(image_channels)
   models.check_sides(config.resolutions, compression)
 
 
@@ -105,22 +99,16 @@ def _latent_size(config: ConfigDict) -> tuple[int, int, int]:
 
 
 def _material(config: ConfigDict) -> floor.Material:
-  """What block PCA is fitted on.
-
-  Raises:
-    ValueError: it is not here.
-  """
+  """What block PCA is fitted on; UserError if it is not here."""
   decoding = images.Decoding(
     _latent_size(config)[2], max_megapixels=config.max_megapixels
   )
   if config.fit_source.kind:
-    return floor.Material(
-      image_sources.weighted_sources(config.fit_source), decoding
-    )
+    weighted = image_sources.weighted_sources(config.fit_source)
+    return floor.Material(weighted, decoding)
   if not work_directory.is_run(config.init_from):
-    return floor.Material(
-      [(image_sources.single_source(config.source), 1.0)], decoding
-    )
+    source = image_sources.single_source(config.source)
+    return floor.Material([(source, 1.0)], decoding)
   try:
     return floor.of_run(config.init_from)
   except ValueError as error:
@@ -140,9 +128,8 @@ def _config_of_other(config: ConfigDict, path: str) -> ConfigDict:
   """The evaluation of one that is compared: as it is, by its own name."""
   name = _name_of_floor(config) if path == FLOOR else ""
   own = config.copy_and_resolve_references()
-  with own.unlocked():
-    own.update({"init_from": path, "variant": "", "name": name, "compare": ()})
-    own.space_to_channel = 1
+  own.update({"init_from": path, "variant": "", "name": name, "compare": ()})
+  own.space_to_channel = 1
   return own
 
 

@@ -36,35 +36,23 @@ _LOG = logging.getLogger(__name__)
 _PICTURE, _PLOT = "samples.png", "guidance.png"
 _PICTURE_SIDE = 128  # pixels of an image in the picture, at most
 _IDENTITY = "parts/identity.json"
-_GROWS = ("samples", "guidance")  # of the identity: what may become more
 
 
 class _Inputs(NamedTuple):
-  """What an evaluation reads, opened.
-
-  Attributes:
-    model: of the training run, and how it is sampled.
-    step: of the averages.
-    variables: the averages, on all devices of this process.
-    decoder: of the latents.
-    choices: the conditions that are drawn.
-    store: whose images the picture shows; None: it shows none.
-    metrics: with their weights.
-    references: that they compare with, by the network's key.
-  """
+  """What an evaluation reads, opened."""
 
   model: sampling.LatentDiffusion
-  step: int
-  variables: Any
+  step: int  # of the averages
+  variables: Any  # the averages, on all devices of this process
   decoder: samples.Decoder
-  choices: conditioning.Condition
-  store: reader.Latents | None
+  choices: conditioning.Condition  # that are drawn
+  store: reader.Latents | None  # of images for the picture
   metrics: metric_networks.Opened
-  references: dict[str, fid.Statistics]
+  references: dict[str, fid.Statistics]  # by the network's key
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for numbers that no samples can be drawn with."""
+  """Raises UserError for a config that cannot be run."""
   keys.check(config)
   ways = jax.local_device_count()
   if config.batch_size % ways:
@@ -90,9 +78,8 @@ def _check_metrics(config: ConfigDict) -> None:
   networks = metric_networks.compared(chosen)
   if networks and not config.reference:
     raise errors.UserError(
-      f"config.reference is empty, and some of config.metrics="
-      f"{config.metrics} compare with it; make one with "
-      "configs/reference_statistics.py, or choose others"
+      f"config.reference is empty, and config.metrics={config.metrics} compare "
+      "with it; make one with configs/reference_statistics.py, or choose others"
     )
   if len(networks) > 1 and "{network}" not in config.reference:
     raise errors.UserError(
@@ -132,28 +119,27 @@ def run(
 
 def _open(config: ConfigDict, workdir: epath.Path) -> _Inputs:
   """Checks the work directory, and opens everything; writes nothing."""
-  model = open_model(
-    config,
-    work_directory.read_run_config(config.init_from, "train_diffusion"),
-  )
+  trained = work_directory.read_run_config(config.init_from, "train_diffusion")
+  model = open_model(config, trained)
   description = decode.read_description(config.init_from)
-  choices = model.conditioning.choices(config.classes, description)
+  try:
+    choices = model.conditioning.choices(config.classes, description)
+  except (KeyError, IndexError, TypeError) as error:
+    raise errors.UserError(
+      f"latents.json of {config.init_from} is damaged ({error!r}); bring it "
+      "back, or train again"
+    ) from error
   start.begin(
     config, workdir, ("parts", "images", _PICTURE, _PLOT, "manifest.json")
   )
   store = _open_store(config)
   metrics, references = open_metrics(config)
+  advice = "name it with config.autoencoder"
   ae = decode.load_autoencoder(
-    description,
-    config.autoencoder,
-    "name it with config.autoencoder",
-    config.compute_dtype,
+    description, config.autoencoder, advice, config.compute_dtype
   )
-  step, variables = denoising.averages(
-    config.init_from,
-    model.denoiser,
-    sharding.replicated(sharding.local_mesh()),
-  )
+  whole = sharding.replicated(sharding.local_mesh())
+  step, variables = denoising.averages(config.init_from, model.denoiser, whole)
   decoder = samples.Decoder(ae, description)
   return _Inputs(
     model, step, variables, decoder, choices, store, metrics, references
@@ -166,19 +152,20 @@ def _drawing(config: ConfigDict, inputs: _Inputs) -> samples.Drawing:
   described = {
     key: m for key, m in known if m.network.key in inputs.metrics.weights
   }
+  order = samples.Order(
+    model.conditioning,
+    inputs.choices,
+    at_random=not config.classes,
+    batch_size=config.batch_size,
+    seed=config.seed,
+  )
   return samples.Drawing(
     {scale: model.sample_function(scale, placed) for scale in config.guidance},
     inputs.variables,
     inputs.decoder,
     described,
     inputs.metrics.parameters,
-    samples.Order(
-      model.conditioning,
-      inputs.choices,
-      at_random=not config.classes,
-      batch_size=config.batch_size,
-      seed=config.seed,
-    ),
+    order,
   )
 
 
@@ -202,17 +189,15 @@ def _finish(
     "guidance": measured,
     "absent": absent,
     "reference": {
-      network: {"file": _reference(config, network), "sha256": found.sha256}
-      for network, found in inputs.references.items()
+      network: {"file": _reference(config, network), "sha256": x.sha256}
+      for network, x in inputs.references.items()
     },
     "metric_weights": inputs.metrics.used_weights,
     "versions": versions.versions(),
   }
   for name in (_PICTURE, _PLOT):  # of an earlier start
     (workdir / name).unlink(missing_ok=True)
-  metrics_writer.write_whole(
-    workdir / "result.json", json.dumps(result, indent=2)
-  )
+  metrics_writer.write_json(workdir / "result.json", result)
   if inputs.metrics.metrics:
     metrics_writer.write_whole(workdir / _PLOT, _plot(measured))
   if config.picture.classes:
@@ -224,11 +209,7 @@ def _finish(
 def open_model(
   config: ConfigDict, trained: dict[str, Any]
 ) -> sampling.LatentDiffusion:
-  """Of the config of a training run, and how it is sampled.
-
-  Raises:
-    ValueError: a sampler or classes that do not fit.
-  """
+  """Of the config of a training run; UserError if the sampler does not fit."""
   try:
     trained = keys.completed(trained)
     given = {k: v for k, v in config.sampler.items() if v is not None}
@@ -257,8 +238,8 @@ def open_metrics(
   """The metrics, and what they compare with by the network's key.
 
   Raises:
-    ValueError: no metric has its weights, or a file is not what it should be:
-      samples are dear, and not drawn where they could not be measured.
+    UserError: no metric has its weights, or a file has other contents: samples
+      that could not be measured are not drawn.
   """
   inception = {"gfid": config.weights}
   metrics = metric_networks.open_all(config.metrics, inception, "samples")
@@ -278,7 +259,7 @@ def _reference(config: ConfigDict, network: str) -> str:
 
 
 def _identity(config: ConfigDict, inputs: _Inputs) -> dict[str, Any]:
-  """What samples depend on; must be the same to go on with a directory."""
+  """What must be the same to go on with a directory."""
   weights = {f"{k}_sha256": w.sha256 for k, w in inputs.metrics.weights.items()}
   return {
     "weights_sha256": conversion.fingerprint(inputs.variables),
@@ -303,9 +284,9 @@ def _identity(config: ConfigDict, inputs: _Inputs) -> dict[str, Any]:
 def _check_identity(
   config: ConfigDict, workdir: epath.Path, identity: dict[str, Any], begun: bool
 ) -> None:
-  """Raises ValueError where a work directory holds other samples.
+  """Raises UserError if a work directory holds other samples.
 
-  Before the work has begun there, it may hold fewer.
+  Before the work has begun, it may hold fewer of them, or of other scales.
   """
   path = workdir / _IDENTITY
   if not path.exists():
@@ -316,8 +297,8 @@ def _check_identity(
       )
     if (workdir / "parts").exists() and any((workdir / "parts").iterdir()):
       raise errors.UserError(
-        f"{path} is gone, so that it is not known what the samples there are "
-        "of; bring it back, or choose another --workdir"
+        f"{path} is gone, which tells what the samples there are of; bring it "
+        "back, or choose another --workdir"
       )
     return
   try:
@@ -327,7 +308,7 @@ def _check_identity(
       f"{path} is damaged ({error}); choose another --workdir"
     ) from error
   if not begun:
-    before |= {key: identity[key] for key in _GROWS}
+    before |= {key: identity[key] for key in ("samples", "guidance")}
   differences.check_same(
     before,
     identity,
@@ -343,8 +324,7 @@ def _write_identity(
   config: ConfigDict, workdir: epath.Path, identity: dict[str, Any]
 ) -> None:
   start.write_config(config, workdir)
-  text = json.dumps(identity, indent=2)
-  metrics_writer.write_whole(workdir / _IDENTITY, text)
+  metrics_writer.write_json(workdir / _IDENTITY, identity)
 
 
 def _parts(config: ConfigDict, scale: float) -> list[samples.Part]:
@@ -380,26 +360,21 @@ def _measure(
     squares += float(np.sum(np.square(record.latent_rms, dtype=np.float64)))
     sets.update(len(record.latent_rms), record.described)
   numbers, absent = sets.compute()
-  few = metrics_table.with_too_few(numbers, config.samples)
-  if few:
-    _LOG.warning(
-      "%s of %d samples, fewer than %d: the number orders runs at best",
-      ", ".join(few), config.samples, fid.FEWEST_IMAGES,
-    )  # fmt: skip
+  metric_networks.warn_of_few(numbers, config.samples)
   return {"latent_rms": (squares / config.samples) ** 0.5} | numbers, absent
 
 
 def _plot(measured: dict[str, dict[str, float]]) -> bytes:
   """Each metric over the guidance scale."""
-  points = sorted((float(scale), found) for scale, found in measured.items())
+  points = sorted((float(scale), x) for scale, x in measured.items())
   panels = {
     metric.label: {
-      key: [(scale, found[key]) for scale, found in points if key in found]
+      key: [(scale, x[key]) for scale, x in points if key in x]
       for key, column in metric.columns.items()
       if column.better != "neither"
     }
     for metric in metrics_table.known("samples").values()
-    if any(key in found for _, found in points for key in metric.columns)
+    if any(key in x for _, x in points for key in metric.columns)
   }
   return figures.curves(panels, "guidance scale", marker="o")
 
@@ -408,9 +383,9 @@ def _table(measured: dict[str, dict[str, float]]) -> str:
   columns = metrics_table.columns_of(measured.values())
   titles = [column.title for column in columns.values()]
   rows = [["guidance", "latent RMS", *titles]]
-  for scale, found in measured.items():
-    numbers = [column.text(found.get(key)) for key, column in columns.items()]
-    rows.append([scale, f"{found['latent_rms']:.4g}", *numbers])
+  for scale, values in measured.items():
+    numbers = [column.text(values.get(key)) for key, column in columns.items()]
+    rows.append([scale, f"{values['latent_rms']:.4g}", *numbers])
   return text_table.markdown(rows)
 
 

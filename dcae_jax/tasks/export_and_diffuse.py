@@ -43,11 +43,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
 
 
 def check(config: ConfigDict) -> ConfigDict:
-  """The training's config, with the numbers that latents will have.
-
-  Raises:
-    ValueError: a stage that cannot be run, or does not fit the others.
-  """
+  """The training's config, with the numbers that latents will have."""
   if jax.process_count() > 1:
     raise errors.UserError(
       "export_and_diffuse runs in one process; on a pod, run export_latents, "

@@ -3,7 +3,6 @@
 Started again, it does what is missing.
 """
 
-import json
 import logging
 
 import jax
@@ -75,9 +74,7 @@ def _write_result(
     "seconds": seconds,
     "encoder_share": seconds.get("encoder", 0.0) / seconds["total"],
   }
-  metrics_writer.write_whole(
-    workdir / "result.json", json.dumps(result, indent=2)
-  )
+  metrics_writer.write_json(workdir / "result.json", result)
   _LOG.info(
     "%d rows in %s, %d images unreadable; %.1f %% of the time in the encoder",
     result["count"], result["latents"], result["unreadable"],

@@ -1,6 +1,5 @@
 """What a latent store holds, whether it is whole, what it looks like."""
 
-import json
 import logging
 import os
 from typing import Any
@@ -20,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a config that cannot be run."""
+  """Raises UserError for a config that cannot be run."""
   if not config.latents:
     raise errors.UserError(
       "config.latents is empty; name a latent store, a directory or gs:// "
@@ -30,12 +29,7 @@ def check(config: ConfigDict) -> None:
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
-  """Prints the manifest; writes `samples/*.png` and `result.json`.
-
-  Raises:
-    ValueError: there is no finished store, it is damaged, or another
-      autoencoder was to decode it.
-  """
+  """Prints the manifest; writes `samples/*.png` and `result.json`."""
   check(config)
   start.begin(config, workdir, ("samples",))
   store = reader.Latents(config.latents, retries=config.retries)
@@ -59,9 +53,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     "problems": problems,
     "samples": rows,
   }
-  metrics_writer.write_whole(
-    workdir / "result.json", json.dumps(result, indent=2)
-  )
+  metrics_writer.write_json(workdir / "result.json", result)
   if problems:
     more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
     raise errors.UserError(
@@ -114,19 +106,17 @@ def _plain(values: dict[str, Any]) -> str:
 
 
 def _verify(store: reader.Latents) -> list[str]:
-  progress = progress_lines.Progress(store.manifest["count"])
-  problems = store.verify(progress.add)
-  _LOG.info(
-    "checksums of %d rows: %s",
-    store.manifest["count"], "; ".join(problems[:10]) or "all right",
-  )  # fmt: skip
+  count = store.manifest["count"]
+  problems = store.verify(progress_lines.Progress(count).add)
+  state = "; ".join(problems[:10]) or "all right"
+  _LOG.info("checksums of %d rows: %s", count, state)
   return problems
 
 
 def _sample(config: ConfigDict, rows: int) -> list[int]:
   rng = np.random.default_rng(config.seed)
   chosen = rng.choice(rows, min(config.samples, rows), replace=False)
-  return sorted(int(row) for row in chosen)
+  return np.sort(chosen).tolist()
 
 
 def _write_samples(

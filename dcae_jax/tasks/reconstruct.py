@@ -1,6 +1,5 @@
 """Your own images beside their reconstructions, with PSNR."""
 
-import json
 import logging
 import os
 import pathlib
@@ -26,7 +25,12 @@ _LOG = logging.getLogger(__name__)
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Writes `pictures/*.png`, summary.md and result.json."""
   pictures = sources.pictures(config.input)
-  _check(config)
+  if not config.init_from:
+    raise errors.UserError(
+      "config.init_from is empty; name a run, a folder or file of released "
+      "weights, or a hub id"
+    )
+  keys.check(config)
   # Latents are decoded as they are: the scaling factor does not matter.
   ae = autoencoder.load(
     config.init_from, scaling_factor=1.0, dtype=config.dtype
@@ -59,33 +63,23 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     try:
       image, _ = images.open_image(pictures, i, how)
     except Exception as error:  # whatever a damaged file makes of Pillow
-      skipped.append(f"{pictures.name(i)}: {error}")
+      skipped.append(f"{originals[i]}: {error}")
       _LOG.warning("skipped %s", skipped[-1])
       continue
     original = np.asarray(image).reshape(image.height, image.width, -1)
     picture, psnr = _side_by_side(ae, original, options)
     metrics_writer.write_png(workdir / name, picture)
     rows.append(
-      {"image": pictures.name(i), "file": name, "width": image.width,
+      {"image": originals[i], "file": name, "width": image.width,
        "height": image.height, "psnr": psnr}
     )  # fmt: skip
     seconds = (time.monotonic() - begun) / (i + 1) * (len(names) - i - 1)
     _LOG.info(
       "%d/%d %s: %d x %d, %.2f dB; about %.0f s left",
-      i + 1, len(names), pictures.name(i), image.width, image.height, psnr,
-      seconds,
+      i + 1, len(names), originals[i], image.width, image.height, psnr, seconds,
     )  # fmt: skip
   _write(workdir, config.init_from, ae.variant, rows, skipped)
   return True
-
-
-def _check(config: ConfigDict) -> None:
-  if not config.init_from:
-    raise errors.UserError(
-      "config.init_from is empty; name a run, a folder or file of released "
-      "weights, or a hub id"
-    )
-  keys.check(config)
 
 
 def _side_by_side(
@@ -129,16 +123,13 @@ def _write(
   skipped: list[str],
 ) -> None:
   mean = float(np.mean([row["psnr"] for row in rows]))
-  lines = [
+  lines = ["| picture | size | PSNR | side by side |", "| --- " * 4 + "|"]
+  lines += [
     f"| {_cell(row['image'])} | {row['width']} x {row['height']} "
     f"| {row['psnr']:.2f} dB | {_cell(row['file'])} |"
     for row in rows
   ]
-  table = "\n".join(
-    ["| picture | size | PSNR | side by side |", "| --- | --- | --- | --- |"]
-    + lines
-    + [f"| mean of {len(rows)} | | {mean:.2f} dB | |"]
-  )
+  table = "\n".join([*lines, f"| mean of {len(rows)} | | {mean:.2f} dB | |"])
   missing = "".join(f"\n- skipped {reason}" for reason in skipped)
   metrics_writer.write_whole(
     workdir / "summary.md",
@@ -146,7 +137,5 @@ def _write(
     f"{missing}\n",
   )
   result = {"psnr": mean, "pictures": rows, "skipped": skipped}
-  metrics_writer.write_whole(
-    workdir / "result.json", json.dumps(result, indent=2)
-  )
+  metrics_writer.write_json(workdir / "result.json", result)
   _LOG.info("\n%s\n\nsummary: %s", table, workdir / "summary.md")

@@ -5,7 +5,6 @@ read as their `config.reference`; with features of some of the images, for
 precision and recall of samples.
 """
 
-import json
 import logging
 
 import jax
@@ -27,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a config that cannot be run."""
+  """Raises UserError for a config that cannot be run."""
   keys.check(config)
   measuring.check_reading(config)
   known = metrics_table.describing_networks()
@@ -60,17 +59,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     sharding.check_images(resolution, mesh)
   start.write_config(config, workdir)
   reader = measuring.EvaluationImages(
-    source,
-    decoding,
-    mesh,
-    batch_size=config.batch_size,
-    max_images=config.max_images,
-    threads=config.threads,
+    source, decoding, mesh, config, config.threads
   )
-  # Sources are in the order of their classes: all of them shall be there.
-  chosen = np.linspace(
-    0, reader.total - 1, min(config.features, reader.total)
-  ).astype(int)
+  # Evenly spaced: sources are in the order of their classes.
+  number = min(config.features, reader.total)
+  chosen = np.linspace(0, reader.total - 1, number).astype(int)
   counts = {}
   for (key, side), name in names.items():
     network, parameters = known[key], weights[key].parameters
@@ -94,13 +87,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       "crop": images.EVALUATION_CROP,
       "source": keys.resolved(config.source) | {"files": len(source)},
       "weights": {
-        key: {"sha256": found.sha256, "is_published": found.is_published}
-        for key, found in weights.items()
+        key: {"sha256": x.sha256, "is_published": x.is_published}
+        for key, x in weights.items()
       },
     }
-    metrics_writer.write_whole(
-      workdir / "result.json", json.dumps(result, indent=2)
-    )
+    metrics_writer.write_json(workdir / "result.json", result)
   return True
 
 

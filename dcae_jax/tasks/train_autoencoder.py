@@ -100,9 +100,8 @@ def run(
     inputs.held_out,
     inputs.held_out_decoding,
     training.mesh,
-    batch_size=config.evaluation.batch_size,
-    max_images=config.evaluation.max_images,
-    threads=config.data.threads,
+    config.evaluation,
+    config.data.threads,
   )
 
   def finish(step):
@@ -158,9 +157,9 @@ def _evaluate(
 ) -> Callable[..., dict[str, float]]:
   """Measures the averages, and writes a picture, at each resolution."""
   config = training.config
-  evaluation = measuring.Evaluation(
-    measuring.networks_of(training.autoencoder, metrics),
-    held_out,
+  measurement = measuring.measurement(
+    training.autoencoder,
+    metrics,
     training.mesh,
     samples=config.evaluation.samples,
   )
@@ -168,7 +167,8 @@ def _evaluate(
   def evaluate(step, state, writer):
     values = {}
     for resolution, prefix in _prefixes(config, "eval").items():
-      measured = evaluation.measure(state.ema, resolution)
+      batches = held_out.batches(resolution)
+      measured = measurement.measure(state.ema, batches)
       values |= {f"{prefix}/{k}": v for k, v in measured.metrics.items()}
       picture = figures.grid(measured.rows)
       writer.image(step, f"reconstructions_{resolution}px", picture)
@@ -206,16 +206,13 @@ def _floor(
   except ValueError as error:
     _LOG.warning("the run has no floor beside it: %s", error)
     return {}
-  evaluation = measuring.Evaluation(
-    measuring.networks_of(fitted, inputs.metrics),
-    held_out,
-    training.mesh,
-    samples=1,
+  measurement = measuring.measurement(
+    fitted, inputs.metrics, training.mesh, samples=1
   )
   variables = measuring.on_mesh(fitted.variables, training.mesh)
   values = {}
   for resolution, prefix in _prefixes(config, "floor").items():
-    found = evaluation.measure(variables, resolution)
+    found = measurement.measure(variables, held_out.batches(resolution))
     values |= {
       f"{prefix}/{key}": value
       for key, value in found.metrics.items()

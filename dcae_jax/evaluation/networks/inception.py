@@ -2,8 +2,7 @@
 
 The network of 2015-12-05 with the weights and the input of `pytorch-fid`, in
 float32. It is not the Inception-v3 of torchvision: its average pools leave the
-padding out, and the last block has a max pool. The statistics of the features
-are `evaluation`'s matter.
+padding out, and the last block has a max pool.
 """
 
 import pathlib
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dcae_jax.evaluation.networks import pretrained
@@ -27,21 +27,13 @@ _BATCH_NORM_EPSILON = 1e-3
 
 
 class Convolution(NamedTuple):
-  """A convolution, its batch normalisation and a ReLU; padded unless strided.
+  """A convolution, its batch normalisation and a ReLU."""
 
-  Attributes:
-    name: in the state dict, inside its block.
-    channels: of the output.
-    size: of the kernel, height and width.
-    stride: 1 or 2.
-    padding: "SAME" or "VALID"; empty: "SAME" where the stride is 1.
-  """
-
-  name: str
-  channels: int
-  size: tuple[int, int] = (1, 1)
+  name: str  # in the state dict, inside its block
+  channels: int  # of the output
+  size: tuple[int, int] = (1, 1)  # of the kernel, height and width
   stride: int = 1
-  padding: str = ""
+  padding: str = ""  # "SAME" or "VALID"; "": "SAME" unless strided
 
 
 class Pool(NamedTuple):
@@ -191,21 +183,14 @@ def _convolve(parameters: Parameters, name: str, x: Array, layer: Convolution):
 
 
 def _pool(x: Array, layer: Pool) -> Array:
-  start, combine = {
-    "max": (-jnp.inf, jax.lax.max),
-    "average": (0.0, jax.lax.add),
-  }[layer.kind]
-  padding = "SAME" if layer.stride == 1 else "VALID"
-
-  def reduce(x):
-    strides = (1, layer.stride, layer.stride, 1)
-    return jax.lax.reduce_window(
-      x, start, combine, (1, 3, 3, 1), strides, padding
-    )
-
-  if layer.kind == "average":  # over what is inside the image
-    return reduce(x) / reduce(jnp.ones((1, *x.shape[1:3], 1)))
-  return reduce(x)
+  options = {
+    "window_shape": (3, 3),
+    "strides": (layer.stride, layer.stride),
+    "padding": "SAME" if layer.stride == 1 else "VALID",
+  }
+  if layer.kind == "max":
+    return nn.max_pool(x, **options)
+  return nn.avg_pool(x, **options, count_include_pad=False)
 
 
 def _apply(
@@ -255,16 +240,14 @@ def features(
 ) -> tuple[Float[Array, "b 2048"], Float[Array, "b 1008"]]:
   """What the Frechet inception distance and the inception score are made of.
 
-  Args:
-    parameters: from `load`.
-    images: values from 0 to 255, whole numbers, of any size; 3 channels, or 1
-      (grey, repeated to 3). They are resized to 299 x 299 and brought to
-      [-1, 1] as `pytorch-fid` does it; `torch-fidelity` resizes differently.
+  Images have whole numbers from 0 to 255, any size, and 3 channels or 1 (grey).
+  They are resized to 299 x 299 and brought to [-1, 1] as `pytorch-fid` does it;
+  `torch-fidelity` resizes differently.
 
   Returns:
-    The features after the last pool, and the logits of the 1008 classes. The
-    bias of the last layer is left out: so the first scores were computed, and
-    those of `torch-fidelity` still are.
+    The features after the last pool, and the logits of the 1008 classes without
+    the bias of the last layer, as the first scores were computed, and those of
+    `torch-fidelity` still are.
   """
   x = _resize(images.astype(jnp.float32))
   if x.shape[-1] == 1:
@@ -280,7 +263,7 @@ def features(
 def _convolutions(
   prefix: str, channels: int, layers: tuple[Layer, ...]
 ) -> Iterator[tuple[str, int, Convolution]]:
-  """Name, input channels and description of each; returns output channels."""
+  """Yields name, input channels and layer; returns the output channels."""
   for layer in layers:
     if isinstance(layer, Convolution):
       yield prefix + layer.name, channels, layer
@@ -295,7 +278,7 @@ def _convolutions(
 
 
 def parameter_shapes() -> dict[str, tuple[int, ...]]:
-  """Names and shapes of the tensors that the published file holds."""
+  """Of the tensors in the published file that are used."""
   shapes = {}
   for name, channels, layer in _convolutions("", 3, LAYERS):
     shapes[f"{name}.conv.weight"] = (layer.channels, channels, *layer.size)
@@ -316,9 +299,8 @@ def load(path: str = "") -> pretrained.Pretrained:
     "<name>/kernel" (HWIO) and "<name>/bias", and the last layer's "fc/kernel".
 
   Raises:
-    AbsentWeightsError: the file is not in the cache; the message ends with the
-      command that gets it.
-    ValueError: no such file; one with another hash, other names or shapes.
+    AbsentWeightsError: the file is not in the cache.
+    UserError: no such file; one with another hash, other names or shapes.
   """
   cached = pretrained.cache_directory() / FILE
   source = pathlib.Path(path).expanduser() if path else cached

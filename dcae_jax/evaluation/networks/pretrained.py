@@ -1,9 +1,8 @@
 """The weight files of the metric networks: where they lie, whether they are the
 published ones, and what is in them.
 
-A number that was computed with other weights than the published ones compares
-with no other number, so that what was read is told with its sha256. What a name
-or a shape means is each network's own file's matter.
+Numbers computed with other weights than the published ones compare with no
+others, so that results name the sha256 of what was read.
 """
 
 import hashlib
@@ -22,13 +21,9 @@ from dcae_jax.autoencoder.weights import torch_files
 
 
 class Pretrained(NamedTuple):
-  """A network's weights, and where they came from.
+  """A network's weights, float32, and the file that they were read from.
 
-  Attributes:
-    parameters: float32, as the network's functions take them.
-    file: that was read.
-    sha256: of that file.
-    is_published: the file is the published one, bit for bit.
+  `is_published` tells that it is the published one, bit for bit.
   """
 
   parameters: dict[str, np.ndarray]
@@ -38,7 +33,7 @@ class Pretrained(NamedTuple):
 
 
 class AbsentWeightsError(ValueError):
-  """There are no weights; the message holds the command that gets them."""
+  """There are no weights; the message ends with the command that gets them."""
 
 
 def cache_directory() -> pathlib.Path:
@@ -48,7 +43,7 @@ def cache_directory() -> pathlib.Path:
 
 
 def package_directory(name: str) -> pathlib.Path | None:
-  """Where a package is installed; it is not imported. None: it is not."""
+  """Where a package is installed, if it is; it is not imported."""
   spec = importlib.util.find_spec(name)
   if spec is None or not spec.origin:
     return None
@@ -56,11 +51,7 @@ def package_directory(name: str) -> pathlib.Path | None:
 
 
 def sha256(path: pathlib.Path) -> str:
-  """Of a file, in hexadecimal digits.
-
-  Raises:
-    ValueError: there is no such file, or it cannot be read.
-  """
+  """Of a file, in hexadecimal digits; UserError if it cannot be read."""
   try:
     with path.open("rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
@@ -71,32 +62,18 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def require_published(
-  path: pathlib.Path, found: str, published: str, remedy: str
+  path: pathlib.Path, digest: str, published: str, remedy: str
 ) -> None:
-  """Refuses a file that is not bit for bit the published one.
-
-  Args:
-    path: of the file.
-    found: its sha256.
-    published: the published file's.
-    remedy: what to do, "run ...".
-
-  Raises:
-    ValueError: the two differ.
-  """
-  if found != published:
+  """Raises UserError unless the sha256 of a file is the published one."""
+  if digest != published:
     raise errors.UserError(
-      f"weights: {path} has sha256 {found}, not the published {published}; "
+      f"weights: {path} has sha256 {digest}, not the published {published}; "
       f"{remedy}"
     )
 
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """All arrays of an `.npz` file.
-
-  Raises:
-    ValueError: it is damaged, or holds other things than arrays.
-  """
+  """All arrays of an `.npz` file; UserError if it is damaged."""
   try:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
       arrays = {name: archive[name] for name in archive.files}
@@ -125,11 +102,11 @@ def checked(
   path: pathlib.Path,
   network: str,
 ) -> dict[str, np.ndarray]:
-  """The arrays in float32, after a look at their names and shapes.
+  """The arrays in float32.
 
   Raises:
-    ValueError: one is missing, unexpected, mis-shaped or not of real numbers
-      (the message lists the first of many), or has values that cannot be.
+    UserError: one is missing, unexpected, mis-shaped or not of real numbers, or
+      has values that are not finite.
   """
   wrong = sorted(
     name
@@ -146,15 +123,15 @@ def checked(
       f"mis-shaped: {names}{more}"
     )
   with np.errstate(over="ignore"):  # it is infinite then
-    found = {name: np.asarray(arrays[name], np.float32) for name in shapes}
-  for name, array in found.items():
+    tensors = {name: np.asarray(arrays[name], np.float32) for name in shapes}
+  for name, array in tensors.items():
     is_variance = name.endswith("running_var")
     if not np.isfinite(array).all() or (is_variance and array.min() < 0):
       raise errors.UserError(
         f"weights: {name} in {path} has values that are not finite, or "
         "negative variances; make the file again"
       )
-  return found
+  return tensors
 
 
 def load_state_dict(
@@ -171,13 +148,13 @@ def load_state_dict(
     path: of the published file, or of an `.npz` or `.safetensors` with the same
       names and shapes.
     shapes: of the tensors that the network needs.
-    ignored: a regular expression; other tensors of such names may be there too.
+    ignored: regular expression for the names of other tensors in the file.
     published: sha256 of the published file.
     network: its name, for messages.
-    remedy: what to do where the published file is damaged, "run ...".
+    remedy: what to do if the published file is damaged, "run ...".
 
   Raises:
-    ValueError: no such file, another hash, other names or shapes.
+    UserError: no such file, another hash, other names or shapes.
   """
   digest = sha256(path)
   readers = {".npz": read_npz, ".safetensors": _read_safetensors}
@@ -200,14 +177,8 @@ def fold_batch_norm(
 ) -> tuple[np.ndarray, np.ndarray]:
   """A convolution without bias and the batch normalisation after it, as one.
 
-  Args:
-    tensors: of a state dict; kernels are OIHW.
-    convolution: name of its module.
-    norm: name of its module.
-    epsilon: beside the variance.
-
-  Returns:
-    Kernel, HWIO, and bias, float32.
+  The tensors are of a state dict, with kernels OIHW, the names of modules.
+  Returns the kernel, HWIO, and the bias, float32.
   """
   scale, bias, mean, variance = (
     tensors[f"{norm}.{leaf}"].astype(np.float64)

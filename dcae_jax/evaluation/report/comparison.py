@@ -1,5 +1,5 @@
-"""What a report says about evaluations in numbers and words: its table, and
-notes on what is absent or does not compare. Plain text; nothing is written.
+"""The table of a report of evaluations, and notes on what is absent or does not
+compare; plain text.
 """
 
 import json
@@ -14,39 +14,42 @@ Runs = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def table(runs: Runs) -> list[list[str]]:
-  """The paper's table 2 and the latents' statistics; the first row is heads."""
-  columns = metrics_table.columns_of(
-    found for _, result in runs for found in result["resolutions"].values()
-  )
+  """The paper's table 2 and the latents' statistics, below a row of heads."""
+  columns = metrics_table.columns_of(values for *_, values in _rows(runs))
   header = ["autoencoder", "latent", "px", "images"]
   header += [column.title for column in columns.values()]
   rows = [[*header, "latent mean", "std", "RMS", "scaling factor"]]
-  for name, result in runs:
-    for resolution, found in result["resolutions"].items():
-      latent, autoencoder = found["latent"], result["autoencoder"]
-      side = int(resolution) // autoencoder["spatial_compression"]
-      shape = f"{side} x {side} x {autoencoder['latent_channels']}"
-      row = [name, shape, resolution, f"{found['images']:,}"]
-      row += [column.text(found.get(key)) for key, column in columns.items()]
-      row += [f"{latent[key]:.4g}" for key in ("mean", "std", "rms")]
-      factor = latent["scaling_factor"]
-      rows.append([*row, "absent" if factor is None else f"{factor:.4g}"])
+  for name, result, resolution, values in _rows(runs):
+    latent, autoencoder = values["latent"], result["autoencoder"]
+    side = int(resolution) // autoencoder["spatial_compression"]
+    shape = f"{side} x {side} x {autoencoder['latent_channels']}"
+    row = [name, shape, resolution, f"{values['images']:,}"]
+    row += [column.text(values.get(key)) for key, column in columns.items()]
+    row += [f"{latent[key]:.4g}" for key in ("mean", "std", "rms")]
+    factor = latent["scaling_factor"]
+    rows.append([*row, "absent" if factor is None else f"{factor:.4g}"])
   return rows
 
 
+def _rows(runs: Runs) -> list[tuple[str, Any, str, Any]]:
+  """Name, result, resolution and numbers of each row."""
+  return [
+    (name, result, resolution, values)
+    for name, result in runs
+    for resolution, values in result["resolutions"].items()
+  ]
+
+
 def notes(runs: Runs) -> list[tuple[str, str]]:
-  """What is to be known of the table: what a note is about, and the rest of
-  the sentence.
-  """
+  """Notes on the table: what each is about, and the rest of the sentence."""
   return _absent(runs) + _unverified(runs) + _differences(runs) + _few(runs)
 
 
 def _absent(runs: Runs) -> list[tuple[str, str]]:
   reasons = {}
-  for _, result in runs:
-    for resolution, found in result["resolutions"].items():
-      for metric, reason in found["absent"].items():
-        reasons.setdefault((metric, reason), set()).add(f"{resolution} px")
+  for *_, resolution, values in _rows(runs):
+    for metric, reason in values["absent"].items():
+      reasons.setdefault((metric, reason), set()).add(f"{resolution} px")
   return [
     (metric, f"is absent at {', '.join(sorted(where))}: {reason}")
     for (metric, reason), where in reasons.items()
@@ -67,7 +70,7 @@ def _unverified(runs: Runs) -> list[tuple[str, str]]:
 
 
 def _differences(runs: Runs) -> list[tuple[str, str]]:
-  """What was not the same for all runs, so that their rows do not compare."""
+  """Conditions that runs do not share, so that their rows do not compare."""
   conditions = [
     {
       "images": result["config"]["source"],
@@ -81,7 +84,7 @@ def _differences(runs: Runs) -> list[tuple[str, str]]:
     }
     for _, result in runs
   ]
-  found = []
+  notes = []
   for what in dict.fromkeys(key for keys in conditions for key in keys):
     values = [json.dumps(of_run.get(what, "none")) for of_run in conditions]
     if len(set(values)) > 1:
@@ -89,18 +92,15 @@ def _differences(runs: Runs) -> list[tuple[str, str]]:
         f"{name}: {value}"
         for (name, _), value in zip(runs, values, strict=True)
       )
-      found.append(
-        (what, f"differ between rows, which do not compare ({text})")
-      )
-  return found
+      notes.append((what, f"differ between rows: do not compare them ({text})"))
+  return notes
 
 
 def _few(runs: Runs) -> list[tuple[str, str]]:
   counts = {
-    found["images"]
-    for _, result in runs
-    for found in result["resolutions"].values()
-    if metrics_table.with_too_few(found, found["images"])
+    values["images"]
+    for *_, values in _rows(runs)
+    if metrics_table.with_too_few(values, values["images"])
   }
   if not counts:
     return []

@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
 
 def check(directory: epath.Path) -> None:
-  """Raises ValueError unless a report can be made of a finished evaluation."""
+  """Raises UserError unless a report can be made of a finished evaluation."""
   with tempfile.TemporaryDirectory(prefix="dcae_jax_report_") as aside:
     try:
       write(epath.Path(aside) / "report", read([directory]))
@@ -63,16 +63,9 @@ def write(
   runs: Sequence[Run],
   notes: Sequence[tuple[str, str]] = (),
 ) -> html_page.Contents:
-  """Writes the report of one or several evaluations.
+  """Writes the report of evaluations into a directory.
 
-  Args:
-    report: the directory that gets it.
-    runs: of `read`, in the order of the table.
-    notes: on what is not among them: what each is about, and the rest of the
-      sentence.
-
-  Returns:
-    What the page shows.
+  `notes`, as of `comparison.notes`, are on what is not among the runs.
   """
   named = [(run.name, run.result) for run in runs]
   (report / "pictures").mkdir(parents=True)
@@ -110,7 +103,7 @@ def _write_curves(report: epath.Path, runs: Sequence[Run]) -> str:
 
 
 def _latents(report: epath.Path, size: str, run: Run) -> tuple[str, str]:
-  """Copies the picture of a run's latents; its title, and its file."""
+  """Copies the picture of a run's latents; returns its title and file."""
   file = f"pictures/{size}px_{run.slug}_latents.png"
   source = run.directory / "pictures" / f"{size}px" / "latents.png"
   metrics_writer.write_png(report / file, metrics_writer.read_png(source))
@@ -145,7 +138,7 @@ def _caption(values: Mapping[str, float]) -> str:
   return ", ".join(
     f"{metric.label} {metric.columns[key].text(values[key])}"
     for key, metric in metrics_table.METRICS.items()
-    if metric.of_pairs is not None and key in values
+    if metric.of_pairs and key in values
   )
 
 
@@ -173,19 +166,14 @@ def _samples(
   """Runs share a figure where their originals are the same, bit for bit."""
   rows = [run.rows(size, "samples") for run in runs]
   made = []
-  for index in dict.fromkeys(index for found in rows for index in found):
-    groups = []
-    for run, found in zip(runs, rows, strict=True):
-      if index not in found:
-        continue
-      original = run.picture(size, index, "")
-      for known, versions in groups:
-        if np.array_equal(known, original):
-          versions.append((run, found))
-          break
-      else:
-        groups.append((original, [(run, found)]))
-    made += [_figure(report, size, index, versions) for _, versions in groups]
+  for index in dict.fromkeys(index for of_run in rows for index in of_run):
+    groups = {}
+    for run, of_run in zip(runs, rows, strict=True):
+      if index in of_run:
+        original = run.picture(size, index, "")
+        key = original.shape, original.tobytes()
+        groups.setdefault(key, []).append((run, of_run))
+    made += [_figure(report, size, index, x) for x in groups.values()]
   return made
 
 
@@ -207,15 +195,15 @@ def _figure(
 
   made = []
   for run, values in versions:
-    found = run.picture(size, index, "_reconstruction")
+    pixels = run.picture(size, index, "_reconstruction")
     prefix = f"{stem}_{run.slug}"
     made.append(
       html_page.Version(
         run.name,
         _caption(values[index]),
-        save(f"{prefix}.png", found),
-        save(f"{prefix}_crop.png", found[window]),
-        save(f"{prefix}_error.png", figures.error_map(original, found)),
+        save(f"{prefix}.png", pixels),
+        save(f"{prefix}_crop.png", pixels[window]),
+        save(f"{prefix}_error.png", figures.error_map(original, pixels)),
       )
     )
   return html_page.Figure(

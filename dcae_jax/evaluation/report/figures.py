@@ -15,15 +15,10 @@ def grid(
   labels: Sequence[str] | None = None,
   headings: Mapping[int, str] | None = None,
 ) -> np.ndarray:
-  """One row per array uint8 [n, h, w, c].
+  """One row per array uint8 [n, h, w, c], all of one shape.
 
-  Args:
-    rows: of one shape.
-    labels: of the rows, on the left.
-    headings: of columns, by their numbers; each may reach over those behind.
-
-  Returns:
-    uint8 [height, width, 3].
+  Labels of the rows are on the left, headings of columns, by their number,
+  above. Returns uint8 [height, width, 3].
   """
   n, height, width, _ = rows[0].shape
   font = ImageFont.load_default(size=max(11, height // 10))
@@ -93,8 +88,7 @@ def reduced(image: np.ndarray, side: int) -> np.ndarray:
 def error_map(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
   """Mean absolute difference over channels, as colours from black to white.
 
-  White is 64 of 255 or more, dark red a few. Images uint8 [h, w, c]; returns
-  uint8 [h, w, 3].
+  White is 64 of 255 or more, dark red a few. All are uint8 [h, w, c].
   """
   difference = np.abs(original.astype(float) - reconstruction).mean(axis=-1)
   scaled = 3 * np.clip(difference / 64, 0, 1)[..., None]
@@ -104,7 +98,7 @@ def error_map(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
 def detailed_window(image: np.ndarray, parts: int = 4) -> tuple[slice, slice]:
   """The window of 1 / `parts` of each side that has the strongest edges.
 
-  Image uint8 [h, w, c]; windows lie at half steps of their size.
+  The image is uint8 [h, w, c]; windows lie at half steps of their size.
   """
   height, width, _ = image.shape
   size = (max(height // parts, 1), max(width // parts, 1))
@@ -144,11 +138,9 @@ def latent_channels(latents: np.ndarray) -> np.ndarray:
 def loss_curves(
   runs: Mapping[str, Sequence[Mapping[str, float]]], metrics: Sequence[str]
 ) -> bytes:
-  """A PNG with a panel per run and a curve per metric, over steps.
+  """A PNG with a panel per run and a curve per metric that it has, over steps.
 
-  Args:
-    runs: name to the lines of its metrics.jsonl.
-    metrics: to draw, where a run has them.
+  `runs` are lines of metrics.jsonl, by name.
   """
   panels = {
     name: {
@@ -165,13 +157,7 @@ def curves(
   x_label: str,
   marker: str = "",
 ) -> bytes:
-  """A PNG with a panel per title, and a curve per name.
-
-  Args:
-    panels: by title, curves by name, of points (x, y); empty ones are left out.
-    x_label: of all panels.
-    marker: of the points, as matplotlib names them.
-  """
+  """A PNG with a panel per title, and a curve per name of points (x, y)."""
   from matplotlib.backends import backend_agg  # slow to import; reports only
   from matplotlib.figure import Figure
 

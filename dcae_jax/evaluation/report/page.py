@@ -1,7 +1,6 @@
 """The evaluation's report: one static HTML page, beside the pictures it shows.
 
-Text in, text out; files are written elsewhere. The page opens from disk and
-asks no network for anything.
+It opens from disk and asks no network for anything.
 """
 
 import html
@@ -42,21 +41,13 @@ class Section(NamedTuple):
 
 
 class Contents(NamedTuple):
-  """What the page shows; files relative to it.
-
-  Attributes:
-    runs: the evaluations.
-    notes: what each is about, and the rest of the sentence.
-    curves: a picture of the losses of training; "": there are none.
-    sections: of pictures.
-    latents: title and file of pictures of latent channels.
-  """
+  """What the page shows; files relative to it."""
 
   runs: comparison.Runs
-  notes: Sequence[tuple[str, str]]
-  curves: str
+  notes: Sequence[tuple[str, str]]  # as of `comparison.notes`
+  curves: str  # a picture of the losses of training; "": there are none
   sections: Sequence[Section]
-  latents: Sequence[tuple[str, str]]
+  latents: Sequence[tuple[str, str]]  # title and file of pictures
 
 
 def page(contents: Contents) -> str:
@@ -74,7 +65,7 @@ def page(contents: Contents) -> str:
     "<h2>How many images have which value</h2>",
     _histograms(runs),
     "<h2>Pictures</h2>",
-    _legend(),
+    _LEGEND,
     *(_section(section) for section in contents.sections),
     "<h2>Latent channels</h2>",
     *(
@@ -117,14 +108,6 @@ def _notes(notes: Sequence[tuple[str, str]]) -> str:
   return f"<ul class=notes>{''.join(lines)}</ul>" if notes else ""
 
 
-def _legend() -> str:
-  return (
-    "<p class=notes>Drag the slider between two versions. Beside them stand a "
-    "crop, a quarter of each side, and the error, the mean over channels: "
-    "black is 0, white 64 of 255 or more.</p>"
-  )
-
-
 def _section(section: Section) -> str:
   figures = "".join(map(_figure, section.figures))
   return f"<h3>{html.escape(section.title)}</h3>{figures}"
@@ -133,10 +116,6 @@ def _section(section: Section) -> str:
 def _image(file: str, alt: str, of_class: str) -> str:
   file, alt = (html.escape(text, quote=True) for text in (file, alt))
   return f"<img class={of_class} loading=lazy src='{file}' alt='{alt}'>"
-
-
-def _tile(caption: str, content: str) -> str:
-  return f"<div><p>{caption}</p>{content}</div>"
 
 
 def _figure(figure: Figure) -> str:
@@ -158,25 +137,18 @@ def _figure(figure: Figure) -> str:
     f"{_image(left_file, left, 'left')}</div>"
     "<input type=range min=0 max=100 value=50 aria-label=divide>"
   )
-  tiles = [
-    _tile(f"{choice(0)} {choice(1)}", slider),
-    _tile("<b>original</b>", _image(figure.crop, "original, crop", "pixels")),
-  ]
+  crop = _image(figure.crop, "original, crop", "pixels")
+  tiles = [(f"{choice(0)} {choice(1)}", slider), ("<b>original</b>", crop)]
   for version in figure.versions:
-    name = html.escape(version.run)
-    tiles += [
-      _tile(
-        f"<b>{name}</b><br>{html.escape(version.caption)}",
-        _image(version.crop, f"{version.run}, crop", "pixels"),
-      ),
-      _tile(
-        f"<b>{name}</b><br>error",
-        _image(version.error, f"{version.run}, error", "pixels"),
-      ),
-    ]
+    name, caption = html.escape(version.run), html.escape(version.caption)
+    crop = _image(version.crop, f"{version.run}, crop", "pixels")
+    error = _image(version.error, f"{version.run}, error", "pixels")
+    tiles.append((f"<b>{name}</b><br>{caption}", crop))
+    tiles.append((f"<b>{name}</b><br>error", error))
+  tiles = "".join(f"<div><p>{text}</p>{tile}</div>" for text, tile in tiles)
   return (
     f"<figure><figcaption>{html.escape(figure.title)}</figcaption>"
-    f"<div class=tiles>{''.join(tiles)}</div></figure>"
+    f"<div class=tiles>{tiles}</div></figure>"
   )
 
 
@@ -239,13 +211,12 @@ def _latent_statistics(runs: comparison.Runs) -> str:
   """Mean, deviation and RMS of each channel, folded away."""
   parts = []
   for name, result in runs:
-    for size, found in result["resolutions"].items():
-      channels = found["latent"]["channels"]
+    for size, numbers in result["resolutions"].items():
+      channels = numbers["latent"]["channels"]
+      columns = (channels[key] for key in ("mean", "std", "rms"))
       rows = "".join(
         f"<tr><td>{i}<td>{mean:.4g}<td>{std:.4g}<td>{rms:.4g}</tr>"
-        for i, (mean, std, rms) in enumerate(
-          zip(channels["mean"], channels["std"], channels["rms"], strict=True)
-        )
+        for i, (mean, std, rms) in enumerate(zip(*columns, strict=True))
       )
       parts.append(
         f"<details><summary>{html.escape(name)}, {size} px: statistics of each "
@@ -261,6 +232,11 @@ def _description(result: Mapping[str, Any]) -> str:
   return json.dumps(shown, indent=2, ensure_ascii=False)
 
 
+_LEGEND = (
+  "<p class=notes>Drag the slider between two versions. Beside them stand a "
+  "crop, a quarter of each side, and the error, the mean over channels: black "
+  "is 0, white 64 of 255 or more.</p>"
+)
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1200px;
 padding:0 1rem;color:#1c1917}

@@ -7,38 +7,28 @@ from dcae_jax.evaluation import metrics as metrics_table
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
   """The first row is heads, the first column names."""
-  rows = [[cell.replace("|", "/") for cell in row] for row in rows]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  header, *rest = (
-    [
-      cell.rjust(width) if i else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    for row in rows
-  )
-  rule = [
-    "-" * (width - 1) + ":" if i else "-" * width
-    for i, width in enumerate(widths)
-  ]
-  lines = [header, rule, *rest]
+  columns = []
+  for i, cells in enumerate(zip(*rows, strict=True)):
+    cells = [cell.replace("|", "/") for cell in cells]
+    width = max(map(len, cells))
+    rule = "-" * (width - 1) + ":" if i else "-" * width
+    cells = [cell.rjust(width) if i else cell.ljust(width) for cell in cells]
+    columns.append([cells[0], rule, *cells[1:]])
+  lines = zip(*columns, strict=True)
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def of_metrics(
-  found: Mapping[str, Mapping[int | str, Mapping[str, float]]],
+  metrics: Mapping[str, Mapping[int | str, Mapping[str, float]]],
 ) -> str:
-  """A row for each resolution and name, those of a resolution together.
-
-  Args:
-    found: by name and resolution, the metrics.
-  """
-  sizes = dict.fromkeys(size for sizes in found.values() for size in sizes)
+  """Of metrics by name and resolution; rows of a resolution are together."""
+  sizes = dict.fromkeys(size for sizes in metrics.values() for size in sizes)
   columns = metrics_table.columns_of(
-    values for sizes in found.values() for values in sizes.values()
+    values for sizes in metrics.values() for values in sizes.values()
   )
   rows = [["", "px", *(column.title for column in columns.values())]]
   for size in sizes:
-    for name, of_name in found.items():
+    for name, of_name in metrics.items():
       if size in of_name:
         values = of_name[size]
         numbers = [x.text(values.get(key)) for key, x in columns.items()]
