@@ -104,7 +104,7 @@ def _join_processes() -> None:
   """Of a pod or a SLURM step, which jax finds; or of those that flags describe.
 
   Raises:
-    ValueError: some of the flags are missing, do not fit each other, or the
+    UserError: some of the flags are missing, do not fit each other, or the
       others are not there in time.
   """
   given = {

@@ -41,7 +41,7 @@ class Conditioning(abc.ABC):
   def of_latents(
     cls, rows: np.ndarray, classes: Sequence[str], path: str
   ) -> "Conditioning":
-    """That of some latents; ValueError for rows that cannot be.
+    """That of some latents; UserError for rows that cannot be.
 
     Args:
       rows: the array of the store; none where there is no store yet.
@@ -67,7 +67,7 @@ class Conditioning(abc.ABC):
 
   @abc.abstractmethod
   def check_chosen(self, chosen: Sequence[Any]) -> None:
-    """Raises ValueError for choices of a user that are not of this kind."""
+    """Raises UserError for choices of a user that are not of this kind."""
 
   @abc.abstractmethod
   def choices(
@@ -76,7 +76,7 @@ class Conditioning(abc.ABC):
     """Those that samples are drawn for: all that are chosen, or were learned.
 
     Raises:
-      ValueError: one that is chosen was not learned.
+      UserError: one that is chosen was not learned.
     """
 
   @abc.abstractmethod

@@ -12,7 +12,7 @@ from dcae_jax.diffusion import conditioning, objectives
 
 
 def check_guidance(scale: float, interval: tuple[float, float] | None) -> None:
-  """Raises ValueError for a negative scale, or an empty interval."""
+  """Raises UserError for a negative scale, or an empty interval."""
   if not 0 <= scale < np.inf:
     what = "negative" if scale < 0 else "not a finite number"
     raise errors.UserError(
@@ -55,7 +55,7 @@ def guided(
       conditional one (arXiv 2404.07724).
 
   Raises:
-    ValueError: a negative scale, or an empty interval.
+    UserError: a negative scale, or an empty interval.
   """
   check_guidance(scale, interval)
   if scale == 1:

@@ -186,7 +186,7 @@ class NoisePrediction:
       per value.
 
     Raises:
-      ValueError: the network's output has the wrong shape.
+      UserError: the network's output has the wrong shape.
     """
     t, noise, output = _noise_and_predict(self, model_fn, key, z, mask)
     epsilon = output[..., : z.shape[-1]]
@@ -333,7 +333,7 @@ def network_output(
   """The network's output at (z, t) as float32.
 
   Raises:
-    ValueError: it has the wrong shape.
+    UserError: it has the wrong shape.
   """
   output = model_fn(z, objective.model_time(t))
   channels = z.shape[-1]
@@ -382,7 +382,7 @@ def random_channel_mask(
   the released networks do by cutting their first and last layer to c' channels.
 
   Raises:
-    ValueError: no candidates, or one that is not 1 to `channels`.
+    UserError: no candidates, or one that is not 1 to `channels`.
   """
   if not candidates or not all(
     type(c) is int and 1 <= c <= channels for c in candidates

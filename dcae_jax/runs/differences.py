@@ -29,7 +29,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 def check_same(
   before: dict[str, Any], now: dict[str, Any], what: str, advice: str
 ) -> None:
-  """Raises ValueError, "`what` (the differences); `advice`", if there are any.
+  """Raises UserError, "`what` (the differences); `advice`", if there are any.
 
   Values that would fill the screen are not shown.
   """

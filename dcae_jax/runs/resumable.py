@@ -37,7 +37,7 @@ class Work:
     """All processes begin the same work in the same place, or none does.
 
     Args:
-      check: raises ValueError where the place holds other work; it is told
+      check: raises UserError where the place holds other work; it is told
         whether this work must have begun there.
       write: begins the work; called on the first process once all have checked.
     """

@@ -40,7 +40,7 @@ class Storage:
       cache_megabytes: of arrays kept in memory once they are read.
 
     Raises:
-      ValueError: the path is neither.
+      UserError: the path is neither.
     """
     for name, value in (
       ("retries", retries), ("cache_megabytes", cache_megabytes)
@@ -98,7 +98,7 @@ class Storage:
     """An object's JSON; None where there is none.
 
     Raises:
-      ValueError: it is damaged, or no mapping.
+      UserError: it is damaged, or no mapping.
     """
     data = self.read(key)
     return None if data is None else self._parsed(key, data)
@@ -116,7 +116,7 @@ class Storage:
     return [entry.value for entry in found]
 
   def read_all_json(self, keys: list[str]) -> list[dict[str, Any]]:
-    """As `read_all`; ValueError where one is damaged."""
+    """As `read_all`; UserError where one is damaged."""
     found = zip(keys, self.read_all(keys), strict=True)
     return [self._parsed(key, data) for key, data in found]
 

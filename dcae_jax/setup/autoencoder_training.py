@@ -237,7 +237,7 @@ def build(
       none.
 
   Raises:
-    ValueError: the config cannot be run.
+    UserError: the config cannot be run.
   """
   keys.check(config)
   _check_images(config)
@@ -307,7 +307,7 @@ def _adversarial(
 
 
 def _check_images(config: ConfigDict) -> None:
-  """Raises ValueError for sides of images that do not fit what reads them."""
+  """Raises UserError for sides of images that do not fit what reads them."""
   sides = config.evaluation.resolutions
   if not sides:
     raise errors.UserError(

@@ -55,7 +55,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_guidance(key: str, scales: Sequence[Any]) -> None:
-  """Raises ValueError for scales that cannot be, or that stand twice."""
+  """Raises UserError for scales that cannot be, or that stand twice."""
   for scale in scales:
     if not _is_number(scale):
       raise errors.UserError(
@@ -96,7 +96,7 @@ def with_store(config: ConfigDict, store: reader.Latents) -> ConfigDict:
   """The config, with the model's numbers taken from the store.
 
   Raises:
-    ValueError: the config has others, or conditions cannot be what they are.
+    UserError: the config has others, or conditions cannot be what they are.
   """
   store.check()
   kind = conditioning_of(config.model)
@@ -120,7 +120,7 @@ def with_numbers(
     found: the conditioning of the latents.
 
   Raises:
-    ValueError: the config has others, or latents are not square.
+    UserError: the config has others, or latents are not square.
   """
   height, width, channels = shape
   if height != width:
@@ -154,7 +154,7 @@ def create(
   """The model of a config whose numbers are filled in.
 
   Raises:
-    ValueError: a sampler that does not fit the objective, too few steps, or an
+    UserError: a sampler that does not fit the objective, too few steps, or an
       interval of guidance that is none.
   """
   learned = _chosen(_OBJECTIVES, objective, "objective")
@@ -180,7 +180,7 @@ def create(
 
 
 def check_same_model(run: str, config: ConfigDict) -> None:
-  """Raises ValueError unless a training run has parameters of this model."""
+  """Raises UserError unless a training run has parameters of this model."""
   before = work_directory.read_run_config(run, "train_diffusion")
   shaping = ("variant", "patch_size", *numbers_of_latents(config.model))
   models = [

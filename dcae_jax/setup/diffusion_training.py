@@ -121,7 +121,7 @@ class Training:
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a config that no latents can be trained with."""
+  """Raises UserError for a config that no latents can be trained with."""
   keys.check(config)
   denoising.check_guidance("config.samples.guidance", config.samples.guidance)
   if config.samples.count and not config.samples.guidance:
@@ -141,7 +141,7 @@ def build(
     devices: that it is for; they need not be there. None: all that are.
 
   Raises:
-    ValueError: the config cannot be run.
+    UserError: the config cannot be run.
   """
   check(config)
   numbers = denoising.numbers_of_latents(config.model)

@@ -28,7 +28,7 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a number that is not within the bounds of its key."""
+  """Raises UserError for a number that is not within the bounds of its key."""
   config = resolved(config)
   values = differences.flat(config)
   for path, key in _keys(config).items():
@@ -72,7 +72,7 @@ def for_device(config: ConfigDict, backend: str) -> ConfigDict:
   """The config with the values that `on_accelerator` has for a GPU or TPU.
 
   Raises:
-    ValueError: they are for a key that is not there.
+    UserError: they are for a key that is not there.
   """
   config = config.copy_and_resolve_references()
   here, there = differences.flat(config.to_dict()), {}

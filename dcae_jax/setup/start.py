@@ -28,7 +28,7 @@ def begin(
     writes: what the task writes there, besides `config.json` and `result.json`.
 
   Raises:
-    ValueError: it belongs to a run of another config, or holds something else
+    UserError: it belongs to a run of another config, or holds something else
       that would be written over.
     OSError: a bucket that is not there, or must not be written.
   """
@@ -45,7 +45,7 @@ def keep_programs(config: ConfigDict) -> None:
 
 
 def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
-  """Raises ValueError if the directory belongs to a run of another config.
+  """Raises UserError if the directory belongs to a run of another config.
 
   OSError for a bucket that is not there, or must not be written.
   """

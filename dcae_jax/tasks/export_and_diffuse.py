@@ -46,7 +46,7 @@ def check(config: ConfigDict) -> ConfigDict:
   """The training's config, with the numbers that latents will have.
 
   Raises:
-    ValueError: a stage that cannot be run, or does not fit the others.
+    UserError: a stage that cannot be run, or does not fit the others.
   """
   if jax.process_count() > 1:
     raise errors.UserError(

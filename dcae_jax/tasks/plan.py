@@ -105,7 +105,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
   """Prints a table; into `workdir`, if there is one, goes `result.json`.
 
   Raises:
-    ValueError: a config file, topology, batch or change that cannot be.
+    UserError: a config file, topology, batch or change that cannot be.
   """
   start.keep_programs(config)
   options = config.compiler_options.to_dict()
@@ -157,7 +157,7 @@ def _jobs(config: ConfigDict) -> Iterator[_Job]:
 def build(
   config: ConfigDict, devices: list[jax.Device]
 ) -> training_run.Training:
-  """The training of a run; ValueError for a config that cannot be run."""
+  """The training of a run; UserError for a config that cannot be run."""
   return _BUILD[config.task](config, devices)
 
 
@@ -193,7 +193,7 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
     changes: of keys, such as {"mesh": {"spatial": 4}}.
 
   Raises:
-    ValueError: no such file, no training run, or an unknown key.
+    UserError: no such file, no training run, or an unknown key.
   """
   if not pathlib.Path(path).is_file():
     raise errors.UserError(f"config.of={path!r} is not a file; see configs/")
@@ -217,7 +217,7 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
 
 
 def set_batch_size(config: ConfigDict, per_chip: float, chips: int) -> None:
-  """Raises ValueError unless it makes a whole number of images."""
+  """Raises UserError unless it makes a whole number of images."""
   batch_size = per_chip * chips
   if batch_size < 1 or batch_size != int(batch_size):
     raise errors.UserError(

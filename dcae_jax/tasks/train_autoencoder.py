@@ -51,7 +51,7 @@ def open_inputs(config: ConfigDict) -> Inputs:
   """Opens what the run reads.
 
   Raises:
-    ValueError: a source without a usable image, or missing LPIPS weights.
+    UserError: a source without a usable image, or missing LPIPS weights.
   """
   channels, limit = config.model.image_channels, config.data.max_megapixels
   parameters = {}

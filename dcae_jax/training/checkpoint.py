@@ -167,7 +167,7 @@ def measured(run: str, step: int) -> dict[str, float]:
 
 
 def check_space(workdir: epath.Path, abstract: Tree, keep: int) -> None:
-  """Raises ValueError if a local disk cannot hold this run's checkpoints.
+  """Raises UserError if a local disk cannot hold this run's checkpoints.
 
   While one is written, `keep` older ones still exist.
   """

@@ -33,7 +33,7 @@ def trainable_mask(parameters: Tree, patterns: tuple[str, ...]) -> Tree:
   the whole path ("encoder/*/norm/scale"), in which `*` crosses "/", too.
 
   Raises:
-    ValueError: a pattern that matches no parameter, or no patterns at all.
+    UserError: a pattern that matches no parameter, or no patterns at all.
   """
   paths = parameter_paths(parameters)
   if not patterns:

@@ -87,7 +87,7 @@ def describe_slice(topology: str) -> list[jax.Device]:
     topology: generation and sides, "v5e:4x4" or "v5p:2x2x4".
 
   Raises:
-    ValueError: an unknown generation, sides that no slice has, or libtpu, the
+    UserError: an unknown generation, sides that no slice has, or libtpu, the
       compiler, is not installed.
   """
   generation, _, sides = topology.partition(":")

@@ -67,7 +67,7 @@ def create(
     on_whole_arrays: `sharding.on_whole_arrays`, where they are split.
 
   Raises:
-    ValueError: an unknown kind or schedule, or steps that do not suffice.
+    UserError: an unknown kind or schedule, or steps that do not suffice.
   """
   for key, known in (("kind", KINDS), ("schedule", SCHEDULES)):
     if getattr(settings, key) not in known:

@@ -36,7 +36,7 @@ def create_mesh(
   `spatial` splits an image over one process's devices where they are enough.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   devices = sorted(devices, key=lambda device: device.process_index)
@@ -65,7 +65,7 @@ def local_mesh() -> Mesh:
 def check_batch(
   batch_size: int, grad_accum_steps: int, resolution: int, mesh: Mesh
 ) -> None:
-  """Raises ValueError unless the batch divides over the mesh."""
+  """Raises UserError unless the batch divides over the mesh."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % (ways * grad_accum_steps):
     times = f" times config.accumulation={grad_accum_steps}"
@@ -78,7 +78,7 @@ def check_batch(
 
 
 def check_images(resolution: int, mesh: Mesh) -> None:
-  """Raises ValueError unless processes hold whole images, parts whole rows."""
+  """Raises UserError unless processes hold whole images, parts whole rows."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   processes = len({device.process_index for device in mesh.devices.flat})
   if ways % processes:

@@ -190,7 +190,7 @@ class DiT(nn.Module):
       labels: of the classes.
 
     Raises:
-      ValueError: latents that are not made for the model.
+      UserError: latents that are not made for the model.
     """
     transformer.check_latents(z, self.latent_channels, self.patch_size)
     height, width, p = *z.shape[1:3], self.patch_size
@@ -215,5 +215,5 @@ class DiT(nn.Module):
 
 
 def check(depth: int, hidden: int, heads: int) -> None:
-  """Raises ValueError for a DiT that cannot be."""
+  """Raises UserError for a DiT that cannot be."""
   transformer.check_sizes(depth, hidden, heads, divisor=4)

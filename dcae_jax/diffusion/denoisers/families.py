@@ -34,7 +34,7 @@ class Denoiser:
       `remat` and `dtype`, and the property `forward_macs`.
     sizes: the fields of each size, by its suffix, such as H of UViT-H.
     conditioning: the class of condition that it takes.
-    check: raises ValueError for fields that do not fit together.
+    check: raises UserError for fields that do not fit together.
     predicts_variance: it has the field `learn_sigma`: twice the channels.
   """
 
@@ -79,7 +79,7 @@ def variants() -> dict[str, Variant]:
 
 
 def find(name: str) -> Variant:
-  """The variant of that name; ValueError with the known names otherwise."""
+  """The variant of that name; UserError with the known names otherwise."""
   known = variants()
   if name not in known:
     raise errors.UserError(
@@ -91,7 +91,7 @@ def find(name: str) -> Variant:
 def _check_settings(
   latent_size: tuple[int, int], latent_channels: int, patch_size: int
 ) -> None:
-  """Raises ValueError for latents that a denoiser cannot be made for."""
+  """Raises UserError for latents that a denoiser cannot be made for."""
   if patch_size not in PATCH_SIZES:
     raise errors.UserError(
       f"patch_size={patch_size} is not one of "
@@ -135,7 +135,7 @@ def create(
     dtype: of the linear layers; what else there is stays float32.
 
   Raises:
-    ValueError: unknown variant, or numbers that do not fit together.
+    UserError: unknown variant, or numbers that do not fit together.
   """
   variant = find(variant) if isinstance(variant, str) else variant
   family, fields = variant.family, dict(variant.fields)

@@ -115,7 +115,7 @@ class UViT(nn.Module):
       labels: of the classes.
 
     Raises:
-      ValueError: latents that are not made for the model.
+      UserError: latents that are not made for the model.
     """
     transformer.check_latents(z, self.latent_channels, self.patch_size)
     self._check_size(z)
@@ -182,7 +182,7 @@ class UViT(nn.Module):
 
 
 def check(depth: int, hidden: int, heads: int) -> None:
-  """Raises ValueError for a U-ViT that cannot be."""
+  """Raises UserError for a U-ViT that cannot be."""
   transformer.check_sizes(depth, hidden, heads, divisor=2)
   if depth % 2:
     raise errors.UserError(
