@@ -41,7 +41,7 @@ class Conditioning(abc.ABC):
   def of_latents(
     cls, rows: np.ndarray, classes: Sequence[str], path: str
   ) -> "Conditioning":
-    """That of some latents; UserError for rows that cannot be.
+    """That of some latents; raises UserError for rows that cannot be.
 
     Args:
       rows: the array of the store; none where there is no store yet.
@@ -186,14 +186,7 @@ class ClassLabels(Conditioning):
 def dropped(
   conditioning: Conditioning, key: Array, condition: Condition, rate: float
 ) -> Condition:
-  """Rows of a condition replaced by none at random, for guidance later.
-
-  Args:
-    conditioning: its kind.
-    key: of what is random.
-    condition: of the examples.
-    rate: part of the rows that are replaced.
-  """
+  """The condition, with a part `rate` of its rows replaced by none."""
   rows = len(jax.tree.leaves(condition)[0])
   drop = jax.random.bernoulli(key, rate, (rows,))
   return jax.tree.map(

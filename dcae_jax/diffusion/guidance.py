@@ -36,7 +36,7 @@ def guided(
   scale: float,
   interval: tuple[float, float] | None = None,
 ) -> objectives.ModelFunction:
-  """Classifier-free guidance as model_fn(z, t) (arXiv 2207.12598).
+  """Classifier-free guidance as model_fn(z, t).
 
   The output is null + scale (conditional - null) on all latent channels (the
   code of DiT guides the first three only); learned variances, which come after

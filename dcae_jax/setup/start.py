@@ -8,12 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.runs import (
-  differences,
-  metrics_writer,
-  storage,
-  work_directory,
-)
+from dcae_jax.runs import differences, metrics_writer, storage, work_directory
 from dcae_jax.setup import keys, models
 
 
@@ -24,7 +19,7 @@ def begin(
 
   Args:
     config: of the run.
-    workdir: of the run, which need not exist.
+    workdir: which need not exist.
     writes: what the task writes there, besides `config.json` and `result.json`.
 
   Raises:

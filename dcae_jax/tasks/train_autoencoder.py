@@ -260,10 +260,7 @@ def _finish(
   metrics_writer.write_whole(
     workdir / "result.json", json.dumps(result, indent=2)
   )
-  first = {}
-  for line in metrics_writer.read_lines(workdir / "metrics.jsonl"):
-    if line["step"] == 0:
-      first |= line
+  first = metrics_writer.last_values(workdir / "metrics.jsonl", step=0)
   rows = {
     "step 0": _metrics(config, "eval", first),
     f"step {result['step']}": _metrics(config, "eval", result),

@@ -55,9 +55,7 @@ def trainable_mask(parameters: Tree, patterns: tuple[str, ...]) -> Tree:
 
 def _matches(path: str, pattern: str) -> bool:
   pattern = pattern.rstrip("/")
-  return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(
-    path, f"{pattern}/*"
-  )
+  return any(fnmatch.fnmatchcase(path, p) for p in (pattern, f"{pattern}/*"))
 
 
 def partition(parameters: Tree, mask: Tree) -> tuple[Tree, Tree]:
@@ -67,13 +65,10 @@ def partition(parameters: Tree, mask: Tree) -> tuple[Tree, Tree]:
   optimizer state) does not exist for frozen parameters.
   """
   masked = optax.MaskedNode()
-  trainable = jax.tree.map(
-    lambda leaf, learns: leaf if learns else masked, parameters, mask
+  part = lambda of: jax.tree.map(
+    lambda leaf, learns: leaf if learns == of else masked, parameters, mask
   )
-  frozen = jax.tree.map(
-    lambda leaf, learns: masked if learns else leaf, parameters, mask
-  )
-  return trainable, frozen
+  return part(True), part(False)
 
 
 def combine(trainable: Tree, frozen: Tree) -> Tree:

@@ -73,9 +73,9 @@ class Program(NamedTuple):
 
   Attributes:
     step: jitted, `(state, batch) -> (state, metrics)`.
-    evaluate: `(step, state) -> metrics`, or none.
+    evaluate: `(step, state) -> metrics`, which may be none.
     images_per_step: of the global batch.
-    flops_per_step: of the model, over all devices; 0: not known.
+    flops_per_step: over all devices; 0: not known.
     peak_flops: per second, of all devices.
   """
 
@@ -105,11 +105,7 @@ class Cadence(NamedTuple):
 class Outlets(NamedTuple):
   """Where it all goes, and who may end it early.
 
-  Attributes:
-    save: `(step, state, position of the data)`; may return early.
-    writer: of the metrics.
-    sigterm: asks the loop to save and leave.
-    profiler: of steps that are to be traced.
+  `save(step, state, position of the data)` may return before it is done.
   """
 
   save: Callable[[int, State, dict[str, Any]], None]
@@ -137,7 +133,7 @@ def run(
     outlets: for metrics and checkpoints.
 
   Raises:
-    FloatingPointError: a metric is not finite; names it and the step.
+    FloatingPointError: a metric is not finite.
   """
   done, last_step = steps.start - 1, steps.stop - 1
   is_due = lambda every, step: (
@@ -230,7 +226,7 @@ class _Interval:
   """Metrics of the steps since the last log."""
 
   def __init__(self):
-    self._found: dict[str, clu_metrics.Metric] = {}
+    self._metrics: dict[str, clu_metrics.Metric] = {}
 
   def add(self, metrics: dict[str, float]) -> None:
     """On the host: the values are there, and dispatching costs more."""
@@ -238,14 +234,14 @@ class _Interval:
       last = name in _LAST_VALUES
       kind = clu_metrics.LastValue if last else clu_metrics.Average
       new = kind(total=np.float64(value), count=1)
-      before = self._found.get(name)
-      self._found[name] = new if before is None else before.merge(new)
+      before = self._metrics.get(name)
+      self._metrics[name] = new if before is None else before.merge(new)
 
   def means(self) -> dict[str, float]:
-    return {name: float(x.compute()) for name, x in self._found.items()}
+    return {name: float(x.compute()) for name, x in self._metrics.items()}
 
   def clear(self) -> None:
-    self._found = {}
+    self._metrics = {}
 
 
 class _Clock:
@@ -255,9 +251,7 @@ class _Clock:
   """
 
   def __init__(self, done: int, last_step: int, program: Program):
-    self._last = last_step
-    self._images = program.images_per_step
-    self._flops, self._peak = program.flops_per_step, program.peak_flops
+    self._last, self._program = last_step, program
     self._parts = collections.Counter()
     self.restart(done)
     self._line = self._logged
@@ -291,13 +285,14 @@ class _Clock:
     rate = steps / seconds
     speeds = {
       "steps_per_second": rate,
-      "images_per_second": rate * self._images,
+      "images_per_second": rate * self._program.images_per_step,
       "seconds/data": self._parts["data"] / steps,
       "seconds/step": self._parts["step"] / steps,
       "seconds/host": max(seconds - self._parts.total(), 0.0) / steps,
     }
-    if self._flops:
-      speeds["model_flops_utilization"] = rate * self._flops / self._peak
+    if flops := self._program.flops_per_step:
+      utilization = rate * flops / self._program.peak_flops
+      speeds["model_flops_utilization"] = utilization
     return speeds
 
   def line(

@@ -140,8 +140,6 @@ class DiT(nn.Module):
     hidden: channels of a token, divisible by 4 and by `heads`.
     heads: of the attention.
     latent_size: rows and columns of latents; others are taken too.
-    latent_channels: of the latents.
-    conditioning: the classes.
     patch_size: side of the squares of latent positions that make a token.
     learn_sigma: twice the channels come out, and the second half tells the
       variance.
