@@ -49,13 +49,10 @@ def guided(
     condition: of the b examples.
     null: what stands for none, as many rows of it.
     scale: 1 is the conditional network alone, and costs no more; 0 the
-      unconditional one.
+      unconditional one. A negative one is a UserError.
     interval: the times (low, high), ends included and as the network sees them
       (0 to 1000), within which guidance acts; outside, the output is the
       conditional one (arXiv 2404.07724).
-
-  Raises:
-    UserError: a negative scale, or an empty interval.
   """
   check_guidance(scale, interval)
   if scale == 1:

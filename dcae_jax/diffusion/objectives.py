@@ -8,7 +8,7 @@ samplers and guidance. Arithmetic outside the network is float32.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +67,8 @@ class NoisePrediction:
   The loss is the mean squared error of the noise (arXiv 2006.11239, equation
   14). With `learned_variance` the output has twice the channels. Its second
   half, v, sets the variance of the reverse step between the chain's two bounds
-  (v = -1 and 1), and the loss gains T/1000 times that step's divergence from
-  the true posterior, in bits per value. This is L_hybrid of improved DDPM
+  (v = -1 and 1), and the loss gains that step's divergence from the true
+  posterior, in bits per value. This is L_hybrid of improved DDPM
   (arXiv 2102.09672), whose bound is a sum over T steps, weighted by 0.001: here
   one step is drawn from T. The second term moves the variance only; no gradient
   reaches the noise through it. At t = 0 the published code scores 8-bit pixels,
@@ -87,7 +87,7 @@ class NoisePrediction:
   last_beta: float = 0.02
   spacing: str = "linear"
   learned_variance: bool = False
-  total_steps: int = 1000
+  total_steps: ClassVar[int] = 1000
 
   def __post_init__(self):
     if self.spacing not in ("linear", "scaled_linear"):
@@ -100,8 +100,6 @@ class NoisePrediction:
         f"betas from {self.first_beta} to {self.last_beta} are not ascending "
         "between 0 and 1"
       )
-    if self.total_steps < 2:
-      raise errors.UserError(f"total_steps {self.total_steps} is less than 2")
 
   def chain(self, steps: int | None = None) -> Chain:
     """The chain of `steps` evenly spaced times, both ends kept; all if None.
@@ -190,14 +188,13 @@ class NoisePrediction:
     """
     t, noise, output = _noise_and_predict(self, model_fn, key, z, mask)
     epsilon = output[..., : z.shape[-1]]
-    losses = mse = _mean(jnp.square(epsilon - noise), mask)
+    mse = _mean(jnp.square(epsilon - noise), mask)
     if not self.learned_variance:
-      return losses, {"mse": mse}
+      return mse, {"mse": mse}
     error = jax.lax.stop_gradient(epsilon) - noise
     interpolation = output[..., z.shape[-1] :]
     bound = _mean(self._step_divergence(error, interpolation, t), mask)
-    losses = mse + self.total_steps / 1000 * bound
-    return losses, {"mse": mse, "variational_bound": bound}
+    return mse + bound, {"mse": mse, "variational_bound": bound}
 
   def _step_divergence(
     self, error: Latents, interpolation: Latents, t: Int[Array, " b"]

@@ -8,6 +8,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorboardX
@@ -105,6 +106,11 @@ def write_whole(path: epath.Path, text: str | bytes) -> None:
   temporary = path.with_name(f".{path.name}.tmp")
   temporary.write_bytes(data)
   os.replace(temporary, path)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+  """Writes a value as `write_whole` does."""
+  write_whole(path, json.dumps(value, indent=2))
 
 
 def read_png(path: epath.Path) -> np.ndarray:

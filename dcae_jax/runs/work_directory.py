@@ -24,11 +24,7 @@ def is_run(path: str) -> bool:
 def read_run_config(
   run: str, task: str = "train_autoencoder"
 ) -> dict[str, Any]:
-  """The config of an earlier run of a task, that has a checkpoint.
-
-  Raises:
-    UserError: there is no such run, or it has no checkpoint yet.
-  """
+  """The config of an earlier run of a task; UserError without a checkpoint."""
   path = epath.Path(run).expanduser()
   if not (path / "config.json").exists():
     raise errors.UserError(
@@ -60,7 +56,7 @@ def read_run_config(
 
 
 def read_config(path: epath.Path) -> dict[str, Any]:
-  """The contents of a `config.json`; UserError if it is damaged."""
+  """The contents of a `config.json`; raises UserError if it is damaged."""
   try:
     config = json.loads(path.read_bytes())
   except ValueError as error:

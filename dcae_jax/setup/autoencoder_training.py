@@ -113,9 +113,7 @@ class Training(training_run.Training):
     distance = functools.partial(lpips.distance, network=c.lpips.network)
     return train_step.TrainStep(
       reconstruct=train_step.reconstruct_with(
-        self.autoencoder.apply,
-        self._family.samples_latents,
-        gather,
+        self.autoencoder.apply, self._family.samples_latents, gather
       ),
       phase=self.phase,
       learning=self.learning,
@@ -178,16 +176,13 @@ def build(
   devices: list[jax.Device] | None = None,
   predecessor_is_pending: bool = False,
 ) -> Training:
-  """The training of a config.
+  """The training of a config with its model; UserError if it cannot be run.
 
   Args:
-    config: of the run, with its model.
+    config: of the run.
     devices: that it is for; they need not be there. None: all that are.
     predecessor_is_pending: `init_from` names a run that is still to come, or
       none.
-
-  Raises:
-    UserError: the config cannot be run.
   """
   keys.check(config)
   _check_images(config)

@@ -102,14 +102,10 @@ def check(config: ConfigDict) -> None:
 def build(
   config: ConfigDict, devices: list[jax.Device] | None = None
 ) -> Training:
-  """The training of a config.
+  """The training of a config that has the numbers of its latents.
 
-  Args:
-    config: of the run, with the numbers of its latents in `config.model`.
-    devices: that it is for; they need not be there. None: all that are.
-
-  Raises:
-    UserError: the config cannot be run.
+  The devices need not be there; None: all that are. Raises UserError if it
+  cannot be run.
   """
   check(config)
   numbers = denoising.numbers_of_latents(config.model)

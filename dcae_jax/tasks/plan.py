@@ -5,7 +5,6 @@ devices that are, and reads memory, FLOPs, bytes and collectives off the
 program. The time is that of a roofline: a bound from published peak rates.
 """
 
-import json
 import logging
 import pathlib
 import re
@@ -116,9 +115,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
     rows = [
       plan._asdict() | {"step_seconds": plan.step_seconds} for plan in plans
     ]
-    metrics_writer.write_whole(
-      workdir / "result.json", json.dumps({"plans": rows}, indent=2)
-    )
+    metrics_writer.write_json(workdir / "result.json", {"plans": rows})
   return True
 
 
@@ -233,7 +230,7 @@ def measure(
   except jax.errors.JaxRuntimeError as error:
     failure = str(error)
     if "RESOURCE_EXHAUSTED" not in failure:
-      first = failure.strip().splitlines()[0]
+      first = errors.first_line(error)
       raise errors.UserError(f"{name} does not compile: {first}") from error
   compile_seconds = time.perf_counter() - began
   available = hardware.usable_memory(chip)

@@ -1,6 +1,5 @@
 """Your own images beside their reconstructions, with PSNR."""
 
-import json
 import logging
 import os
 import pathlib
@@ -134,11 +133,9 @@ def _write(
     f"| {row['psnr']:.2f} dB | {_cell(row['file'])} |"
     for row in rows
   ]
-  table = "\n".join(
-    ["| picture | size | PSNR | side by side |", "| --- | --- | --- | --- |"]
-    + lines
-    + [f"| mean of {len(rows)} | | {mean:.2f} dB | |"]
-  )
+  head = ["| picture | size | PSNR | side by side |", "| --- " * 4 + "|"]
+  foot = [f"| mean of {len(rows)} | | {mean:.2f} dB | |"]
+  table = "\n".join(head + lines + foot)
   missing = "".join(f"\n- skipped {reason}" for reason in skipped)
   metrics_writer.write_whole(
     workdir / "summary.md",
@@ -146,7 +143,5 @@ def _write(
     f"{missing}\n",
   )
   result = {"psnr": mean, "pictures": rows, "skipped": skipped}
-  metrics_writer.write_whole(
-    workdir / "result.json", json.dumps(result, indent=2)
-  )
+  metrics_writer.write_json(workdir / "result.json", result)
   _LOG.info("\n%s\n\nsummary: %s", table, workdir / "summary.md")

@@ -48,11 +48,7 @@ class Inputs(NamedTuple):
 
 
 def open_inputs(config: ConfigDict) -> Inputs:
-  """Opens what the run reads.
-
-  Raises:
-    UserError: a source without a usable image, or missing LPIPS weights.
-  """
+  """Raises UserError for a source without a usable image or missing weights."""
   channels, limit = config.model.image_channels, config.data.max_megapixels
   parameters = {}
   if config.lpips.weight:
@@ -215,12 +211,9 @@ def _floor(
   variables = measuring.on_mesh(fitted.variables, training.mesh)
   values = {}
   for resolution, prefix in _prefixes(config, "floor").items():
-    found = evaluation.measure(variables, resolution)
-    values |= {
-      f"{prefix}/{key}": value
-      for key, value in found.metrics.items()
-      if key != "latent_rms"
-    }
+    measured = evaluation.measure(variables, resolution)
+    values |= {f"{prefix}/{k}": v for k, v in measured.metrics.items()}
+    del values[f"{prefix}/latent_rms"]
   return values
 
 
@@ -240,15 +233,14 @@ def _result(
   training: autoencoder_training.Training,
 ) -> dict[str, float]:
   """The last of each metric, and what the run is."""
-  learning, _ = freezing.partition(
-    training.abstract.params, training.learning.mask
-  )
+  params = training.abstract.params
+  learning, _ = freezing.partition(params, training.learning.mask)
   result = {"images_skipped": skipped}
   result |= metrics_writer.last_values(workdir / "metrics.jsonl")
   return result | {
     "step": step,
     "scaling_factor": 1 / result["eval/latent_rms"],
-    "parameters": freezing.count(training.abstract.params),
+    "parameters": freezing.count(params),
     "parameters_trained": freezing.count(learning),
   }
 
@@ -257,9 +249,7 @@ def _finish(
   config: ConfigDict, workdir: epath.Path, result: dict[str, float]
 ) -> None:
   """Writes `result.json`; says what the run has reached, and where it is."""
-  metrics_writer.write_whole(
-    workdir / "result.json", json.dumps(result, indent=2)
-  )
+  metrics_writer.write_json(workdir / "result.json", result)
   first = metrics_writer.last_values(workdir / "metrics.jsonl", step=0)
   rows = {
     "step 0": _metrics(config, "eval", first),
@@ -278,13 +268,12 @@ def _metrics(
   config: ConfigDict, part: str, values: Mapping[str, float]
 ) -> dict[int, dict[str, float]]:
   """By resolution; those without any are left out."""
-  found = {}
-  for resolution, prefix in _prefixes(config, part).items():
-    of_size = {
+  metrics = {
+    resolution: {
       key: values[f"{prefix}/{key}"]
       for key in metrics_table.columns()
       if f"{prefix}/{key}" in values
     }
-    if of_size:
-      found[resolution] = of_size
-  return found
+    for resolution, prefix in _prefixes(config, part).items()
+  }
+  return {side: of_side for side, of_side in metrics.items() if of_side}

@@ -4,7 +4,6 @@ Everything that can be wrong with the config, the store, the autoencoder or the
 disk is found before anything is compiled or written.
 """
 
-import json
 import logging
 from collections.abc import Callable
 
@@ -146,7 +145,5 @@ def _finish(
     "parameters": freezing.count(training.abstract.params),
     "forward_macs": training.model.denoiser.forward_macs,
   }
-  metrics_writer.write_whole(
-    workdir / "result.json", json.dumps(result, indent=2)
-  )
+  metrics_writer.write_json(workdir / "result.json", result)
   _LOG.info("result in %s", workdir)

@@ -51,14 +51,12 @@ def _explained(what: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
-    others = ""
-    if jax.process_count() > 1:
-      others = "if another process has ended, see its log; "
+    several = jax.process_count() > 1
+    others = "if another process has ended, see its log; " if several else ""
     raise errors.UserError(
-      f"{what} failed: {first_line[:300]}; other checkpoints are as they were: "
-      f"{others}make room on a full disk, remove a damaged checkpoint, and run "
-      "again"
+      f"{what} failed: {errors.first_line(error)}; other checkpoints are as "
+      f"they were: {others}make room on a full disk, remove a damaged "
+      "checkpoint, and run again"
     ) from error
 
 
@@ -105,8 +103,8 @@ class Checkpoints:
     }
     items["data"] = ocp.args.JsonRestore()
     with _explained(f"reading {self._manager.directory / str(step)}"):
-      found = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return _state({name: found[name] for name in targets}), found["data"]
+      items = self._manager.restore(step, args=ocp.args.Composite(**items))
+    return _state({name: items[name] for name in targets}), items["data"]
 
   def wait(self) -> None:
     """Returns when the last save is complete; raises what it raised."""
@@ -140,8 +138,8 @@ def restore_variables(
       )
     target = ocp.args.StandardRestore(sharding.placed(abstract, shardings))
     with _explained(f"reading {manager.directory / str(step)}"):
-      found = manager.restore(step, args=ocp.args.Composite(**{item: target}))
-  return step, found[item]
+      items = manager.restore(step, args=ocp.args.Composite(**{item: target}))
+  return step, items[item]
 
 
 def measured(run: str, step: int) -> dict[str, float]:

@@ -30,16 +30,12 @@ def trainable_mask(parameters: Tree, patterns: tuple[str, ...]) -> Tree:
   """A tree of booleans: True where a parameter learns.
 
   A pattern names a module ("decoder/project_out") or is a shell pattern over
-  the whole path ("encoder/*/norm/scale"), in which `*` crosses "/", too.
-
-  Raises:
-    UserError: a pattern that matches no parameter, or no patterns at all.
+  the whole path ("encoder/*/norm/scale"), in which `*` crosses "/", too. Raises
+  UserError for one that matches nothing, or none at all.
   """
   paths = parameter_paths(parameters)
   if not patterns:
-    raise errors.UserError(
-      "no trainable patterns are given, so nothing would learn"
-    )
+    raise errors.UserError("no trainable patterns: nothing would learn")
   for pattern in patterns:
     if not any(_matches(path, pattern) for path in paths):
       modules = sorted({"/".join(path.split("/")[:2]) for path in paths})

@@ -80,12 +80,8 @@ def usable_memory(chip: Chip | None) -> float:
 def describe_slice(topology: str) -> list[jax.Device]:
   """The chips of a TPU slice that need not be there, to compile programs for.
 
-  Args:
-    topology: generation and sides, "v5e:4x4" or "v5p:2x2x4".
-
-  Raises:
-    UserError: an unknown generation, sides that no slice has, or libtpu, the
-      compiler, is not installed.
+  A topology is "v5e:4x4" or "v5p:2x2x4". Raises UserError for an unknown one,
+  or if libtpu, the compiler, is not installed.
   """
   generation, _, sides = topology.partition(":")
   lengths = [int(side) for side in sides.split("x") if side.isdigit()]

@@ -50,13 +50,9 @@ def create(
   Applied to the trainable part of `freezing.partition`, it has no state for
   frozen parameters.
 
-  Args:
-    settings: of the config.
-    steps: of the run, at whose end a rate that decays has fallen.
-    on_whole_arrays: `sharding.on_whole_arrays`, where they are split.
-
-  Raises:
-    UserError: an unknown kind or schedule, or nothing to decay over.
+  A rate that decays has fallen at the end of the steps. Where arrays are split,
+  `on_whole_arrays` is that of `sharding`. Raises UserError for an unknown kind
+  or schedule, or nothing to decay over.
   """
   for key, known in (("kind", KINDS), ("schedule", SCHEDULES)):
     if getattr(settings, key) not in known:
@@ -170,10 +166,7 @@ def _warmup_stable_decay(settings: Settings, largest: float, steps: int):
       "wsd; set it to the number of the last steps, such as a tenth of all"
     )
   return schedules.join_schedules(
-    [
-      schedules.constant_schedule(largest),
-      _linear(settings, largest, steps),
-    ],
+    [schedules.constant_schedule(largest), _linear(settings, largest, steps)],
     [steps - _decay_steps(settings, steps)],
   )
 

@@ -35,9 +35,7 @@ def create_mesh(
 
   The devices of a process are neighbours in it, on the last axes first, so that
   `spatial` splits an image over one process's devices where they are enough.
-
-  Raises:
-    UserError: the sizes do not multiply to the number of devices.
+  Raises UserError unless the sizes multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   devices = sorted(devices, key=lambda device: device.process_index)

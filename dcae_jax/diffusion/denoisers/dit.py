@@ -182,13 +182,8 @@ class DiT(nn.Module):
   ) -> Float[Array, "b h w d"]:
     """What is predicted, and behind it the variance with `learn_sigma`.
 
-    Args:
-      z: noisy latents.
-      t: time, in the 0 to 999 of diffusion's steps; not necessarily whole.
-      labels: of the classes.
-
-    Raises:
-      UserError: latents that are not made for the model.
+    Of noisy latents at times of 0 to 999, not necessarily whole. Raises
+    UserError for latents that are not made for the model.
     """
     transformer.check_latents(z, self.latent_channels, self.patch_size)
     height, width, p = *z.shape[1:3], self.patch_size

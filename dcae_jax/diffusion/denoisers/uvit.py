@@ -105,15 +105,10 @@ class UViT(nn.Module):
     t: Float[Array, " b"],
     labels: Int[Array, " b"],
   ) -> Float[Array, "b h w c"]:
-    """What is predicted.
+    """What is predicted of noisy latents, at times of 0 to 999.
 
-    Args:
-      z: noisy latents.
-      t: time, in the 0 to 999 of diffusion's steps; not necessarily whole.
-      labels: of the classes.
-
-    Raises:
-      UserError: latents that are not made for the model.
+    They need not be whole. Raises UserError for latents that are not made for
+    the model.
     """
     transformer.check_latents(z, self.latent_channels, self.patch_size)
     if z.shape[1:3] != self.latent_size:
