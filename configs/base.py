@@ -385,20 +385,16 @@ def on_accelerator(c: ConfigDict, values: dict[str, Any]) -> None:
 
 def small(c: ConfigDict) -> ConfigDict:
   """For a tiny variant, a folder of photographs and one device, an evening."""
-  c.model.rematerialisation = False
-  c.model.dtype = "float32"
+  c.model.rematerialisation, c.model.dtype = False, "float32"
   c.lpips.network = "alexnet"
   c.optimizer.warmup_steps = 200
-  c.ema.decay = 0.999
-  c.ema.ramp_steps = 500
+  c.ema.decay, c.ema.ramp_steps = 0.999, 500
   c.data.crop = "random_resized_crop"
   c.data.shorter_side = 384  # decoding large photographs would take longer
   c.data.cache_megabytes = 4_000.0  # about 6,000 of them
-  c.data.workers = 0
-  c.data.threads = 2
+  c.data.workers, c.data.threads = 0, 2
   c.evaluation.every = c.checkpoint.every = 500
-  c.evaluation.batch_size = 16
-  c.evaluation.max_images = 64
+  c.evaluation.batch_size, c.evaluation.max_images = 16, 64
   c.log_every = 10
   on_accelerator(
     c, {"data.shorter_side": 512, "data.threads": 8, "model.dtype": "bfloat16"}
@@ -423,8 +419,7 @@ def evaluate() -> ConfigDict:
   c = measurement()
   # What is measured: a run, a folder or file of released weights, or a hub id.
   c.init_from = ""
-  # Without `init_from`: a variant with its initial values.
-  c.variant = ""
+  c.variant = ""  # without `init_from`: a variant with its initial values
   c.seed = Key(0, 0)  # of initial values
   c.name = ""  # of the row in the table; "": the end of `init_from`
   # Put p x p latents into the channels of one: f8 and 8 make f64.
@@ -488,8 +483,7 @@ def reference_statistics() -> ConfigDict:
 def reconstruct() -> ConfigDict:
   """One's own pictures, beside their reconstructions."""
   c = ConfigDict()
-  # A run, a folder or file of released weights, or a hub id.
-  c.init_from = ""
+  c.init_from = ""  # a run, a folder or file of released weights, or a hub id
   c.input = ""  # an image, a folder of images, or a quoted pattern
   c.dtype = "float32"  # of the layers
   # How sides are filled up that the compression does not divide, before the
@@ -583,9 +577,7 @@ def latent_diffusion() -> ConfigDict:
   # [paper] 1: the autoencoder has compressed enough. SD-VAE-f8: 2.
   c.model.patch_size = 1
   # Those of the store, filled in by the run.
-  c.model.latent_size = 0
-  c.model.latent_channels = 0
-  c.model.num_classes = 0
+  c.model.latent_size = c.model.latent_channels = c.model.num_classes = 0
   c.model.rematerialisation = False  # recompute each block: less memory
   c.model.dtype = "bfloat16"  # of linear layers; attention is float32
 
@@ -602,15 +594,11 @@ def latent_diffusion() -> ConfigDict:
   # example keeps one at random, such as (16, 32, 64, 128). (): all.
   c.channel_candidates = ()
 
+  # [paper] those of UViT, as are the kind, the warm-up and the averages' decay.
   c.optimizer = _with_defaults(
-    _optimizer(),
-    learning_rate=2e-4,  # [paper] UViT, as all here but Adam's beside Muon
-    adam_learning_rate=2e-4,  # [ours]
-    beta1=0.99,
-    beta2=0.99,
-    weight_decay=0.03,
-    clip_norm=0.0,
-  )
+    _optimizer(), learning_rate=2e-4, beta1=0.99, beta2=0.99, weight_decay=0.03,
+    clip_norm=0.0, adam_learning_rate=2e-4,
+  )  # fmt: skip
   c.ema = _with_defaults(_averages(), ramp_steps=0)
 
   # --- the latents ---------------------------------------------------------
@@ -656,10 +644,10 @@ def dit(variant: str) -> ConfigDict:
   c.objective.kind = "improved_ddpm"
   c.batch_size = 256  # [paper]; 1024 with a rate of 2e-4
   c.steps = 3_000_000  # [paper]
-  c.optimizer.learning_rate = 1e-4  # [paper], and what follows
-  c.optimizer.beta1, c.optimizer.beta2 = 0.9, 0.999
+  c.optimizer.learning_rate = 1e-4  # [paper]
+  c.optimizer.beta1, c.optimizer.beta2 = 0.9, 0.999  # [paper]
   c.optimizer.weight_decay, c.optimizer.warmup_steps = 0.0, 0
-  c.sampler.kind, c.sampler.steps = "ddpm", 250
+  c.sampler.kind, c.sampler.steps = "ddpm", 250  # [paper]
   return c
 
 
@@ -676,12 +664,8 @@ def evaluate_diffusion() -> ConfigDict:
   # Scales; 1: without. Several make a sweep, with the same noise and classes.
   c.guidance = (1.0,)
   # As in `sampler()`; None: that of the training run.
-  c.sampler = ConfigDict(
-    {
-      key: placeholder(type(value))
-      for key, value in _defaults(sampler()).items()
-    }
-  )
+  unset = lambda value: placeholder(type(value))
+  c.sampler = _each(_defaults(sampler()), unset)
   # Drawn at once by each process over its devices, and drawn again if it is
   # killed; samples depend on it, and not on the number of devices.
   c.batch_size = Key(64, 1, 2**20)
