@@ -7,6 +7,8 @@ samplers and guidance. Arithmetic outside the network is float32.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -60,8 +62,52 @@ class Chain(NamedTuple):
   upper: np.ndarray
 
 
+class Objective:
+  """A forward process, and what a network learns of it.
+
+  Each has alpha(t) and sigma(t), random times, what the network sees of them,
+  how its output is read, and the terms of the loss for each value.
+  """
+
+  def output_channels(self, channels: int) -> int:
+    """Channels of the network's output for latents of so many."""
+    return channels
+
+  def loss(
+    self,
+    model_fn: ModelFunction,
+    key: Array,
+    z: Latents,
+    mask: Mask | None = None,
+  ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+    """The loss of each example at a random time, and the terms that add to it.
+
+    Args:
+      z: clean latents.
+      mask: see `random_channel_mask`.
+
+    Returns:
+      losses, and {"mse"} or {"mse", "variational_bound"}, the latter in bits
+      per value.
+
+    Raises:
+      UserError: the network's output has the wrong shape.
+    """
+    time_key, noise_key = jax.random.split(key)
+    t = self.sample_times(time_key, len(z))
+    noise = jax.random.normal(noise_key, z.shape)
+    noisy = _spread(self.alpha(t)) * z + _spread(self.sigma(t)) * noise
+    noisy = noisy if mask is None else noisy * mask
+    output = network_output(self, model_fn, noisy, t)
+    terms = {
+      name: _mean(values, mask)
+      for name, values in self._terms(output, z, noise, t).items()
+    }
+    return functools.reduce(operator.add, terms.values()), terms
+
+
 @dataclasses.dataclass(frozen=True)
-class NoisePrediction:
+class NoisePrediction(Objective):
   """Variance preserving diffusion in discrete steps; noise is predicted.
 
   The loss is the mean squared error of the noise (arXiv 2006.11239, equation
@@ -145,7 +191,6 @@ class NoisePrediction:
     return t.astype(jnp.float32)
 
   def output_channels(self, channels: int) -> int:
-    """Channels of the network's output for latents of so many."""
     return 2 * channels if self.learned_variance else channels
 
   def sample_times(self, key: Array, b: int) -> Int[Array, " b"]:
@@ -166,35 +211,14 @@ class NoisePrediction:
       score=-epsilon / sigma,
     )
 
-  def loss(
-    self,
-    model_fn: ModelFunction,
-    key: Array,
-    z: Latents,
-    mask: Mask | None = None,
-  ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """The loss of each example at a random time, and its terms.
-
-    Args:
-      z: clean latents.
-      mask: see `random_channel_mask`.
-
-    Returns:
-      losses, and {"mse"} or {"mse", "variational_bound"}, the latter in bits
-      per value.
-
-    Raises:
-      UserError: the network's output has the wrong shape.
-    """
-    t, noise, output = _noise_and_predict(self, model_fn, key, z, mask)
-    epsilon = output[..., : z.shape[-1]]
-    mse = _mean(jnp.square(epsilon - noise), mask)
-    if not self.learned_variance:
-      return mse, {"mse": mse}
-    error = jax.lax.stop_gradient(epsilon) - noise
-    interpolation = output[..., z.shape[-1] :]
-    bound = _mean(self._step_divergence(error, interpolation, t), mask)
-    return mse + bound, {"mse": mse, "variational_bound": bound}
+  def _terms(self, output, z, noise, t):
+    error = output[..., : z.shape[-1]] - noise
+    terms = {"mse": jnp.square(error)}
+    if self.learned_variance:
+      terms["variational_bound"] = self._step_divergence(
+        jax.lax.stop_gradient(error), output[..., z.shape[-1] :], t
+      )
+    return terms
 
   def _step_divergence(
     self, error: Latents, interpolation: Latents, t: Int[Array, " b"]
@@ -217,7 +241,7 @@ class NoisePrediction:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Objective):
   """Straight paths z_t = (1 - t) z_0 + t noise; velocity is predicted.
 
   t = 0 is data and t = 1 is noise, as in the text of SiT (arXiv 2401.08740; its
@@ -256,10 +280,6 @@ class FlowMatching:
     """What the network sees: 1000 t."""
     return 1000 * t.astype(jnp.float32)
 
-  def output_channels(self, channels: int) -> int:
-    """Channels of the network's output for latents of so many."""
-    return channels
-
   def shifted(self, t: Array | np.ndarray) -> Array | np.ndarray:
     """t in [0, 1] moved by `shift`; the ends stay."""
     return self.shift * t / (1 + (self.shift - 1) * t)
@@ -276,7 +296,6 @@ class FlowMatching:
   def predict(
     self, output: Output, z: Latents, t: Float[Array, " b"]
   ) -> Prediction:
-    """Reads the network's output at (z, t)."""
     epsilon = z + _spread(1 - t) * output
     return Prediction(
       z_0=z - _spread(t) * output,
@@ -285,23 +304,8 @@ class FlowMatching:
       score=-epsilon / _spread(t),
     )
 
-  def loss(
-    self,
-    model_fn: ModelFunction,
-    key: Array,
-    z: Latents,
-    mask: Mask | None = None,
-  ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """The loss of each example at a random time, and {"mse"}, which it is.
-
-    Args and errors are those of `NoisePrediction.loss`.
-    """
-    _, noise, output = _noise_and_predict(self, model_fn, key, z, mask)
-    mse = _mean(jnp.square(output - (noise - z)), mask)
-    return mse, {"mse": mse}
-
-
-Objective = NoisePrediction | FlowMatching
+  def _terms(self, output, z, noise, t):
+    return {"mse": jnp.square(output - (noise - z))}
 
 
 def improved_ddpm() -> NoisePrediction:
@@ -342,17 +346,6 @@ def network_output(
       "channels"
     )
   return output.astype(jnp.float32)
-
-
-def _noise_and_predict(objective, model_fn, key, z, mask):
-  """Random times and noise, and the output at the noisy latents."""
-  time_key, noise_key = jax.random.split(key)
-  t = objective.sample_times(time_key, len(z))
-  noise = jax.random.normal(noise_key, z.shape)
-  alpha, sigma = _spread(objective.alpha(t)), _spread(objective.sigma(t))
-  noisy = alpha * z + sigma * noise
-  noisy = noisy if mask is None else noisy * mask
-  return t, noise, network_output(objective, model_fn, noisy, t)
 
 
 def _spread(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:

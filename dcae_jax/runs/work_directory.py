@@ -24,7 +24,10 @@ def is_run(path: str) -> bool:
 def read_run_config(
   run: str, task: str = "train_autoencoder"
 ) -> dict[str, Any]:
-  """The config of an earlier run of a task; UserError without a checkpoint."""
+  """The config of an earlier run of a task.
+
+  Raises UserError if there is no such run, or it has no checkpoint yet.
+  """
   path = epath.Path(run).expanduser()
   if not (path / "config.json").exists():
     raise errors.UserError(

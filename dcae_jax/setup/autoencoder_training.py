@@ -176,13 +176,10 @@ def build(
   devices: list[jax.Device] | None = None,
   predecessor_is_pending: bool = False,
 ) -> Training:
-  """The training of a config with its model; UserError if it cannot be run.
+  """The training of a config; raises UserError if it cannot be run.
 
-  Args:
-    config: of the run.
-    devices: that it is for; they need not be there. None: all that are.
-    predecessor_is_pending: `init_from` names a run that is still to come, or
-      none.
+  The devices need not be there; None: all that are. Where the predecessor is
+  pending, `init_from` names a run that is still to come, or none.
   """
   keys.check(config)
   _check_images(config)
@@ -244,7 +241,7 @@ def _adversarial(config: ConfigDict, mask: Any) -> train_step.Adversarial:
 
 
 def _check_images(config: ConfigDict) -> None:
-  """Raises UserError for sides of images that do not fit what reads them."""
+  """Sides that do not fit the network, the crops, the metrics or LPIPS."""
   sides = config.evaluation.resolutions
   if not sides:
     raise errors.UserError(

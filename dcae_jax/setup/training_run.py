@@ -159,13 +159,8 @@ def run(
   step = last_step = max(config.steps, first_step)
   try:
     if first_step < last_step:
-      _LOG.info(
-        overview.table(
-          training.abstract.params,
-          training.learning.mask,
-          training.shardings.params,
-        )
-      )
+      params, placed = training.abstract.params, training.shardings.params
+      _LOG.info(overview.table(params, training.learning.mask, placed))
       state, step = loop.run(
         loop.Program(
           _compiled(training, work.constants),
@@ -188,9 +183,7 @@ def run(
           writer=writer,
           sigterm=sigterm,
           profiler=profiler.Profiler(
-            first=first_step,
-            directory=str(workdir / "profile"),
-            **config.profile,
+            first_step, str(workdir / "profile"), **config.profile
           ),
         ),
       )

@@ -370,7 +370,7 @@ def table(plans: list[Plan]) -> str:
   lines = [
     "| config | topology | mesh | batch | memory of a chip, GiB | step, ms | "
     "images/s | compiled in |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    "| --- " * 8 + "|",
   ]
   for plan in plans:
     limit = max(plan.seconds, key=plan.seconds.get, default="")

@@ -48,28 +48,28 @@ class Inputs(NamedTuple):
 
 
 def open_inputs(config: ConfigDict) -> Inputs:
-  """Raises UserError for a source without a usable image or missing weights."""
-  channels, limit = config.model.image_channels, config.data.max_megapixels
+  """Opens what the run reads.
+
+  Raises UserError for a source without a usable image, or missing weights.
+  """
+  c = config
+  channels, limit = c.model.image_channels, c.data.max_megapixels
   parameters = {}
-  if config.lpips.weight:
+  if c.lpips.weight:
     try:
-      parameters = lpips.load_parameters(
-        config.lpips.network, config.lpips.path
-      )
+      parameters = lpips.load_parameters(c.lpips.network, c.lpips.path)
     except pretrained.AbsentWeightsError as error:
       raise errors.UserError(
         f"{error}, or name a copy with --config.lpips.path=FILE, or train "
         "without LPIPS with --config.lpips.weight=0"
       ) from error
   inputs = Inputs(
-    image_sources.weighted_sources(config.data.source),
-    image_sources.single_source(config.evaluation.source),
-    images.Decoding(
-      channels, config.data.min_size, limit, config.data.shorter_side
-    ),
+    image_sources.weighted_sources(c.data.source),
+    image_sources.single_source(c.evaluation.source),
+    images.Decoding(channels, c.data.min_size, limit, c.data.shorter_side),
     images.Decoding(channels, max_megapixels=limit),
     parameters,
-    metric_networks.open_all(config.evaluation.metrics),
+    metric_networks.open_all(c.evaluation.metrics),
   )
   for source, _ in inputs.training:
     images.check_not_empty(source, inputs.training_decoding)

@@ -13,7 +13,7 @@ class Profiler:
   """Traces steps of the training loop of this process."""
 
   def __init__(
-    self, *, first: int, start: int, steps: int, on_signal: int, directory: str
+    self, first: int, directory: str, *, start: int, steps: int, on_signal: int
   ):
     """Listens for SIGUSR1, and traces `on_signal` steps when it comes.
 
