@@ -96,7 +96,8 @@ class Objective:
     time_key, noise_key = jax.random.split(key)
     t = self.sample_times(time_key, len(z))
     noise = jax.random.normal(noise_key, z.shape)
-    noisy = _spread(self.alpha(t)) * z + _spread(self.sigma(t)) * noise
+    alpha, sigma = _spread(self.alpha(t)), _spread(self.sigma(t))
+    noisy = alpha * z + sigma * noise
     noisy = noisy if mask is None else noisy * mask
     output = network_output(self, model_fn, noisy, t)
     terms = {
