@@ -213,12 +213,13 @@ class NoisePrediction(Objective):
     )
 
   def _terms(self, output, z, noise, t):
-    error = output[..., : z.shape[-1]] - noise
-    terms = {"mse": jnp.square(error)}
+    epsilon = output[..., : z.shape[-1]]
+    terms = {"mse": jnp.square(epsilon - noise)}
     if self.learned_variance:
-      terms["variational_bound"] = self._step_divergence(
-        jax.lax.stop_gradient(error), output[..., z.shape[-1] :], t
-      )
+      error = jax.lax.stop_gradient(epsilon) - noise
+      interpolation = output[..., z.shape[-1] :]
+      bound = self._step_divergence(error, interpolation, t)
+      terms["variational_bound"] = bound
     return terms
 
   def _step_divergence(
