@@ -22,12 +22,9 @@ from ml_collections.config_dict import placeholder
 class Key:
   """A default, and what holds for the values that may take its place.
 
-  Attributes:
-    default: also of runs made before there was this key.
-    least: of a number.
-    most: of a number.
-    may_change: between two starts in one work directory, because it does not
-      change what is computed, or only how far it goes.
+  Runs made before there was the key count as having its default. A number is
+  `least` to `most`. What `may_change` between two starts in one work directory
+  does not change what is computed, or only how far it goes.
   """
 
   default: Any
@@ -37,12 +34,10 @@ class Key:
 
 
 class TaskKeys(NamedTuple):
-  """The keys of a task.
+  """The keys of a task, as `Key` where there is more than a default.
 
-  Attributes:
-    keys: returns all of them, as `Key` where there is more than a default.
-    begins_anew: started again in the same work directory, it computes all again
-      or finds out by itself what it can keep, so that every key may change.
+  A task that `begins_anew` in its work directory computes all again, or finds
+  out by itself what it can keep, so that every key may change.
   """
 
   keys: Callable[[], ConfigDict]
@@ -50,6 +45,7 @@ class TaskKeys(NamedTuple):
 
 
 _BELOW_1 = 1 - 1e-12
+_CACHE = "~/.cache/dcae_jax/compiled"  # of compiled programs
 KEYS: dict[str, TaskKeys] = {}
 
 
@@ -70,36 +66,46 @@ def _task(
   return decorate
 
 
-def _defaults(keys: ConfigDict) -> ConfigDict:
+def _each(keys: ConfigDict, change: Callable[[Any], Any]) -> ConfigDict:
+  """The same keys, with each of their values changed."""
   c = ConfigDict()
   for name, value in keys.items(preserve_field_references=True):
-    if isinstance(value, ConfigDict):
-      value = _defaults(value)
-    c[name] = value.default if isinstance(value, Key) else value
+    is_group = isinstance(value, ConfigDict)
+    c[name] = _each(value, change) if is_group else change(value)
   return c
+
+
+def _defaults(keys: ConfigDict) -> ConfigDict:
+  return _each(keys, lambda x: x.default if isinstance(x, Key) else x)
 
 
 def _may_change(keys: ConfigDict) -> ConfigDict:
   """The same keys, each of which may change between two starts."""
-  c = ConfigDict()
-  for name, value in keys.items():
-    if isinstance(value, ConfigDict):
-      c[name] = _may_change(value)
-    else:
-      key = value if isinstance(value, Key) else Key(value)
-      c[name] = dataclasses.replace(key, may_change=True)
-  return c
+  as_key = lambda x: x if isinstance(x, Key) else Key(x)
+  return _each(keys, lambda x: dataclasses.replace(as_key(x), may_change=True))
+
+
+def _with_defaults(keys: ConfigDict, **defaults: Any) -> ConfigDict:
+  """The keys with other defaults; their bounds stay."""
+  for name, default in defaults.items():
+    keys[name] = dataclasses.replace(keys[name], default=default)
+  return keys
+
+
+def _mesh() -> ConfigDict:
+  """Sizes of the axes of the mesh of devices; -1: what is left.
+
+  `data` splits the batch, `fsdp` the batch and the parameters, `spatial` the
+  rows of each image.
+  """
+  return ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
 
 
 def source(
   kind: str = "folder",
   path: str = "",
-  name: str = "",
-  split: str = "",
-  weight: float = 1.0,
   members: dict[str, ConfigDict] | None = None,
-  part: str = "",
-  held_out: float = 0.1,
+  **others: Any,
 ) -> ConfigDict:
   """Where images come from."""
   c = ConfigDict()
@@ -111,15 +117,16 @@ def source(
   # image in `path`; its resolution must be that of the files.
   c.kind = kind
   c.path = path  # folder: the directory. tfds: its data_dir, "": the default.
-  c.name = name  # tfds: the dataset, such as "imagenet2012".
-  c.split = split  # tfds: such as "train". embedded: "train", "validation".
-  c.weight = weight  # within a mixture
+  c.name = ""  # tfds: the dataset, such as "imagenet2012".
+  c.split = ""  # tfds: such as "train". embedded: "train", "validation".
+  c.weight = 1.0  # within a mixture
   c.members = ConfigDict(members or {})  # mixture: name to source
   # "held_out": some of the images, chosen by a hash of their names, the same in
   # every run; "training": all others. "": all.
-  c.part = part
-  c.held_out = held_out  # of all images, approximately; at least one
-  return c
+  c.part = ""
+  c.held_out = 0.1  # of all images, approximately; at least one
+  c.lock().update(others)
+  return c.unlock()
 
 
 @_task("train_autoencoder")
@@ -142,11 +149,9 @@ def autoencoder() -> ConfigDict:
   c.phase = "low_resolution_full_training"
   # Which parameters learn: modules, or shell patterns over parameter paths.
   c.trainable = ("*",)
-  # [community] side of the training crops, in pixels
-  c.resolution = Key(256, 1)
+  c.resolution = Key(256, 1)  # [community] side of the crops, in pixels
   c.batch_size = Key(96, 1)  # [community] of all devices together: 24 x 4
-  # Parts of a batch, one after the other: saves memory
-  c.accumulation = Key(1, 1)
+  c.accumulation = Key(1, 1)  # parts of a batch, in turn: saves memory
   c.steps = Key(500_000, 1, may_change=True)  # [ours] not published
 
   # --- the model -----------------------------------------------------------
@@ -164,8 +169,7 @@ def autoencoder() -> ConfigDict:
   # Compile the equal blocks of a DC-AE's stage once, as a loop, where all of
   # them learn or none: faster to compile, not slower to run.
   c.model.scan = Key(True, may_change=True)
-  # Of the layers; norms, attention, losses and the state are float32.
-  c.model.dtype = "bfloat16"
+  c.model.dtype = "bfloat16"  # of layers; norms, attention, losses: float32
 
   # --- the losses (means over pixels, images, patches) ---------------------
   # L1 has weight 1. [paper] L1 + LPIPS in all phases, PatchGAN in phase 3.
@@ -183,94 +187,100 @@ def autoencoder() -> ConfigDict:
   c.kl = ConfigDict()
   c.kl.weight = Key(1e-6, 0)
   c.discriminator = ConfigDict()  # phase 3 only
-  # [community] of the generator's hinge loss
-  c.discriminator.weight = Key(0.5, 0)
+  c.discriminator.weight = Key(0.5, 0)  # [community] of the hinge loss
   c.discriminator.adaptive = True  # [community] times a ratio of gradients
-  # Of the generator's loss [community: 1]
-  c.discriminator.start_step = Key(0, 0)
+  c.discriminator.start_step = Key(0, 0)  # of that loss [community: 1]
   # [ours] 0: the autoencoder's; with Muon, its Adam's.
   c.discriminator.learning_rate = Key(0.0, 0)
   c.discriminator.width = Key(64, 1)  # [community] channels of the first layer
   c.discriminator.layers = Key(3, 1, 8)  # [community] of stride 2
 
-  # --- the optimizer -------------------------------------------------------
-  c.optimizer = ConfigDict()
+  c.optimizer, c.ema = _optimizer(), _averages()
+  c.data, c.evaluation = _training_images(), _may_change(_evaluation())
+  c.update(training_machine())
+  return c
+
+
+def _training_images() -> ConfigDict:
+  """What an autoencoder learns from."""
+  c = ConfigDict()
+  c.source = source("folder")
+  # "random_resized_crop", "random_crop" (of the image's own pixels), "dm_crop".
+  c.crop = "random_resized_crop"  # [ours]; [community]: central crop
+  c.min_area = Key(0.25, 0.001, 1)  # [ours] least part that a crop covers
+  c.flip = True  # [ours] mirror at random; [community]: never
+  c.min_size = Key(0, 0)  # images with a smaller side are left out; 0: none
+  c.max_megapixels = Key(89.0, 0.001)  # larger images are skipped, and named
+  c.shorter_side = Key(0, 0)  # reduce images to it before cropping; 0: never
+  # Of decoded images kept, a process and source
+  c.cache_megabytes = Key(0.0, 0, may_change=True)
+  c.update(_loading(workers=8))
+  return c
+
+
+def _evaluation() -> ConfigDict:
+  """During training, of the averages: PSNR, SSIM, and `metrics`."""
+  c = ConfigDict()
+  c.source = source("folder")  # held-out images
+  # Steps; also before the first one and after the last one; 0: only these.
+  c.every = Key(5_000, 0)
+  # Square centre crops (the evaluations' usual DMCrop); the first one gives
+  # eval/psnr, another one eval/512px/psnr.
+  c.resolutions = (256,)
+  c.batch_size = Key(32, 1)  # rounded up to what the mesh divides
+  c.max_images = Key(5_000, 0)  # 0: all
+  # As in `evaluate()`; without their weights they are left out.
+  c.metrics = ("lpips",)
+  c.samples = Key(8, 1)  # images in the sample grids
+  return c
+
+
+def _loading(workers: int) -> ConfigDict:
+  """How training examples are read."""
+  c = ConfigDict()
+  c.workers = Key(workers, 0, 1000)  # processes; 0: threads of this one
+  c.threads = Key(4, 1, 1000)  # of each process
+  c.prefetch = Key(2, 1, 100)  # batches ahead, on the devices
+  return _may_change(c)
+
+
+def _optimizer() -> ConfigDict:
+  """An autoencoder's; a denoiser has the same keys."""
+  c = ConfigDict()
   # "adamw" [paper], or "muon": kernels as matrices of (h w in) x out, and the
   # rest, depthwise kernels too, by Adam. The discriminator's is always AdamW.
-  c.optimizer.kind = "adamw"
-  c.optimizer.learning_rate = Key(6.4e-5, 0)  # [paper]; of Muon [ours] 0.01
-  c.optimizer.adam_learning_rate = Key(2e-3, 0)  # [ours] Muon only: of the rest
+  c.kind = "adamw"
+  c.learning_rate = Key(6.4e-5, 0)  # [paper]; of Muon [ours] 0.01
+  c.adam_learning_rate = Key(2e-3, 0)  # [ours] Muon only: of the rest
   # "constant" [paper], "cosine", "linear", or "wsd": warm-up, stable, linear
   # decay over the last `decay_steps`. The end is `steps`; a run that goes on
   # with more of them has the rates of the longer run from there on: with wsd,
   # before its decay, the same as ever; with cosine and linear they jump.
-  c.optimizer.schedule = "constant"
-  # Cosine and linear, 0: all after the warm-up
-  c.optimizer.decay_steps = Key(0, 0)
-  # At the end, as a fraction of the rate
-  c.optimizer.final_rate = Key(0.0, 0, 1)
-  c.optimizer.beta1 = Key(0.9, 0, _BELOW_1)  # [paper] of Adam, as the next one
-  c.optimizer.beta2 = Key(0.999, 0, _BELOW_1)  # [paper]
-  c.optimizer.weight_decay = Key(0.1, 0)  # [paper]
-  c.optimizer.decay_all = False  # [ours] kernels alone; True: all parameters
+  c.schedule = "constant"
+  c.decay_steps = Key(0, 0)  # cosine and linear, 0: all after the warm-up
+  c.final_rate = Key(0.0, 0, 1)  # at the end, as a fraction of the rate
+  c.beta1 = Key(0.9, 0, _BELOW_1)  # [paper] of Adam, as the next one
+  c.beta2 = Key(0.999, 0, _BELOW_1)  # [paper]
+  c.weight_decay = Key(0.1, 0)  # [paper]
+  c.decay_all = False  # [ours] kernels alone; True: all parameters
   # [ours] linear, from a tenth of the rate. (The authors' later code has 50k.)
-  c.optimizer.warmup_steps = Key(5_000, 0)
-  # [ours] global gradient norm; 0: not clipped
-  c.optimizer.clip_norm = Key(1.0, 0)
-  c.ema = ConfigDict()
-  # The averages are what is evaluated; they cover batch statistics.
-  c.ema.decay = Key(0.9999, 0, _BELOW_1)  # [ours]
-  # decay * (1 - exp(-step / ramp_steps)); 0: none
-  c.ema.ramp_steps = Key(2_000, 0)
+  c.warmup_steps = Key(5_000, 0)
+  c.clip_norm = Key(1.0, 0)  # [ours] global gradient norm; 0: not clipped
+  return c
 
-  # --- the images ----------------------------------------------------------
-  c.data = ConfigDict()
-  c.data.source = source("folder")
-  # "random_resized_crop", "random_crop" (of the image's own pixels), "dm_crop".
-  c.data.crop = "random_resized_crop"  # [ours]; [community]: central crop
-  # [ours] least part that a random-resized crop covers
-  c.data.min_area = Key(0.25, 0.001, 1)
-  c.data.flip = True  # [ours] mirror at random; [community]: never
-  # Images with a smaller side are left out; 0: none
-  c.data.min_size = Key(0, 0)
-  # Larger images are skipped, and named
-  c.data.max_megapixels = Key(89.0, 0.001)
-  # Reduce images to it before cropping; 0: never
-  c.data.shorter_side = Key(0, 0)
-  # Of decoded images kept, a process and source
-  c.data.cache_megabytes = Key(0.0, 0, may_change=True)
-  # Loader processes; 0: threads of the main process
-  c.data.workers = Key(8, 0, 1000, may_change=True)
-  # Loader threads, in each process
-  c.data.threads = Key(4, 1, 1000, may_change=True)
-  # Batches ahead, on the devices
-  c.data.prefetch = Key(2, 1, 100, may_change=True)
 
-  # --- periodic evaluation of the averages: PSNR, SSIM, and `metrics` ------
-  c.evaluation = ConfigDict()
-  c.evaluation.source = source("folder")  # held-out images
-  # Steps; also before the first one and after the last one; 0: only these.
-  c.evaluation.every = Key(5_000, 0)
-  # Square centre crops (the evaluations' usual DMCrop); the first one gives
-  # eval/psnr, another one eval/512px/psnr.
-  c.evaluation.resolutions = (256,)
-  c.evaluation.batch_size = Key(32, 1)  # rounded up to what the mesh divides
-  c.evaluation.max_images = Key(5_000, 0)  # 0: all
-  # As in `evaluate()`; without their weights they are left out.
-  c.evaluation.metrics = ("lpips",)
-  c.evaluation.samples = Key(8, 1)  # images in the sample grids
-
-  c.evaluation = _may_change(c.evaluation)
-  c.update(training_machine())
+def _averages() -> ConfigDict:
+  """Exponential moving ones of the state; they are what is evaluated."""
+  c = ConfigDict()
+  c.decay = Key(0.9999, 0, _BELOW_1)  # [ours]
+  c.ramp_steps = Key(2_000, 0)  # decay * (1 - exp(-step / ramp_steps)); 0: none
   return c
 
 
 def training_machine() -> ConfigDict:
   """Of a training run: devices, checkpoints, logs."""
   c = ConfigDict()
-  # Sizes of the mesh axes; -1: what is left. `data` splits the batch, `fsdp`
-  # the batch and the parameters, `spatial` the rows of each image.
-  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
+  c.mesh = _mesh()
   c.checkpoint = ConfigDict()
   c.checkpoint.every = Key(5_000, 0)  # steps; also at the end and on SIGTERM
   c.checkpoint.keep = Key(2, 1)  # latest ones
@@ -285,7 +295,7 @@ def training_machine() -> ConfigDict:
   )
   c.checkpoint, c.profile = _may_change(c.checkpoint), _may_change(c.profile)
   # Compiled programs, kept between runs. "": not kept.
-  c.compilation_cache = Key("~/.cache/dcae_jax/compiled", may_change=True)
+  c.compilation_cache = Key(_CACHE, may_change=True)
   # For where there is a GPU or TPU: keys, their values here and their values
   # there. One that was given another value keeps it. See `on_accelerator`.
   c.on_accelerator = ()
@@ -307,7 +317,7 @@ def plan() -> ConfigDict:
   # Of XLA. {'exec_time_optimization_effort': -1.0} compiles many times faster,
   # to a program that fits in about the same memory, and would be slower.
   c.compiler_options = ConfigDict()
-  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  c.compilation_cache = _CACHE
   return c
 
 
@@ -326,8 +336,7 @@ def phase2(variant: str) -> ConfigDict:
   # not published. [community] these. A wider choice adds the deepest stages,
   # such as "encoder/stage_5" and "decoder/stage_5".
   c.trainable = ("encoder/project_out", "decoder/project_in")
-  c.resolution = 512  # [community]
-  c.batch_size = 16  # [community] 4 x 4
+  c.resolution, c.batch_size = 512, 16  # [community] 16: 4 x 4
   c.steps = 100_000  # [ours] not published
   c.optimizer.learning_rate = 1.6e-5  # [paper]
   c.optimizer.weight_decay = 0.001  # [paper]
@@ -348,8 +357,7 @@ def phase3(variant: str) -> ConfigDict:
   c.trainable = ("decoder/project_out",)
   c.steps = 100_000  # [ours] not published
   c.optimizer.learning_rate = 5.4e-5  # [paper]
-  c.optimizer.beta1 = 0.5  # [paper]
-  c.optimizer.beta2 = 0.9  # [paper]
+  c.optimizer.beta1, c.optimizer.beta2 = 0.5, 0.9  # [paper]
   c.optimizer.weight_decay = 0.01  # [community]
   c.optimizer.warmup_steps = 1_000  # [ours]
   return c
@@ -377,20 +385,16 @@ def on_accelerator(c: ConfigDict, values: dict[str, Any]) -> None:
 
 def small(c: ConfigDict) -> ConfigDict:
   """For a tiny variant, a folder of photographs and one device, an evening."""
-  c.model.rematerialisation = False
-  c.model.dtype = "float32"
+  c.model.rematerialisation, c.model.dtype = False, "float32"
   c.lpips.network = "alexnet"
   c.optimizer.warmup_steps = 200
-  c.ema.decay = 0.999
-  c.ema.ramp_steps = 500
+  c.ema.decay, c.ema.ramp_steps = 0.999, 500
   c.data.crop = "random_resized_crop"
   c.data.shorter_side = 384  # decoding large photographs would take longer
   c.data.cache_megabytes = 4_000.0  # about 6,000 of them
-  c.data.workers = 0
-  c.data.threads = 2
+  c.data.workers, c.data.threads = 0, 2
   c.evaluation.every = c.checkpoint.every = 500
-  c.evaluation.batch_size = 16
-  c.evaluation.max_images = 64
+  c.evaluation.batch_size, c.evaluation.max_images = 16, 64
   c.log_every = 10
   on_accelerator(
     c, {"data.shorter_side": 512, "data.threads": 8, "model.dtype": "bfloat16"}
@@ -415,8 +419,7 @@ def evaluate() -> ConfigDict:
   c = measurement()
   # What is measured: a run, a folder or file of released weights, or a hub id.
   c.init_from = ""
-  # Without `init_from`: a variant with its initial values.
-  c.variant = ""
+  c.variant = ""  # without `init_from`: a variant with its initial values
   c.seed = Key(0, 0)  # of initial values
   c.name = ""  # of the row in the table; "": the end of `init_from`
   # Put p x p latents into the channels of one: f8 and 8 make f64.
@@ -435,13 +438,7 @@ def evaluate() -> ConfigDict:
 
 def measurement() -> ConfigDict:
   """What images reconstructions are measured on, and how."""
-  c = ConfigDict()
-  c.source = source("folder")  # held-out images
-  # Sides of the images' centre crops (DMCrop, as the paper's evaluations).
-  c.resolutions = (256, 512)
-  c.max_images = Key(0, 0)  # 0: all
-  c.max_megapixels = Key(89.0, 0.001)  # larger images are skipped, and named
-  c.batch_size = Key(32, 1)  # rounded up to what the mesh divides
+  c = _measured_images()  # held-out ones
   # Besides PSNR, SSIM and the latents' statistics.
   c.metrics = ("rfid", "lpips", "frechet_efficientnet_lite0")
   # Where their weights are; "": the cache, or the package that has them.
@@ -453,31 +450,32 @@ def measurement() -> ConfigDict:
   c.reference = ""
   c.samples = Key(8, 1)  # images in the report
   c.extremes = Key(4, 0)  # worst and best images in the report
+  return c
+
+
+def _measured_images() -> ConfigDict:
+  c = ConfigDict()
+  c.source = source("folder")
+  # Sides of the images' centre crops (DMCrop, as the paper's evaluations).
+  c.resolutions = (256, 512)
+  c.max_images = Key(0, 0)  # 0: all
+  c.max_megapixels = Key(89.0, 0.001)  # larger images are skipped, and named
+  c.batch_size = Key(32, 1)  # rounded up to what the mesh divides
   c.threads = Key(4, 1, 1000)  # loader threads
-  # `data` splits the batch, `fsdp` the batch and the parameters, `spatial` the
-  # rows of each image.
-  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
-  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  c.mesh = _mesh()
+  c.compilation_cache = _CACHE
   return c
 
 
 @_task("reference_statistics", begins_anew=True)
 def reference_statistics() -> ConfigDict:
   """Mean and covariance of Inception features of images, for FID."""
-  c = ConfigDict()
+  c = _measured_images()
   # Also "efficientnet_lite0", for frechet_efficientnet_lite0 of samples.
   c.networks = ("inception",)
   # Images whose features are kept, for precision and recall; evenly spaced.
   c.features = Key(10_000, 0)
-  c.source = source("folder")
-  c.resolutions = (256, 512)  # sides of the centre crops
-  c.max_images = Key(0, 0)  # 0: all
-  c.max_megapixels = Key(89.0, 0.001)  # larger images are skipped, and named
-  c.batch_size = Key(32, 1)  # rounded up to what the mesh divides
   c.weights = ""  # of the FID Inception; "": the cache
-  c.threads = Key(4, 1, 1000)  # loader threads
-  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "spatial": 1})
-  c.compilation_cache = "~/.cache/dcae_jax/compiled"
   return c
 
 
@@ -485,8 +483,7 @@ def reference_statistics() -> ConfigDict:
 def reconstruct() -> ConfigDict:
   """One's own pictures, beside their reconstructions."""
   c = ConfigDict()
-  # A run, a folder or file of released weights, or a hub id.
-  c.init_from = ""
+  c.init_from = ""  # a run, a folder or file of released weights, or a hub id
   c.input = ""  # an image, a folder of images, or a quoted pattern
   c.dtype = "float32"  # of the layers
   # How sides are filled up that the compression does not divide, before the
@@ -498,7 +495,7 @@ def reconstruct() -> ConfigDict:
   c.stride = Key(0, 0)  # from tile to tile; 0: three quarters of a tile
   c.shorter_side = Key(0, 0)  # reduce images to it first; 0: never
   c.max_megapixels = Key(89.0, 0.001)  # larger images are skipped, and named
-  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  c.compilation_cache = _CACHE
   return c
 
 
@@ -506,8 +503,7 @@ def reconstruct() -> ConfigDict:
 def export_latents() -> ConfigDict:
   """Images to latents, in a store that diffusion models learn from."""
   c = ConfigDict()
-  # What encodes: a run, a folder or file of released weights, or a hub id.
-  c.init_from = ""
+  c.init_from = ""  # what encodes: a run, a folder or file of weights, a hub id
   # The store, a directory or gs:// prefix, the same for all processes. "":
   # `latents` in the work directory.
   c.output = ""
@@ -526,10 +522,8 @@ def export_latents() -> ConfigDict:
   c.max_images = Key(0, 0)  # the first ones; 0: all
   c.resolution = Key(512, 1, 2**14)  # side of the crops, in pixels
   c.crop = "dm_crop"  # or "random_crop", "random_resized_crop"
-  # Least part that a random-resized crop covers
-  c.min_area = Key(0.25, 0.001, 1)
-  # Each a row; more than one if they are random
-  c.crops_per_image = Key(1, 1, 2**20)
+  c.min_area = Key(0.25, 0.001, 1)  # least part that a crop covers
+  c.crops_per_image = Key(1, 1, 2**20)  # rows; several if they are random
   c.seed = Key(0, 0)  # of random crops
   c.flip = False  # a second view: the latents of the mirrored images
   c.min_size = Key(0, 0)  # images with a smaller side are left out; 0: none
@@ -544,9 +538,8 @@ def export_latents() -> ConfigDict:
   # Loader threads, in each process. Each image is decoded twice: first to find
   # out which can be used.
   c.threads = Key(8, 1, 1000)
-  # Of each request to the store, at most 16 s apart
-  c.retries = Key(10, 0, 1000)
-  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  c.retries = Key(10, 0, 1000)  # of each request, at most 16 s apart
+  c.compilation_cache = _CACHE
   return c
 
 
@@ -555,15 +548,12 @@ def inspect_latents() -> ConfigDict:
   """What a latent store holds, whether it is whole, what it looks like."""
   c = ConfigDict()
   c.latents = ""  # the store, a directory or gs:// prefix
-  # What decodes; "": what the manifest names.
-  c.init_from = ""
-  # Random rows to decode; 0: none, without an autoencoder
-  c.samples = Key(8, 0, 1000)
+  c.init_from = ""  # what decodes; "": what the manifest names
+  c.samples = Key(8, 0, 1000)  # random rows to decode; 0: no autoencoder
   c.seed = Key(0, 0)  # of the choice of rows
   c.verify = True  # read all of it, and compare checksums
-  # Of each request to a bucket, at most 16 s apart
-  c.retries = Key(10, 0, 1000)
-  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  c.retries = Key(10, 0, 1000)  # of each request, at most 16 s apart
+  c.compilation_cache = _CACHE
   return c
 
 
@@ -578,8 +568,7 @@ def latent_diffusion() -> ConfigDict:
   # What decodes samples; "": what the store's manifest names.
   c.autoencoder = Key("", may_change=True)
   c.batch_size = Key(1024, 1, 2**24)  # [paper] of all devices together
-  # [paper] UViT-H on f64; longer: 2,000,000
-  c.steps = Key(500_000, 1, may_change=True)
+  c.steps = Key(500_000, 1, may_change=True)  # [paper] UViT-H; longer: 2M
 
   # --- the model -----------------------------------------------------------
   c.model = ConfigDict()
@@ -588,9 +577,7 @@ def latent_diffusion() -> ConfigDict:
   # [paper] 1: the autoencoder has compressed enough. SD-VAE-f8: 2.
   c.model.patch_size = 1
   # Those of the store, filled in by the run.
-  c.model.latent_size = 0
-  c.model.latent_channels = 0
-  c.model.num_classes = 0
+  c.model.latent_size = c.model.latent_channels = c.model.num_classes = 0
   c.model.rematerialisation = False  # recompute each block: less memory
   c.model.dtype = "bfloat16"  # of linear layers; attention is float32
 
@@ -607,37 +594,19 @@ def latent_diffusion() -> ConfigDict:
   # example keeps one at random, such as (16, 32, 64, 128). (): all.
   c.channel_candidates = ()
 
-  # --- the optimizer, as of an autoencoder ---------------------------------
-  c.optimizer = ConfigDict()
-  c.optimizer.kind = "adamw"  # [paper]
-  c.optimizer.learning_rate = Key(2e-4, 0)  # [paper] UViT
-  c.optimizer.adam_learning_rate = Key(2e-4, 0)  # [ours]
-  c.optimizer.schedule = "constant"  # [paper]
-  c.optimizer.decay_steps = Key(0, 0)
-  c.optimizer.final_rate = Key(0.0, 0, 1)
-  c.optimizer.beta1 = Key(0.99, 0, _BELOW_1)  # [paper] UViT
-  c.optimizer.beta2 = Key(0.99, 0, _BELOW_1)  # [paper] UViT
-  c.optimizer.weight_decay = Key(0.03, 0)  # [paper] UViT
-  c.optimizer.decay_all = False
-  c.optimizer.warmup_steps = Key(5_000, 0)  # [paper] UViT
-  c.optimizer.clip_norm = Key(0.0, 0)  # 0: not clipped
-  c.ema = ConfigDict()
-  c.ema.decay = Key(0.9999, 0, _BELOW_1)  # [paper]
-  c.ema.ramp_steps = Key(0, 0)  # decay * (1 - exp(-step / ramp_steps)); 0: none
+  # [paper] those of UViT, as are the kind, the warm-up and the averages' decay.
+  c.optimizer = _with_defaults(
+    _optimizer(), learning_rate=2e-4, beta1=0.99, beta2=0.99, weight_decay=0.03,
+    clip_norm=0.0, adam_learning_rate=2e-4,
+  )  # fmt: skip
+  c.ema = _with_defaults(_averages(), ramp_steps=0)
 
   # --- the latents ---------------------------------------------------------
-  c.data = ConfigDict()
-  # Reader processes; 0: threads of the main process
-  c.data.workers = Key(0, 0, 1000, may_change=True)
-  # Batches that each process reads at once
-  c.data.threads = Key(4, 1, 1000, may_change=True)
-  # Batches ahead, on the devices
-  c.data.prefetch = Key(2, 1, 100, may_change=True)
+  c.data = _loading(workers=0)  # a thread reads a batch
   # Of latents kept in memory, a process
   c.data.cache_megabytes = Key(1_000.0, 0, may_change=True)
   c.data.shuffle_shards = Key(0, 0)  # 0: all rows with each other; a bucket: 16
-  # Of each request to a bucket
-  c.data.retries = Key(10, 0, 1000, may_change=True)
+  c.data.retries = Key(10, 0, 1000, may_change=True)  # of a bucket's requests
 
   # --- pictures of samples during training, of the averages ----------------
   c.samples = ConfigDict()
@@ -664,8 +633,7 @@ def usit(variant: str) -> ConfigDict:
   c.objective.kind = "flow"
   c.optimizer.learning_rate = 1e-4  # [paper]
   c.optimizer.weight_decay = 0.0  # [paper]
-  c.sampler.kind = "dopri5"
-  c.sampler.steps = 1_000  # at most
+  c.sampler.kind, c.sampler.steps = "dopri5", 1_000  # at most
   return c
 
 
@@ -677,12 +645,9 @@ def dit(variant: str) -> ConfigDict:
   c.batch_size = 256  # [paper]; 1024 with a rate of 2e-4
   c.steps = 3_000_000  # [paper]
   c.optimizer.learning_rate = 1e-4  # [paper]
-  c.optimizer.beta1 = 0.9  # [paper]
-  c.optimizer.beta2 = 0.999  # [paper]
-  c.optimizer.weight_decay = 0.0  # [paper]
-  c.optimizer.warmup_steps = 0
-  c.sampler.kind = "ddpm"
-  c.sampler.steps = 250  # [paper]
+  c.optimizer.beta1, c.optimizer.beta2 = 0.9, 0.999  # [paper]
+  c.optimizer.weight_decay, c.optimizer.warmup_steps = 0.0, 0
+  c.sampler.kind, c.sampler.steps = "ddpm", 250  # [paper]
   return c
 
 
@@ -691,8 +656,7 @@ def evaluate_diffusion() -> ConfigDict:
   """Samples of a diffusion model, decoded, written and measured."""
   c = ConfigDict()
   c.init_from = ""  # a run of train_diffusion, whose averages are used
-  # What decodes; "": what the latents were made with.
-  c.autoencoder = ""
+  c.autoencoder = ""  # what decodes; "": what the latents were made with
   c.seed = Key(0, 0)  # of noise and classes
   c.samples = Key(50_000, 1)  # [paper] of each guidance scale
   # Numbers of classes, in turn; (): all, at random with replacement [paper].
@@ -700,12 +664,8 @@ def evaluate_diffusion() -> ConfigDict:
   # Scales; 1: without. Several make a sweep, with the same noise and classes.
   c.guidance = (1.0,)
   # As in `sampler()`; None: that of the training run.
-  c.sampler = ConfigDict(
-    {
-      key: placeholder(type(value))
-      for key, value in _defaults(sampler()).items()
-    }
-  )
+  unset = lambda value: placeholder(type(value))
+  c.sampler = _each(_defaults(sampler()), unset)
   # Drawn at once by each process over its devices, and drawn again if it is
   # killed; samples depend on it, and not on the number of devices.
   c.batch_size = Key(64, 1, 2**20)
@@ -727,7 +687,7 @@ def evaluate_diffusion() -> ConfigDict:
   c.picture.columns = Key(4, 1, 1000)  # for each scale
   # The store that was trained on: an image of each class is shown, too.
   c.picture.latents = ""
-  c.compilation_cache = "~/.cache/dcae_jax/compiled"
+  c.compilation_cache = _CACHE
   return c
 
 

@@ -14,25 +14,20 @@ def get_config():
   config = base.three_phases("tiny-f8-rms")
   held_out = base.source("embedded", split="validation")
   for c in (config.phase1, config.phase2, config.phase3):
-    c.model.rematerialisation = False
-    c.model.dtype = "float32"
+    c.model.rematerialisation, c.model.dtype = False, "float32"
     c.lpips.network, c.lpips.weight = "alexnet", 0.1
     c.optimizer.kind, c.optimizer.schedule = "muon", "cosine"
     c.optimizer.warmup_steps = 20
     c.optimizer.weight_decay = c.optimizer.clip_norm = 0.0
-    c.ema.decay = 0.99
-    c.ema.ramp_steps = 50
+    c.ema.decay, c.ema.ramp_steps = 0.99, 50
     c.data.source = base.source("embedded", split="train")
     c.data.crop = "random_resized_crop"
-    c.data.min_size = 0
-    c.data.shorter_side = 384
+    c.data.min_size, c.data.shorter_side = 0, 384
     c.data.cache_megabytes = 200
-    c.data.workers = 0
-    c.data.threads = 2
+    c.data.workers, c.data.threads = 0, 2
     c.evaluation.source = held_out
-    c.evaluation.every = 400
     c.evaluation.batch_size = 8
-    c.checkpoint.every = 400
+    c.evaluation.every = c.checkpoint.every = 400
     c.log_every = 10
   low, high = 64, 128
   c = config.phase1

@@ -7,3 +7,8 @@ class UserError(ValueError):
   The command line prints the message alone. Anything else that is raised is a
   bug, and has a traceback.
   """
+
+
+def first_line(error: Exception) -> str:
+  """Of the message of another package's error, which can be pages long."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

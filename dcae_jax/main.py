@@ -47,13 +47,11 @@ def main(argv: list[str]) -> int:
     if not _is_one_of_many():
       raise
     traceback.print_exc()
-    first = f"{error}".strip().partition("\n")[0]
-    _leave(
-      _fail(
-        f"{first}; if another process has ended, see its log, and start all of "
-        "them again: they go on from what is saved"
-      )
+    status = _fail(
+      f"{errors.first_line(error)}; if another process has ended, see its log, "
+      "and start all of them again: they go on from what is saved"
     )
+    _leave(status)
   return 0
 
 
@@ -103,9 +101,8 @@ def _run(config, workdir: str | None) -> None:
 def _join_processes() -> None:
   """Of a pod or a SLURM step, which jax finds; or of those that flags describe.
 
-  Raises:
-    ValueError: some of the flags are missing, do not fit each other, or the
-      others are not there in time.
+  Raises UserError for flags that do not fit each other, or if the others are
+  not there in time.
   """
   given = {
     name: flags.FLAGS[name].value
@@ -116,13 +113,9 @@ def _join_processes() -> None:
     raise errors.UserError(
       f"--{missing[0]} is missing; processes need all of them"
     )
-  if (
-    not missing
-    and not given["coordinator_address"].rpartition(":")[2].isdigit()
-  ):
-    raise errors.UserError(
-      f"--coordinator_address={given['coordinator_address']} is not HOST:PORT"
-    )
+  address = given["coordinator_address"]
+  if not missing and not address.rpartition(":")[2].isdigit():
+    raise errors.UserError(f"--coordinator_address={address} is not HOST:PORT")
   if not missing and not 0 <= given["process_id"] < given["num_processes"]:
     raise errors.UserError(
       f"--process_id={given['process_id']} is not from 0 to "
@@ -140,10 +133,10 @@ def _join_processes() -> None:
       "with --coordinator_address, --num_processes and --process_id"
     ) from error
   except RuntimeError as error:
-    first = f"{error}".strip().partition("\n")[0]
     raise errors.UserError(
-      f"the other processes of this run are not there ({first}); start all of "
-      "them, with the same --coordinator_address and --num_processes"
+      "the other processes of this run are not there "
+      f"({errors.first_line(error)}); start all of them, with the same "
+      "--coordinator_address and --num_processes"
     ) from error
 
 

@@ -29,24 +29,19 @@ class Conditioning(abc.ABC):
 
   A frozen dataclass, whose fields are numbers of a denoiser's config that come
   from the latents.
-
-  Attributes:
-    name: of the array of a latent store that holds the conditions.
   """
 
-  name: ClassVar[str]
+  name: ClassVar[str]  # of the array of a latent store that holds them
 
   @classmethod
   @abc.abstractmethod
   def of_latents(
     cls, rows: np.ndarray, classes: Sequence[str], path: str
   ) -> "Conditioning":
-    """That of some latents; ValueError for rows that cannot be.
+    """That of some latents; raises UserError for rows that cannot be.
 
-    Args:
-      rows: the array of the store; none where there is no store yet.
-      classes: names of classes, if the images have any.
-      path: of the store, for messages.
+    There are no rows where there is no store yet, and no names of classes where
+    images have none. The path of the store is for messages.
     """
 
   @abc.abstractmethod
@@ -67,7 +62,7 @@ class Conditioning(abc.ABC):
 
   @abc.abstractmethod
   def check_chosen(self, chosen: Sequence[Any]) -> None:
-    """Raises ValueError for choices of a user that are not of this kind."""
+    """Raises UserError for choices of a user that are not of this kind."""
 
   @abc.abstractmethod
   def choices(
@@ -75,8 +70,7 @@ class Conditioning(abc.ABC):
   ) -> Condition:
     """Those that samples are drawn for: all that are chosen, or were learned.
 
-    Raises:
-      ValueError: one that is chosen was not learned.
+    Raises UserError where one that is chosen was not learned.
     """
 
   @abc.abstractmethod
@@ -179,21 +173,14 @@ class ClassLabels(Conditioning):
 
   def titles(self, condition: np.ndarray, classes: Sequence[str]) -> list[str]:
     if not classes:
-      return [f"{label}" for label in condition]
+      return list(map(str, condition))
     return [pathlib.PurePath(classes[label]).stem[:16] for label in condition]
 
 
 def dropped(
   conditioning: Conditioning, key: Array, condition: Condition, rate: float
 ) -> Condition:
-  """Rows of a condition replaced by none at random, for guidance later.
-
-  Args:
-    conditioning: its kind.
-    key: of what is random.
-    condition: of the examples.
-    rate: part of the rows that are replaced.
-  """
+  """The condition, with a part `rate` of its rows replaced by none."""
   rows = len(jax.tree.leaves(condition)[0])
   drop = jax.random.bernoulli(key, rate, (rows,))
   return jax.tree.map(
@@ -206,17 +193,14 @@ def dropped(
 def drawn(
   choices: Condition, number: int, size: int, seed: int | None = None
 ) -> Condition:
-  """A batch of some choices.
+  """A batch of some choices, the rows of a condition.
 
-  Args:
-    choices: a condition, a row for each choice.
-    number: of the batch; those of other numbers go on with the choices.
-    size: rows of a batch.
-    seed: draws at random, with replacement; None: in turn.
+  Without a seed they come in turn, and the batch of the next number goes on
+  with them. A seed draws them at random, with replacement.
   """
   count = len(jax.tree.leaves(choices)[0])
-  places = np.arange(number * size, (number + 1) * size) % count
-  if seed is not None:
-    rng = np.random.default_rng((seed, number))
-    places = rng.integers(count, size=size)
+  if seed is None:
+    places = np.arange(number * size, (number + 1) * size) % count
+  else:
+    places = np.random.default_rng((seed, number)).integers(count, size=size)
   return jax.tree.map(lambda x: x[places], choices)

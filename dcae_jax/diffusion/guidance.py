@@ -12,7 +12,7 @@ from dcae_jax.diffusion import conditioning, objectives
 
 
 def check_guidance(scale: float, interval: tuple[float, float] | None) -> None:
-  """Raises ValueError for a negative scale, or an empty interval."""
+  """Raises UserError for a negative scale, or an empty interval."""
   if not 0 <= scale < np.inf:
     what = "negative" if scale < 0 else "not a finite number"
     raise errors.UserError(
@@ -36,7 +36,7 @@ def guided(
   scale: float,
   interval: tuple[float, float] | None = None,
 ) -> objectives.ModelFunction:
-  """Classifier-free guidance as model_fn(z, t) (arXiv 2207.12598).
+  """Classifier-free guidance as model_fn(z, t).
 
   The output is null + scale (conditional - null) on all latent channels (the
   code of DiT guides the first three only); learned variances, which come after
@@ -49,13 +49,10 @@ def guided(
     condition: of the b examples.
     null: what stands for none, as many rows of it.
     scale: 1 is the conditional network alone, and costs no more; 0 the
-      unconditional one.
+      unconditional one. A negative one is a UserError.
     interval: the times (low, high), ends included and as the network sees them
       (0 to 1000), within which guidance acts; outside, the output is the
       conditional one (arXiv 2404.07724).
-
-  Raises:
-    ValueError: a negative scale, or an empty interval.
   """
   check_guidance(scale, interval)
   if scale == 1:

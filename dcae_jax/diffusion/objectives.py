@@ -7,8 +7,10 @@ samplers and guidance. Arithmetic outside the network is float32.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,15 +62,60 @@ class Chain(NamedTuple):
   upper: np.ndarray
 
 
+class Objective:
+  """A forward process, and what a network learns of it.
+
+  Each has alpha(t) and sigma(t), random times, what the network sees of them,
+  how its output is read, and the terms of the loss for each value.
+  """
+
+  def output_channels(self, channels: int) -> int:
+    """Channels of the network's output for latents of so many."""
+    return channels
+
+  def loss(
+    self,
+    model_fn: ModelFunction,
+    key: Array,
+    z: Latents,
+    mask: Mask | None = None,
+  ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+    """The loss of each example at a random time, and the terms that add to it.
+
+    Args:
+      z: clean latents.
+      mask: see `random_channel_mask`.
+
+    Returns:
+      losses, and {"mse"} or {"mse", "variational_bound"}, the latter in bits
+      per value.
+
+    Raises:
+      UserError: the network's output has the wrong shape.
+    """
+    time_key, noise_key = jax.random.split(key)
+    t = self.sample_times(time_key, len(z))
+    noise = jax.random.normal(noise_key, z.shape)
+    alpha, sigma = _spread(self.alpha(t)), _spread(self.sigma(t))
+    noisy = alpha * z + sigma * noise
+    noisy = noisy if mask is None else noisy * mask
+    output = network_output(self, model_fn, noisy, t)
+    terms = {
+      name: _mean(values, mask)
+      for name, values in self._terms(output, z, noise, t).items()
+    }
+    return functools.reduce(operator.add, terms.values()), terms
+
+
 @dataclasses.dataclass(frozen=True)
-class NoisePrediction:
+class NoisePrediction(Objective):
   """Variance preserving diffusion in discrete steps; noise is predicted.
 
   The loss is the mean squared error of the noise (arXiv 2006.11239, equation
   14). With `learned_variance` the output has twice the channels. Its second
   half, v, sets the variance of the reverse step between the chain's two bounds
-  (v = -1 and 1), and the loss gains T/1000 times that step's divergence from
-  the true posterior, in bits per value. This is L_hybrid of improved DDPM
+  (v = -1 and 1), and the loss gains that step's divergence from the true
+  posterior, in bits per value. This is L_hybrid of improved DDPM
   (arXiv 2102.09672), whose bound is a sum over T steps, weighted by 0.001: here
   one step is drawn from T. The second term moves the variance only; no gradient
   reaches the noise through it. At t = 0 the published code scores 8-bit pixels,
@@ -87,7 +134,7 @@ class NoisePrediction:
   last_beta: float = 0.02
   spacing: str = "linear"
   learned_variance: bool = False
-  total_steps: int = 1000
+  total_steps: ClassVar[int] = 1000
 
   def __post_init__(self):
     if self.spacing not in ("linear", "scaled_linear"):
@@ -100,8 +147,6 @@ class NoisePrediction:
         f"betas from {self.first_beta} to {self.last_beta} are not ascending "
         "between 0 and 1"
       )
-    if self.total_steps < 2:
-      raise errors.UserError(f"total_steps {self.total_steps} is less than 2")
 
   def chain(self, steps: int | None = None) -> Chain:
     """The chain of `steps` evenly spaced times, both ends kept; all if None.
@@ -147,7 +192,6 @@ class NoisePrediction:
     return t.astype(jnp.float32)
 
   def output_channels(self, channels: int) -> int:
-    """Channels of the network's output for latents of so many."""
     return 2 * channels if self.learned_variance else channels
 
   def sample_times(self, key: Array, b: int) -> Int[Array, " b"]:
@@ -168,36 +212,15 @@ class NoisePrediction:
       score=-epsilon / sigma,
     )
 
-  def loss(
-    self,
-    model_fn: ModelFunction,
-    key: Array,
-    z: Latents,
-    mask: Mask | None = None,
-  ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """The loss of each example at a random time, and its terms.
-
-    Args:
-      z: clean latents.
-      mask: see `random_channel_mask`.
-
-    Returns:
-      losses, and {"mse"} or {"mse", "variational_bound"}, the latter in bits
-      per value.
-
-    Raises:
-      ValueError: the network's output has the wrong shape.
-    """
-    t, noise, output = _noise_and_predict(self, model_fn, key, z, mask)
+  def _terms(self, output, z, noise, t):
     epsilon = output[..., : z.shape[-1]]
-    losses = mse = _mean(jnp.square(epsilon - noise), mask)
-    if not self.learned_variance:
-      return losses, {"mse": mse}
-    error = jax.lax.stop_gradient(epsilon) - noise
-    interpolation = output[..., z.shape[-1] :]
-    bound = _mean(self._step_divergence(error, interpolation, t), mask)
-    losses = mse + self.total_steps / 1000 * bound
-    return losses, {"mse": mse, "variational_bound": bound}
+    terms = {"mse": jnp.square(epsilon - noise)}
+    if self.learned_variance:
+      error = jax.lax.stop_gradient(epsilon) - noise
+      interpolation = output[..., z.shape[-1] :]
+      bound = self._step_divergence(error, interpolation, t)
+      terms["variational_bound"] = bound
+    return terms
 
   def _step_divergence(
     self, error: Latents, interpolation: Latents, t: Int[Array, " b"]
@@ -220,7 +243,7 @@ class NoisePrediction:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Objective):
   """Straight paths z_t = (1 - t) z_0 + t noise; velocity is predicted.
 
   t = 0 is data and t = 1 is noise, as in the text of SiT (arXiv 2401.08740; its
@@ -259,10 +282,6 @@ class FlowMatching:
     """What the network sees: 1000 t."""
     return 1000 * t.astype(jnp.float32)
 
-  def output_channels(self, channels: int) -> int:
-    """Channels of the network's output for latents of so many."""
-    return channels
-
   def shifted(self, t: Array | np.ndarray) -> Array | np.ndarray:
     """t in [0, 1] moved by `shift`; the ends stay."""
     return self.shift * t / (1 + (self.shift - 1) * t)
@@ -279,7 +298,6 @@ class FlowMatching:
   def predict(
     self, output: Output, z: Latents, t: Float[Array, " b"]
   ) -> Prediction:
-    """Reads the network's output at (z, t)."""
     epsilon = z + _spread(1 - t) * output
     return Prediction(
       z_0=z - _spread(t) * output,
@@ -288,23 +306,8 @@ class FlowMatching:
       score=-epsilon / _spread(t),
     )
 
-  def loss(
-    self,
-    model_fn: ModelFunction,
-    key: Array,
-    z: Latents,
-    mask: Mask | None = None,
-  ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """The loss of each example at a random time, and {"mse"}, which it is.
-
-    Args and errors are those of `NoisePrediction.loss`.
-    """
-    _, noise, output = _noise_and_predict(self, model_fn, key, z, mask)
-    mse = _mean(jnp.square(output - (noise - z)), mask)
-    return mse, {"mse": mse}
-
-
-Objective = NoisePrediction | FlowMatching
+  def _terms(self, output, z, noise, t):
+    return {"mse": jnp.square(output - (noise - z))}
 
 
 def improved_ddpm() -> NoisePrediction:
@@ -333,7 +336,7 @@ def network_output(
   """The network's output at (z, t) as float32.
 
   Raises:
-    ValueError: it has the wrong shape.
+    UserError: it has the wrong shape.
   """
   output = model_fn(z, objective.model_time(t))
   channels = z.shape[-1]
@@ -345,17 +348,6 @@ def network_output(
       "channels"
     )
   return output.astype(jnp.float32)
-
-
-def _noise_and_predict(objective, model_fn, key, z, mask):
-  """Random times and noise, and the output at the noisy latents."""
-  time_key, noise_key = jax.random.split(key)
-  t = objective.sample_times(time_key, len(z))
-  noise = jax.random.normal(noise_key, z.shape)
-  alpha, sigma = _spread(objective.alpha(t)), _spread(objective.sigma(t))
-  noisy = alpha * z + sigma * noise
-  noisy = noisy if mask is None else noisy * mask
-  return t, noise, network_output(objective, model_fn, noisy, t)
 
 
 def _spread(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:
@@ -382,7 +374,7 @@ def random_channel_mask(
   the released networks do by cutting their first and last layer to c' channels.
 
   Raises:
-    ValueError: no candidates, or one that is not 1 to `channels`.
+    UserError: no candidates, or one that is not 1 to `channels`.
   """
   if not candidates or not all(
     type(c) is int and 1 <= c <= channels for c in candidates

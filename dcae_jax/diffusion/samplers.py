@@ -1,16 +1,14 @@
 """Samplers of latent diffusion: from noise to latents.
 
-Each is a small value with `sample(objective, model_fn, key, z, steps)`, where z
-is noise at the last time, and the result is z_0, in float32. What does not fit
-together is a ValueError before anything is compiled. All can stand under
-`jax.jit`, with the objective, the functions and the steps as constants; the
-network is compiled once or twice, not once a step. Deterministic samplers
-accept the key and leave it.
+Each is a small value that can be used under `jax.jit`, with the objective, the
+functions and the steps as constants; the network is compiled once or twice, not
+once a step. Deterministic samplers leave the key alone.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,28 +18,76 @@ from jaxtyping import Array, Float
 from dcae_jax import errors
 from dcae_jax.diffusion import objectives
 
+Latents = objectives.Latents
 
-@dataclasses.dataclass(frozen=True)
-class DDPM:
-  """Ancestral sampling (arXiv 2006.11239) through a respaced chain.
 
-  DiT's 250 of 1000 steps. The variance is the learned one, or that of the
-  forward chain's posterior. `steps` is 2 to the objective's `total_steps`.
+class Process(NamedTuple):
+  """What is reversed: an objective, the network that learned it, and a key."""
+
+  objective: objectives.Objective
+  model_fn: objectives.ModelFunction
+  key: Array
+
+  def predict(
+    self, z: Latents, t: Float[Array, ""]
+  ) -> tuple[Array, objectives.Prediction]:
+    """The network's output at (z, t), and what it says about z."""
+    t = jnp.full(len(z), t)
+    output = objectives.network_output(self.objective, self.model_fn, z, t)
+    return output, self.objective.predict(output, z, t)
+
+  def velocity(self, z: Latents, t: Float[Array, ""]) -> Latents:
+    return self.predict(z, t)[1].velocity
+
+  def noise(self, index: Array, z: Latents) -> Latents:
+    """That of a step, of z's shape."""
+    return jax.random.normal(jax.random.fold_in(self.key, index), z.shape)
+
+
+class Sampler(abc.ABC):
+  """From noise to latents in a number of steps.
+
+  Attributes:
+    fits: the kind of objective whose networks it samples.
+    least_steps: without which it cannot work.
   """
 
-  fits: ClassVar[type] = objectives.NoisePrediction
-  least_steps: ClassVar[int] = 2
+  fits: ClassVar[type]
+  least_steps: ClassVar[int]
 
   def sample(
     self,
     objective: objectives.Objective,
     model_fn: objectives.ModelFunction,
     key: Array,
-    z: objectives.Latents,
+    z: Latents,
     steps: int,
-  ) -> objectives.Latents:
+  ) -> Latents:
+    """z_0 in float32, from noise z at the last time.
+
+    Raises UserError, before anything is compiled, for an objective or a number
+    of steps that do not fit.
+    """
     check(self, objective, steps)
-    chain = objective.chain(steps)
+    process = Process(objective, model_fn, key)
+    return self._drawn(process, z.astype(jnp.float32), steps)
+
+  @abc.abstractmethod
+  def _drawn(self, process: Process, z: Latents, steps: int) -> Latents: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPM(Sampler):
+  """Ancestral sampling (arXiv 2006.11239) through a respaced chain.
+
+  DiT's 250 of 1000 steps. The variance is the learned one, or that of the
+  forward chain's posterior. `steps` is 2 to the objective's `total_steps`.
+  """
+
+  fits, least_steps = objectives.NoisePrediction, 2
+
+  def _drawn(self, process: Process, z: Latents, steps: int) -> Latents:
+    chain = process.objective.chain(steps)
     tables = {
       "t": chain.times,
       "z_0": np.sqrt(chain.previous) * chain.betas / (1 - chain.alphas_cumprod),
@@ -54,21 +100,21 @@ class DDPM:
     }
 
     def step(z, index, row):
-      output, prediction = _predict(objective, model_fn, z, row["t"])
+      output, prediction = process.predict(z, row["t"])
       log_variance = row["lower"]
-      if objective.learned_variance:
+      if process.objective.learned_variance:
         log_variance = objectives.interpolate_log_variance(
           output[..., z.shape[-1] :], row["lower"], row["upper"]
         )
-      noise = jax.random.normal(jax.random.fold_in(key, index), z.shape)
+      noise = process.noise(index, z)
       mean = row["z_0"] * prediction.z_0 + row["z"] * z
       return mean + row["noisy"] * jnp.exp(log_variance / 2) * noise
 
-    return _scan(step, z, {k: table[::-1] for k, table in tables.items()})
+    return _scan(step, z, tables, backwards=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class DDIM:
+class DDIM(Sampler):
   """Implicit sampling (arXiv 2010.02502), equation 12, through the same chain.
 
   Attributes:
@@ -76,8 +122,7 @@ class DDIM:
   """
 
   eta: float = 0.0
-  fits: ClassVar[type] = objectives.NoisePrediction
-  least_steps: ClassVar[int] = 2
+  fits, least_steps = objectives.NoisePrediction, 2
 
   def __post_init__(self):
     if not 0 <= self.eta <= 1:
@@ -85,16 +130,8 @@ class DDIM:
         f"eta {self.eta} is not 0 (deterministic) to 1 (ancestral)"
       )
 
-  def sample(
-    self,
-    objective: objectives.Objective,
-    model_fn: objectives.ModelFunction,
-    key: Array,
-    z: objectives.Latents,
-    steps: int,
-  ) -> objectives.Latents:
-    check(self, objective, steps)
-    chain = objective.chain(steps)
+  def _drawn(self, process: Process, z: Latents, steps: int) -> Latents:
+    chain = process.objective.chain(steps)
     variance = chain.betas * (1 - chain.previous) / (1 - chain.alphas_cumprod)
     tables = {
       "t": chain.times,
@@ -104,18 +141,17 @@ class DDIM:
     }
 
     def step(z, index, row):
-      _, prediction = _predict(objective, model_fn, z, row["t"])
+      _, prediction = process.predict(z, row["t"])
       z = row["z_0"] * prediction.z_0 + row["epsilon"] * prediction.epsilon
       if self.eta == 0:
         return z
-      noise = jax.random.normal(jax.random.fold_in(key, index), z.shape)
-      return z + row["noise"] * noise
+      return z + row["noise"] * process.noise(index, z)
 
-    return _scan(step, z, {k: table[::-1] for k, table in tables.items()})
+    return _scan(step, z, tables, backwards=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class DPMSolver:
+class DPMSolver(Sampler):
   """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), deterministic.
 
   The calls of the network stand at equal steps of log(alpha / sigma) from the
@@ -125,19 +161,10 @@ class DPMSolver:
   calls, 2 to the objective's `total_steps`.
   """
 
-  fits: ClassVar[type] = objectives.NoisePrediction
-  least_steps: ClassVar[int] = 2
+  fits, least_steps = objectives.NoisePrediction, 2
 
-  def sample(
-    self,
-    objective: objectives.Objective,
-    model_fn: objectives.ModelFunction,
-    key: Array,
-    z: objectives.Latents,
-    steps: int,
-  ) -> objectives.Latents:
-    check(self, objective, steps)
-    table = np.log(objective.chain().alphas_cumprod) / 2
+  def _drawn(self, process: Process, z: Latents, steps: int) -> Latents:
+    table = np.log(process.objective.chain().alphas_cumprod) / 2
     ends = [a - np.log(-np.expm1(2 * a)) / 2 for a in (table[-1], table[0])]
     log_ratio = np.linspace(*ends, steps)
     log_alpha = -np.log1p(np.exp(-2 * log_ratio)) / 2
@@ -155,64 +182,43 @@ class DPMSolver:
 
     def step(carry, index, row):
       z, previous = carry
-      _, prediction = _predict(objective, model_fn, z, row["t"])
+      _, prediction = process.predict(z, row["t"])
       z_0 = prediction.z_0
       extrapolated = z_0 + row["previous"] * (z_0 - previous)
       return row["z"] * z + row["z_0"] * extrapolated, z_0
 
-    z = z.astype(jnp.float32)
     return _scan(step, (z, jnp.zeros_like(z)), tables)[0]
 
 
 @dataclasses.dataclass(frozen=True)
-class Euler:
+class Euler(Sampler):
   """Euler's method on the velocity, at equal times, shifted as in training."""
 
-  fits: ClassVar[type] = objectives.FlowMatching
-  least_steps: ClassVar[int] = 1
+  fits, least_steps = objectives.FlowMatching, 1
 
-  def sample(
-    self,
-    objective: objectives.Objective,
-    model_fn: objectives.ModelFunction,
-    key: Array,
-    z: objectives.Latents,
-    steps: int,
-  ) -> objectives.Latents:
-    check(self, objective, steps)
-
+  def _drawn(self, process: Process, z: Latents, steps: int) -> Latents:
     def step(z, index, row):
-      velocity = _velocity(objective, model_fn, z, row["t"])
+      velocity = process.velocity(z, row["t"])
       return z + (row["next"] - row["t"]) * velocity
 
-    return _scan(step, z, _times(objective, steps))
+    return _scan(step, z, _times(process.objective, steps))
 
 
 @dataclasses.dataclass(frozen=True)
-class Heun:
+class Heun(Sampler):
   """Heun's method (second order, two calls a step) at Euler's times."""
 
-  fits: ClassVar[type] = objectives.FlowMatching
-  least_steps: ClassVar[int] = 1
+  fits, least_steps = objectives.FlowMatching, 1
 
-  def sample(
-    self,
-    objective: objectives.Objective,
-    model_fn: objectives.ModelFunction,
-    key: Array,
-    z: objectives.Latents,
-    steps: int,
-  ) -> objectives.Latents:
-    check(self, objective, steps)
-
+  def _drawn(self, process: Process, z: Latents, steps: int) -> Latents:
     def step(z, index, row):
       size = row["next"] - row["t"]
-      velocity = _velocity(objective, model_fn, z, row["t"])
+      velocity = process.velocity(z, row["t"])
       guess = z + size * velocity
-      velocity = velocity + _velocity(objective, model_fn, guess, row["next"])
+      velocity = velocity + process.velocity(guess, row["next"])
       return z + size / 2 * velocity
 
-    return _scan(step, z, _times(objective, steps))
+    return _scan(step, z, _times(process.objective, steps))
 
 
 # Dormand and Prince, J. Comp. Appl. Math. 6 (1980). The last stage stands at
@@ -235,7 +241,7 @@ _FIRST_SIZE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class Dopri5:
+class Dopri5(Sampler):
   """The adaptive method of Dormand and Prince, of order 5, on the velocity.
 
   One step size serves the whole batch. A step is accepted where the root mean
@@ -248,8 +254,7 @@ class Dopri5:
 
   atol: float = 1e-6
   rtol: float = 1e-3
-  fits: ClassVar[type] = objectives.FlowMatching
-  least_steps: ClassVar[int] = 3
+  fits, least_steps = objectives.FlowMatching, 3
 
   def __post_init__(self):
     if not (0 < self.atol < np.inf and 0 <= self.rtol < np.inf):
@@ -258,15 +263,7 @@ class Dopri5:
         "of them not finite"
       )
 
-  def sample(
-    self,
-    objective: objectives.Objective,
-    model_fn: objectives.ModelFunction,
-    key: Array,
-    z: objectives.Latents,
-    steps: int,
-  ) -> objectives.Latents:
-    check(self, objective, steps)
+  def _drawn(self, process: Process, z: Latents, steps: int) -> Latents:
     stage_times, stages, fourth_order = (
       jnp.asarray(table, jnp.float32)
       for table in (_STAGE_TIMES, _STAGES, _FOURTH_ORDER)
@@ -287,7 +284,7 @@ class Dopri5:
         slopes, _ = carry
         value = z - size * combine(stages[i], slopes)
         time = jnp.maximum(t - size * stage_times[i], 0)
-        slope = _velocity(objective, model_fn, value, time)
+        slope = process.velocity(value, time)
         return slopes.at[i].set(slope), value
 
       slopes = jnp.zeros((len(_STAGES), *z.shape)).at[0].set(slope)
@@ -305,21 +302,20 @@ class Dopri5:
         tried + 1,
       )
 
-    z, t = z.astype(jnp.float32), jnp.float32(1)
-    slope = _velocity(objective, model_fn, z, t)
+    t = jnp.float32(1)
+    slope = process.velocity(z, t)
     state = (z, slope, t, jnp.float32(_FIRST_SIZE), jnp.int32(0))
     z, _, t, _, _ = jax.lax.while_loop(unfinished, step, state)
     return jnp.where(t > 0, jnp.nan, z)
 
 
-Sampler = DDPM | DDIM | DPMSolver | Euler | Heun | Dopri5
 SAMPLERS = (DDPM, DDIM, DPMSolver, Euler, Heun, Dopri5)
 
 
 def check(
   sampler: Sampler, objective: objectives.Objective, steps: int
 ) -> None:
-  """Raises ValueError for an objective or a number of steps that do not fit."""
+  """Raises UserError for an objective or a number of steps that do not fit."""
   name = type(sampler).__name__
   if not isinstance(objective, sampler.fits):
     fitting = [
@@ -341,26 +337,6 @@ def check(
     )
 
 
-def _predict(
-  objective: objectives.Objective,
-  model_fn: objectives.ModelFunction,
-  z: objectives.Latents,
-  t: Float[Array, ""],
-) -> tuple[Array, objectives.Prediction]:
-  t = jnp.full(len(z), t)
-  output = objectives.network_output(objective, model_fn, z, t)
-  return output, objective.predict(output, z, t)
-
-
-def _velocity(
-  objective: objectives.Objective,
-  model_fn: objectives.ModelFunction,
-  z: objectives.Latents,
-  t: Float[Array, ""],
-) -> objectives.Latents:
-  return _predict(objective, model_fn, z, t)[1].velocity
-
-
 def _times(
   objective: objectives.FlowMatching, steps: int
 ) -> dict[str, np.ndarray]:
@@ -368,9 +344,12 @@ def _times(
   return {"t": times[:-1], "next": times[1:]}
 
 
-def _scan(step: Callable, carry, tables: dict[str, np.ndarray]):
+def _scan(
+  step: Callable, carry, tables: dict[str, np.ndarray], backwards=False
+):
   """step(carry, index, row) over the rows of the tables, in float32."""
-  carry = jax.tree.map(lambda x: x.astype(jnp.float32), carry)
+  if backwards:
+    tables = {name: table[::-1] for name, table in tables.items()}
   rows = {k: jnp.asarray(table, jnp.float32) for k, table in tables.items()}
   index = jnp.arange(len(next(iter(rows.values()))))
   carry, _ = jax.lax.scan(

@@ -13,14 +13,9 @@ from dcae_jax.diffusion.denoisers import families as denoisers
 
 @dataclasses.dataclass(frozen=True)
 class LatentDiffusion:
-  """A denoiser, what it learns, and how it is sampled.
+  """A denoiser, what it learns, and how it is sampled: in how many steps.
 
-  Attributes:
-    denoiser: of the table of denoisers.
-    objective: what it learns.
-    sampler: from noise to latents.
-    steps: of the sampler.
-    interval: of guidance, see `guidance.guided`.
+  `interval` is that of `guidance.guided`.
   """
 
   denoiser: denoisers.Module
@@ -38,9 +33,8 @@ class LatentDiffusion:
   ) -> Callable[..., jax.Array]:
     """`(variables, key, condition) -> z_0 [b, h, w, c]`, scaled; not jitted.
 
-    Args:
-      scale: of guidance.
-      sharding: of the latents while they are drawn; values do not depend on it.
+    `scale` is that of guidance. Values do not depend on the `sharding`, that of
+    the latents while they are drawn.
     """
     shape = (*self.denoiser.latent_size, self.denoiser.latent_channels)
 

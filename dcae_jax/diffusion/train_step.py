@@ -38,7 +38,7 @@ def create(
     channel_candidates: for augmented training; empty: without.
     learning: how the parameters do.
     seed: of all that is random.
-    gather: of parameters that are split over devices (`sharding.gather`).
+    gather: `sharding.gather`, where devices share parameters.
   """
   kind = denoiser.conditioning
 

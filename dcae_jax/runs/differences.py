@@ -7,13 +7,13 @@ from dcae_jax import errors
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   """Leaves by their path, `a.b.c`."""
-  found = {}
+  leaves = {}
   for key, value in tree.items():
     if isinstance(value, dict):
-      found |= flat(value, f"{prefix}{key}.")
+      leaves |= flat(value, f"{prefix}{key}.")
     else:
-      found[f"{prefix}{key}"] = value
-  return found
+      leaves[f"{prefix}{key}"] = value
+  return leaves
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
@@ -29,7 +29,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 def check_same(
   before: dict[str, Any], now: dict[str, Any], what: str, advice: str
 ) -> None:
-  """Raises ValueError, "`what` (the differences); `advice`", if there are any.
+  """Raises UserError, "`what` (the differences); `advice`", if there are any.
 
   Values that would fill the screen are not shown.
   """

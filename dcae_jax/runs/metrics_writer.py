@@ -22,10 +22,8 @@ class MetricsWriter:
   def __init__(self, workdir: epath.Path, first_step: int, enabled: bool):
     """Goes on with the directory's files, or starts them.
 
-    Args:
-      workdir: of the run.
-      first_step: the restored step; later lines are dropped.
-      enabled: False writes nothing (all processes but the first).
+    Lines after the restored `first_step` are dropped. Unless `enabled`, as on
+    all processes but the first, nothing is written.
     """
     self._enabled = enabled
     if not enabled:
@@ -85,12 +83,13 @@ def read_lines(path: epath.Path) -> list[dict[str, float]]:
   return lines
 
 
-def last_values(path: epath.Path) -> dict[str, float]:
-  """The last value of each metric of a metrics.jsonl."""
-  found = {}
+def last_values(path: epath.Path, step: int | None = None) -> dict[str, float]:
+  """The last value of each metric of a metrics.jsonl, maybe of one step."""
+  values = {}
   for line in read_lines(path):
-    found |= line
-  return found
+    if step in (None, line["step"]):
+      values |= line
+  return values
 
 
 def write_whole(path: epath.Path, text: str | bytes) -> None:
@@ -98,9 +97,8 @@ def write_whole(path: epath.Path, text: str | bytes) -> None:
 
   Text in UTF-8; what file names may hold and text may not becomes escapes.
   """
-  data = text
-  if isinstance(text, str):
-    data = text.encode("utf-8", "backslashreplace")
+  is_text = isinstance(text, str)
+  data = text.encode("utf-8", "backslashreplace") if is_text else text
   path.parent.mkdir(parents=True, exist_ok=True)
   if "://" in str(path):  # objects appear whole
     path.write_bytes(data)

@@ -17,8 +17,7 @@ def total(number: int) -> int:
   """The sum of a number over all processes."""
   if jax.process_count() == 1:
     return number
-  found = multihost_utils.process_allgather(np.array(number))
-  return int(found.sum())
+  return int(multihost_utils.process_allgather(np.array(number)).sum())
 
 
 def wait_for_all(name: str) -> None:

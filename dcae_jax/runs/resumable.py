@@ -22,12 +22,10 @@ class Work:
   """One process's part of the work."""
 
   def __init__(self, name: str, stopped: Callable[[], bool]):
-    """Does nothing yet.
+    """Its name is the same in all processes.
 
-    Args:
-      name: of the work; the same in all processes.
-      stopped: whether this process is to leave, as after SIGTERM: it finishes
-        the pieces that it has begun, and begins no others.
+    Once it has `stopped`, as after SIGTERM, this process finishes the pieces
+    that it has begun, and begins no others.
     """
     self._name, self.stopped = name, stopped
 
@@ -36,10 +34,9 @@ class Work:
   ) -> None:
     """All processes begin the same work in the same place, or none does.
 
-    Args:
-      check: raises ValueError where the place holds other work; it is told
-        whether this work must have begun there.
-      write: begins the work; called on the first process once all have checked.
+    `check` raises UserError where the place holds other work; it is told
+    whether this work must have begun there. Once all have checked, `write`
+    begins the work, on the first process.
     """
     check(False)
     self.wait("checked")

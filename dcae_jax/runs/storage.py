@@ -35,18 +35,14 @@ class Storage:
     """Opens nothing yet.
 
     Args:
-      path: local, or `gs://bucket/prefix`.
+      path: local, or `gs://bucket/prefix`; UserError if it is neither.
       retries: of a request to a bucket, at most 16 seconds apart.
       cache_megabytes: of arrays kept in memory once they are read.
-
-    Raises:
-      ValueError: the path is neither.
     """
-    for name, value in (
-      ("retries", retries), ("cache_megabytes", cache_megabytes)
-    ):  # fmt: skip
-      if not value >= 0:
-        raise errors.UserError(f"{name}={value} is below 0")
+    if not min(retries, cache_megabytes) >= 0:
+      raise errors.UserError(
+        f"retries={retries} or cache_megabytes={cache_megabytes} is below 0"
+      )
     self._options = {"retries": retries, "cache_megabytes": cache_megabytes}
     self._place = _place(path)
     self._is_remote = self._place["driver"] != "file"
@@ -78,8 +74,8 @@ class Storage:
   def read(self, key: str) -> bytes | None:
     """An object; None where there is none."""
     with self.errors():
-      found = self._objects().read(key).result()
-    return found.value if found.state == "value" else None
+      entry = self._objects().read(key).result()
+    return entry.value if entry.state == "value" else None
 
   def write(self, key: str, data: bytes) -> None:
     with self.errors():
@@ -95,11 +91,7 @@ class Storage:
       shutil.rmtree(os.path.join(self.path, prefix), ignore_errors=True)
 
   def read_json(self, key: str) -> dict[str, Any] | None:
-    """An object's JSON; None where there is none.
-
-    Raises:
-      ValueError: it is damaged, or no mapping.
-    """
+    """An object's JSON, or None; raises UserError if it is no mapping."""
     data = self.read(key)
     return None if data is None else self._parsed(key, data)
 
@@ -107,18 +99,17 @@ class Storage:
     """Many at once; FileNotFoundError where one is missing."""
     with self.errors():
       futures = [self._objects().read(key) for key in keys]
-      found = [future.result() for future in futures]
-    for key, entry in zip(keys, found, strict=True):
+      entries = [future.result() for future in futures]
+    for key, entry in zip(keys, entries, strict=True):
       if entry.state != "value":
         raise FileNotFoundError(
           errno.ENOENT, "there is no such object", f"{self.path}/{key}"
         )
-    return [entry.value for entry in found]
+    return [entry.value for entry in entries]
 
   def read_all_json(self, keys: list[str]) -> list[dict[str, Any]]:
-    """As `read_all`; ValueError where one is damaged."""
-    found = zip(keys, self.read_all(keys), strict=True)
-    return [self._parsed(key, data) for key, data in found]
+    """As `read_all`; raises UserError where one is damaged."""
+    return list(map(self._parsed, keys, self.read_all(keys)))
 
   def write_json(self, key: str, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
@@ -131,11 +122,11 @@ class Storage:
     place = self._place | {"path": ""} if self._is_remote else self._place
     below = self._place["path"] if self._is_remote else ""
     with self.errors():
-      found = ts.KvStore.open(place, context=self._context).result()
-      found = found.list(_range(below + prefix)).result()
+      store = ts.KvStore.open(place, context=self._context).result()
+      keys = store.list(_range(below + prefix)).result()
     return {
       key.decode().removeprefix(below)
-      for key in found
+      for key in keys
       if key.decode().startswith(below + prefix)
     }
 
@@ -194,14 +185,14 @@ class Storage:
 
   def _parsed(self, key: str, data: bytes) -> dict[str, Any]:
     try:
-      found = json.loads(data)
+      value = json.loads(data)
     except (ValueError, RecursionError) as error:
       raise errors.UserError(
         f"{self.path}/{key} is damaged: {error}"
       ) from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
       raise errors.UserError(f"{self.path}/{key} is damaged: it is no mapping")
-    return found
+    return value
 
 
 def _reopen(path: str, options: dict[str, Any]) -> Storage:
@@ -232,13 +223,12 @@ def _range(prefix: str) -> ts.KvStore.KeyRange:
 
 
 def _translated(path: str, message: str) -> OSError:
-  number = re.search(r"os_error_code='(\d+)'", message)
-  if number:
-    number = int(number.group(1))
+  if match := re.search(r"os_error_code='(\d+)'", message):
+    number = int(match[1])
     return OSError(number, os.strerror(number), path)
   status = message.partition(":")[0]
   http = re.search(r"http_response_code='(\d+)'", message)
-  http = http.group(1) if http else ""
+  http = http[1] if http else ""
   if status == "NOT_FOUND" and http and path.startswith("gs://"):
     bucket = path.removeprefix("gs://").partition("/")[0]
     return FileNotFoundError(
@@ -246,9 +236,7 @@ def _translated(path: str, message: str) -> OSError:
       f"there is no bucket gs://{bucket}; create it (`gcloud storage buckets "
       f"create gs://{bucket}`), or name another",
     )
-  if status in ("PERMISSION_DENIED", "UNAUTHENTICATED") or http in (
-    "401", "403"
-  ):  # fmt: skip
+  if {status, http} & {"PERMISSION_DENIED", "UNAUTHENTICATED", "401", "403"}:
     return _forbidden(path, message)
   if status == "ABORTED":
     return OSError(errno.EIO, f"{path} does not answer: {message}")

@@ -12,14 +12,14 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
   """What computed a result."""
-  found = {}
+  versions = {}
   for name in _PACKAGES:
     try:
-      found[name] = importlib.metadata.version(name)
+      versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      found[name] = "not installed: run from a clone"
+      versions[name] = "not installed: run from a clone"
   device = jax.devices()[0]
-  return found | {
+  return versions | {
     "python": platform.python_version(),
     "devices": f"{jax.device_count()} {device.device_kind}",
   }

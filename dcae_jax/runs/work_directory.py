@@ -24,10 +24,9 @@ def is_run(path: str) -> bool:
 def read_run_config(
   run: str, task: str = "train_autoencoder"
 ) -> dict[str, Any]:
-  """The config of an earlier run of a task, that has a checkpoint.
+  """The config of an earlier run of a task.
 
-  Raises:
-    ValueError: there is no such run, or it has no checkpoint yet.
+  Raises UserError if there is no such run, or it has no checkpoint yet.
   """
   path = epath.Path(run).expanduser()
   if not (path / "config.json").exists():
@@ -60,7 +59,7 @@ def read_run_config(
 
 
 def read_config(path: epath.Path) -> dict[str, Any]:
-  """The contents of a `config.json`; ValueError if it is damaged."""
+  """The contents of a `config.json`; raises UserError if it is damaged."""
   try:
     config = json.loads(path.read_bytes())
   except ValueError as error:
@@ -75,7 +74,7 @@ def read_config(path: epath.Path) -> dict[str, Any]:
 
 
 def check_nothing_foreign(workdir: epath.Path, names: tuple[str, ...]) -> None:
-  """Raises ValueError where a task would write over what no task wrote."""
+  """Raises UserError where a task would write over what no task wrote."""
   if (workdir / "config.json").exists():
     return
   for name in (*names, "result.json"):

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
@@ -28,11 +27,10 @@ from dcae_jax.autoencoder.weights import conversion, released
 from dcae_jax.data import images
 from dcae_jax.evaluation.networks import lpips
 from dcae_jax.runs import work_directory
-from dcae_jax.setup import keys, metric_networks, models
+from dcae_jax.setup import keys, metric_networks, models, training_run
 from dcae_jax.training import (
   checkpoint,
   freezing,
-  learning,
   optimizer,
   overview,
   sharding,
@@ -43,27 +41,12 @@ _INITIAL, _DISCRIMINATOR = 0, 1  # what the seed is for; 2 is sampled latents
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
-  """What is known before anything is compiled.
+class Training(training_run.Training):
+  """That of an autoencoder, with the shapes of its variables."""
 
-  Attributes:
-    config: of the run.
-    autoencoder: the module.
-    phase: of the training.
-    learning: how its parameters do.
-    discriminator: the module of phase 3, else None.
-    adversarial: its loss, else None.
-    mesh: of the devices.
-    variables: shapes of the autoencoder's.
-  """
-
-  config: ConfigDict
   autoencoder: network.Network
   phase: phases.Phase
-  learning: learning.Learning
-  discriminator: patchgan.PatchGAN | None
   adversarial: train_step.Adversarial | None
-  mesh: Mesh
   variables: Any
   takes_parts = True
 
@@ -73,16 +56,9 @@ class Training:
 
   @functools.cached_property
   def abstract(self) -> state_lib.TrainState:
-    """Shapes of the state."""
     return jax.eval_shape(self._state, self.variables)
 
-  @functools.cached_property
-  def shardings(self) -> Any:
-    """Where the leaves of the state live."""
-    return sharding.shardings(self.abstract, self.mesh)
-
   def begin(self) -> state_lib.TrainState:
-    """Step 0: from `init_from`, or from initial values."""
     if not self.config.init_from:
       key = jax.random.key(self.config.seed)
       create = lambda key: self._state(self._initial_variables(key))
@@ -100,8 +76,8 @@ class Training:
         for item in (first, "ema")
       )
     else:
-      found = released.find(self.config.init_from)
-      variables, _ = conversion.read(found.entries, found.files, placed)
+      weights = released.find(self.config.init_from)
+      variables, _ = conversion.read(weights.entries, weights.files, placed)
       ema = None  # starts as a copy
     create = jax.jit(
       self._state, out_shardings=self.shardings, donate_argnums=(0, 1)
@@ -119,14 +95,12 @@ class Training:
 
   def _state(self, variables: Any, ema: Any = None) -> state_lib.TrainState:
     state = self.learning.init(variables, ema)
-    if self.discriminator is None:
+    if self.adversarial is None:
       return state
-    side = self.config.resolution
-    key = jax.random.fold_in(jax.random.key(self.config.seed), _DISCRIMINATOR)
-    parameters = self.discriminator.init(
-      key,
-      jnp.zeros((1, side, side, self.config.model.image_channels), jnp.float32),
-    )["params"]
+    c = self.config
+    key = jax.random.fold_in(jax.random.key(c.seed), _DISCRIMINATOR)
+    shape = (1, c.resolution, c.resolution, c.model.image_channels)
+    parameters = _discriminator(c).init(key, jnp.zeros(shape))["params"]
     return state.replace(
       discriminator=parameters,
       discriminator_optimizer=self.adversarial.optimizer.init(parameters),
@@ -135,14 +109,11 @@ class Training:
   def step(
     self, gather: Callable[[Any], Any] = lambda params: params
   ) -> train_step.TrainStep:
-    """Not jitted; `gather` makes parameters whole that devices share."""
     c = self.config
     distance = functools.partial(lpips.distance, network=c.lpips.network)
     return train_step.TrainStep(
       reconstruct=train_step.reconstruct_with(
-        self.autoencoder.apply,
-        self._family.samples_latents,
-        gather,
+        self.autoencoder.apply, self._family.samples_latents, gather
       ),
       phase=self.phase,
       learning=self.learning,
@@ -155,44 +126,21 @@ class Training:
       grad_accum_steps=c.accumulation,
     )
 
-  def jitted(self) -> Any:
-    """The step over the mesh; the state is donated."""
-    gather = sharding.gather(self.shardings.params, self.mesh)
-    return jax.jit(
-      self.step(gather),
-      donate_argnums=0,
-      out_shardings=(self.shardings, sharding.replicated(self.mesh)),
-    )
-
-  def arguments(self) -> tuple[Any, ...]:
-    """Shapes of what the step is called with, and where they live."""
-    side = self.config.resolution
+  def inputs(self) -> tuple[Any, ...]:
+    c, replicated = self.config, sharding.replicated(self.mesh)
     pixels = jax.ShapeDtypeStruct(
-      (self.config.batch_size, side, side, self.config.model.image_channels),
+      (c.batch_size, c.resolution, c.resolution, c.model.image_channels),
       np.uint8,
       sharding=jax.sharding.NamedSharding(self.mesh, sharding.IMAGES),
     )
-    shapes = {}
-    if self.config.lpips.weight:
-      shapes = lpips.parameter_shapes(self.config.lpips.network)
+    shapes = lpips.parameter_shapes(c.lpips.network) if c.lpips.weight else {}
     perceptual_parameters = {
-      name: jax.ShapeDtypeStruct(
-        shape, np.float32, sharding=sharding.replicated(self.mesh)
-      )
+      name: jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated)
       for name, shape in shapes.items()
     }
-    return (
-      sharding.placed(self.abstract, self.shardings),
-      pixels,
-      perceptual_parameters,
-    )
+    return pixels, perceptual_parameters
 
   def flops(self, remat: bool) -> float:
-    """Of a step over all devices; 0 where they cannot be counted.
-
-    Args:
-      remat: count what is computed twice, where the config has it so.
-    """
     config = self.config.copy_and_resolve_references()
     config.model.scan = False
     config.accumulation = 1  # the parts of a loop are counted once
@@ -228,16 +176,10 @@ def build(
   devices: list[jax.Device] | None = None,
   predecessor_is_pending: bool = False,
 ) -> Training:
-  """The training of a config.
+  """The training of a config; raises UserError if it cannot be run.
 
-  Args:
-    config: of the run, with its model.
-    devices: that it is for; they need not be there. None: all that are.
-    predecessor_is_pending: `init_from` names a run that is still to come, or
-      none.
-
-  Raises:
-    ValueError: the config cannot be run.
+  The devices need not be there; None: all that are. Where the predecessor is
+  pending, `init_from` names a run that is still to come, or none.
   """
   keys.check(config)
   _check_images(config)
@@ -249,10 +191,6 @@ def build(
     sharding.check_batch(
       config.batch_size, config.accumulation, resolution, mesh
     )
-  settings = optimizer.Settings(**config.optimizer)
-  transformation, schedule = optimizer.create(
-    settings, config.steps, sharding.on_whole_arrays(mesh)
-  )
   autoencoder = models.create(config.model)
   variables = network.abstract_variables(
     autoencoder, config.model.image_channels
@@ -263,25 +201,19 @@ def build(
     unrolled = config.model.copy_and_resolve_references()
     unrolled.scan = False
     autoencoder = models.create(unrolled)
-  discriminator = adversarial = None
-  if phase.adversarial:
-    discriminator, adversarial = _adversarial(config, settings, mask)
-  ema = learning.Ema(config.ema.decay, config.ema.ramp_steps)
+  learning = training_run.how_parameters_learn(config, mask, mesh)
+  adversarial = _adversarial(config, mask) if phase.adversarial else None
   return Training(
-    config,
-    autoencoder,
-    phase,
-    learning.Learning(mask, transformation, schedule, ema),
-    discriminator,
-    adversarial,
-    mesh,
-    variables,
+    config, mesh, learning, autoencoder, phase, adversarial, variables
   )
 
 
-def _adversarial(
-  config: ConfigDict, settings: optimizer.Settings, mask: Any
-) -> tuple[patchgan.PatchGAN, train_step.Adversarial]:
+def _discriminator(config: ConfigDict) -> patchgan.PatchGAN:
+  c = config.discriminator
+  return patchgan.PatchGAN(c.width, c.layers)
+
+
+def _adversarial(config: ConfigDict, mask: Any) -> train_step.Adversarial:
   c = config.discriminator
   if c.adaptive and not train_step.last_layer(mask):
     raise errors.UserError(
@@ -295,9 +227,11 @@ def _adversarial(
       f"discriminator with {c.layers} layers; use at least {smallest}, or "
       "fewer layers"
     )
-  discriminator = patchgan.PatchGAN(c.width, c.layers)
-  settings = optimizer.of_discriminator(settings, c.learning_rate)
-  return discriminator, train_step.Adversarial(
+  discriminator = _discriminator(config)
+  settings = optimizer.of_discriminator(
+    optimizer.Settings(**config.optimizer), c.learning_rate
+  )
+  return train_step.Adversarial(
     lambda params, x: discriminator.apply({"params": params}, x),
     optimizer.create(settings, config.steps)[0],
     c.weight,
@@ -307,7 +241,7 @@ def _adversarial(
 
 
 def _check_images(config: ConfigDict) -> None:
-  """Raises ValueError for sides of images that do not fit what reads them."""
+  """Sides that do not fit the network, the crops, the metrics or LPIPS."""
   sides = config.evaluation.resolutions
   if not sides:
     raise errors.UserError(

@@ -55,7 +55,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_guidance(key: str, scales: Sequence[Any]) -> None:
-  """Raises ValueError for scales that cannot be, or that stand twice."""
+  """Raises UserError for scales that cannot be, or that stand twice."""
   for scale in scales:
     if not _is_number(scale):
       raise errors.UserError(
@@ -95,32 +95,25 @@ def open_store(config: ConfigDict) -> reader.Latents:
 def with_store(config: ConfigDict, store: reader.Latents) -> ConfigDict:
   """The config, with the model's numbers taken from the store.
 
-  Raises:
-    ValueError: the config has others, or conditions cannot be what they are.
+  Raises UserError if the config has others, or for conditions that cannot be.
   """
   store.check()
   kind = conditioning_of(config.model)
   rows = store.condition(kind.name)
-  found = kind.of_latents(rows, store.classes, store.path)
-  return with_numbers(config, store.path, store.shape, found)
+  conditions = kind.of_latents(rows, store.classes, store.path)
+  return with_numbers(config, store.path, store.shape, conditions)
 
 
 def with_numbers(
   config: ConfigDict,
   path: str,
   shape: tuple[int, int, int],
-  found: conditioning.Conditioning,
+  conditions: conditioning.Conditioning,
 ) -> ConfigDict:
-  """The config, with the model's numbers filled in.
+  """The config, with the model's numbers for latents [h, w, c] filled in.
 
-  Args:
-    config: of the training.
-    path: of the store, for messages.
-    shape: [h, w, c] of a latent.
-    found: the conditioning of the latents.
-
-  Raises:
-    ValueError: the config has others, or latents are not square.
+  Messages name the path of their store. Raises UserError if the config has
+  others, or latents are not square.
   """
   height, width, channels = shape
   if height != width:
@@ -129,7 +122,7 @@ def with_numbers(
       "trained on; export square crops"
     )
   numbers = {"latent_size": height, "latent_channels": channels}
-  numbers |= dataclasses.asdict(found)
+  numbers |= dataclasses.asdict(conditions)
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for key, value in numbers.items():
@@ -153,9 +146,8 @@ def create(
 ) -> sampling.LatentDiffusion:
   """The model of a config whose numbers are filled in.
 
-  Raises:
-    ValueError: a sampler that does not fit the objective, too few steps, or an
-      interval of guidance that is none.
+  Raises UserError for a sampler or steps that do not fit the objective, or an
+  interval of guidance that is none.
   """
   learned = _chosen(_OBJECTIVES, objective, "objective")
   drawn = _chosen(_SAMPLERS, sampler, "sampler")
@@ -180,7 +172,7 @@ def create(
 
 
 def check_same_model(run: str, config: ConfigDict) -> None:
-  """Raises ValueError unless a training run has parameters of this model."""
+  """Raises UserError unless a training run has parameters of this model."""
   before = work_directory.read_run_config(run, "train_diffusion")
   shaping = ("variant", "patch_size", *numbers_of_latents(config.model))
   models = [
@@ -201,5 +193,5 @@ def averages(
   """Step, and `{"params": ...}`, of a run's last checkpoint."""
   abstract = {"batch_stats": {}} | denoisers.abstract_variables(denoiser)
   placed = jax.tree.map(lambda _: sharding, abstract)
-  step, found = checkpoint.restore_variables(run, "ema", abstract, placed)
-  return step, {"params": found["params"]}
+  step, restored = checkpoint.restore_variables(run, "ema", abstract, placed)
+  return step, {"params": restored["params"]}

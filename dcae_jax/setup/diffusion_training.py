@@ -7,18 +7,18 @@ trained is refused by what is built here.
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.diffusion import objectives, sampling, train_step
 from dcae_jax.diffusion.denoisers import families as denoisers
-from dcae_jax.setup import denoising, keys
-from dcae_jax.training import freezing, learning, optimizer, sharding
+from dcae_jax.setup import denoising, keys, training_run
+from dcae_jax.training import freezing, sharding
 from dcae_jax.training import state as state_lib
 
 _LOG = logging.getLogger(__name__)
@@ -26,34 +26,17 @@ _INITIAL = 0  # what the seed is for; 1 is the steps, 2 are samples
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
-  """What is known before anything is compiled.
+class Training(training_run.Training):
+  """That of a denoiser; the config has the numbers of its latents."""
 
-  Attributes:
-    config: of the run, with the numbers of its latents.
-    model: the denoiser, what it learns, and how pictures are drawn.
-    learning: how parameters do.
-    mesh: of the devices.
-  """
-
-  config: ConfigDict
   model: sampling.LatentDiffusion
-  learning: learning.Learning
-  mesh: Mesh
   takes_parts = False
 
   @functools.cached_property
   def abstract(self) -> state_lib.TrainState:
-    """Shapes of the state."""
     return jax.eval_shape(self._initial, jax.random.key(0))
 
-  @functools.cached_property
-  def shardings(self) -> Any:
-    """Where the leaves of the state live."""
-    return sharding.shardings(self.abstract, self.mesh)
-
   def begin(self) -> state_lib.TrainState:
-    """Step 0: initial values, or the averages of `init_from`."""
     if not self.config.init_from:
       key = jax.random.fold_in(jax.random.key(self.config.seed), _INITIAL)
       return jax.jit(self._initial, out_shardings=self.shardings)(key)
@@ -69,25 +52,18 @@ class Training:
   def _state(self, variables: Any) -> state_lib.TrainState:
     return self.learning.init({"batch_stats": {}} | variables)
 
-  def jitted(self) -> Any:
-    """The step over the mesh; the state is donated."""
-    step = train_step.create(
+  def step(self, gather: Callable[[Any], Any]) -> Callable[..., Any]:
+    return train_step.create(
       denoiser=self.model.denoiser,
       objective=self.model.objective,
       dropout=self.config.label_dropout,
       channel_candidates=self.config.channel_candidates,
       learning=self.learning,
       seed=self.config.seed,
-      gather=sharding.gather(self.shardings.params, self.mesh),
-    )
-    return jax.jit(
-      step,
-      donate_argnums=0,
-      out_shardings=(self.shardings, sharding.replicated(self.mesh)),
+      gather=gather,
     )
 
-  def arguments(self) -> tuple[Any, Any]:
-    """Shapes of what the step is called with, and where they live."""
+  def inputs(self) -> tuple[Any]:
     denoiser, kind = self.model.denoiser, self.model.conditioning
     count, rows = self.config.batch_size, sharding.by_rows(self.mesh)
     shape = (count, *denoiser.latent_size, denoiser.latent_channels)
@@ -95,21 +71,13 @@ class Training:
       "latents": jax.ShapeDtypeStruct(shape, np.float32),
       kind.name: kind.abstract(count),
     }
-    return (
-      sharding.placed(self.abstract, self.shardings),
-      sharding.placed(batch, jax.tree.map(lambda _: rows, batch)),
-    )
+    return (sharding.placed(batch, jax.tree.map(lambda _: rows, batch)),)
 
   def flops(self, remat: bool) -> float:
-    """Of a step over all devices, with what is computed twice if asked.
-
-    A multiply-accumulate is two; the backward pass costs twice the forward one.
-    """
-    twice = remat and self.config.model.rematerialisation
-    forwards = 4 if twice else 3
-    return (
-      2.0 * forwards * self.model.denoiser.forward_macs * self.config.batch_size
-    )
+    # A multiply-accumulate is two; the backward pass costs two forward ones.
+    forwards = 4 if remat and self.config.model.rematerialisation else 3
+    macs = forwards * self.model.denoiser.forward_macs
+    return 2.0 * macs * self.config.batch_size
 
   def description(self) -> str:
     """One line: what is trained."""
@@ -121,7 +89,7 @@ class Training:
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a config that no latents can be trained with."""
+  """Raises UserError for a config that no latents can be trained with."""
   keys.check(config)
   denoising.check_guidance("config.samples.guidance", config.samples.guidance)
   if config.samples.count and not config.samples.guidance:
@@ -134,14 +102,10 @@ def check(config: ConfigDict) -> None:
 def build(
   config: ConfigDict, devices: list[jax.Device] | None = None
 ) -> Training:
-  """The training of a config.
+  """The training of a config that has the numbers of its latents.
 
-  Args:
-    config: of the run, with the numbers of its latents in `config.model`.
-    devices: that it is for; they need not be there. None: all that are.
-
-  Raises:
-    ValueError: the config cannot be run.
+  The devices need not be there; None: all that are. Raises UserError if it
+  cannot be run.
   """
   check(config)
   numbers = denoising.numbers_of_latents(config.model)
@@ -164,20 +128,7 @@ def build(
       "small: use 1"
     )
   sharding.check_batch(config.batch_size, 1, 1, mesh)
-  transformation, schedule = optimizer.create(
-    optimizer.Settings(**config.optimizer),
-    config.steps,
-    sharding.on_whole_arrays(mesh),
-  )
-  abstract = denoisers.abstract_variables(model.denoiser)
-  return Training(
-    config,
-    model,
-    learning.Learning(
-      jax.tree.map(lambda _: True, abstract["params"]),
-      transformation,
-      schedule,
-      learning.Ema(config.ema.decay, config.ema.ramp_steps),
-    ),
-    mesh,
-  )
+  params = denoisers.abstract_variables(model.denoiser)["params"]
+  everything = jax.tree.map(lambda _: True, params)
+  learning = training_run.how_parameters_learn(config, everything, mesh)
+  return Training(config, mesh, learning, model)

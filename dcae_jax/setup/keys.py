@@ -28,7 +28,7 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for a number that is not within the bounds of its key."""
+  """Raises UserError for a number that is not within the bounds of its key."""
   config = resolved(config)
   values = differences.flat(config)
   for path, key in _keys(config).items():
@@ -60,10 +60,9 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   there, keys = differences.flat(before), _keys(now)
   for path, key in keys.items():
     there.setdefault(path, json.loads(json.dumps(key.default)))
-  found = differences.differences(there, now)
   return [
     text
-    for path, text in found.items()
+    for path, text in differences.differences(there, now).items()
     if path not in keys or not keys[path].may_change
   ]
 
@@ -71,8 +70,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def for_device(config: ConfigDict, backend: str) -> ConfigDict:
   """The config with the values that `on_accelerator` has for a GPU or TPU.
 
-  Raises:
-    ValueError: they are for a key that is not there.
+  Raises UserError for a key that is not there.
   """
   config = config.copy_and_resolve_references()
   here, there = differences.flat(config.to_dict()), {}
@@ -97,19 +95,19 @@ def _keys(
   task = base.KEYS.get(config.get("task"))  # maybe within another one
   if task is not None:
     described = task.keys().to_dict()
-  found = {}
+  known = {}
   for name in dict.fromkeys((*described, *config)):
     key, value = described.get(name), config.get(name)
     if name == "members":  # of a source: each is a source, too
       key = dict.fromkeys(value or (), described)
     if isinstance(key, dict) or isinstance(value, dict):
       inner = _keys(value or {}, key or {})
-      found |= {f"{name}.{path}": x for path, x in inner.items()}
+      known |= {f"{name}.{path}": x for path, x in inner.items()}
     else:
-      found[name] = key if isinstance(key, base.Key) else base.Key(key)
+      known[name] = key if isinstance(key, base.Key) else base.Key(key)
   if task is not None and task.begins_anew:
-    found = {
+    known = {
       path: dataclasses.replace(key, may_change=True)
-      for path, key in found.items()
+      for path, key in known.items()
     }
-  return found
+  return known

@@ -8,12 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.runs import (
-  differences,
-  metrics_writer,
-  storage,
-  work_directory,
-)
+from dcae_jax.runs import differences, metrics_writer, storage, work_directory
 from dcae_jax.setup import keys, models
 
 
@@ -24,11 +19,11 @@ def begin(
 
   Args:
     config: of the run.
-    workdir: of the run, which need not exist.
+    workdir: which need not exist.
     writes: what the task writes there, besides `config.json` and `result.json`.
 
   Raises:
-    ValueError: it belongs to a run of another config, or holds something else
+    UserError: it belongs to a run of another config, or holds something else
       that would be written over.
     OSError: a bucket that is not there, or must not be written.
   """
@@ -45,7 +40,7 @@ def keep_programs(config: ConfigDict) -> None:
 
 
 def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
-  """Raises ValueError if the directory belongs to a run of another config.
+  """Raises UserError if the directory belongs to a run of another config.
 
   OSError for a bucket that is not there, or must not be written.
   """

@@ -3,10 +3,13 @@
 The same for every model; what differs comes as `Training` and `Work`.
 """
 
+import abc
+import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from etils import epath
@@ -20,6 +23,7 @@ from dcae_jax.training import (
   hardware,
   learning,
   loop,
+  optimizer,
   overview,
   profiler,
   sharding,
@@ -29,45 +33,78 @@ from dcae_jax.training import state as state_lib
 _LOG = logging.getLogger(__name__)
 
 
-@runtime_checkable
-class Training(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Training(abc.ABC):
   """What is known of a training before anything is compiled.
 
   Attributes:
     config: of the run.
     mesh: of the devices.
     learning: how parameters do.
-    abstract: shapes of the state.
-    shardings: where its leaves live.
     takes_parts: of a batch (`accumulation`) and of images (`mesh.spatial`).
   """
 
   config: ConfigDict
   mesh: Mesh
   learning: learning.Learning
-  takes_parts: bool
+  takes_parts: ClassVar[bool]
 
   @property
-  def abstract(self) -> state_lib.TrainState: ...
+  @abc.abstractmethod
+  def abstract(self) -> state_lib.TrainState:
+    """Shapes of the state."""
 
-  @property
-  def shardings(self) -> Any: ...
+  @functools.cached_property
+  def shardings(self) -> Any:
+    """Where the leaves of the state live."""
+    return sharding.shardings(self.abstract, self.mesh)
 
+  @abc.abstractmethod
   def begin(self) -> state_lib.TrainState:
-    """The state at step 0."""
-    ...
+    """The state at step 0: from `init_from`, or from initial values."""
+
+  @abc.abstractmethod
+  def step(self, gather: Callable[[Any], Any]) -> Callable[..., Any]:
+    """`(state, batch, ...) -> (state, metrics)`, not jitted.
+
+    `gather` makes parameters whole that devices share.
+    """
 
   def jitted(self) -> Any:
-    """The step, `(state, batch, ...) -> (state, metrics)`."""
-    ...
+    """The step over the mesh; the state is donated."""
+    return jax.jit(
+      self.step(sharding.gather(self.shardings.params, self.mesh)),
+      donate_argnums=0,
+      out_shardings=(self.shardings, sharding.replicated(self.mesh)),
+    )
+
+  @abc.abstractmethod
+  def inputs(self) -> tuple[Any, ...]:
+    """Shapes of what the step takes after the state, and where they live."""
 
   def arguments(self) -> tuple[Any, ...]:
-    """Shapes of what it is called with, and where they live."""
-    ...
+    """Shapes of all that the step takes, and where they live."""
+    return (sharding.placed(self.abstract, self.shardings), *self.inputs())
 
+  @abc.abstractmethod
   def flops(self, remat: bool) -> float:
-    """Of a step over all devices, maybe with what is computed twice."""
-    ...
+    """Of a step over all devices; 0 where they cannot be counted.
+
+    With `remat`, what is computed twice counts twice.
+    """
+
+
+def how_parameters_learn(
+  config: ConfigDict, mask: Any, mesh: Mesh
+) -> learning.Learning:
+  """As the config says; those that the mask leaves out do not."""
+  transformation, schedule = optimizer.create(
+    optimizer.Settings(**config.optimizer),
+    config.steps,
+    sharding.on_whole_arrays(mesh),
+  )
+  ema = learning.Ema(config.ema.decay, config.ema.ramp_steps)
+  return learning.Learning(mask, transformation, schedule, ema)
 
 
 class Work(NamedTuple):
@@ -122,13 +159,8 @@ def run(
   step = last_step = max(config.steps, first_step)
   try:
     if first_step < last_step:
-      _LOG.info(
-        overview.table(
-          training.abstract.params,
-          training.learning.mask,
-          training.shardings.params,
-        )
-      )
+      params, placed = training.abstract.params, training.shardings.params
+      _LOG.info(overview.table(params, training.learning.mask, placed))
       state, step = loop.run(
         loop.Program(
           _compiled(training, work.constants),
@@ -151,9 +183,7 @@ def run(
           writer=writer,
           sigterm=sigterm,
           profiler=profiler.Profiler(
-            first=first_step,
-            directory=str(workdir / "profile"),
-            **config.profile,
+            first_step, str(workdir / "profile"), **config.profile
           ),
         ),
       )

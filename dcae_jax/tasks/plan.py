@@ -5,7 +5,6 @@ devices that are, and reads memory, FLOPs, bytes and collectives off the
 program. The time is that of a roofline: a bound from published peak rates.
 """
 
-import json
 import logging
 import pathlib
 import re
@@ -45,28 +44,22 @@ class Plan(NamedTuple):
   """Of one config on one topology; bytes, FLOPs and seconds are of one chip.
 
   Attributes:
-    config: its name.
-    topology: of the chips.
-    chips: their number.
-    mesh: sizes of the axes data, fsdp and spatial.
     batch_size: of all chips together.
     parameters: bytes, with running statistics.
     averages: bytes of the EMA.
-    optimizer: bytes of its state, and of the discriminator's.
+    optimizer: bytes of its state, and of all of the discriminator's.
     state: bytes of all that the step is called with.
     temporaries: bytes, above all activations; infinite: it does not fit, and
       the compiler does not say by how much.
     program: bytes of instructions.
     needed: bytes in all.
     available: bytes; 0: not known.
-    fits: the compiler found a place for all, or for devices that are here:
-      no more is needed than there is.
-    flops: of one step.
+    fits: the compiler had room for all; on devices that are here, no more is
+      needed than there is.
     bytes_accessed: read from and written to main memory.
     collectives: kind to number and bytes.
-    seconds: name of a limit to the least time that it allows: compute, memory,
-      interconnect. Empty: no rates are published.
-    compile_seconds: on this machine.
+    seconds: the least time that a limit (compute, memory, interconnect) allows;
+      empty where no rates are published.
     advice: what to change; empty where it fits.
   """
 
@@ -105,7 +98,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
   """Prints a table; into `workdir`, if there is one, goes `result.json`.
 
   Raises:
-    ValueError: a config file, topology, batch or change that cannot be.
+    UserError: a config file, topology, batch or change that cannot be.
   """
   start.keep_programs(config)
   options = config.compiler_options.to_dict()
@@ -122,19 +115,14 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
     rows = [
       plan._asdict() | {"step_seconds": plan.step_seconds} for plan in plans
     ]
-    metrics_writer.write_whole(
-      workdir / "result.json", json.dumps({"plans": rows}, indent=2)
-    )
+    metrics_writer.write_json(workdir / "result.json", {"plans": rows})
   return True
 
 
-class _Job(NamedTuple):
-  name: str
-  topology: str
-  training: training_run.Training
-
-
-def _jobs(config: ConfigDict) -> Iterator[_Job]:
+def _jobs(
+  config: ConfigDict,
+) -> Iterator[tuple[str, str, training_run.Training]]:
+  """Names of the config and of the topology, and the training."""
   names = [name.strip() for name in config.of.split(",") if name.strip()]
   if not names:
     raise errors.UserError(
@@ -151,13 +139,13 @@ def _jobs(config: ConfigDict) -> Iterator[_Job]:
             set_batch_size(planned, batch, len(devices))
           training = build(planned, devices)
           label = f"{pathlib.Path(name).stem}{part}"
-          yield _Job(label, topology.strip(), training)
+          yield label, topology.strip(), training
 
 
 def build(
   config: ConfigDict, devices: list[jax.Device]
 ) -> training_run.Training:
-  """The training of a run; ValueError for a config that cannot be run."""
+  """The training of a run; UserError for a config that cannot be run."""
   return _BUILD[config.task](config, devices)
 
 
@@ -188,36 +176,32 @@ def devices_of(topology: str) -> list[jax.Device]:
 def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
   """The training runs of a config file, by what tells them apart.
 
-  Args:
-    path: of a file with `get_config`.
-    changes: of keys, such as {"mesh": {"spatial": 4}}.
-
-  Raises:
-    ValueError: no such file, no training run, or an unknown key.
+  With changes of keys, such as {"mesh": {"spatial": 4}}. Raises UserError if
+  there is no such file, no training run in it, or an unknown key.
   """
   if not pathlib.Path(path).is_file():
     raise errors.UserError(f"config.of={path!r} is not a file; see configs/")
   config = runpy.run_path(path).get("get_config", ConfigDict)()
   task = config.get("task", "nothing")
   if task == "train_phases":
-    found = {f" phase {i}": config[f"phase{i}"] for i in (1, 2, 3)}
+    runs = {f" phase {i}": config[f"phase{i}"] for i in (1, 2, 3)}
   elif task in _BUILD:
-    found = {"": config}
+    runs = {"": config}
   else:
     raise errors.UserError(
       f"config.of={path!r} is of the task {task!r}; plans are of "
       f"{', '.join(_BUILD)} and train_phases"
     )
-  for planned in found.values():
+  for planned in runs.values():
     try:
       planned.lock().update(changes)
     except (AttributeError, KeyError, TypeError) as error:
       raise errors.UserError(f"config.changes: {error.args[0]}") from error
-  return found
+  return runs
 
 
 def set_batch_size(config: ConfigDict, per_chip: float, chips: int) -> None:
-  """Raises ValueError unless it makes a whole number of images."""
+  """Raises UserError unless it makes a whole number of images."""
   batch_size = per_chip * chips
   if batch_size < 1 or batch_size != int(batch_size):
     raise errors.UserError(
@@ -238,7 +222,7 @@ def measure(
   chip = hardware.chip(device.device_kind)
   arguments = training.arguments()
   state = arguments[0]
-  start = time.perf_counter()
+  began = time.perf_counter()
   lowered = training.jitted().lower(*arguments)
   failure = ""
   try:
@@ -246,21 +230,19 @@ def measure(
   except jax.errors.JaxRuntimeError as error:
     failure = str(error)
     if "RESOURCE_EXHAUSTED" not in failure:
-      first = failure.strip().splitlines()[0]
+      first = errors.first_line(error)
       raise errors.UserError(f"{name} does not compile: {first}") from error
-  seconds = time.perf_counter() - start
+  compile_seconds = time.perf_counter() - began
   available = hardware.usable_memory(chip)
   if failure:
-    held = sum(map(_bytes_per_chip, arguments))
+    held, program = sum(map(_bytes_per_chip, arguments)), 0
     needed, available = _used(failure, available)
-    cost, program = program_cost.Cost(0.0, {}), 0
-    temporaries = needed - held
+    cost = program_cost.Cost(0.0, {})
   else:
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes
     program = memory.generated_code_size_in_bytes
-    temporaries = float(memory.peak_memory_in_bytes - held)
-    needed = held + temporaries + program
+    needed = float(memory.peak_memory_in_bytes + program)
     cost = program_cost.cost(compiled.as_text())
   chips = training.mesh.size
   flops = training.flops(remat=True) / chips
@@ -276,7 +258,7 @@ def measure(
       (state.optimizer, state.discriminator, state.discriminator_optimizer)
     ),
     state=held,
-    temporaries=temporaries,
+    temporaries=needed - held - program,
     program=program,
     needed=needed,
     available=available,
@@ -286,14 +268,12 @@ def measure(
     bytes_accessed=cost.bytes_accessed,
     collectives=cost.collectives,
     seconds={} if failure else _roofline(chip, flops, cost),
-    compile_seconds=seconds,
+    compile_seconds=compile_seconds,
     advice="",
   )
-  return (
-    plan
-    if plan.fits
-    else plan._replace(advice=_advice(plan, training.takes_parts))
-  )
+  if plan.fits:
+    return plan
+  return plan._replace(advice=_advice(plan, training.takes_parts))
 
 
 def _bytes_per_chip(tree: Any) -> int:
@@ -305,10 +285,10 @@ def _bytes_per_chip(tree: Any) -> int:
 
 def _used(message: str, available: float) -> tuple[float, float]:
   """Bytes needed and available, as the compiler's error has them."""
-  found = _OUT_OF_MEMORY.search(message)
-  if found is None:
+  match = _OUT_OF_MEMORY.search(message)
+  if match is None:
     return float("inf"), available
-  used, used_unit, limit, limit_unit = found.groups()
+  used, used_unit, limit, limit_unit = match.groups()
   return float(used) * _UNITS[used_unit], float(limit) * _UNITS[limit_unit]
 
 
@@ -333,28 +313,27 @@ def _roofline(
 
 def _advice(plan: Plan, takes_parts: bool) -> str:
   """What makes it fit, the cheapest change first."""
-  found = []
+  changes = []
   ways = plan.mesh["data"] * plan.mesh["fsdp"]
   per_chip = plan.batch_size / ways
   if plan.mesh["fsdp"] < ways and plan.state > plan.available / 4:
-    found.append(
+    changes.append(
       f"split the state of {plan.state / _GIB:.1f} GiB with mesh.data=1 and "
       "mesh.fsdp=-1"
     )
-  if per_chip > 1 and not takes_parts:
-    found.append("take a smaller batch_size")
-  if per_chip > 1 and takes_parts:
-    found.append(
+  if per_chip > 1:
+    parts = (
       f"take the {per_chip:g} images of a chip in parts, with "
-      f"accumulation={int(per_chip)}, or a smaller batch_size"
+      f"accumulation={int(per_chip)}, or "
     )
-  found.append("set model.rematerialisation=True where it is not")
+    changes.append(f"{parts if takes_parts else 'take '}a smaller batch_size")
+  changes.append("set model.rematerialisation=True where it is not")
   if plan.chips > 1 and takes_parts:
-    found.append(
+    changes.append(
       f"split the rows of images with mesh.spatial={2 * plan.mesh['spatial']}"
     )
-  found.append("take more chips, or ones with more memory")
-  return "; ".join(found)
+  changes.append("take more chips, or ones with more memory")
+  return "; ".join(changes)
 
 
 def details(plan: Plan) -> str:
@@ -391,7 +370,7 @@ def table(plans: list[Plan]) -> str:
   lines = [
     "| config | topology | mesh | batch | memory of a chip, GiB | step, ms | "
     "images/s | compiled in |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    "| --- " * 8 + "|",
   ]
   for plan in plans:
     limit = max(plan.seconds, key=plan.seconds.get, default="")

@@ -50,30 +50,26 @@ class Inputs(NamedTuple):
 def open_inputs(config: ConfigDict) -> Inputs:
   """Opens what the run reads.
 
-  Raises:
-    ValueError: a source without a usable image, or missing LPIPS weights.
+  Raises UserError for a source without a usable image, or missing weights.
   """
-  channels, limit = config.model.image_channels, config.data.max_megapixels
+  c = config
+  channels, limit = c.model.image_channels, c.data.max_megapixels
   parameters = {}
-  if config.lpips.weight:
+  if c.lpips.weight:
     try:
-      parameters = lpips.load_parameters(
-        config.lpips.network, config.lpips.path
-      )
+      parameters = lpips.load_parameters(c.lpips.network, c.lpips.path)
     except pretrained.AbsentWeightsError as error:
       raise errors.UserError(
         f"{error}, or name a copy with --config.lpips.path=FILE, or train "
         "without LPIPS with --config.lpips.weight=0"
       ) from error
   inputs = Inputs(
-    image_sources.weighted_sources(config.data.source),
-    image_sources.single_source(config.evaluation.source),
-    images.Decoding(
-      channels, config.data.min_size, limit, config.data.shorter_side
-    ),
+    image_sources.weighted_sources(c.data.source),
+    image_sources.single_source(c.evaluation.source),
+    images.Decoding(channels, c.data.min_size, limit, c.data.shorter_side),
     images.Decoding(channels, max_megapixels=limit),
     parameters,
-    metric_networks.open_all(config.evaluation.metrics),
+    metric_networks.open_all(c.evaluation.metrics),
   )
   for source, _ in inputs.training:
     images.check_not_empty(source, inputs.training_decoding)
@@ -212,12 +208,9 @@ def _floor(
   variables = measuring.on_mesh(fitted.variables, training.mesh)
   values = {}
   for resolution, prefix in _prefixes(config, "floor").items():
-    found = measurement.measure(variables, held_out.batches(resolution))
-    values |= {
-      f"{prefix}/{key}": value
-      for key, value in found.metrics.items()
-      if key != "latent_rms"
-    }
+    measured = measurement.measure(variables, held_out.batches(resolution))
+    values |= {f"{prefix}/{k}": v for k, v in measured.metrics.items()}
+    del values[f"{prefix}/latent_rms"]
   return values
 
 
@@ -237,15 +230,14 @@ def _result(
   training: autoencoder_training.Training,
 ) -> dict[str, float]:
   """The last of each metric, and what the run is."""
-  learning, _ = freezing.partition(
-    training.abstract.params, training.learning.mask
-  )
+  params = training.abstract.params
+  learning, _ = freezing.partition(params, training.learning.mask)
   result = {"images_skipped": skipped}
   result |= metrics_writer.last_values(workdir / "metrics.jsonl")
   return result | {
     "step": step,
     "scaling_factor": 1 / result["eval/latent_rms"],
-    "parameters": freezing.count(training.abstract.params),
+    "parameters": freezing.count(params),
     "parameters_trained": freezing.count(learning),
   }
 
@@ -254,13 +246,8 @@ def _finish(
   config: ConfigDict, workdir: epath.Path, result: dict[str, float]
 ) -> None:
   """Writes `result.json`; says what the run has reached, and where it is."""
-  metrics_writer.write_whole(
-    workdir / "result.json", json.dumps(result, indent=2)
-  )
-  first = {}
-  for line in metrics_writer.read_lines(workdir / "metrics.jsonl"):
-    if line["step"] == 0:
-      first |= line
+  metrics_writer.write_json(workdir / "result.json", result)
+  first = metrics_writer.last_values(workdir / "metrics.jsonl", step=0)
   rows = {
     "step 0": _metrics(config, "eval", first),
     f"step {result['step']}": _metrics(config, "eval", result),
@@ -278,13 +265,12 @@ def _metrics(
   config: ConfigDict, part: str, values: Mapping[str, float]
 ) -> dict[int, dict[str, float]]:
   """By resolution; those without any are left out."""
-  found = {}
-  for resolution, prefix in _prefixes(config, part).items():
-    of_size = {
+  metrics = {
+    resolution: {
       key: values[f"{prefix}/{key}"]
       for key in metrics_table.columns()
       if f"{prefix}/{key}" in values
     }
-    if of_size:
-      found[resolution] = of_size
-  return found
+    for resolution, prefix in _prefixes(config, part).items()
+  }
+  return {side: of_side for side, of_side in metrics.items() if of_side}

@@ -4,7 +4,6 @@ Everything that can be wrong with the config, the store, the autoencoder or the
 disk is found before anything is compiled or written.
 """
 
-import json
 import logging
 from collections.abc import Callable
 
@@ -114,9 +113,8 @@ def _sample(
       return {}
     values, rows = {}, {}
     for scale, function in functions.items():
-      z = jax.device_get(
-        function({"params": state.ema["params"]}, key, condition)
-      )
+      variables = {"params": state.ema["params"]}
+      z = jax.device_get(function(variables, key, condition))
       if not np.isfinite(z).all():  # a matter of the sampler, not of training
         _LOG.warning(
           "step %d: samples at guidance %g are not finite, and left out (%s, "
@@ -124,9 +122,8 @@ def _sample(
           step, scale, model.sampler, config.sampler.steps,
         )  # fmt: skip
         continue
-      values[f"eval/latent_rms/guidance_{scale:g}"] = float(
-        np.sqrt(np.mean(np.square(z)))
-      )
+      rms = float(np.sqrt(np.mean(np.square(z))))
+      values[f"eval/latent_rms/guidance_{scale:g}"] = rms
       z = decode.unscaled(store.manifest, z)
       rows[f"{scale:g}"] = decode.to_pixels(ae, z)
     if rows:
@@ -148,7 +145,5 @@ def _finish(
     "parameters": freezing.count(training.abstract.params),
     "forward_macs": training.model.denoiser.forward_macs,
   }
-  metrics_writer.write_whole(
-    workdir / "result.json", json.dumps(result, indent=2)
-  )
+  metrics_writer.write_json(workdir / "result.json", result)
   _LOG.info("result in %s", workdir)

@@ -7,14 +7,12 @@ last evaluation, with its step). Local or `gs://`.
 """
 
 import contextlib
-import functools
 import logging
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -53,14 +51,12 @@ def _explained(what: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
-    others = ""
-    if jax.process_count() > 1:
-      others = "if another process has ended, see its log; "
+    several = jax.process_count() > 1
+    others = "if another process has ended, see its log; " if several else ""
     raise errors.UserError(
-      f"{what} failed: {first_line[:300]}; other checkpoints are as they were: "
-      f"{others}make room on a full disk, remove a damaged checkpoint, and run "
-      "again"
+      f"{what} failed: {errors.first_line(error)}; other checkpoints are as "
+      f"they were: {others}make room on a full disk, remove a damaged "
+      "checkpoint, and run again"
     ) from error
 
 
@@ -107,8 +103,8 @@ class Checkpoints:
     }
     items["data"] = ocp.args.JsonRestore()
     with _explained(f"reading {self._manager.directory / str(step)}"):
-      found = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return _state({name: found[name] for name in targets}), found["data"]
+      items = self._manager.restore(step, args=ocp.args.Composite(**items))
+    return _state({name: items[name] for name in targets}), items["data"]
 
   def wait(self) -> None:
     """Returns when the last save is complete; raises what it raised."""
@@ -122,12 +118,12 @@ class Checkpoints:
 def restore_variables(
   run: str, item: str, abstract: Tree, shardings: Tree
 ) -> tuple[int, Tree]:
-  """Step, and `params` or `ema`, of an earlier run's last checkpoint.
+  """Step, and the item "params" or "ema", of a run's last checkpoint.
 
   Args:
     run: its work directory.
-    item: "params" or "ema".
-    abstract: shapes of `{"params": ..., "batch_stats": ...}`.
+    item: with `{"params": ..., "batch_stats": ...}`.
+    abstract: shapes of these.
     shardings: where each leaf goes.
   """
   with ocp.CheckpointManager(
@@ -142,48 +138,34 @@ def restore_variables(
       )
     target = ocp.args.StandardRestore(sharding.placed(abstract, shardings))
     with _explained(f"reading {manager.directory / str(step)}"):
-      found = manager.restore(step, args=ocp.args.Composite(**{item: target}))
-  return step, found[item]
+      items = manager.restore(step, args=ocp.args.Composite(**{item: target}))
+  return step, items[item]
 
 
 def measured(run: str, step: int) -> dict[str, float]:
-  """The last evaluation before a checkpoint, with its step.
-
-  Args:
-    run: the work directory.
-    step: of the checkpoint.
-  """
+  """The last evaluation, with its step, before a checkpoint of a run."""
   path = _absolute(epath.Path(run)) / "checkpoints" / str(step)
   if (path / "measured").exists():
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
       return checkpointer.restore(path / "measured")
   # Written before checkpoints had it.
-  lines = metrics_writer.read_lines(epath.Path(run) / "metrics.jsonl")
-  return functools.reduce(
-    lambda before, line: before | line,
-    (line for line in lines if line["step"] == step),
-    {},
-  )
+  return metrics_writer.last_values(epath.Path(run) / "metrics.jsonl", step)
 
 
 def check_space(workdir: epath.Path, abstract: Tree, keep: int) -> None:
-  """Raises ValueError if a local disk cannot hold this run's checkpoints.
+  """Raises UserError if a local disk cannot hold this run's checkpoints.
 
   While one is written, `keep` older ones still exist.
   """
   if "://" in str(workdir):
     return
-  size = sum(
-    int(np.prod(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(abstract)
-  )
+  leaves = jax.tree.leaves(abstract)
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   steps = workdir / "checkpoints"
   existing = len(list(steps.iterdir())) if steps.exists() else 0
   needed = max(keep + 1 - existing, 1) * size
-  existing_parent = workdir
-  while not existing_parent.exists():
-    existing_parent = existing_parent.parent
-  free = shutil.disk_usage(existing_parent).free
+  parents = (workdir, *workdir.parents)
+  free = shutil.disk_usage(next(x for x in parents if x.exists())).free
   if free < needed:
     raise errors.UserError(
       f"no space left for checkpoints: {workdir} has {free / 1e6:,.1f} MB free "

@@ -30,16 +30,12 @@ def trainable_mask(parameters: Tree, patterns: tuple[str, ...]) -> Tree:
   """A tree of booleans: True where a parameter learns.
 
   A pattern names a module ("decoder/project_out") or is a shell pattern over
-  the whole path ("encoder/*/norm/scale"), in which `*` crosses "/", too.
-
-  Raises:
-    ValueError: a pattern that matches no parameter, or no patterns at all.
+  the whole path ("encoder/*/norm/scale"), in which `*` crosses "/", too. Raises
+  UserError for one that matches nothing, or none at all.
   """
   paths = parameter_paths(parameters)
   if not patterns:
-    raise errors.UserError(
-      "no trainable patterns are given, so nothing would learn"
-    )
+    raise errors.UserError("no trainable patterns: nothing would learn")
   for pattern in patterns:
     if not any(_matches(path, pattern) for path in paths):
       modules = sorted({"/".join(path.split("/")[:2]) for path in paths})
@@ -55,9 +51,7 @@ def trainable_mask(parameters: Tree, patterns: tuple[str, ...]) -> Tree:
 
 def _matches(path: str, pattern: str) -> bool:
   pattern = pattern.rstrip("/")
-  return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(
-    path, f"{pattern}/*"
-  )
+  return any(fnmatch.fnmatchcase(path, p) for p in (pattern, f"{pattern}/*"))
 
 
 def partition(parameters: Tree, mask: Tree) -> tuple[Tree, Tree]:
@@ -67,13 +61,10 @@ def partition(parameters: Tree, mask: Tree) -> tuple[Tree, Tree]:
   optimizer state) does not exist for frozen parameters.
   """
   masked = optax.MaskedNode()
-  trainable = jax.tree.map(
-    lambda leaf, learns: leaf if learns else masked, parameters, mask
+  part = lambda of: jax.tree.map(
+    lambda leaf, learns: leaf if learns == of else masked, parameters, mask
   )
-  frozen = jax.tree.map(
-    lambda leaf, learns: masked if learns else leaf, parameters, mask
-  )
-  return trainable, frozen
+  return part(True), part(False)
 
 
 def combine(trainable: Tree, frozen: Tree) -> Tree:

@@ -22,11 +22,8 @@ _GIB = 2**30
 class Chip(NamedTuple):
   """Published figures of one jax device.
 
-  Attributes:
-    flops: FLOP/s in bfloat16.
-    memory: bytes.
-    bandwidth: of its memory, in bytes/s.
-    interconnect: to the other chips, in bytes/s; 0: none given.
+  FLOP/s in bfloat16; bytes of memory; bytes/s of its bandwidth, and of the
+  interconnect with other chips.
   """
 
   flops: float
@@ -83,12 +80,8 @@ def usable_memory(chip: Chip | None) -> float:
 def describe_slice(topology: str) -> list[jax.Device]:
   """The chips of a TPU slice that need not be there, to compile programs for.
 
-  Args:
-    topology: generation and sides, "v5e:4x4" or "v5p:2x2x4".
-
-  Raises:
-    ValueError: an unknown generation, sides that no slice has, or libtpu, the
-      compiler, is not installed.
+  A topology is "v5e:4x4" or "v5p:2x2x4". Raises UserError for an unknown one,
+  or if libtpu, the compiler, is not installed.
   """
   generation, _, sides = topology.partition(":")
   lengths = [int(side) for side in sides.split("x") if side.isdigit()]
@@ -109,8 +102,8 @@ def describe_slice(topology: str) -> list[jax.Device]:
     )
   if importlib.util.find_spec("libtpu") is None:
     raise errors.UserError(
-      "compiling for a TPU needs libtpu, which is an ordinary package and "
-      'needs no TPU: pip install "jax[tpu]"'
+      "compiling for a TPU needs libtpu, also where there is no TPU: pip "
+      'install "jax[tpu]"'
     )
   # Of another process that compiles, or of a TPU that is here.
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
@@ -119,7 +112,7 @@ def describe_slice(topology: str) -> list[jax.Device]:
   if math.prod(lengths) < 4:
     bounds["chips_per_host_bounds"] = tuple(lengths + [1] * (3 - len(lengths)))
   try:
-    found = topologies.get_topology_desc(
+    described = topologies.get_topology_desc(
       topology_name=topology,
       platform="tpu",
       chip_config_name=_GENERATIONS[generation].configuration,
@@ -129,7 +122,7 @@ def describe_slice(topology: str) -> list[jax.Device]:
     raise errors.UserError(
       f"libtpu does not know the topology {topology!r}: {error}"
     ) from error
-  return list(found.devices)
+  return list(described.devices)
 
 
 def peak_flops() -> float:

@@ -40,7 +40,6 @@ class Learning:
     mask: which of them do (`freezing.trainable_mask`).
     optimizer: of these; it has no state for the others.
     schedule: its learning rate, for the metrics.
-    ema: decay of the averages.
   """
 
   mask: Tree
@@ -49,11 +48,9 @@ class Learning:
   ema: Ema
 
   def init(self, variables: Tree, ema: Tree = None) -> state_lib.TrainState:
-    """The state at step 0.
+    """The state at step 0; the averages start as a copy of the variables.
 
-    Args:
-      variables: `{"params": ..., "batch_stats": ...}`.
-      ema: averages to go on from; None: a copy of `variables`.
+    Unless `ema` has others; both are `{"params": ..., "batch_stats": ...}`.
     """
     trainable, _ = freezing.partition(variables["params"], self.mask)
     return state_lib.TrainState(
@@ -73,7 +70,7 @@ class Learning:
     Args:
       state: before the step.
       gradient: of the trainable part of the parameters.
-      batch_stats: running statistics after the step; None: they stay.
+      batch_stats: after the step; None: they stay.
     """
     trainable, frozen = freezing.partition(state.params, self.mask)
     averages, frozen_averages = freezing.partition(

@@ -73,9 +73,9 @@ class Program(NamedTuple):
 
   Attributes:
     step: jitted, `(state, batch) -> (state, metrics)`.
-    evaluate: `(step, state) -> metrics`, or none.
+    evaluate: `(step, state) -> metrics`, which may be none.
     images_per_step: of the global batch.
-    flops_per_step: of the model, over all devices; 0: not known.
+    flops_per_step: over all devices; 0: not known.
     peak_flops: per second, of all devices.
   """
 
@@ -105,11 +105,7 @@ class Cadence(NamedTuple):
 class Outlets(NamedTuple):
   """Where it all goes, and who may end it early.
 
-  Attributes:
-    save: `(step, state, position of the data)`; may return early.
-    writer: of the metrics.
-    sigterm: asks the loop to save and leave.
-    profiler: of steps that are to be traced.
+  `save(step, state, position of the data)` may return before it is done.
   """
 
   save: Callable[[int, State, dict[str, Any]], None]
@@ -137,42 +133,30 @@ def run(
     outlets: for metrics and checkpoints.
 
   Raises:
-    FloatingPointError: a metric is not finite; names it and the step.
+    FloatingPointError: a metric is not finite.
   """
   done, last_step = steps.start - 1, steps.stop - 1
   is_due = lambda every, step: (
     step == last_step or bool(every and step % every == 0)
   )
-  clock = _Clock(done, last_step, program)
-  interval = _Interval()
+  log = _Log(done, last_step, program, cadence.seconds, outlets.writer)
   pending = None  # (step, metrics) whose values are not fetched yet
   watchdog = watchdog_lib.Watchdog()
 
   @contextlib.contextmanager
   def waiting_for(part: str, what: str) -> Iterator[None]:
-    with clock.part(part), watchdog.waiting_for(what):
+    with log.part(part), watchdog.waiting_for(what):
       yield
 
   def settle() -> None:
     nonlocal pending
     if pending is None:
       return
-    step, metrics = pending
-    pending = None
+    (step, metrics), pending = pending, None
     with waiting_for("step", f"the devices to end step {step}"):
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     _check_finite(step, {f"train/{k}": v for k, v in metrics.items()})
-    interval.add(metrics)
-    logs = is_due(cadence.log, step)
-    if not logs and clock.seconds_since_line() <= cadence.seconds:
-      return
-    means, speeds = interval.means(), clock.speeds(step)
-    _LOG.info(clock.line(step, means, speeds))
-    if logs:
-      values = (means | speeds).items()
-      outlets.writer.scalars(step, {f"train/{k}": v for k, v in values})
-      interval.clear()
-      clock.restart(step)
+    log.add(step, metrics, is_due(cadence.log, step))
 
   def evaluate(step: int) -> None:
     values = program.evaluate(step, state)
@@ -184,7 +168,7 @@ def run(
 
   try:
     if done == 0:  # what training changes is seen beside it
-      with clock.paused():
+      with log.part("pause"):
         evaluate(0)
     for step in steps:
       with waiting_for("data", f"the batch of step {step} to be loaded"):
@@ -201,7 +185,7 @@ def run(
       saves = stop or is_due(cadence.checkpoint, step)
       if evaluates or saves:
         settle()
-        with clock.paused():
+        with log.part("pause"):
           if evaluates:
             evaluate(step)
           if saves:
@@ -226,94 +210,85 @@ def _check_finite(step: int, metrics: dict[str, float]) -> None:
       )
 
 
-class _Interval:
-  """Metrics of the steps since the last log."""
+class _Log:
+  """Metrics and speeds since the last log, and lines on the terminal.
 
-  def __init__(self):
-    self._found: dict[str, clu_metrics.Metric] = {}
-
-  def add(self, metrics: dict[str, float]) -> None:
-    """On the host: the values are there, and dispatching costs more."""
-    for name, value in metrics.items():
-      last = name in _LAST_VALUES
-      kind = clu_metrics.LastValue if last else clu_metrics.Average
-      new = kind(total=np.float64(value), count=1)
-      before = self._found.get(name)
-      self._found[name] = new if before is None else before.merge(new)
-
-  def means(self) -> dict[str, float]:
-    return {name: float(x.compute()) for name, x in self._found.items()}
-
-  def clear(self) -> None:
-    self._found = {}
-
-
-class _Clock:
-  """Speeds since the last log, and where the time of a step went.
-
-  Without the time of evaluations and checkpoints.
+  Speeds are without the time of evaluations and checkpoints.
   """
 
-  def __init__(self, done: int, last_step: int, program: Program):
-    self._last = last_step
-    self._images = program.images_per_step
-    self._flops, self._peak = program.flops_per_step, program.peak_flops
+  def __init__(
+    self, done: int, last_step: int, program: Program, patience: float,
+    writer: Writer,
+  ):  # fmt: skip
+    """After `patience` seconds a step has a line in any case."""
+    self._last_step, self._program = last_step, program
+    self._patience, self._writer = patience, writer
+    self._begin(done)
+    self._last_line = self._began
+
+  def _begin(self, step: int) -> None:
+    self._began, self._first = time.perf_counter(), step
+    self._metrics: dict[str, clu_metrics.Metric] = {}
     self._parts = collections.Counter()
-    self.restart(done)
-    self._line = self._logged
-
-  def restart(self, step: int) -> None:
-    """At a log."""
-    self._logged, self._logged_step = time.perf_counter(), step
-    self._idle = 0.0
-    self._parts.clear()
-
-  def seconds_since_line(self) -> float:
-    return time.perf_counter() - self._line
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    self._idle += time.perf_counter() - start
 
   @contextlib.contextmanager
   def part(self, name: str) -> Iterator[None]:
-    """Of a step: waiting for its data, or for the devices."""
+    """Of the time: waiting for data, for a step on the devices, or a pause."""
     start = time.perf_counter()
     yield
     self._parts[name] += time.perf_counter() - start
 
-  def speeds(self, step: int) -> dict[str, float]:
+  def add(self, step: int, metrics: dict[str, float], is_due: bool) -> None:
+    """Takes in the metrics of a step, after which a log may be due."""
+    for name, value in metrics.items():
+      is_last = name in _LAST_VALUES
+      kind = clu_metrics.LastValue if is_last else clu_metrics.Average
+      # On the host: the values are there, and dispatching costs more.
+      new = kind(total=np.float64(value), count=1)
+      before = self._metrics.get(name)
+      self._metrics[name] = new if before is None else before.merge(new)
     now = time.perf_counter()
-    seconds = max(now - self._logged - self._idle, 1e-9)
-    steps = step - self._logged_step
+    if not is_due and now - self._last_line <= self._patience:
+      return
+    self._last_line = now
+    means = {name: float(x.compute()) for name, x in self._metrics.items()}
+    speeds = self._speeds(step, now)
+    _LOG.info(self._line(step, means, speeds))
+    if is_due:
+      values = (means | speeds).items()
+      self._writer.scalars(step, {f"train/{k}": v for k, v in values})
+      self._begin(step)
+
+  def _speeds(self, step: int, now: float) -> dict[str, float]:
+    data, device, pause = (self._parts[x] for x in ("data", "step", "pause"))
+    seconds = max(now - self._began - pause, 1e-9)
+    steps = step - self._first
     rate = steps / seconds
     speeds = {
       "steps_per_second": rate,
-      "images_per_second": rate * self._images,
-      "seconds/data": self._parts["data"] / steps,
-      "seconds/step": self._parts["step"] / steps,
-      "seconds/host": max(seconds - self._parts.total(), 0.0) / steps,
+      "images_per_second": rate * self._program.images_per_step,
+      "seconds/data": data / steps,
+      "seconds/step": device / steps,
+      "seconds/host": max(seconds - data - device, 0.0) / steps,
     }
-    if self._flops:
-      speeds["model_flops_utilization"] = rate * self._flops / self._peak
+    if flops := self._program.flops_per_step:
+      utilization = rate * flops / self._program.peak_flops
+      speeds["model_flops_utilization"] = utilization
     return speeds
 
-  def line(
-    self, step: int, metrics: dict[str, float], speeds: dict[str, float]
+  def _line(
+    self, step: int, means: dict[str, float], speeds: dict[str, float]
   ) -> str:
-    self._line = time.perf_counter()
     rate = speeds["steps_per_second"]
-    minutes, seconds = divmod(round((self._last - step) / rate), 60)
+    minutes, seconds = divmod(round((self._last_step - step) / rate), 60)
     hours, minutes = divmod(minutes, 60)
     losses = "  ".join(
       f"{name.removeprefix('loss/')} {value:.4f}"
-      for name, value in metrics.items()
+      for name, value in means.items()
       if name.startswith("loss/")
     )
     return (
-      f"step {step}/{self._last}  {losses}  {rate:.2f} steps/s  "
+      f"step {step}/{self._last_step}  {losses}  {rate:.2f} steps/s  "
       f"{speeds['images_per_second']:.1f} images/s  "
       f"left {hours}:{minutes:02d}:{seconds:02d}"
     )

@@ -20,21 +20,10 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """The keys of `config.optimizer`.
+  """The keys of `config.optimizer`, which `configs/base.py` describes.
 
-  Attributes:
-    kind: a key of `KINDS`.
-    learning_rate: the largest, after the warm-up.
-    adam_learning_rate: Muon only: the same of what is left to Adam.
-    schedule: a key of `SCHEDULES`.
-    warmup_steps: of a linear rise from a tenth of the rate; 0: none.
-    decay_steps: of the fall to the final rate; 0: all steps after the warm-up.
-    final_rate: the last rate, as a fraction of the largest.
-    beta1: of Adam's first moment.
-    beta2: of Adam's second moment.
-    weight_decay: decoupled, times the learning rate.
-    decay_all: norms, biases and embeddings decay, too, not kernels alone.
-    clip_norm: largest global gradient norm; 0: not clipped.
+  `kind` is a key of `KINDS`, `schedule` of `SCHEDULES`. Weight decay is
+  decoupled, and times the learning rate.
   """
 
   kind: str
@@ -56,18 +45,14 @@ def create(
   steps: int,
   on_whole_arrays: Callable[[Callable], Callable] = lambda function: function,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The optimizer and its learning rate as a function of the step.
+  """The optimizer, and its learning rate as a function of the step.
 
   Applied to the trainable part of `freezing.partition`, it has no state for
   frozen parameters.
 
-  Args:
-    settings: of the config.
-    steps: of the run, at whose end a rate that decays has fallen.
-    on_whole_arrays: `sharding.on_whole_arrays`, where they are split.
-
-  Raises:
-    ValueError: an unknown kind or schedule, or steps that do not suffice.
+  A rate that decays has fallen at the end of the steps. Where arrays are split,
+  `on_whole_arrays` is that of `sharding`. Raises UserError for an unknown kind
+  or schedule, or nothing to decay over.
   """
   for key, known in (("kind", KINDS), ("schedule", SCHEDULES)):
     if getattr(settings, key) not in known:
@@ -86,14 +71,10 @@ def create(
 
 def of_discriminator(settings: Settings, learning_rate: float) -> Settings:
   """AdamW with that rate; 0: the one that Adam has in the autoencoder."""
-  if not learning_rate:
-    learning_rate = (
-      settings.learning_rate
-      if settings.kind == "adamw"
-      else settings.adam_learning_rate
-    )
+  is_adamw = settings.kind == "adamw"
+  adams = settings.learning_rate if is_adamw else settings.adam_learning_rate
   return dataclasses.replace(
-    settings, kind="adamw", learning_rate=learning_rate
+    settings, kind="adamw", learning_rate=learning_rate or adams
   )
 
 
@@ -184,15 +165,9 @@ def _warmup_stable_decay(settings: Settings, largest: float, steps: int):
       "config.optimizer.decay_steps=0 leaves nothing to decay with schedule "
       "wsd; set it to the number of the last steps, such as a tenth of all"
     )
-  decay_steps = _decay_steps(settings, steps)
   return schedules.join_schedules(
-    [
-      schedules.constant_schedule(largest),
-      schedules.linear_schedule(
-        largest, settings.final_rate * largest, decay_steps
-      ),
-    ],
-    [steps - decay_steps],
+    [schedules.constant_schedule(largest), _linear(settings, largest, steps)],
+    [steps - _decay_steps(settings, steps)],
   )
 
 

@@ -21,13 +21,7 @@ class _Row:
 
 
 def table(parameters: Tree, mask: Tree, shardings: Tree) -> str:
-  """A row for each parameter.
-
-  Args:
-    parameters: arrays or shapes.
-    mask: which of them learn.
-    shardings: the `NamedSharding` of each.
-  """
+  """A row for each parameter, with whether it learns and its sharding."""
   rows = [
     _Row(name, leaf.shape, leaf.size, tuple(sharding.spec), learns)
     for name, leaf, sharding, learns in zip(

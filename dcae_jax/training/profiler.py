@@ -13,16 +13,12 @@ class Profiler:
   """Traces steps of the training loop of this process."""
 
   def __init__(
-    self, *, first: int, start: int, steps: int, on_signal: int, directory: str
+    self, first: int, directory: str, *, start: int, steps: int, on_signal: int
   ):
-    """Listens for SIGUSR1.
+    """Listens for SIGUSR1, and traces `on_signal` steps when it comes.
 
-    Args:
-      first: step that this start of the run begins after.
-      start: steps after it that are not traced.
-      steps: that are traced then; 0: none.
-      on_signal: steps that are traced when the process gets SIGUSR1.
-      directory: of the traces; local or gs://.
+    Of a run that begins after the step `first`, `steps` steps are traced after
+    `start` others; 0: none. The `directory` is local or gs://.
     """
     self._from = first + start + 1 if steps else None
     self._steps, self._on_signal = steps, on_signal

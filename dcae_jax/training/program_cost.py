@@ -5,6 +5,7 @@ once: here it counts as often as it runs. FLOPs are not counted here.
 """
 
 import functools
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -31,15 +32,9 @@ _CALLED = re.compile(
 
 
 class Instruction(NamedTuple):
-  """A line of a program.
+  """A line of a program: `name = type opcode(operands)text`.
 
-  Attributes:
-    name: of its value.
-    type: shapes and layouts, as text.
-    opcode: such as "fusion".
-    operands: their names.
-    text: all that follows the opcode.
-    is_root: of its computation.
+  The type has shapes and layouts; the root is the result of its computation.
   """
 
   name: str
@@ -94,8 +89,8 @@ def _parse(text: str) -> _Program:
       name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
       current = computations[name] = {}
       entry = name if line.startswith("ENTRY") else entry
-    elif current is not None and (found := _INSTRUCTION.match(line)):
-      root, name, type_, opcode, rest = found.groups()
+    elif current is not None and (match := _INSTRUCTION.match(line)):
+      root, name, type_, opcode, rest = match.groups()
       end = _closing(rest)
       operands = tuple(re.findall(r"%([\w.-]+)", rest[:end]))
       if opcode in ("parameter", "constant"):  # its number, its value
@@ -144,10 +139,11 @@ def _trip_count(program: _Program, instruction: Instruction) -> int:
   """The bound that the loop's counter, from 0 by 1, is compared with; or 1."""
   condition = re.search(r"condition=%?([\w.-]+)", instruction.text)[1]
   bounds = [
-    int(found)
+    int(line.operands[0])
     for line in program.computations[condition].values()
-    if line.opcode == "constant" and line.type.startswith("s32[]")
-    for found in re.findall(r"^\d+$", line.operands[0])
+    if line.opcode == "constant"
+    and line.type.startswith("s32[]")
+    and line.operands[0].isdigit()
   ]
   return max(bounds, default=1)
 
@@ -155,14 +151,16 @@ def _trip_count(program: _Program, instruction: Instruction) -> int:
 @functools.lru_cache(maxsize=65536)
 def _sizes(type_: str) -> tuple[tuple[float, bool], ...]:
   """Bytes of each array of a type, and whether it is in main memory."""
-  found = []
+  sizes = []
   for dtype, sides, layout in _SHAPE.findall(type_):
     bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
-    count = 1
-    for side in filter(None, sides.split(",")):
-      count *= int(side)
-    found.append((count * bits / 8, "S(" not in layout))
-  return tuple(found)
+    count = math.prod(int(side) for side in sides.split(",") if side)
+    sizes.append((count * bits / 8, "S(" not in layout))
+  return tuple(sizes)
+
+
+def _bytes(type_: str) -> float:
+  return sum(size for size, _ in _sizes(type_))
 
 
 def _in_memory(type_: str) -> float:
@@ -173,12 +171,9 @@ def _payload(program: _Program, name: str, instruction: Instruction) -> float:
   """Bytes of the larger one of a collective's operands and its results."""
   lines = program.computations[name]
   operands = sum(
-    size
-    for operand in instruction.operands
-    if operand in lines
-    for size, _ in _sizes(lines[operand].type)
+    _bytes(lines[x].type) for x in instruction.operands if x in lines
   )
-  results = sum(size for size, _ in _sizes(instruction.type))
+  results = _bytes(instruction.type)
   if instruction.opcode.endswith("-start"):  # its type holds the operands, too
     results -= operands
   return max(operands, results)
@@ -222,7 +217,7 @@ def _read_of_parameter(program: _Program, name: str, index: int) -> float:
       if operand != parameter.name or line.opcode == "parameter":
         continue
       if line.opcode in ("dynamic-slice", "slice", "gather"):
-        read += sum(size for size, _ in _sizes(line.type))
+        read += _bytes(line.type)
       elif line.opcode == "fusion":
         read += _read_of_parameter(program, next(_called(line)), i)
       elif line.opcode != "dynamic-update-slice" or i:
@@ -237,7 +232,7 @@ def _written_by(program: _Program, name: str) -> float:
   while root.opcode == "bitcast":
     root = lines[root.operands[0]]
   if root.opcode == "dynamic-update-slice":
-    return sum(size for size, _ in _sizes(lines[root.operands[1]].type))
+    return _bytes(lines[root.operands[1]].type)
   if root.opcode == "fusion":
     return _written_by(program, next(_called(root)))
   return float("inf")

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dcae_jax import errors
+from dcae_jax.training import freezing
 
 Tree = Any
 
@@ -34,9 +35,7 @@ def create_mesh(
 
   The devices of a process are neighbours in it, on the last axes first, so that
   `spatial` splits an image over one process's devices where they are enough.
-
-  Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+  Raises UserError unless the sizes multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   devices = sorted(devices, key=lambda device: device.process_index)
@@ -65,7 +64,7 @@ def local_mesh() -> Mesh:
 def check_batch(
   batch_size: int, grad_accum_steps: int, resolution: int, mesh: Mesh
 ) -> None:
-  """Raises ValueError unless the batch divides over the mesh."""
+  """Raises UserError unless the batch divides over the mesh."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % (ways * grad_accum_steps):
     times = f" times config.accumulation={grad_accum_steps}"
@@ -78,7 +77,7 @@ def check_batch(
 
 
 def check_images(resolution: int, mesh: Mesh) -> None:
-  """Raises ValueError unless processes hold whole images, parts whole rows."""
+  """Raises UserError unless processes hold whole images, parts whole rows."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   processes = len({device.process_index for device in mesh.devices.flat})
   if ways % processes:
@@ -97,7 +96,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
   """The `NamedSharding` of each leaf of a tree of arrays or shapes."""
 
   def of_leaf(keys, leaf):
-    path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    path = freezing.path_of(keys)
     axes = next(axes for rule, axes in RULES if fnmatch.fnmatch(path, rule))
     spec = [None] * len(leaf.shape)
     for axis in axes:
@@ -119,14 +118,10 @@ def placed(tree: Tree, shardings: Tree) -> Tree:
 
 
 def gather(shardings: Tree, mesh: Mesh) -> Callable[[Tree], Tree]:
-  """A function that makes split arrays whole on each device, for their use.
+  """A function that makes arrays with these shardings whole on each device.
 
   Gradients through it are split again. Without it XLA would be free to split
   activations over channels, as `fsdp` splits the parameters, and move those.
-
-  Args:
-    shardings: of the arrays, where they are kept.
-    mesh: of these.
   """
   if mesh.shape["fsdp"] == 1:
     return lambda tree: tree
@@ -198,21 +193,9 @@ class Prefetch:
   Its state is that of the last batch handed out, not of the last one read.
   """
 
-  def __init__(
-    self,
-    batches: Batches,
-    put: Callable[[dict[str, np.ndarray]], Any],
-    depth: int,
-  ):
-    """Reads nothing yet.
-
-    Args:
-      batches: on the host.
-      put: from there to the devices.
-      depth: batches ahead.
-    """
-    self._batches, self._put = batches, put
-    self._depth = depth
+  def __init__(self, batches: Batches, put: Callable[..., Any], depth: int):
+    """Reads nothing yet; `put` brings a batch of the host to the devices."""
+    self._batches, self._put, self._depth = batches, put, depth
     self._queue = collections.deque()
     self._state = batches.get_state()
 
@@ -228,8 +211,3 @@ class Prefetch:
 
   def get_state(self) -> dict[str, Any]:
     return self._state
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    self._queue.clear()
-    self._batches.set_state(state)
-    self._state = state

@@ -12,12 +12,12 @@ class TrainState(flax.struct.PyTreeNode):
 
   Attributes:
     step: steps done, int32.
-    params: of the autoencoder.
+    params: of the model.
     batch_stats: running statistics of batch norm; empty without it.
     ema: averages of both: `{"params": ..., "batch_stats": ...}`.
     optimizer: state over the trainable parameters alone.
-    discriminator: its parameters, or None outside phase 3.
-    discriminator_optimizer: its optimizer's state, or None.
+    discriminator: its parameters; as the state of its optimizer, None outside
+      phase 3.
   """
 
   step: Tree
@@ -30,5 +30,5 @@ class TrainState(flax.struct.PyTreeNode):
 
   @property
   def variables(self) -> Tree:
-    """What `apply` of the autoencoder takes."""
+    """What `apply` of the model takes."""
     return {"params": self.params, "batch_stats": self.batch_stats}

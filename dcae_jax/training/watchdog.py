@@ -15,9 +15,8 @@ class Watchdog:
   def __init__(self, patience: float = 30.0):
     """Starts the thread.
 
-    Args:
-      patience: seconds of one wait before the first warning; each further one
-        comes after twice as long.
+    The first warning comes after `patience` seconds of one wait, each further
+    one after twice as long.
     """
     self._patience = patience
     self._waiting: tuple[str, float, float] | None = None  # what, since, next
@@ -42,9 +41,8 @@ class Watchdog:
         continue
       what, since, _ = waiting
       _LOG.warning("waiting for %s since %.0f s", what, now - since)
-      later = (what, since, now + (now - since))
       if self._waiting is waiting:
-        self._waiting = later
+        self._waiting = (what, since, now + (now - since))
 
   def close(self) -> None:
     self._closed.set()

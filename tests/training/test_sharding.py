@@ -123,6 +123,7 @@ def test_prefetch_remembers_the_batch_handed_out_not_the_one_read():
   assert values == [1, 2, 3, 4]
   state = batches.get_state()
   assert state == {"next": 4}
-  other = sharding.Prefetch(_Counter(), put, depth=2)
-  other.set_state(state)
+  counter = _Counter()
+  counter.set_state(state)
+  other = sharding.Prefetch(counter, put, depth=2)
   assert int(next(other)[0, 0, 0, 0]) == 5

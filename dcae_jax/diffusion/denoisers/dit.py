@@ -140,8 +140,6 @@ class DiT(nn.Module):
     hidden: channels of a token, divisible by 4 and by `heads`.
     heads: of the attention.
     latent_size: rows and columns of latents; others are taken too.
-    latent_channels: of the latents.
-    conditioning: the classes.
     patch_size: side of the squares of latent positions that make a token.
     learn_sigma: twice the channels come out, and the second half tells the
       variance.
@@ -184,13 +182,8 @@ class DiT(nn.Module):
   ) -> Float[Array, "b h w d"]:
     """What is predicted, and behind it the variance with `learn_sigma`.
 
-    Args:
-      z: noisy latents.
-      t: time, in the 0 to 999 of diffusion's steps; not necessarily whole.
-      labels: of the classes.
-
-    Raises:
-      ValueError: latents that are not made for the model.
+    Of noisy latents at times of 0 to 999, not necessarily whole. Raises
+    UserError for latents that are not made for the model.
     """
     transformer.check_latents(z, self.latent_channels, self.patch_size)
     height, width, p = *z.shape[1:3], self.patch_size
@@ -215,5 +208,5 @@ class DiT(nn.Module):
 
 
 def check(depth: int, hidden: int, heads: int) -> None:
-  """Raises ValueError for a DiT that cannot be."""
+  """Raises UserError for a DiT that cannot be."""
   transformer.check_sizes(depth, hidden, heads, divisor=4)

@@ -13,7 +13,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from dcae_jax import errors
 from dcae_jax.diffusion import conditioning as conditioning_lib
@@ -30,40 +29,35 @@ class Denoiser:
 
   Attributes:
     module: its class. Besides the fields that `sizes` sets it has
-      `conditioning`, `latent_size`, `latent_channels`, `patch_size`,
-      `remat` and `dtype`, and the property `forward_macs`.
+      `conditioning`, `latent_size`, `latent_channels`, `patch_size`, `remat`
+      and `dtype`, maybe `learn_sigma`, and the property `forward_macs`.
     sizes: the fields of each size, by its suffix, such as H of UViT-H.
     conditioning: the class of condition that it takes.
-    check: raises ValueError for fields that do not fit together.
-    predicts_variance: it has the field `learn_sigma`: twice the channels.
+    check: raises UserError for fields that do not fit together.
   """
 
   module: type[Module]
   sizes: Mapping[str, Mapping[str, Any]]
   conditioning: type[conditioning_lib.Conditioning]
   check: Callable[..., None] = lambda **fields: None
-  predicts_variance: bool = False
+
+  @property
+  def predicts_variance(self) -> bool:
+    """With `learn_sigma`, in as many channels again."""
+    fields = dataclasses.fields(self.module)
+    return "learn_sigma" in {field.name for field in fields}
 
 
+_CLASSES = conditioning_lib.ClassLabels
 DENOISERS: dict[str, Denoiser] = {
-  "DiT": Denoiser(
-    dit.DiT, dit.SIZES, conditioning_lib.ClassLabels, dit.check,
-    predicts_variance=True,
-  ),
-  "UViT": Denoiser(
-    uvit.UViT, uvit.SIZES, conditioning_lib.ClassLabels, uvit.check
-  ),
-}  # fmt: skip
+  "DiT": Denoiser(dit.DiT, dit.SIZES, _CLASSES, dit.check),
+  "UViT": Denoiser(uvit.UViT, uvit.SIZES, _CLASSES, uvit.check),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """An architecture.
-
-  Attributes:
-    family: a key of `DENOISERS`.
-    fields: of its module, as in `Denoiser.sizes`.
-  """
+  """A key of `DENOISERS`, and fields of its module as in `Denoiser.sizes`."""
 
   family: str
   fields: Mapping[str, Any]
@@ -79,7 +73,7 @@ def variants() -> dict[str, Variant]:
 
 
 def find(name: str) -> Variant:
-  """The variant of that name; ValueError with the known names otherwise."""
+  """The variant of that name; raises UserError for an unknown one."""
   known = variants()
   if name not in known:
     raise errors.UserError(
@@ -88,25 +82,24 @@ def find(name: str) -> Variant:
   return known[name]
 
 
-def _check_settings(
-  latent_size: tuple[int, int], latent_channels: int, patch_size: int
-) -> None:
-  """Raises ValueError for latents that a denoiser cannot be made for."""
-  if patch_size not in PATCH_SIZES:
+def _check_latents(model: Module) -> None:
+  """Raises UserError for latents that a denoiser cannot be made for."""
+  if model.patch_size not in PATCH_SIZES:
     raise errors.UserError(
-      f"patch_size={patch_size} is not one of "
+      f"patch_size={model.patch_size} is not one of "
       f"{', '.join(map(str, PATCH_SIZES))}"
     )
-  for side in latent_size:
-    if side < 1 or side % patch_size:
+  for side in model.latent_size:
+    if side < 1 or side % model.patch_size:
       raise errors.UserError(
-        f"latent side {side} is not divisible by patch_size={patch_size}; use "
-        "a smaller patch size (1 always fits), or images of another size"
+        f"latent side {side} is not divisible by patch_size="
+        f"{model.patch_size}; use a smaller one (1 always fits), or images of "
+        "another size"
       )
-  if latent_channels < 1:
+  if model.latent_channels < 1:
     raise errors.UserError(
-      f"latent_channels={latent_channels} is below 1; give the number of the "
-      "autoencoder that the latents are of"
+      f"latent_channels={model.latent_channels} is below 1; give the number of "
+      "the autoencoder that the latents are of"
     )
 
 
@@ -116,10 +109,8 @@ def create(
   conditioning: conditioning_lib.Conditioning,
   latent_size: int | tuple[int, int],
   latent_channels: int,
-  patch_size: int = 1,
   learn_sigma: bool = False,
-  remat: bool = False,
-  dtype: DTypeLike = "float32",
+  **options: Any,
 ) -> Module:
   """The module of a variant.
 
@@ -128,14 +119,14 @@ def create(
     conditioning: what it is told besides the time.
     latent_size: the side of square latents, or their rows and columns.
     latent_channels: of the latents.
-    patch_size: side of the squares of latent positions that make a token; DC-AE
-      leaves the compression to the autoencoder, and it is 1.
     learn_sigma: predict the variance too, in as many channels again.
-    remat: trade time for memory, block by block.
-    dtype: of the linear layers; what else there is stays float32.
+    **options: `patch_size`, the side of the squares of latent positions that
+      make a token (1: DC-AE leaves the compression to the autoencoder); `remat`
+      to trade time for memory, block by block (False); `dtype` of the linear
+      layers (float32, as all else always is).
 
   Raises:
-    ValueError: unknown variant, or numbers that do not fit together.
+    UserError: unknown variant, or numbers that do not fit together.
   """
   variant = find(variant) if isinstance(variant, str) else variant
   family, fields = variant.family, dict(variant.fields)
@@ -146,10 +137,8 @@ def create(
     )
   kind = DENOISERS[family]
   kind.check(**fields)
-  precision.check_dtype(dtype)
   if isinstance(latent_size, int):
     latent_size = (latent_size, latent_size)
-  _check_settings(latent_size, latent_channels, patch_size)
   if kind.predicts_variance:
     fields["learn_sigma"] = learn_sigma
   elif learn_sigma:
@@ -158,15 +147,16 @@ def create(
       f"learn_sigma is for {', '.join(able)}: a {family} predicts no variance; "
       "switch it off"
     )
-  return kind.module(
+  model = kind.module(
     **fields,
     conditioning=conditioning,
     latent_size=tuple(latent_size),
     latent_channels=latent_channels,
-    patch_size=patch_size,
-    remat=remat,
-    dtype=dtype,
+    **options,
   )
+  precision.check_dtype(model.dtype)
+  _check_latents(model)
+  return model
 
 
 def init(model: Module, key: jax.Array) -> Any:

@@ -68,8 +68,6 @@ class UViT(nn.Module):
     hidden: channels of a token, divisible by 2 and by `heads`.
     heads: of the attention.
     latent_size: rows and columns of latents, each with a position learned.
-    latent_channels: of the latents.
-    conditioning: the classes.
     patch_size: side of the squares of latent positions that make a token.
     remat: recompute each block's activations in the backward pass.
     dtype: of the linear layers; norms, attention and the tokens are float32.
@@ -107,18 +105,18 @@ class UViT(nn.Module):
     t: Float[Array, " b"],
     labels: Int[Array, " b"],
   ) -> Float[Array, "b h w c"]:
-    """What is predicted.
+    """What is predicted of noisy latents, at times of 0 to 999.
 
-    Args:
-      z: noisy latents.
-      t: time, in the 0 to 999 of diffusion's steps; not necessarily whole.
-      labels: of the classes.
-
-    Raises:
-      ValueError: latents that are not made for the model.
+    They need not be whole. Raises UserError for latents that are not made for
+    the model.
     """
     transformer.check_latents(z, self.latent_channels, self.patch_size)
-    self._check_size(z)
+    if z.shape[1:3] != self.latent_size:
+      raise errors.UserError(
+        f"latents of size {z.shape[1:3]}; this model has learned positions for "
+        f"{self.latent_size}: create it with latent_size={z.shape[1:3]}, or "
+        "take a DiT, whose positions are not learned"
+      )
     tokens = self._embed(z, t, labels)
     wrap = nn.remat if self.remat else lambda module: module
     block = lambda name: wrap(UViTBlock)(self.heads, self.dtype, name=name)
@@ -172,17 +170,9 @@ class UViT(nn.Module):
     positions = self.param("positions", _normal, tokens.shape[1:], jnp.float32)
     return tokens + positions[None]
 
-  def _check_size(self, z: Float[Array, "b h w c"]) -> None:
-    if z.shape[1:3] != self.latent_size:
-      raise errors.UserError(
-        f"latents of size {z.shape[1:3]}; this model has learned positions for "
-        f"{self.latent_size}: create it with latent_size={z.shape[1:3]}, or "
-        "take a DiT, whose positions are not learned"
-      )
-
 
 def check(depth: int, hidden: int, heads: int) -> None:
-  """Raises ValueError for a U-ViT that cannot be."""
+  """Raises UserError for a U-ViT that cannot be."""
   transformer.check_sizes(depth, hidden, heads, divisor=2)
   if depth % 2:
     raise errors.UserError(
