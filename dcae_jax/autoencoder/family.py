@@ -29,8 +29,8 @@ class Family:
     latents: what else a model card says of them.
     architecture: the class of its architectures.
     variants: its architectures by name.
-    create: the network of `(architecture, image_channels, space_to_channel,
-      options)`; ValueError for an architecture that cannot be.
+    create: the network of `(architecture, image_channels, options)`; UserError
+      for an architecture that cannot be.
     config_defaults: what its class in diffusers takes for absent keys.
     from_config: a `config.json` to the architecture and image channels;
       ValueError for one that cannot be.
@@ -56,7 +56,7 @@ class Family:
   source: str
   architecture: type
   variants: dict[str, Architecture]
-  create: Callable[[Architecture, int, int, network.Options], network.Network]
+  create: Callable[[Architecture, int, network.Options], network.Network]
   config_defaults: dict[str, Any]
   from_config: Callable[[dict[str, Any]], tuple[Architecture, int]]
   to_config: Callable[[Architecture, int, float, float], dict[str, Any]]

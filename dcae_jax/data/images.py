@@ -277,13 +277,9 @@ class TrainingImages(batches.Batches):
     weighted_sources: list[tuple[sources.Source, float]],
     decoding: Decoding,
     cropping: Cropping,
+    reading: batches.Reading,
     *,
-    batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    workers: int = 0,
-    threads: int = 4,
     cache_megabytes: float = 0,
   ):
     """Describes the pipeline; nothing starts before the first batch.
@@ -292,12 +288,8 @@ class TrainingImages(batches.Batches):
       weighted_sources: with the weights of their mixture.
       decoding: of the files.
       cropping: of the images.
-      batch_size: of this process.
+      reading: of this process.
       seed: of order, crops and flips.
-      process_index: of this process.
-      process_count: processes that share the data.
-      workers: loader processes; 0 loads in threads of this one.
-      threads: loader threads, in each process.
       cache_megabytes: of decoded images to keep, a process and source.
     """
     self.skipped = Skipped()
@@ -315,39 +307,37 @@ class TrainingImages(batches.Batches):
     if len(members) > 1:
       weights = [weight for _, weight in weighted_sources]
       dataset = grain.MapDataset.mix(members, weights)
-    dataset = dataset[process_index::process_count].batch(
-      batch_size, drop_remainder=True
+    dataset = dataset[reading.process_index :: reading.process_count].batch(
+      reading.batch_size, drop_remainder=True
     )
-    super().__init__(dataset, workers=workers, threads=threads)
+    super().__init__(dataset, workers=reading.workers, threads=reading.threads)
 
 
 def evaluation_batches(
   source: sources.Source,
   decoding: Decoding,
   size: int,
+  reading: batches.Reading,
   *,
-  batch_size: int,
   max_images: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
-  threads: int = 4,
   skipped: Skipped,
 ) -> Iterator[batches.Batch]:
   """Centre crops (`crops.dm_crop`) in order, with a mask and indices.
 
-  Every process yields the same number of whole batches; `mask` is False where
-  an image is missing or not usable. `max_images` of 0 means all.
+  Every process yields the same number of whole batches, in its own threads;
+  `mask` is False for an image that is missing or not usable. `max_images` of 0
+  means all.
   """
   total = sources.limited(source, max_images)
-  count = -(-total // (batch_size * process_count))
+  at_once = reading.batch_size * reading.process_count
   load = _Load(source, decoding, Cropping("dm_crop", size), skipped)
-  indices = np.arange(count * batch_size * process_count)
-  indices = np.where(indices < total, indices, len(source))
+  indices = np.arange(-(-total // at_once) * at_once)
+  indices = np.where(indices < total, indices, len(source)).tolist()
+  threads = reading.threads
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-  dataset = (
-    grain.MapDataset.source([int(index) for index in indices])
-    .map(load.fixed)[process_index::process_count]
-    .batch(batch_size)
+  yield from (
+    grain.MapDataset.source(indices)
+    .map(load.fixed)[reading.process_index :: reading.process_count]
+    .batch(reading.batch_size)
     .to_iter_dataset(options)
   )
-  yield from dataset

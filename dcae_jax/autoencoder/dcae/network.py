@@ -264,23 +264,18 @@ class Decoder(nn.Module):
     )(x)
 
 
-class DCAE(network.Network):
-  """A deep compression autoencoder."""
-
-
 def create(
   architecture: variants.Architecture,
   image_channels: int,
-  space_to_channel: int,
   options: network.Options,
-) -> DCAE:
-  """The module; ValueError for stages that do not fit together."""
+) -> network.Network:
+  """The module; raises UserError for stages that do not fit together."""
   variants.check_architecture(architecture)
-  return DCAE(
+  return network.Network(
     architecture,
     Encoder(architecture, options),
     Decoder(architecture, image_channels, options),
-    space_to_channel,
+    options,
   )
 
 

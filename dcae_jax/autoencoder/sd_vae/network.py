@@ -252,7 +252,7 @@ class SDVAE(network.Network):
   ) -> tuple[Float[Array, "b h2 w2 d"], Float[Array, "b h2 w2 d"]]:
     """Mean and log variance of the latents, before space goes to channels.
 
-    Raises ValueError for sides that the compression does not divide.
+    Raises UserError for sides that the compression does not divide.
     """
     for side in images.shape[1:3]:
       network.check_side(side, self.spatial_compression)
@@ -288,15 +288,9 @@ def kl_divergence(
 def create(
   architecture: variants.Architecture,
   image_channels: int,
-  space_to_channel: int,
   options: network.Options,
 ) -> SDVAE:
-  """The module.
-
-  Raises:
-    ValueError: widths that the norms cannot divide, or options without the
-      shortcuts that it never had.
-  """
+  """The module; raises UserError for what an SD-VAE cannot be."""
   variants.check_architecture(architecture)
   if not options.residual_autoencoding:
     raise errors.UserError(
@@ -307,5 +301,5 @@ def create(
     architecture,
     Encoder(architecture, options),
     Decoder(architecture, image_channels, options),
-    space_to_channel,
+    options,
   )
