@@ -23,6 +23,8 @@ from dcae_jax import errors
 from dcae_jax.data import batches, crops, sources
 from dcae_jax.data import decoding as image_decoding
 
+Decoding = image_decoding.Decoding
+
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 10_000  # replacements in a row, before giving up
 
@@ -31,16 +33,6 @@ EVALUATION_CROP = (
   "dm_crop: halved by boxes while twice too large, then bicubic to the shorter "
   "side, central square"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-  """How files become images; its fields are those of `decoding.decode`."""
-
-  channels: int = 3
-  min_size: int = 0
-  max_megapixels: float = 89.0
-  shorter_side: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +59,7 @@ class Cropping:
 
 
 class UnusableError(Exception):
-  """A file that cannot be read, now and later, or no image."""
+  """A file that cannot be read, now and later, or is no image."""
 
 
 # Of files that cannot be read later, either.
@@ -79,9 +71,8 @@ _UNUSABLE = (
 def read_record(source: sources.Source, index: int) -> sources.Record:
   """A file as it is.
 
-  Raises:
-    UnusableError: the file must not be read, or is a link to nothing.
-    Exception: of any other kind, where it cannot be read now, or is gone.
+  Raises UnusableError if it must not be read, or is a link to nothing, and any
+  other exception if it cannot be read now, or is gone.
   """
   try:
     return source[index]
@@ -102,13 +93,11 @@ def open_image(
   Raises:
     decoding.TooSmallError: it is left out on purpose.
     UnusableError: the image is at fault, now and later.
-    Exception: of any other kind, where it could not be read: a network, a disk.
+    Exception: any other, of a network or a disk.
   """
   record = read_record(source, index)
   try:
-    image = image_decoding.decode(
-      record.encoded, **dataclasses.asdict(decoding)
-    )
+    image = image_decoding.decode(record.encoded, decoding)
   except (image_decoding.TooSmallError, MemoryError):
     raise
   except Exception as error:  # Pillow raises anything
@@ -214,9 +203,9 @@ class _Load:
   def random(self, index: int, rng: np.random.Generator) -> batches.Batch:
     """Training: a bad image is replaced by a random other one."""
     for _ in range(_ATTEMPTS):
-      found = self.decode(index)
-      if found is not None:
-        image, label = found
+      decoded = self.decode(index)
+      if decoded is not None:
+        image, label = decoded
         pixels = crop(image, self._cropping, rng)
         return {"images": pixels, "labels": np.int32(label)}
       index = int(rng.integers(len(self._source)))
@@ -227,35 +216,28 @@ class _Load:
 
   def fixed(self, index: int) -> batches.Batch:
     """Evaluation: a bad image, or an index past the end, is masked."""
-    found = self.decode(index) if index < len(self._source) else None
-    if found is None:
-      shape = (
-        self._cropping.size,
-        self._cropping.size,
-        self._decoding.channels,
-      )
-      pixels, label = np.zeros(shape, np.uint8), -1
+    decoded = self.decode(index) if index < len(self._source) else None
+    if decoded is None:
+      size = self._cropping.size
+      pixels = np.zeros((size, size, self._decoding.channels), np.uint8)
+      label = -1
     else:
-      pixels, label = crop(found[0], self._cropping, None), found[1]
+      image, label = decoded
+      pixels = crop(image, self._cropping, None)
     return {
       "images": pixels,
       "labels": np.int32(label),
-      "mask": np.bool_(found is not None),
+      "mask": np.bool_(decoded is not None),
       "indices": np.int32(index),
     }
 
 
 def check_not_empty(source: sources.Source, decoding: Decoding) -> None:
-  """Finds one usable image.
-
-  Raises:
-    ValueError: there is none; with the reasons.
-  """
+  """Raises UserError, with reasons, unless there is a usable image."""
   reasons = []
   for index in range(len(source)):
     try:
-      encoded = source[index].encoded
-      image_decoding.decode(encoded, **dataclasses.asdict(decoding))
+      image_decoding.decode(source[index].encoded, decoding)
       return
     except Exception as error:
       if len(reasons) < 3:

@@ -117,10 +117,13 @@ def convolution(
 ) -> Float[Array, "b h2 w2 e"]:
   """Convolves with zero padding; `d = c / groups`.
 
-  `padding` stands before and behind both axes; None: `k // 2` on each side.
+  `padding` is before and behind both axes; None: `k // 2` on each side.
   """
   size = kernel.shape[0]
-  dense = stride == 1 and groups == 1 and padding is None
+  keeps_size = stride == 1 and padding is None
+  if keeps_size and 1 < groups == x.shape[-1] == kernel.shape[-1]:
+    return _depthwise(x, kernel)
+  dense = keeps_size and groups == 1
   if dense and (size == 1 or math.prod(x.shape[1:3]) <= _LARGEST_PATCH_GRID):
     return _as_product(x, kernel)
   if dense and _suits_winograd(x, kernel):
@@ -139,11 +142,6 @@ def bias_init(fan_in: int) -> Callable:
   return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
-def _add_bias(y: Array, bias: Array) -> Array:
-  """In float32: its gradient sums over all positions of the batch."""
-  return (y.astype(jnp.float32) + bias[None, None, None]).astype(y.dtype)
-
-
 class Conv(nn.Module):
   """Convolution with zero padding.
 
@@ -151,7 +149,7 @@ class Conv(nn.Module):
     channels: of the output.
     size: of the kernel, odd.
     stride: 1 or 2.
-    groups: of channels that do not mix.
+    groups: of channels that do not mix; as many as channels: depthwise.
     padding: zeros before and behind both axes; None: `size // 2` on each side.
     use_bias: add a bias.
     dtype: of the computation; parameters are float32.
@@ -179,31 +177,6 @@ class Conv(nn.Module):
     if self.use_bias:
       init = bias_init(math.prod(shape[:3]))
       bias = self.param("bias", init, (self.channels,), jnp.float32)
-      y = _add_bias(y, bias)
-    return y
-
-
-class DepthwiseConv(nn.Module):
-  """Convolution of each channel alone, zero padding of `size // 2`.
-
-  Attributes:
-    size: of the kernel, odd.
-    use_bias: add a bias.
-    dtype: of the computation; parameters are float32.
-  """
-
-  size: int = 3
-  use_bias: bool = True
-  dtype: DTypeLike = "float32"
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    channels = x.shape[-1]
-    shape = (self.size, self.size, 1, channels)
-    kernel = self.param("kernel", kernel_init, shape, jnp.float32)
-    y = depthwise_convolution(x.astype(self.dtype), kernel.astype(self.dtype))
-    if self.use_bias:
-      init = bias_init(self.size * self.size)
-      bias = self.param("bias", init, (channels,), jnp.float32)
-      y = _add_bias(y, bias)
+      # In float32: its gradient sums over all positions of the batch.
+      y = (y.astype(jnp.float32) + bias[None, None, None]).astype(y.dtype)
     return y

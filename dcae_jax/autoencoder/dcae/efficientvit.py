@@ -73,18 +73,21 @@ class LinearAttention(nn.Module):
     heads = channels // self.head_dim
     inner = 3 * heads * self.head_dim
 
-    def project(name, channels, groups=1):
+    def conv(name, channels, size=1, groups=1):
       return convolution.Conv(
-        channels, 1, groups=groups, use_bias=False, dtype=self.dtype, name=name
+        channels,
+        size,
+        groups=groups,
+        use_bias=False,
+        dtype=self.dtype,
+        name=name,
       )
 
-    qkv = project("qkv", inner)(x)
+    qkv = conv("qkv", inner)(x)
     scales = [qkv]
     for i, size in enumerate(self.scales):
-      depthwise = convolution.DepthwiseConv(
-        size, use_bias=False, dtype=self.dtype, name=f"aggregate_{i}"
-      )
-      mix = project(f"aggregate_{i}_mix", inner, 3 * heads)
+      depthwise = conv(f"aggregate_{i}", inner, size, groups=inner)
+      mix = conv(f"aggregate_{i}_mix", inner, groups=3 * heads)
       scales.append(mix(depthwise(qkv)))
     q, k, v = rearrange(
       jnp.concatenate(scales, axis=-1),
@@ -94,7 +97,7 @@ class LinearAttention(nn.Module):
     )
     y = relu_linear_attention(q, k, v).astype(self.dtype)
     y = rearrange(y, "b h w n d -> b h w (n d)")
-    y = project("project", channels)(y)
+    y = conv("project", channels)(y)
     return normalization.NORMS[self.norm](name="norm")(y)
 
 
@@ -114,7 +117,9 @@ class GLUMBConv(nn.Module):
     channels = x.shape[-1]
     hidden = 2 * self.expansion * channels
     inverted = convolution.Conv(hidden, 1, dtype=self.dtype, name="inverted")
-    depthwise = convolution.DepthwiseConv(dtype=self.dtype, name="depthwise")
+    depthwise = convolution.Conv(
+      hidden, groups=hidden, dtype=self.dtype, name="depthwise"
+    )
     point = convolution.Conv(
       channels, 1, use_bias=False, dtype=self.dtype, name="point"
     )
@@ -127,11 +132,7 @@ class GLUMBConv(nn.Module):
 class EfficientViTBlock(nn.Module):
   """Residual linear attention (context), then a residual GLUMBConv (local).
 
-  Attributes:
-    scales: of the attention.
-    norm: of the attention, a key of `normalization.NORMS`.
-    head_dim: of the attention.
-    dtype: of the computation; attention and norms are float32.
+  Its fields are those of `LinearAttention`.
   """
 
   scales: tuple[int, ...] = ()

@@ -38,8 +38,7 @@ DEFAULTS = {
 def from_config(config: dict[str, Any]) -> tuple[variants.Architecture, int]:
   """The architecture and image channels of an AutoencoderKL `config.json`.
 
-  Raises:
-    ValueError: an unknown block or activation, or lists that do not fit.
+  Raises UserError for unknown settings, or lists that do not fit.
   """
   c = DEFAULTS | config
   image_channels = settings.count(c, "in_channels")
@@ -49,14 +48,10 @@ def from_config(config: dict[str, Any]) -> tuple[variants.Architecture, int]:
       "differ; an autoencoder gives back what it takes"
     )
   settings.known(c["act_fn"], "act_fn", _ACTIVATIONS)
-  widths = c["block_out_channels"]
-  if not isinstance(widths, list | tuple) or not widths:
-    raise errors.UserError(
-      f"block_out_channels={widths!r} is not a list of widths"
-    )
+  key = "block_out_channels"
   widths = tuple(
-    settings.whole(width, f"block_out_channels[{i}]", 1)
-    for i, width in enumerate(widths)
+    settings.whole(width, f"{key}[{i}]", 1)
+    for i, width in enumerate(settings.listed(c[key], key, "widths", 1))
   )
   shallow_to_deep = range(len(widths))
   architecture = variants.Architecture(
@@ -84,7 +79,7 @@ def to_config(
   scaling_factor: float,
   shift_factor: float,
 ) -> dict[str, Any]:
-  """Inverse of `from_config`."""
+  """The inverse of `from_config`."""
   stages = range(len(architecture.widths))
   block = lambda names, attends: names["attending" if attends else "plain"]
   return {
@@ -117,15 +112,12 @@ def _attending(
   c: dict[str, Any], key: str, names: dict[str, str], stages: range
 ) -> tuple[int, ...]:
   """Indices of the stages with attention; `key` lists them as `stages` does."""
-  blocks = c[key]
-  if not isinstance(blocks, list | tuple) or len(blocks) != len(stages):
-    raise errors.UserError(
-      f"{key}={blocks!r} does not have one block for each of the {len(stages)} "
-      "stages of block_out_channels"
-    )
-  found = [
+  count = len(stages)
+  what = f"one block for each of the {count} stages of block_out_channels"
+  blocks = settings.listed(c[key], key, what, count, count)
+  attending = [
     stage
     for i, (stage, block) in enumerate(zip(stages, blocks, strict=True))
     if settings.known(block, f"{key}[{i}]", names) == "attending"
   ]
-  return tuple(sorted(found))
+  return tuple(sorted(attending))
