@@ -41,11 +41,7 @@ def attention(
 class ResBlock(nn.Module):
   """norm, SiLU, conv, twice, added to the input.
 
-  Attributes:
-    width: channels of the output; where those of the input differ, a 1x1
-      convolution adapts them.
-    groups: of the norms.
-    dtype: of the convolutions.
+  A 1x1 convolution adapts an input that has not `width` channels.
   """
 
   width: int
@@ -65,12 +61,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-  """Group norm and attention, added to the input.
-
-  Attributes:
-    groups: of the norm.
-    dtype: of the projections.
-  """
+  """Group norm and attention, added to the input."""
 
   groups: int
   dtype: DTypeLike
@@ -97,21 +88,12 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.Module):
-  """Blocks, then the resampling to the next stage, if there is one.
-
-  Attributes:
-    width: channels.
-    depth: number of blocks.
-    attends: each block is followed by attention.
-    resample: "down", "up" or None.
-    groups: of the norms.
-    options: of the computation; softmax and norms are float32.
-  """
+  """Blocks, then the resampling to the next stage, if there is one."""
 
   width: int
   depth: int
-  attends: bool
-  resample: str | None
+  attends: bool  # each block is followed by attention
+  resample: str | None  # "down" or "up"
   groups: int
   options: network.Options
 
