@@ -23,16 +23,13 @@ from dcae_jax.training import state as state_lib
 Tree = Any
 Metrics = dict[str, Array]
 _SAMPLES = 2  # what the seed is for; 0 and 1 are initial values
-LAST_LAYER = ("decoder", "project_out", "conv", "kernel")
 
 
 @dataclasses.dataclass(frozen=True)
 class Perceptual:
   """LPIPS, or another distance of images.
 
-  Attributes:
-    distance: `(parameters, images, others) -> distances [b]`.
-    weight: of its mean in the loss.
+  The loss has the mean of `distance(parameters, images, others) -> [b]`.
   """
 
   distance: Callable[[Tree, Array, Array], Array]
@@ -77,14 +74,12 @@ class Adversarial:
 class TrainStep:
   """The step `(state, images, perceptual_parameters) -> (state, metrics)`.
 
-  `images` are uint8 [b, h, w, c]; metrics are float32 scalars.
+  Metrics are float32 scalars.
 
   Attributes:
     reconstruct: `(variables, images, key)` to reconstructions and the KL
       divergence of each image, None where latents are not sampled; with
       `mutable=["batch_stats"]`, that and the variables that moved.
-    phase: of the training.
-    learning: how the parameters do.
     perceptual: besides L1, or None.
     adversarial: of phase 3, else None.
     kl_weight: of the mean divergence.
@@ -147,9 +142,8 @@ class TrainStep:
       return batch_stats, (gradients, metrics)
 
     def add(carry, next_part):
-      batch_stats, sums = carry
-      batch_stats, terms = part(batch_stats, *next_part)
-      return (batch_stats, jax.tree.map(jnp.add, sums, terms)), None
+      batch_stats, terms = part(carry[0], *next_part)
+      return (batch_stats, jax.tree.map(jnp.add, carry[1], terms)), None
 
     first = part(state.batch_stats, parts[0], 0)
     others = (parts[1:], jnp.arange(1, self.grad_accum_steps))
@@ -244,12 +238,10 @@ def reconstruct_with(
   samples_latents: bool = False,
   gather: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[..., Any]:
-  """`TrainStep.reconstruct` of a network.
+  """`TrainStep.reconstruct` from a network's `apply`.
 
-  Args:
-    apply: of the network.
-    samples_latents: it has `reconstruct_sample(images, key)`.
-    gather: of parameters that are split over devices (`sharding.gather`).
+  With `samples_latents` it has the method `reconstruct_sample(images, key)`.
+  `gather` is for parameters that are split over devices (`sharding.gather`).
   """
 
   def reconstruct(variables, images, key, **mutable):
@@ -269,6 +261,4 @@ def reconstruct_with(
 
 def last_layer(tree: Tree) -> Any:
   """The leaf of the decoder's last convolution."""
-  for key in LAST_LAYER:
-    tree = tree[key]
-  return tree
+  return tree["decoder"]["project_out"]["conv"]["kernel"]

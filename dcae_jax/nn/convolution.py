@@ -22,10 +22,8 @@ from jaxtyping import Array, Float
 from dcae_jax.nn import cpu_convolution
 
 _LARGEST_PATCH_GRID = 64  # positions; beyond, lax.conv is faster on a CPU too
-# With fewer, lax.conv was measured as fast, or faster: with its gradients, a
-# batch of 16 images of 16x16 positions and 64 channels takes 6 ms instead of
-# 16, one of 32x32 positions and 24 channels 7 ms instead of 9. The size of the
-# batch has no say, so that latents do not depend on the number of devices.
+# With fewer, lax.conv was measured as fast, or faster. The size of the batch
+# has no say, so that latents do not depend on the number of devices.
 _FEWEST_WINOGRAD_CHANNELS = 16
 _FEWEST_WINOGRAD_PRODUCTS = 24 * 24  # of input and output channels
 

@@ -28,9 +28,8 @@ class RMSNorm(nn.Module):
     y = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(mean_square + EPSILON)
-    return (y * scale[None, None, None] + bias[None, None, None]).astype(
-      x.dtype
-    )
+    y = y * scale[None, None, None] + bias[None, None, None]
+    return y.astype(x.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -41,12 +40,9 @@ class BatchNorm(nn.Module):
   running statistics normalise. As in the models' original framework, and unlike
   `flax.linen.BatchNorm`, the running variance is the unbiased estimate.
   Statistics are over the global batch wherever it is sharded.
-
-  Attributes:
-    momentum: weight of the old running statistics in an update.
   """
 
-  momentum: float = 0.9
+  momentum: float = 0.9  # weight of the old running statistics in an update
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -80,13 +76,9 @@ class BatchNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-  """Normalises groups of consecutive channels over each whole image.
+  """Normalises groups of consecutive channels over each whole image."""
 
-  Attributes:
-    groups: a divisor of the channels.
-  """
-
-  groups: int
+  groups: int  # a divisor of the channels
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
