@@ -169,10 +169,10 @@ class Autoencoder:
 
     Args:
       architecture: such as `families.check_variant("f32c32")`.
-      variables: `{"params": ..., "batch_stats": ...}`.
-      image_channels: 3, or 1 for grey images.
+      variables: see the class, as for `image_channels` and `shift_factor`.
+      image_channels: of the images.
       scaling_factor: None if it is not known.
-      shift_factor: see the class.
+      shift_factor: of the latents.
       batch_counts: what a file says of them, to be saved again.
       provenance: of the weights, for the model card.
       **options: fields of `network.Options`, such as `dtype`.
@@ -194,10 +194,8 @@ class Autoencoder:
   def apply(self, variables: Any, x: jax.Array, *, method: str) -> jax.Array:
     """The network as a function, for one's own `jax.jit`.
 
-    Args:
-      variables: such as `self.variables`.
-      x: images in [-1, 1], or latents; nothing is checked or padded.
-      method: "encode" or "decode".
+    `x` are images in [-1, 1] for the method "encode", or latents for "decode";
+    nothing is checked or padded.
     """
     is_exact = jnp.dtype(self.model.options.dtype) == jnp.float32
     with jax.default_matmul_precision("highest" if is_exact else None):
@@ -418,11 +416,10 @@ class Autoencoder:
   def _crops(
     self, folder: str, resolution: int, max_images: int
   ) -> Iterable[np.ndarray]:
-    for value in (resolution, max_images):
+    for name, value in (("resolution", resolution), ("max_images", max_images)):
       if not isinstance(value, int) or not 0 <= value < 2**16:
         raise errors.UserError(
-          f"resolution={resolution!r} and max_images={max_images!r} are not "
-          "both whole numbers below 65536"
+          f"{name}={value!r} is not a whole number from 0 to {2**16 - 1}"
         )
     network.check_side(resolution, self.spatial_compression)
     image_decoding.check_channels(self.image_channels)

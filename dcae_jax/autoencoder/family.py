@@ -23,19 +23,16 @@ class Family:
   Attributes:
     name: as people say it.
     class_name: of the class that diffusers has for it.
-    title: of a model card.
-    tag: of a model card.
-    source: of the architecture, for a model card.
-    latents: what else a model card says of them.
+    title, tag, source, latents: words of a model card.
     architecture: the class of its architectures.
     variants: its architectures by name.
     create: the network of `(architecture, image_channels, options)`; UserError
       for an architecture that cannot be.
     config_defaults: what its class in diffusers takes for absent keys.
     from_config: a `config.json` to the architecture and image channels;
-      ValueError for one that cannot be.
+      UserError for one that cannot be.
     to_config: the inverse, of `(architecture, image_channels, scaling_factor,
-      shift_factor)`; ValueError where the class has no setting for it.
+      shift_factor)`; UserError if the class has no setting for it.
     modules: all modules of an architecture that have parameters; there may be
       more.
     layouts: that its weights come in, the first one where no name decides.

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, UInt8
 
 from dcae_jax.autoencoder import losses, phases, quantisation
 from dcae_jax.training import freezing
@@ -54,20 +54,6 @@ class Adversarial:
   weight: float
   adaptive: bool
   start_step: int
-
-  def generator_loss(
-    self, reconstructions: Array, discriminator: Tree
-  ) -> Float[Array, ""]:
-    logits = self.discriminate(discriminator, reconstructions)
-    return losses.hinge_generator(logits)
-
-  def discriminator_loss(
-    self, discriminator: Tree, reconstructions: Array, images: Array
-  ) -> Float[Array, ""]:
-    return losses.hinge_discriminator(
-      self.discriminate(discriminator, images),
-      self.discriminate(discriminator, reconstructions),
-    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by `jax.jit`
@@ -212,9 +198,17 @@ class TrainStep:
       and the discriminator's gradient.
     """
     gan = self.adversarial
-    loss, gan_cotangent = jax.value_and_grad(
-      lambda outputs: gan.generator_loss(outputs[0], state.discriminator)
-    )(outputs)
+
+    def generator_loss(outputs):
+      logits = gan.discriminate(state.discriminator, outputs[0])
+      return losses.hinge_generator(logits)
+
+    def discriminator_loss(discriminator, reconstructions, images):
+      real = gan.discriminate(discriminator, images)
+      fake = gan.discriminate(discriminator, reconstructions)
+      return losses.hinge_discriminator(real, fake)
+
+    loss, gan_cotangent = jax.value_and_grad(generator_loss)(outputs)
     metrics = {"loss/generator": loss}
     weight = jnp.float32(gan.weight)
     if gan.adaptive:
@@ -228,7 +222,7 @@ class TrainStep:
       lambda a, b: a + weight * b, cotangent, gan_cotangent
     )
     metrics["loss/discriminator"], gradient = jax.value_and_grad(
-      gan.discriminator_loss
+      discriminator_loss
     )(state.discriminator, jax.lax.stop_gradient(outputs[0]), images)
     return cotangent, weight * loss, metrics, gradient
 

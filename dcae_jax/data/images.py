@@ -161,10 +161,7 @@ class Skipped:
 
 
 class _Load:
-  """Index to cropped image: reads, decodes, crops, flips.
-
-  `cache_megabytes` of decoded images are kept in memory, in each worker.
-  """
+  """Index to cropped image; each worker keeps a cache of decoded ones."""
 
   def __init__(
     self,
@@ -177,22 +174,17 @@ class _Load:
     self._source, self._decoding = source, decoding
     self._cropping, self._skipped = cropping, skipped
     self._cache, self._room = {}, cache_megabytes * 1e6
-    self._unusable = set()
 
   def decode(self, index: int):
     """(image, label), or None for one that is too small or not decodable."""
     if index in self._cache:
       return self._cache[index]
-    if index in self._unusable:
-      return None
     try:
       image, label = open_image(self._source, index, self._decoding)
-    except image_decoding.TooSmallError:
-      self._unusable.add(index)
-      return None
     except Exception as error:  # also what storage refuses
-      self._unusable.add(index)
-      self._skipped.add(self._source.name(index), error)
+      if not isinstance(error, image_decoding.TooSmallError):
+        self._skipped.add(self._source.name(index), error)
+      self._cache[index] = None
       return None
     size = image.width * image.height * len(image.getbands())
     if size <= self._room:
@@ -272,7 +264,7 @@ class TrainingImages(batches.Batches):
       cropping: of the images.
       reading: of this process.
       seed: of order, crops and flips.
-      cache_megabytes: of decoded images to keep, a process and source.
+      cache_megabytes: of decoded images, kept for each worker and source.
     """
     self.skipped = Skipped()
     members = []

@@ -94,10 +94,7 @@ def variant_of(source: str) -> tuple[families.Architecture, int]:
 
 
 def with_model(config: ConfigDict) -> ConfigDict:
-  """The config, with its model described in whole.
-
-  The model is that of `init_from` where it names none.
-  """
+  """The config with its model in whole: that of `init_from` if it has none."""
   if config.model.variant:
     model = identity(keys.resolved(config.model))
   elif config.init_from:

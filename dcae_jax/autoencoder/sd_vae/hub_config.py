@@ -9,12 +9,9 @@ from dcae_jax import errors
 from dcae_jax.autoencoder.sd_vae import variants
 from dcae_jax.autoencoder.weights import settings
 
-_DOWN_BLOCKS = {
-  "plain": "DownEncoderBlock2D", "attending": "AttnDownEncoderBlock2D"
-}  # fmt: skip
-_UP_BLOCKS = {
-  "plain": "UpDecoderBlock2D", "attending": "AttnUpDecoderBlock2D"
-}  # fmt: skip
+# By whether attention follows.
+_DOWN_BLOCKS = {False: "DownEncoderBlock2D", True: "AttnDownEncoderBlock2D"}
+_UP_BLOCKS = {False: "UpDecoderBlock2D", True: "AttnUpDecoderBlock2D"}
 _ACTIVATIONS = {"silu": "silu", "swish": "swish"}
 # What AutoencoderKL takes for keys that a config.json does not have.
 DEFAULTS = {
@@ -81,17 +78,15 @@ def to_config(
 ) -> dict[str, Any]:
   """The inverse of `from_config`."""
   stages = range(len(architecture.widths))
-  block = lambda names, attends: names["attending" if attends else "plain"]
   return {
     "_class_name": "AutoencoderKL",
     "in_channels": image_channels,
     "out_channels": image_channels,
     "down_block_types": [
-      block(_DOWN_BLOCKS, i in architecture.encoder_attending) for i in stages
+      _DOWN_BLOCKS[i in architecture.encoder_attending] for i in stages
     ],
     "up_block_types": [
-      block(_UP_BLOCKS, i in architecture.decoder_attending)
-      for i in stages[::-1]
+      _UP_BLOCKS[i in architecture.decoder_attending] for i in stages[::-1]
     ],
     "block_out_channels": list(architecture.widths),
     "layers_per_block": architecture.depth,
@@ -109,7 +104,7 @@ def to_config(
 
 
 def _attending(
-  c: dict[str, Any], key: str, names: dict[str, str], stages: range
+  c: dict[str, Any], key: str, names: dict[bool, str], stages: range
 ) -> tuple[int, ...]:
   """Indices of the stages with attention; `key` lists them as `stages` does."""
   count = len(stages)
@@ -118,6 +113,6 @@ def _attending(
   attending = [
     stage
     for i, (stage, block) in enumerate(zip(stages, blocks, strict=True))
-    if settings.known(block, f"{key}[{i}]", names) == "attending"
+    if settings.known(block, f"{key}[{i}]", names)
   ]
   return tuple(sorted(attending))

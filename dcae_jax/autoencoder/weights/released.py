@@ -38,7 +38,7 @@ _SAY_NOTHING = {"scaling_factor", "in_channels"}
 
 
 class Released(NamedTuple):
-  """An autoencoder in safetensors files, whose tensors were all found.
+  """An autoencoder in safetensors files, with all its tensors.
 
   Attributes:
     label: its released name, or the end of its path.

@@ -29,7 +29,7 @@ def listed(
   return value
 
 
-def known(value: Any, name: str, names: dict[str, str]) -> str:
+def known(value: Any, name: str, names: dict[Any, str]) -> Any:
   """Our name of a setting, in any case; `names` goes from ours to theirs.
 
   Raises UserError for one that is not among them.

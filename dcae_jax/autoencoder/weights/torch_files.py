@@ -3,7 +3,7 @@
 The format of `torch.save` before 1.6, a row of pickles and then the numbers:
 the published files that are read here are all of it. A pickle can name any
 function to be called; only the names of tensors, storages and ordered
-dictionaries are admitted, and each stands for plain data. Little-endian files,
+dictionaries are admitted, and each is plain data here. Little-endian files,
 dense tensors on any device.
 """
 
