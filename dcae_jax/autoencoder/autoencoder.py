@@ -27,11 +27,7 @@ from dcae_jax.autoencoder import (
   network,
   tiling,
 )
-from dcae_jax.autoencoder.weights import (
-  conversion,
-  released,
-  safetensors_files,
-)
+from dcae_jax.autoencoder.weights import conversion, released, safetensors_files
 from dcae_jax.data import batches, sources
 from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images as images_lib

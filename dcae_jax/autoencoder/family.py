@@ -60,12 +60,8 @@ class Family:
   modules: Callable[[Architecture], Iterator[module_name.Module]]
   layouts: tuple[str, ...] = ("diffusers",)
   latents: str = ""
-  plain: Callable[[Architecture], Architecture] = lambda architecture: (
-    architecture
-  )
+  plain: Callable[[Architecture], Architecture] = lambda a: a
   older_name: Callable[[str], str] = lambda name: name
-  orders_channels: Callable[[Architecture], bool] = lambda architecture: False
+  orders_channels: Callable[[Architecture], bool] = lambda a: False
   samples_latents: bool = False
-  with_branch_scale: Callable[[Tree, float], Tree] = lambda params, scale: (
-    params
-  )
+  with_branch_scale: Callable[[Tree, float], Tree] = lambda params, _: params

@@ -28,8 +28,7 @@ def check_sizes(depth: int, hidden: int, heads: int, divisor: int) -> None:
   """
   if heads < 1 or hidden < 1 or hidden % heads:
     raise errors.UserError(
-      f"hidden={hidden} is not divisible by heads={heads}: each head owns "
-      "as many channels of a token; change one of them"
+      f"hidden={hidden} is not divisible by heads={heads}; change one of them"
     )
   if hidden % divisor:
     below = hidden // divisor * divisor
@@ -38,9 +37,7 @@ def check_sizes(depth: int, hidden: int, heads: int, divisor: int) -> None:
       f"cosines need it; use {below} or {below + divisor}"
     )
   if depth < 1:
-    raise errors.UserError(
-      f"depth={depth} is below 1, the least number of blocks"
-    )
+    raise errors.UserError(f"depth={depth} is below 1, the fewest blocks")
 
 
 def time_features(t: Float[Array, " b"], features: int) -> Float[Array, "b d"]:

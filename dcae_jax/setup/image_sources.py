@@ -9,9 +9,7 @@ from dcae_jax import errors
 from dcae_jax.data import sources
 
 
-def weighted_sources(
-  config: ConfigDict,
-) -> list[tuple[sources.Source, float]]:
+def weighted_sources(config: ConfigDict) -> list[tuple[sources.Source, float]]:
   """The members of a source config, with their weights.
 
   Raises UserError for an unknown kind, or a source that does not exist.
