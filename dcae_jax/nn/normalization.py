@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 EPSILON = 1e-5
 GROUP_EPSILON = 1e-6
+_MOMENTUM = 0.9  # weight of the old running statistics of batch norm
 
 
 class RMSNorm(nn.Module):
@@ -42,8 +43,6 @@ class BatchNorm(nn.Module):
   Statistics are over the global batch wherever it is sharded.
   """
 
-  momentum: float = 0.9  # weight of the old running statistics in an update
-
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     channels = x.shape[-1]
@@ -64,7 +63,7 @@ class BatchNorm(nn.Module):
       if not self.is_initializing():
         count = y.size // channels
         unbiased = variance * (count / max(count - 1, 1))
-        keep, move = self.momentum, 1 - self.momentum
+        keep, move = _MOMENTUM, 1 - _MOMENTUM
         running_mean.value = keep * running_mean.value + move * mean
         running_variance.value = keep * running_variance.value + move * unbiased
     else:

@@ -15,6 +15,9 @@ from jaxtyping import Array, Float
 from dcae_jax.nn import convolution, normalization
 
 HEAD_DIM = 32
+_EXPANSION = (
+  4  # hidden channels of a GLUMBConv after the gate, over its input's
+)
 _EPSILON = 1e-15
 
 
@@ -59,7 +62,6 @@ class LinearAttention(nn.Module):
       projection over neighbours; each adds as many heads again.
     norm: of the output, a key of `normalization.NORMS`.
     head_dim: channels of a head.
-    dtype: of the projections.
   """
 
   scales: tuple[int, ...] = ()
@@ -102,20 +104,14 @@ class LinearAttention(nn.Module):
 
 
 class GLUMBConv(nn.Module):
-  """Inverted bottleneck with a depthwise convolution and a gated linear unit.
+  """Inverted bottleneck, depthwise convolution and gated linear unit."""
 
-  Attributes:
-    expansion: hidden channels after the gate, over input channels.
-    dtype: of the convolutions.
-  """
-
-  expansion: int = 4
   dtype: DTypeLike = "float32"
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     channels = x.shape[-1]
-    hidden = 2 * self.expansion * channels
+    hidden = 2 * _EXPANSION * channels
     inverted = convolution.Conv(hidden, 1, dtype=self.dtype, name="inverted")
     depthwise = convolution.Conv(
       hidden, groups=hidden, dtype=self.dtype, name="depthwise"

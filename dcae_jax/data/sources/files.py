@@ -18,6 +18,7 @@ SUFFIXES = (
   ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
 )  # fmt: skip
 _LARGEST_FILE = 2**31  # bytes
+_ATTEMPTS = 5  # to read a remote file
 
 
 class Files:
@@ -86,13 +87,13 @@ def _read_local(path: str) -> bytes:
   return pathlib.Path(path).read_bytes()
 
 
-def _read_remote(path: str, attempts: int = 5) -> bytes:
+def _read_remote(path: str) -> bytes:
   """Tries again, ever later: a passing fault must not change the data."""
-  for attempt in range(attempts):
+  for attempt in range(_ATTEMPTS):
     try:
       return epath.Path(path).read_bytes()
     except Exception as error:  # the client's own kinds among them
-      if attempt == attempts - 1 or isinstance(error, FileNotFoundError):
+      if attempt == _ATTEMPTS - 1 or isinstance(error, FileNotFoundError):
         text = " ".join(str(error).split()) or type(error).__name__
         raise OSError(errno.EIO, f"cannot be read: {text}", path) from error
       time.sleep(2**attempt)
