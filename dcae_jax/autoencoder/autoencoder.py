@@ -299,16 +299,12 @@ class Autoencoder:
     return y if size is None else y[:, : size[0], : size[1]]
 
   def reconstruct(
-    self,
-    images: ArrayLike,
-    *,
-    pad: str | None = None,
-    tile: int | None = None,
-    stride: int | None = None,
-    channels: int | None = None,
+    self, images: ArrayLike, *, pad: str | None = None, **options: int | None
   ) -> jax.Array:
-    """Encodes and decodes; what was padded is cut off. See `encode`."""
-    options = {"tile": tile, "stride": stride, "channels": channels}
+    """Encodes and decodes; what was padded is cut off.
+
+    Takes `tile`, `stride` and `channels`, too, as `encode` does.
+    """
     z = self.encode(images, pad=pad, **options)
     return self.decode(z, size=np.shape(images)[1:3], **options)
 

@@ -15,8 +15,6 @@ import grain
 import numpy as np
 from absl import flags
 
-from dcae_jax import errors
-
 Batch = dict[str, np.ndarray]
 
 
@@ -77,8 +75,6 @@ class Batches:
     return {"next_batch": self._next_batch}
 
   def set_state(self, state: dict[str, int]) -> None:
-    if not state["next_batch"] >= 0:
-      raise errors.UserError(f"next_batch={state['next_batch']} is below 0")
     self.close()
     self._next_batch = state["next_batch"]
 
