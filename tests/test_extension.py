@@ -9,11 +9,14 @@ import hashlib
 import io
 import json
 
+import pytest
 from etils import epath
+from ml_collections import ConfigDict
 from PIL import Image
 
 from dcae_jax.autoencoder import phases
 from dcae_jax.data import sources
+from dcae_jax.setup import image_sources
 from dcae_jax.tasks import train_autoencoder
 
 
@@ -57,3 +60,9 @@ def test_a_source_and_a_phase_are_a_line_each(
   result = json.loads((tmp_path / "result.json").read_text())
   assert 0 < result["parameters_trained"] < result["parameters"] / 10
   assert result["images_skipped"] == 0
+
+
+def test_a_source_that_needs_an_unknown_key_is_refused(monkeypatch):
+  monkeypatch.setitem(sources.KINDS, "cloud", lambda bucket: None)
+  with pytest.raises(ValueError, match=r"'cloud' needs bucket, .*: kind, path"):
+    image_sources.whole(ConfigDict({"kind": "cloud", "path": ""}))

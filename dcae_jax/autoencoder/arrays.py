@@ -12,27 +12,15 @@ _TOLERANCE = 1e-3  # of [-1, 1]
 
 
 def checked_images(images: ArrayLike, image_channels: int) -> np.ndarray:
-  """uint8, or float32 in [-1, 1]; ValueError for anything else."""
-  x = _array(images)
-  _check_rank(x, "images", "images")
-  if x.shape[-1] != image_channels:
-    advice = ""
-    if x.shape[1] == image_channels:
-      advice = "; channels stand last here: images.transpose(0, 2, 3, 1)"
-    elif x.shape[-1] == 4:
-      advice = "; composite the alpha channel over a colour first"
-    raise errors.UserError(
-      f"images have {x.shape[-1]} channels, and this autoencoder "
-      f"{image_channels}{advice}"
-    )
+  """uint8, or float32 in [-1, 1]; raises UserError for anything else."""
+  x = _array(images, "images", "images")
+  _check_channels(x, "images", "images", image_channels)
   if x.dtype == np.uint8:
     return x
   x = _checked_floats(x, "images", "uint8, or float in [-1, 1]")
   low, high = float(x.min()), float(x.max())
   if low < -1 - _TOLERANCE or high > 1 + _TOLERANCE:
-    advice = (
-      "pass values of 0 to 255 as uint8, or scale them: images / 127.5 - 1"
-    )
+    advice = "pass pixels as uint8, or scale them: images / 127.5 - 1"
     if max(-low, high) < 2:
       advice = "clip them: np.clip(images, -1, 1)"
     raise errors.UserError(
@@ -47,12 +35,9 @@ def checked_latents(
 ) -> np.ndarray:
   """float32, all channels; those after the first `channels` are zero.
 
-  Raises:
-    ValueError: any other numbers, axes or channels.
+  Raises UserError for any other numbers, axes or channels.
   """
-  z = _array(latents)
-  _check_rank(z, "latents", "z")
-  z = _checked_floats(z, "latents", "float")
+  z = _checked_floats(_array(latents, "latents", "z"), "latents", "float")
   if channels is not None:
     if z.shape[-1] not in (channels, latent_channels):
       raise errors.UserError(
@@ -62,27 +47,17 @@ def checked_latents(
     # Zeros are what a projection sliced to the first channels would see.
     missing = latent_channels - channels
     z = np.pad(z[..., :channels], [(0, 0)] * 3 + [(0, missing)])
-  if z.shape[-1] != latent_channels:
-    advice = ""
-    if z.shape[1] == latent_channels:
-      advice = "; channels stand last here: z.transpose(0, 2, 3, 1)"
-    raise errors.UserError(
-      f"latents have {z.shape[-1]} channels, and this autoencoder "
-      f"{latent_channels}{advice}"
-    )
+  _check_channels(z, "latents", "z", latent_channels)
   return z
 
 
-def _array(x: ArrayLike) -> np.ndarray:
+def _array(x: ArrayLike, name: str, variable: str) -> np.ndarray:
   if isinstance(x, jax.core.Tracer):
     raise errors.UserError(
       "an Autoencoder cannot be used inside jit, vmap or grad; use "
       'ae.model.apply(ae.variables, x, method="encode") there'
     )
-  return np.asarray(x)
-
-
-def _check_rank(x: np.ndarray, name: str, variable: str) -> None:
+  x = np.asarray(x)
   if x.ndim != 4:
     advice = f"; for a single one, {variable}[None]" if x.ndim == 3 else ""
     raise errors.UserError(
@@ -90,6 +65,23 @@ def _check_rank(x: np.ndarray, name: str, variable: str) -> None:
     )
   if not x.size:
     raise errors.UserError(f"{name} are empty: {list(x.shape)}")
+  return x
+
+
+def _check_channels(
+  x: np.ndarray, name: str, variable: str, channels: int
+) -> None:
+  if x.shape[-1] == channels:
+    return
+  advice = ""
+  if x.shape[1] == channels:
+    advice = f"; channels stand last here: {variable}.transpose(0, 2, 3, 1)"
+  elif x.shape[-1] == 4 and name == "images":
+    advice = "; composite the alpha channel over a colour first"
+  raise errors.UserError(
+    f"{name} have {x.shape[-1]} channels, and this autoencoder "
+    f"{channels}{advice}"
+  )
 
 
 def _checked_floats(x: np.ndarray, name: str, allowed: str) -> np.ndarray:
@@ -103,37 +95,32 @@ def _checked_floats(x: np.ndarray, name: str, allowed: str) -> np.ndarray:
 
 def to_float(x: np.ndarray) -> np.ndarray:
   """What `checked_images` lets pass, as float32 in [-1, 1]."""
-  if x.dtype == np.uint8:
-    return quantisation.to_float(x)
-  return x
+  return quantisation.to_float(x) if x.dtype == np.uint8 else x
 
 
 def check_pad(pad: str | None) -> None:
-  """Raises ValueError for an unknown way to fill up images."""
+  """Raises UserError for an unknown way to fill up images."""
   known = ("reflect", "edge")
   if pad is not None and pad not in known:
     raise errors.UserError(f"unknown pad={pad!r}; known are {', '.join(known)}")
 
 
 def padded(x: np.ndarray, factor: int, pad: str | None) -> np.ndarray:
-  """Sides filled up to multiples of `factor`; ValueError without `pad`."""
+  """Sides filled up to multiples of `factor`; without `pad`, a UserError."""
   check_pad(pad)
   missing = [-side % factor for side in x.shape[1:3]]
   if not any(missing):
     return x
   if pad is None:
     for side in x.shape[1:3]:
-      try:
-        network.check_side(side, factor)
-      except ValueError as error:
-        raise errors.UserError(f'{error}, or pad with pad="reflect"') from None
+      network.check_side(side, factor, ', or pad with pad="reflect"')
   return np.pad(x, [(0, 0), *((0, m) for m in missing), (0, 0)], mode=pad)
 
 
 def check_size(
   size: tuple[int, int], shape: tuple[int, ...], factor: int
 ) -> None:
-  """Raises ValueError for a size that latents of `shape` do not cover."""
+  """Raises UserError for a size that latents of `shape` do not cover."""
   largest = tuple(side * factor for side in shape[1:3])
   fits = np.shape(size) == (2,) and all(
     isinstance(side, int | np.integer) and 0 < side <= most

@@ -27,15 +27,10 @@ from dcae_jax.autoencoder import (
   network,
   tiling,
 )
-from dcae_jax.autoencoder.weights import (
-  conversion,
-  released,
-  safetensors_files,
-)
+from dcae_jax.autoencoder.weights import conversion, released, safetensors_files
+from dcae_jax.data import batches, sources
 from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images as images_lib
-from dcae_jax.data import sources
-from dcae_jax.nn import precision
 from dcae_jax.runs import work_directory
 from dcae_jax.training import checkpoint
 
@@ -56,61 +51,60 @@ def load(
       folder of released weights in the diffusers or the original layout, a
       safetensors file, or a hub id, which is downloaded once and cached
       (`HF_HUB_OFFLINE=1` uses the cache alone).
-    scaling_factor: where it cannot be known: from weights without a config.
+    scaling_factor: needed only for weights without a config.
     dtype: of the computation; parameters stay float32.
     space_to_channel: side of the squares of latent positions that are moved
       into channels: 8 makes an f8c4 an f64c256. Its weights and its scaling
       factor stay what they are.
 
   Raises:
-    ValueError: there is nothing of that kind, it is damaged or a pickle, its
+    UserError: there is nothing of that kind, it is damaged or a pickle, its
       tensors do not fit, or its scaling factor must be given.
   """
   path = os.path.expanduser(os.fspath(path))
-  precision.check_dtype(dtype)
-  network.check_space_to_channel(space_to_channel)
+  options = {"dtype": dtype, "space_to_channel": space_to_channel}
+  network.Options(**options)  # raises before anything is read
   if work_directory.is_run(path):
-    return _load_run(path, scaling_factor, dtype, space_to_channel)
-  found = released.find(path)
+    return _load_run(path, scaling_factor, options)
+  weights = released.find(path)
   scaling_origin = "given"
   if scaling_factor is None:
-    scaling_factor, scaling_origin = found.scaling_factor, f"of {found.label}"
-  if scaling_factor is None and not found.name:
-    candidates = released.published_factors(found.architecture)
+    scaling_factor = weights.scaling_factor
+    scaling_origin = f"of {weights.label}"
+  if scaling_factor is None and not weights.name:
+    candidates = released.published_factors(weights.architecture)
     if candidates:
       known = ", ".join(f"{name}: {x}" for name, x in candidates.items())
       raise errors.UserError(
         f"{path!r} fits several released models, which differ in their "
         f"scaling factor; give it, scaling_factor=... ({known})"
       )
-  variables, counts = conversion.read(found.entries, found.files)
+  variables, counts = conversion.read(weights.entries, weights.files)
   return Autoencoder(
-    found.architecture,
+    weights.architecture,
     variables,
-    image_channels=found.image_channels,
+    image_channels=weights.image_channels,
     scaling_factor=scaling_factor,
-    shift_factor=found.shift_factor,
-    dtype=dtype,
-    space_to_channel=space_to_channel,
+    shift_factor=weights.shift_factor,
     batch_counts=counts,
-    provenance=model_card.Provenance(found.label, found.name, scaling_origin),
+    provenance=model_card.Provenance(
+      weights.label, weights.name, scaling_origin
+    ),
+    **options,
   )
 
 
 def _load_run(
-  run: str,
-  scaling_factor: float | None,
-  dtype: DTypeLike,
-  space_to_channel: int,
+  run: str, scaling_factor: float | None, options: dict[str, Any]
 ) -> "Autoencoder":
   config = work_directory.read_run_config(run)["model"]
   architecture = families.of_model(config["variant"], config["architecture"])
-  channels = config["image_channels"]
-  residual = config["residual_autoencoding"]
-  model = families.create(
-    architecture, image_channels=channels, residual_autoencoding=residual
+  network_options = options | {
+    key: config[key] for key in ("image_channels", "residual_autoencoding")
+  }
+  abstract = network.abstract_variables(
+    families.create(architecture, **network_options), config["image_channels"]
   )
-  abstract = network.abstract_variables(model, channels)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   placed = jax.tree.map(lambda _: device, abstract)
   step, variables = checkpoint.restore_variables(run, "ema", abstract, placed)
@@ -132,12 +126,9 @@ def _load_run(
   return Autoencoder(
     architecture,
     variables,
-    image_channels=channels,
     scaling_factor=scaling_factor,
-    dtype=dtype,
-    residual_autoencoding=residual,
-    space_to_channel=space_to_channel,
     provenance=model_card.Provenance(origin, scaling_factor=scaling_origin),
+    **network_options,
   )
 
 
@@ -166,25 +157,21 @@ class Autoencoder:
     image_channels: int = 3,
     scaling_factor: float | None = None,
     shift_factor: float = 0.0,
-    dtype: DTypeLike = "float32",
-    residual_autoencoding: bool = True,
-    space_to_channel: int = 1,
     batch_counts: dict[str, int] | None = None,
     provenance: model_card.Provenance | None = None,
+    **options: Any,
   ):
     """Wraps variables; `load` makes them from files.
 
     Args:
       architecture: such as `families.check_variant("f32c32")`.
-      variables: `{"params": ..., "batch_stats": ...}`.
+      variables: see the class, as for `image_channels` and `shift_factor`.
       image_channels: of the images.
-      scaling_factor: if it is known.
-      shift_factor: see the class.
-      dtype: of the computation.
-      residual_autoencoding: False for a network without shortcuts.
-      space_to_channel: as for `load`.
-      batch_counts: what a file had of them, to be saved again.
-      provenance: where they come from, for the model card.
+      scaling_factor: None if it is not known.
+      shift_factor: of the latents.
+      batch_counts: what a file says of them, to be saved again.
+      provenance: of the weights, for the model card.
+      **options: fields of `network.Options`, such as `dtype`.
     """
     self.architecture = architecture
     self.variant = families.name_of(architecture)
@@ -193,14 +180,8 @@ class Autoencoder:
     self.shift_factor = shift_factor
     self.image_channels = image_channels
     self.model = families.create(
-      architecture,
-      image_channels=image_channels,
-      residual_autoencoding=residual_autoencoding,
-      dtype=dtype,
-      space_to_channel=space_to_channel,
+      architecture, image_channels=image_channels, **options
     )
-    self._dtype = dtype
-    self._residual_autoencoding = residual_autoencoding
     self._batch_counts = batch_counts or {}
     self._provenance = provenance or model_card.Provenance()
     self._encode = jax.jit(functools.partial(self.apply, method="encode"))
@@ -209,12 +190,10 @@ class Autoencoder:
   def apply(self, variables: Any, x: jax.Array, *, method: str) -> jax.Array:
     """The network as a function, for one's own `jax.jit`.
 
-    Args:
-      variables: such as `self.variables`.
-      x: images in [-1, 1], or latents; nothing is checked or padded.
-      method: "encode" or "decode".
+    `x` are images in [-1, 1] for the method "encode", or latents for "decode";
+    nothing is checked or padded.
     """
-    is_exact = jnp.dtype(self._dtype) == jnp.float32
+    is_exact = jnp.dtype(self.model.options.dtype) == jnp.float32
     with jax.default_matmul_precision("highest" if is_exact else None):
       return self.model.apply(variables, x, method=method)
 
@@ -222,7 +201,7 @@ class Autoencoder:
   def scaling_factor(self) -> float | None:
     """Multiplies latents before diffusion, divides them after; may be set.
 
-    None where it is not known. Setting raises ValueError unless it is positive.
+    None if it is not known. Setting raises UserError unless it is positive.
     """
     return self._scaling_factor
 
@@ -238,7 +217,7 @@ class Autoencoder:
 
   @property
   def latent_channels(self) -> int:
-    return self.architecture.latent_channels * self.model.space_to_channel**2
+    return self.model.latent_channels
 
   def encode(
     self,
@@ -265,7 +244,7 @@ class Autoencoder:
       [b, h / f, w / f, channels].
 
     Raises:
-      ValueError: images, or options, that do not fit.
+      UserError: images, or options, that do not fit.
     """
     factor = self.spatial_compression
     x = arrays.checked_images(images, self.image_channels)
@@ -296,14 +275,14 @@ class Autoencoder:
       size: height and width of the images before they were padded; what was
         padded is cut off.
       tile: side in pixels of the tiles to decode in, as for `encode`.
-      stride: pixels from tile to tile; None: three quarters of a tile.
+      stride: pixels from tile to tile, as for `encode`.
       channels: use the first ones alone (DC-AE 1.5); `z` may have only them.
 
     Returns:
       [b, h, w, c], not clipped to [-1, 1].
 
     Raises:
-      ValueError: latents, or options, that do not fit.
+      UserError: latents, or options, that do not fit.
     """
     factor = self.spatial_compression
     self._check_channels(channels)
@@ -320,27 +299,19 @@ class Autoencoder:
     return y if size is None else y[:, : size[0], : size[1]]
 
   def reconstruct(
-    self,
-    images: ArrayLike,
-    *,
-    pad: str | None = None,
-    tile: int | None = None,
-    stride: int | None = None,
-    channels: int | None = None,
+    self, images: ArrayLike, *, pad: str | None = None, **options: int | None
   ) -> jax.Array:
-    """Encodes and decodes; what was padded is cut off. See `encode`."""
-    z = self.encode(
-      images, pad=pad, tile=tile, stride=stride, channels=channels
-    )
-    size = np.shape(images)[1:3]
-    return self.decode(
-      z, size=size, tile=tile, stride=stride, channels=channels
-    )
+    """Encodes and decodes; what was padded is cut off.
+
+    Takes `tile`, `stride` and `channels`, too, as `encode` does.
+    """
+    z = self.encode(images, pad=pad, **options)
+    return self.decode(z, size=np.shape(images)[1:3], **options)
 
   def check_options(
     self, *, pad: str | None, tile: int | None, stride: int | None
   ) -> None:
-    """Raises ValueError for what `encode` would refuse with any images."""
+    """Raises UserError for what `encode` would refuse with any images."""
     arrays.check_pad(pad)
     tiling.Tiles.create(tile, stride, self.spatial_compression)
 
@@ -362,23 +333,22 @@ class Autoencoder:
       max_images: of the folder; 0: all.
 
     Raises:
-      ValueError: no usable image, or latents that are all zero.
+      UserError: no usable image, or latents that are all zero.
     """
     name = "images"
     if isinstance(source, str | os.PathLike):
       name = f"images, centre crops of {resolution} px"
       source = self._crops(os.fspath(source), resolution, max_images)
     statistics = latent_statistics.LatentStatistics(self.latent_channels)
-    images, factor = 0, None
+    images = 0
     for batch in source:
       z = np.asarray(self.encode(batch))
       statistics.add(z)
       images += len(z)
-    if images:
-      factor = latent_statistics.scaling_factor(
-        statistics.compute(), self.shift_factor
-      )
-    if factor is None:
+    factor = images and latent_statistics.scaling_factor(
+      statistics.compute(), self.shift_factor
+    )
+    if not factor:
       raise errors.UserError(
         "there are no images, or their latents are all zero"
       )
@@ -397,26 +367,25 @@ class Autoencoder:
         `AutoencoderKL` for an SD-VAE), or "original", DC-AE's alone.
 
     Raises:
-      ValueError: the scaling factor is not known, the architecture has no
+      UserError: the scaling factor is not known, the architecture has no
         config there, space goes to channels, or the folder holds something
         else.
     """
     if self.scaling_factor is None:
       raise errors.UserError(
-        "the scaling factor of this autoencoder is not known; measure it first "
-        "with ae.measure_scaling_factor(folder_of_images), or set "
-        "ae.scaling_factor"
+        "the scaling factor is not known; measure it first with "
+        "ae.measure_scaling_factor(folder_of_images), or set ae.scaling_factor"
       )
-    if not self._residual_autoencoding:
+    if not self.model.options.residual_autoencoding:
       raise errors.UserError(
         "a network without residual shortcuts cannot be saved: no other "
         "library has it"
       )
-    if self.model.space_to_channel != 1:
+    p = self.model.options.space_to_channel
+    if p != 1:
       raise errors.UserError(
-        f"space_to_channel={self.model.space_to_channel} is no part of the "
-        "weights, and other libraries have no such setting; load the "
-        "autoencoder without it, and save that"
+        f"space_to_channel={p} is no part of the weights, and other libraries "
+        "have no such setting; load and save the autoencoder without it"
       )
     config = families.to_config(
       self.architecture,
@@ -439,11 +408,10 @@ class Autoencoder:
   def _crops(
     self, folder: str, resolution: int, max_images: int
   ) -> Iterable[np.ndarray]:
-    for value in (resolution, max_images):
+    for name, value in (("resolution", resolution), ("max_images", max_images)):
       if not isinstance(value, int) or not 0 <= value < 2**16:
         raise errors.UserError(
-          f"resolution={resolution!r} and max_images={max_images!r} are not "
-          "both whole numbers below 65536"
+          f"{name}={value!r} is not a whole number from 0 to {2**16 - 1}"
         )
     network.check_side(resolution, self.spatial_compression)
     image_decoding.check_channels(self.image_channels)
@@ -454,7 +422,7 @@ class Autoencoder:
       source,
       decoding,
       resolution,
-      batch_size=min(8, len(source)),
+      batches.Reading(min(8, len(source))),
       max_images=max_images,
       skipped=images_lib.Skipped(),
     ):
@@ -474,14 +442,14 @@ class Autoencoder:
   def _check_channels(self, channels: int | None) -> None:
     if channels is None:
       return
-    whole = isinstance(channels, int | np.integer)
-    if not whole or not 1 <= channels <= self.latent_channels:
+    is_whole = isinstance(channels, int | np.integer)
+    if not is_whole or not 1 <= channels <= self.latent_channels:
       raise errors.UserError(
         f"channels={channels!r} is not from 1 to {self.latent_channels}"
       )
-    family = families.of(self.architecture)
-    is_ordered = family.orders_channels(self.architecture)
-    if not is_ordered or self.model.space_to_channel != 1:
+    is_ordered = families.of(self.architecture).orders_channels
+    p = self.model.options.space_to_channel
+    if p != 1 or not is_ordered(self.architecture):
       raise errors.UserError(
         "channels= is for DC-AE 1.5, whose latents are ordered; this "
         f"{self.variant} needs all {self.latent_channels}"

@@ -1,9 +1,9 @@
 """Block PCA, the simplest compressor of images: a floor for autoencoders.
 
 A linear projection of square blocks of pixels on their principal components,
-the best that is linear for its latent size. An autoencoder with latents of the
-same size that does not reconstruct better has learned nothing yet that its
-architecture is for. Fitted in closed form, from moments; nothing is trained.
+the best that is linear for its latent size, fitted in closed form. An
+autoencoder with latents of the same size that does not reconstruct better has
+learned nothing yet that its architecture is for.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,25 +32,22 @@ def shape(
 
   Blocks larger than `LARGEST_BLOCK` are split, their components shared out:
   f64c128 is compared with f32c32, which has as many latent values per image.
-
-  Raises:
-    ValueError: there is no such projection.
+  Raises UserError if there is no such projection.
   """
   f, c = spatial_compression, latent_channels
-  name = f"f{f}c{c}"
+  impossible = f"block PCA has no latents of the size of f{f}c{c}: "
   while f > LARGEST_BLOCK:
     if f % 2 or c % 4:
       raise errors.UserError(
-        f"block PCA has no latents of the size of {name}: blocks of more than "
-        f"{LARGEST_BLOCK} pixels a side are quartered, and f{f}c{c} cannot be"
+        f"{impossible}blocks of more than {LARGEST_BLOCK} pixels a side are "
+        f"quartered, and f{f}c{c} cannot be"
       )
     f, c = f // 2, c // 4
   values = f * f * image_channels
   if not 1 <= c <= values:
     raise errors.UserError(
-      f"block PCA has no latents of the size of {name}: {c} components of "
-      f"blocks of {f} x {f} x {image_channels} = {values} values; an "
-      "autoencoder that compresses has fewer"
+      f"{impossible}{c} components of blocks of {f} x {f} x {image_channels} = "
+      f"{values} values; an autoencoder that compresses has fewer"
     )
   return f, c
 
@@ -58,14 +55,8 @@ def shape(
 class BlockPCA:
   """An autoencoder as evaluations take it.
 
-  Attributes:
-    variant: "block PCA".
-    variables: `{"params": {"mean": [d], "components": [d, c]}}`, of blocks of
-      d = f x f x image_channels values in [-1, 1].
-    spatial_compression: f.
-    latent_channels: c.
-    image_channels: 3, or 1 for grey images.
-    shift_factor: 0.
+  Its `variables` are `{"params": {"mean": [d], "components": [d, c]}}`, of
+  blocks of d = f x f x image_channels values in [-1, 1].
   """
 
   variant = "block PCA"
@@ -119,12 +110,8 @@ class BlockPCA:
 def fit(batches: Iterable[np.ndarray], latent_channels: int) -> BlockPCA:
   """The projection that loses least of the blocks' squared values.
 
-  Args:
-    batches: of blocks [n, f, f, image_channels], values in [-1, 1], any n.
-    latent_channels: components to keep.
-
-  Raises:
-    ValueError: fewer than two blocks, or more components than values.
+  `batches` are blocks [n, f, f, image_channels] with values in [-1, 1], any n.
+  Raises UserError for fewer than two blocks, or more components than values.
   """
   moments = None
   for blocks in batches:

@@ -29,7 +29,7 @@ def variants() -> dict[str, Architecture]:
 
 
 def check_variant(name: str) -> Architecture:
-  """The variant of that name; ValueError with the known names otherwise."""
+  """The variant of that name; raises UserError if there is none."""
   known = variants()
   if name not in known:
     raise errors.UserError(
@@ -39,38 +39,28 @@ def check_variant(name: str) -> Architecture:
 
 
 def create(
-  variant: str | Architecture,
-  *,
-  image_channels: int = 3,
-  space_to_channel: int = 1,
-  **options: Any,
+  variant: str | Architecture, *, image_channels: int = 3, **options: Any
 ) -> network.Network:
   """The network of a variant.
+
+  Raises UserError for an unknown variant, stages that do not fit together, or
+  options that the family does not have.
 
   Args:
     variant: a name among `variants`, or an architecture of one's own.
     image_channels: 3, 1 for grey images, or any other number.
-    space_to_channel: side of the squares of latent positions that are moved
-      into channels; 1: none.
     **options: fields of `network.Options`.
-
-  Raises:
-    ValueError: unknown variant, stages that do not fit together, or options
-      that the family does not have.
   """
   if isinstance(variant, str):
     variant = check_variant(variant)
-  network.check_space_to_channel(space_to_channel)
-  return of(variant).create(
-    variant, image_channels, space_to_channel, network.Options(**options)
-  )
+  options = network.Options(**options)
+  return of(variant).create(variant, image_channels, options)
 
 
 def by_class(config: dict[str, Any]) -> family.Family:
   """The family of the class that a `config.json` names.
 
-  Raises:
-    ValueError: another class.
+  Raises UserError for a class of no family.
   """
   known = {f.class_name: f for f in FAMILIES}
   name = config.get("_class_name") or FAMILIES[0].class_name
@@ -84,9 +74,7 @@ def by_class(config: dict[str, Any]) -> family.Family:
 def from_config(config: dict[str, Any]) -> tuple[Architecture, int]:
   """The architecture and image channels of a `config.json`.
 
-  Raises:
-    ValueError: another class, an unknown block, norm or activation, or lists
-      that do not fit.
+  Raises UserError for unknown settings, or lists that do not fit.
   """
   architecture, image_channels = by_class(config).from_config(config)
   known = variants().get(name_of(architecture), architecture)
@@ -99,10 +87,9 @@ def to_config(
   scaling_factor: float,
   shift_factor: float = 0.0,
 ) -> dict[str, Any]:
-  """Inverse of `from_config`.
+  """The inverse of `from_config`.
 
-  Raises:
-    ValueError: the class that diffusers has for it has no setting for it.
+  Raises UserError if the class that diffusers has for it has no such setting.
   """
   return of(architecture).to_config(
     architecture, image_channels, scaling_factor, shift_factor
@@ -112,14 +99,13 @@ def to_config(
 def of_model(variant: str, config: dict[str, Any]) -> Architecture:
   """The architecture that `config.model` of a run describes.
 
+  Raises UserError for an unknown variant without a whole config, or a key that
+  the variant does not have.
+
   Args:
     variant: a name among `variants`, or any other beside a whole `config`.
     config: `config.model.architecture`, the keys of a `config.json`: none, or
       those in which it differs from the variant, or all of them.
-
-  Raises:
-    ValueError: an unknown variant and no whole config, or a key that the
-      variant does not have.
   """
   if not config:
     return check_variant(variant)
@@ -142,8 +128,8 @@ def described(
 ) -> dict[str, Any]:
   """`config.model.architecture` in whole, for runs that know no such variant.
 
-  {} where its class in diffusers has no setting for the architecture, which
-  then has its name alone.
+  {} if its class in diffusers has no setting for the architecture, which then
+  has its name alone.
   """
   architecture = of_model(variant, config)
   try:

@@ -23,19 +23,16 @@ class Family:
   Attributes:
     name: as people say it.
     class_name: of the class that diffusers has for it.
-    title: of a model card.
-    tag: of a model card.
-    source: of the architecture, for a model card.
-    latents: what else a model card says of them.
+    title, tag, source, latents: words of a model card.
     architecture: the class of its architectures.
     variants: its architectures by name.
-    create: the network of `(architecture, image_channels, space_to_channel,
-      options)`; ValueError for an architecture that cannot be.
+    create: the network of `(architecture, image_channels, options)`; UserError
+      for an architecture that cannot be.
     config_defaults: what its class in diffusers takes for absent keys.
     from_config: a `config.json` to the architecture and image channels;
-      ValueError for one that cannot be.
+      UserError for one that cannot be.
     to_config: the inverse, of `(architecture, image_channels, scaling_factor,
-      shift_factor)`; ValueError where the class has no setting for it.
+      shift_factor)`; UserError if the class has no setting for it.
     modules: all modules of an architecture that have parameters; there may be
       more.
     layouts: that its weights come in, the first one where no name decides.
@@ -56,19 +53,15 @@ class Family:
   source: str
   architecture: type
   variants: dict[str, Architecture]
-  create: Callable[[Architecture, int, int, network.Options], network.Network]
+  create: Callable[[Architecture, int, network.Options], network.Network]
   config_defaults: dict[str, Any]
   from_config: Callable[[dict[str, Any]], tuple[Architecture, int]]
   to_config: Callable[[Architecture, int, float, float], dict[str, Any]]
   modules: Callable[[Architecture], Iterator[module_name.Module]]
   layouts: tuple[str, ...] = ("diffusers",)
   latents: str = ""
-  plain: Callable[[Architecture], Architecture] = lambda architecture: (
-    architecture
-  )
+  plain: Callable[[Architecture], Architecture] = lambda a: a
   older_name: Callable[[str], str] = lambda name: name
-  orders_channels: Callable[[Architecture], bool] = lambda architecture: False
+  orders_channels: Callable[[Architecture], bool] = lambda a: False
   samples_latents: bool = False
-  with_branch_scale: Callable[[Tree, float], Tree] = lambda params, scale: (
-    params
-  )
+  with_branch_scale: Callable[[Tree, float], Tree] = lambda params, _: params

@@ -20,13 +20,7 @@ class LatentStatistics:
   def update(
     self, means: np.ndarray, variances: np.ndarray, positions: int
   ) -> None:
-    """Adds images by the moments of each.
-
-    Args:
-      means: over the positions of an image, [n, c].
-      variances: about them, [n, c].
-      positions: of each image.
-    """
+    """Adds images by the moments of each over its positions, [n, c]."""
     means, variances = (np.asarray(x, np.float64) for x in (means, variances))
     if not len(means):
       return
@@ -80,7 +74,7 @@ def scaling_factor(
 ) -> float | None:
   """1 / RMS of latents minus a shift, from what `compute` returned.
 
-  None where they are all equal to the shift.
+  None if they are all equal to the shift.
   """
   rms = math.hypot(statistics["std"], statistics["mean"] - shift_factor)
   return 1 / rms if rms else None

@@ -38,9 +38,7 @@ def hinge_discriminator(
   return 0.5 * (real + fake)
 
 
-def hinge_generator(
-  fake_logits: Float[Array, "b h w 1"],
-) -> Float[Array, ""]:
+def hinge_generator(fake_logits: Float[Array, "b h w 1"]) -> Float[Array, ""]:
   """Minus the mean logit of the reconstructions."""
   return -jnp.mean(fake_logits)
 

@@ -9,12 +9,9 @@ if TYPE_CHECKING:
 
 
 class Provenance(NamedTuple):
-  """Where an autoencoder comes from.
+  """Where weights and scaling factor come from, in words.
 
-  Attributes:
-    weights: in words.
-    released_name: of the released model that they are, if they are one.
-    scaling_factor: in words.
+  `released_name` is that of the released model, if the weights are one.
   """
 
   weights: str = "not stated"

@@ -23,17 +23,28 @@ class Options:
       ablation.
     remat: recompute each block's activations in the backward pass.
     scan: compile the blocks of DC-AE's stages as loops.
-    dtype: of the computation; attention and norms are float32. ValueError for
-      numbers that layers do not compute with.
+    dtype: of the computation; attention and norms are float32.
+    space_to_channel: side of the squares of latent positions that are moved
+      into channels, as in table 1's "f8 + p=8"; 1: none.
+
+  Raises UserError for a dtype or a side that it cannot compute with.
   """
 
   residual_autoencoding: bool = True
   remat: bool = False
   scan: bool = False
   dtype: DTypeLike = "float32"
+  space_to_channel: int = 1
 
   def __post_init__(self):
     precision.check_dtype(self.dtype)
+    side = self.space_to_channel
+    is_whole = isinstance(side, int) and not isinstance(side, bool)
+    if not is_whole or not 1 <= side <= 64:
+      raise errors.UserError(
+        f"space_to_channel={side!r} is not a whole number from 1 to 64; 1 "
+        "leaves latents as they are"
+      )
 
   def wrap(self, block: type[nn.Module]) -> type[nn.Module]:
     """The class of a block, recomputed in the backward pass if that is on."""
@@ -45,23 +56,21 @@ class Network(nn.Module):
 
   Images are float in [-1, 1], NHWC; latents are not scaled. Both directions
   return float32.
-
-  Attributes:
-    architecture: its widths, depths and blocks.
-    encoder: of images.
-    decoder: of latents.
-    space_to_channel: `p x p` latent positions are moved into channels, as in
-      table 1's "f8 + p=8"; 1: none. It changes no parameter.
   """
 
   architecture: Any
   encoder: nn.Module
   decoder: nn.Module
-  space_to_channel: int = 1
+  options: Options = Options()
 
   @property
   def spatial_compression(self) -> int:
-    return self.architecture.spatial_compression * self.space_to_channel
+    """How many times smaller than an image's the sides of its latents are."""
+    return self.architecture.spatial_compression * self.options.space_to_channel
+
+  @property
+  def latent_channels(self) -> int:
+    return self.architecture.latent_channels * self.options.space_to_channel**2
 
   def latents(
     self, images: Float[Array, "b h w c"]
@@ -72,14 +81,15 @@ class Network(nn.Module):
   def encode(
     self, images: Float[Array, "b h w c"]
   ) -> Float[Array, "b h2 w2 d"]:
-    """Raises ValueError for sides that the compression does not divide."""
+    """Raises UserError for sides that the compression does not divide."""
     for side in images.shape[1:3]:
       check_side(side, self.spatial_compression)
-    z = self.latents(images)
-    return residual_autoencoding.space_to_channel(z, self.space_to_channel)
+    z, p = self.latents(images), self.options.space_to_channel
+    return residual_autoencoding.space_to_channel(z, p)
 
   def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-    z = residual_autoencoding.channel_to_space(z, self.space_to_channel)
+    p = self.options.space_to_channel
+    z = residual_autoencoding.channel_to_space(z, p)
     return self.decoder(z).astype("float32")
 
   def __call__(
@@ -103,22 +113,12 @@ def abstract_variables(model: nn.Module, image_channels: int) -> dict[str, Any]:
   return jax.eval_shape(initial, jax.random.key(0))
 
 
-def check_side(side: int, spatial_compression: int) -> None:
-  """Raises ValueError unless `side` pixels make whole latent positions."""
+def check_side(side: int, spatial_compression: int, advice: str = "") -> None:
+  """Raises UserError unless `side` pixels make whole latent positions."""
   if side < 1 or side % spatial_compression:
     below = max(side // spatial_compression, 1) * spatial_compression
     raise errors.UserError(
       f"image side {side} is not divisible by {spatial_compression}, the "
       f"spatial compression of this autoencoder; use {below} or "
-      f"{below + spatial_compression}"
-    )
-
-
-def check_space_to_channel(factor: int) -> None:
-  """Raises ValueError for a factor that latents cannot be rearranged by."""
-  is_whole = isinstance(factor, int) and not isinstance(factor, bool)
-  if not is_whole or not 1 <= factor <= 64:
-    raise errors.UserError(
-      f"space_to_channel={factor!r} is not a whole number from 1 to 64; 1 "
-      "leaves latents as they are"
+      f"{below + spatial_compression}{advice}"
     )

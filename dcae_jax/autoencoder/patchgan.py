@@ -5,6 +5,8 @@ batch's own statistics, so that it has no state; real and reconstructed images
 go through it as separate batches. It exists for training only.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,23 +50,18 @@ class PatchGAN(nn.Module):
   def __call__(
     self, images: Float[Array, "b h w c"]
   ) -> Float[Array, "b h2 w2 1"]:
-    def conv(channels, stride, use_bias, name):
-      return nn.Conv(
-        channels,
-        (4, 4),
-        strides=stride,
-        padding=1,
-        use_bias=use_bias,
-        precision="highest",
-        kernel_init=nn.initializers.normal(0.02),
-        name=name,
-      )
-
-    x = images.astype(jnp.float32)
-    x = jax.nn.leaky_relu(conv(self.width, 2, True, "conv_0")(x), 0.2)
+    conv = functools.partial(
+      nn.Conv,
+      kernel_size=(4, 4),
+      padding=1,
+      precision="highest",
+      kernel_init=nn.initializers.normal(0.02),
+    )
+    x = conv(self.width, strides=2, name="conv_0")(images.astype(jnp.float32))
+    x = jax.nn.leaky_relu(x, 0.2)
     for i in range(1, self.layers + 1):
       channels = self.width * min(2**i, 8)
       stride = 2 if i < self.layers else 1
-      x = conv(channels, stride, False, f"conv_{i}")(x)
+      x = conv(channels, strides=stride, use_bias=False, name=f"conv_{i}")(x)
       x = jax.nn.leaky_relu(_BatchStandardise(name=f"norm_{i}")(x), 0.2)
-    return conv(1, 1, True, "logits")(x)
+    return conv(1, name="logits")(x)

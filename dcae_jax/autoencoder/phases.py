@@ -21,8 +21,7 @@ class Phase:
   """What one phase trains, and with which losses.
 
   Attributes:
-    trainable: patterns over parameter paths; the rest is frozen. It comes from
-      the config of a run, and is empty in `PHASES`.
+    trainable: patterns over parameter paths, from a config; the rest is frozen.
     adversarial: the PatchGAN loss acts beside L1 and LPIPS.
     moves_batch_statistics: batch norm uses, and records, each batch's
       statistics; otherwise the stored ones are used and stay as they are.
@@ -51,8 +50,7 @@ PHASES = {
 def create(name: str, trainable: tuple[str, ...]) -> Phase:
   """The phase of that name, in which parameters of these patterns learn.
 
-  Raises:
-    ValueError: there is no such phase, or a pattern is not a string.
+  Raises UserError for an unknown phase, or a pattern that is not a string.
   """
   if name not in PHASES:
     raise errors.UserError(

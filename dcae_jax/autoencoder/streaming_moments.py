@@ -10,23 +10,15 @@ class Moments:
 
   Chan's update in float64: nothing is lost to cancellation, however large the
   mean is, and memory does not grow with the number of rows.
-
-  Attributes:
-    count: rows so far.
-    mean: float64 [d].
   """
 
   def __init__(self, dimensions: int):
-    self.count = 0
+    self.count = 0  # rows so far
     self.mean = np.zeros(dimensions)
     self._scatter = np.zeros((dimensions, dimensions))
 
   def update(self, rows: np.ndarray) -> None:
-    """Adds rows [n, d].
-
-    Raises:
-      FloatingPointError: values that are not finite.
-    """
+    """Adds rows [n, d]; raises FloatingPointError unless they are finite."""
     rows = np.asarray(rows, np.float64)
     if not len(rows):
       return
@@ -43,11 +35,7 @@ class Moments:
 
   @property
   def covariance(self) -> np.ndarray:
-    """Float64 [d, d], unbiased.
-
-    Raises:
-      ValueError: fewer than two rows.
-    """
+    """Float64 [d, d], unbiased; raises UserError for fewer than two rows."""
     if self.count < 2:
       raise errors.UserError(
         f"a Frechet distance needs at least 2 images, not {self.count}"

@@ -24,11 +24,7 @@ class Tiles(NamedTuple):
   def create(
     cls, tile: int | None, stride: int | None, spatial_compression: int
   ) -> "Tiles":
-    """From sides in pixels.
-
-    Raises:
-      ValueError: not multiples of the compression, or tiles with gaps.
-    """
+    """From sides in pixels; raises UserError for tiles that cannot be."""
     if tile is None:
       if stride is not None:
         raise errors.UserError(f"stride={stride} needs tile=")
@@ -47,9 +43,7 @@ class Tiles(NamedTuple):
     if stride is None:
       return cls(size, max(size * 3 // 4, 1))
     if stride > tile:
-      raise errors.UserError(
-        f"stride={stride} is above tile={tile}: gaps between"
-      )
+      raise errors.UserError(f"stride={stride} is above tile={tile}")
     return cls(size, stride // spatial_compression)
 
   def apply(
@@ -59,14 +53,11 @@ class Tiles(NamedTuple):
     source_unit: int,
     result_unit: int,
   ) -> jax.Array:
-    """`f` of `x`, in tiles where `x` is larger than one.
+    """`f` of `x`, in tiles if `x` is larger than one.
 
-    Args:
-      f: from [b, h * source_unit, w * source_unit, c] to
-        [b, h * result_unit, w * result_unit, d].
-      x: [b, H, W, c]; only a tile of it is on the device at a time.
-      source_unit: pixels of `x` for each latent position.
-      result_unit: the same of the result.
+    `f` goes from [b, h * source_unit, w * source_unit, c] to
+    [b, h * result_unit, w * result_unit, d]; one side of the two is in pixels,
+    the other in latent positions. Only a tile is on the device at a time.
     """
     grid = [side // source_unit for side in x.shape[1:3]]
     if not self.size or max(grid) <= self.size:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, UInt8
 
 from dcae_jax.autoencoder import losses, phases, quantisation
 from dcae_jax.training import freezing
@@ -23,16 +23,13 @@ from dcae_jax.training import state as state_lib
 Tree = Any
 Metrics = dict[str, Array]
 _SAMPLES = 2  # what the seed is for; 0 and 1 are initial values
-LAST_LAYER = ("decoder", "project_out", "conv", "kernel")
 
 
 @dataclasses.dataclass(frozen=True)
 class Perceptual:
   """LPIPS, or another distance of images.
 
-  Attributes:
-    distance: `(parameters, images, others) -> distances [b]`.
-    weight: of its mean in the loss.
+  The loss has the mean of `distance(parameters, images, others) -> [b]`.
   """
 
   distance: Callable[[Tree, Array, Array], Array]
@@ -58,33 +55,17 @@ class Adversarial:
   adaptive: bool
   start_step: int
 
-  def generator_loss(
-    self, reconstructions: Array, discriminator: Tree
-  ) -> Float[Array, ""]:
-    logits = self.discriminate(discriminator, reconstructions)
-    return losses.hinge_generator(logits)
-
-  def discriminator_loss(
-    self, discriminator: Tree, reconstructions: Array, images: Array
-  ) -> Float[Array, ""]:
-    return losses.hinge_discriminator(
-      self.discriminate(discriminator, images),
-      self.discriminate(discriminator, reconstructions),
-    )
-
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by `jax.jit`
 class TrainStep:
   """The step `(state, images, perceptual_parameters) -> (state, metrics)`.
 
-  `images` are uint8 [b, h, w, c]; metrics are float32 scalars.
+  Metrics are float32 scalars.
 
   Attributes:
     reconstruct: `(variables, images, key)` to reconstructions and the KL
       divergence of each image, None where latents are not sampled; with
       `mutable=["batch_stats"]`, that and the variables that moved.
-    phase: of the training.
-    learning: how the parameters do.
     perceptual: besides L1, or None.
     adversarial: of phase 3, else None.
     kl_weight: of the mean divergence.
@@ -147,9 +128,8 @@ class TrainStep:
       return batch_stats, (gradients, metrics)
 
     def add(carry, next_part):
-      batch_stats, sums = carry
-      batch_stats, terms = part(batch_stats, *next_part)
-      return (batch_stats, jax.tree.map(jnp.add, sums, terms)), None
+      batch_stats, terms = part(carry[0], *next_part)
+      return (batch_stats, jax.tree.map(jnp.add, carry[1], terms)), None
 
     first = part(state.batch_stats, parts[0], 0)
     others = (parts[1:], jnp.arange(1, self.grad_accum_steps))
@@ -218,9 +198,17 @@ class TrainStep:
       and the discriminator's gradient.
     """
     gan = self.adversarial
-    loss, gan_cotangent = jax.value_and_grad(
-      lambda outputs: gan.generator_loss(outputs[0], state.discriminator)
-    )(outputs)
+
+    def generator_loss(outputs):
+      logits = gan.discriminate(state.discriminator, outputs[0])
+      return losses.hinge_generator(logits)
+
+    def discriminator_loss(discriminator, reconstructions, images):
+      real = gan.discriminate(discriminator, images)
+      fake = gan.discriminate(discriminator, reconstructions)
+      return losses.hinge_discriminator(real, fake)
+
+    loss, gan_cotangent = jax.value_and_grad(generator_loss)(outputs)
     metrics = {"loss/generator": loss}
     weight = jnp.float32(gan.weight)
     if gan.adaptive:
@@ -234,7 +222,7 @@ class TrainStep:
       lambda a, b: a + weight * b, cotangent, gan_cotangent
     )
     metrics["loss/discriminator"], gradient = jax.value_and_grad(
-      gan.discriminator_loss
+      discriminator_loss
     )(state.discriminator, jax.lax.stop_gradient(outputs[0]), images)
     return cotangent, weight * loss, metrics, gradient
 
@@ -244,12 +232,10 @@ def reconstruct_with(
   samples_latents: bool = False,
   gather: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[..., Any]:
-  """`TrainStep.reconstruct` of a network.
+  """`TrainStep.reconstruct` from a network's `apply`.
 
-  Args:
-    apply: of the network.
-    samples_latents: it has `reconstruct_sample(images, key)`.
-    gather: of parameters that are split over devices (`sharding.gather`).
+  With `samples_latents` it has the method `reconstruct_sample(images, key)`.
+  `gather` is for parameters that are split over devices (`sharding.gather`).
   """
 
   def reconstruct(variables, images, key, **mutable):
@@ -269,6 +255,4 @@ def reconstruct_with(
 
 def last_layer(tree: Tree) -> Any:
   """The leaf of the decoder's last convolution."""
-  for key in LAST_LAYER:
-    tree = tree[key]
-  return tree
+  return tree["decoder"]["project_out"]["conv"]["kernel"]

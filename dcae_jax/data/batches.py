@@ -5,6 +5,7 @@ any number of loader processes.
 """
 
 import ctypes
+import dataclasses
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,22 +15,35 @@ import grain
 import numpy as np
 from absl import flags
 
-from dcae_jax import errors
-
 Batch = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How a process reads its share of the data.
+
+  Attributes:
+    batch_size: of this process.
+    process_index: of this process.
+    process_count: processes that share the data.
+    workers: loader processes; 0 loads in threads of this one.
+    threads: loader threads, in each process.
+  """
+
+  batch_size: int
+  process_index: int = 0
+  process_count: int = 1
+  workers: int = 0
+  threads: int = 4
+
+
 class Batches:
-  """A checkpointable iterator; its workers start with the first batch."""
+  """A checkpointable iterator over the batches of this process.
+
+  Its workers, as in `Reading`, start with the first batch.
+  """
 
   def __init__(self, dataset: grain.MapDataset, *, workers: int, threads: int):
-    """Describes the iterator.
-
-    Args:
-      dataset: of the batches of this process.
-      workers: loader processes; 0 loads in threads of this one.
-      threads: loader threads, in each process.
-    """
     self._dataset = dataset
     self._options = grain.ReadOptions(
       num_threads=threads, prefetch_buffer_size=max(threads, 2)
@@ -61,8 +75,6 @@ class Batches:
     return {"next_batch": self._next_batch}
 
   def set_state(self, state: dict[str, int]) -> None:
-    if not state["next_batch"] >= 0:
-      raise errors.UserError(f"next_batch={state['next_batch']} is below 0")
     self.close()
     self._next_batch = state["next_batch"]
 

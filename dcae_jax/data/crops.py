@@ -44,10 +44,7 @@ def random_crop(
 
 
 def random_resized_crop(
-  image: Image.Image,
-  size: int,
-  rng: np.random.Generator,
-  min_area: float,
+  image: Image.Image, size: int, rng: np.random.Generator, min_area: float
 ) -> Image.Image:
   """A random part of the image, resized to a square.
 
@@ -65,7 +62,5 @@ def random_resized_crop(
     w = h = min(width, height)
   left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
   return image.resize(
-    (size, size),
-    Image.Resampling.BICUBIC,
-    box=(left, top, left + w, top + h),
+    (size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)
   )

@@ -5,6 +5,7 @@ with an exception; sizes are read from the header first, so that a decompression
 bomb is never unpacked.
 """
 
+import dataclasses
 import io
 import math
 
@@ -19,12 +20,29 @@ _MAX_ASPECT = 50  # crops enlarge to the shorter side: a strip would explode
 _MODES = {1: "L", 3: "RGB"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """How files become images.
+
+  Attributes:
+    channels: 1 or 3.
+    min_size: smallest allowed side, in pixels.
+    max_megapixels: largest allowed size.
+    shorter_side: larger images are reduced to it (antialiased); 0: never.
+  """
+
+  channels: int = 3
+  min_size: int = 0
+  max_megapixels: float = 89.0
+  shorter_side: int = 0
+
+
 class TooSmallError(Exception):
   """An image below the minimum size: left out on purpose, not an error."""
 
 
 def check_channels(channels: int) -> None:
-  """Raises ValueError unless images can be decoded to that many channels."""
+  """Raises UserError unless images can be decoded to that many channels."""
   if channels not in _MODES:
     raise errors.UserError(
       f"image files can be read with 1 (grey) or 3 (RGB) channels, "
@@ -32,44 +50,26 @@ def check_channels(channels: int) -> None:
     )
 
 
-def decode(
-  encoded: bytes,
-  *,
-  channels: int = 3,
-  min_size: int = 0,
-  max_megapixels: float = 89.0,
-  shorter_side: int = 0,
-) -> Image.Image:
-  """Decodes an image as a viewer would show it.
+def decode(encoded: bytes, decoding: Decoding) -> Image.Image:
+  """Decodes a whole file as a viewer would show it.
 
   The first frame of an animation; EXIF orientation applied; colours converted
   from the file's profile to sRGB; alpha composited over white; 16 bits scaled
-  to 8; CMYK and palettes converted.
-
-  Args:
-    encoded: a whole file.
-    channels: 1 or 3.
-    min_size: smallest allowed side, in pixels.
-    max_megapixels: largest allowed size.
-    shorter_side: larger images are reduced to it (antialiased); 0: never.
-
-  Raises:
-    TooSmallError: a side is below `min_size`.
-    Exception: of any other kind, for anything that cannot be decoded.
+  to 8; CMYK and palettes converted. Raises TooSmallError for a side below
+  `min_size`, and any other exception for what cannot be decoded.
   """
-  Image.MAX_IMAGE_PIXELS = (
-    None  # the limit below is stricter: nothing is loaded
-  )
+  Image.MAX_IMAGE_PIXELS = None  # the limit below is stricter
   try:
     image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
   except UnidentifiedImageError:
     raise errors.UserError(f"no image ({', '.join(_FORMATS)})") from None
   width, height = image.size
-  if min(width, height) < min_size:
+  if min(width, height) < decoding.min_size:
     raise TooSmallError(f"{width}x{height}")
-  if width * height > max_megapixels * 1e6:
+  most, shorter_side = decoding.max_megapixels, decoding.shorter_side
+  if width * height > most * 1e6:
     raise errors.UserError(
-      f"{width}x{height} pixels are more than {max_megapixels} megapixels"
+      f"{width}x{height} pixels are more than {most} megapixels"
     )
   if max(width, height) > _MAX_ASPECT * min(width, height):
     raise errors.UserError(
@@ -81,7 +81,7 @@ def decode(
     image.draft(None, draft)  # decodes at a power of two above that size
   image.load()
   image = _to_srgb(ImageOps.exif_transpose(image))
-  image = _to_mode(image, _MODES[channels])
+  image = _to_mode(image, _MODES[decoding.channels])
   if shorter_side and min(image.size) > shorter_side:
     image = crops.resize_shorter_side(image, shorter_side)
   return image

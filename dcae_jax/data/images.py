@@ -23,6 +23,8 @@ from dcae_jax import errors
 from dcae_jax.data import batches, crops, sources
 from dcae_jax.data import decoding as image_decoding
 
+Decoding = image_decoding.Decoding
+
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 10_000  # replacements in a row, before giving up
 
@@ -31,16 +33,6 @@ EVALUATION_CROP = (
   "dm_crop: halved by boxes while twice too large, then bicubic to the shorter "
   "side, central square"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-  """How files become images; its fields are those of `decoding.decode`."""
-
-  channels: int = 3
-  min_size: int = 0
-  max_megapixels: float = 89.0
-  shorter_side: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +59,7 @@ class Cropping:
 
 
 class UnusableError(Exception):
-  """A file that cannot be read, now and later, or no image."""
+  """A file that cannot be read, now and later, or is no image."""
 
 
 # Of files that cannot be read later, either.
@@ -79,9 +71,8 @@ _UNUSABLE = (
 def read_record(source: sources.Source, index: int) -> sources.Record:
   """A file as it is.
 
-  Raises:
-    UnusableError: the file must not be read, or is a link to nothing.
-    Exception: of any other kind, where it cannot be read now, or is gone.
+  Raises UnusableError if it must not be read, or is a link to nothing, and any
+  other exception if it cannot be read now, or is gone.
   """
   try:
     return source[index]
@@ -102,13 +93,11 @@ def open_image(
   Raises:
     decoding.TooSmallError: it is left out on purpose.
     UnusableError: the image is at fault, now and later.
-    Exception: of any other kind, where it could not be read: a network, a disk.
+    Exception: any other, of a network or a disk.
   """
   record = read_record(source, index)
   try:
-    image = image_decoding.decode(
-      record.encoded, **dataclasses.asdict(decoding)
-    )
+    image = image_decoding.decode(record.encoded, decoding)
   except (image_decoding.TooSmallError, MemoryError):
     raise
   except Exception as error:  # Pillow raises anything
@@ -172,10 +161,7 @@ class Skipped:
 
 
 class _Load:
-  """Index to cropped image: reads, decodes, crops, flips.
-
-  `cache_megabytes` of decoded images are kept in memory, in each worker.
-  """
+  """Index to cropped image; each worker keeps a cache of decoded ones."""
 
   def __init__(
     self,
@@ -188,22 +174,17 @@ class _Load:
     self._source, self._decoding = source, decoding
     self._cropping, self._skipped = cropping, skipped
     self._cache, self._room = {}, cache_megabytes * 1e6
-    self._unusable = set()
 
   def decode(self, index: int):
     """(image, label), or None for one that is too small or not decodable."""
     if index in self._cache:
       return self._cache[index]
-    if index in self._unusable:
-      return None
     try:
       image, label = open_image(self._source, index, self._decoding)
-    except image_decoding.TooSmallError:
-      self._unusable.add(index)
-      return None
     except Exception as error:  # also what storage refuses
-      self._unusable.add(index)
-      self._skipped.add(self._source.name(index), error)
+      if not isinstance(error, image_decoding.TooSmallError):
+        self._skipped.add(self._source.name(index), error)
+      self._cache[index] = None
       return None
     size = image.width * image.height * len(image.getbands())
     if size <= self._room:
@@ -214,9 +195,9 @@ class _Load:
   def random(self, index: int, rng: np.random.Generator) -> batches.Batch:
     """Training: a bad image is replaced by a random other one."""
     for _ in range(_ATTEMPTS):
-      found = self.decode(index)
-      if found is not None:
-        image, label = found
+      decoded = self.decode(index)
+      if decoded is not None:
+        image, label = decoded
         pixels = crop(image, self._cropping, rng)
         return {"images": pixels, "labels": np.int32(label)}
       index = int(rng.integers(len(self._source)))
@@ -227,35 +208,28 @@ class _Load:
 
   def fixed(self, index: int) -> batches.Batch:
     """Evaluation: a bad image, or an index past the end, is masked."""
-    found = self.decode(index) if index < len(self._source) else None
-    if found is None:
-      shape = (
-        self._cropping.size,
-        self._cropping.size,
-        self._decoding.channels,
-      )
-      pixels, label = np.zeros(shape, np.uint8), -1
+    decoded = self.decode(index) if index < len(self._source) else None
+    if decoded is None:
+      size = self._cropping.size
+      pixels = np.zeros((size, size, self._decoding.channels), np.uint8)
+      label = -1
     else:
-      pixels, label = crop(found[0], self._cropping, None), found[1]
+      image, label = decoded
+      pixels = crop(image, self._cropping, None)
     return {
       "images": pixels,
       "labels": np.int32(label),
-      "mask": np.bool_(found is not None),
+      "mask": np.bool_(decoded is not None),
       "indices": np.int32(index),
     }
 
 
 def check_not_empty(source: sources.Source, decoding: Decoding) -> None:
-  """Finds one usable image.
-
-  Raises:
-    ValueError: there is none; with the reasons.
-  """
+  """Raises UserError, with reasons, unless there is a usable image."""
   reasons = []
   for index in range(len(source)):
     try:
-      encoded = source[index].encoded
-      image_decoding.decode(encoded, **dataclasses.asdict(decoding))
+      image_decoding.decode(source[index].encoded, decoding)
       return
     except Exception as error:
       if len(reasons) < 3:
@@ -277,13 +251,9 @@ class TrainingImages(batches.Batches):
     weighted_sources: list[tuple[sources.Source, float]],
     decoding: Decoding,
     cropping: Cropping,
+    reading: batches.Reading,
     *,
-    batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    workers: int = 0,
-    threads: int = 4,
     cache_megabytes: float = 0,
   ):
     """Describes the pipeline; nothing starts before the first batch.
@@ -292,13 +262,9 @@ class TrainingImages(batches.Batches):
       weighted_sources: with the weights of their mixture.
       decoding: of the files.
       cropping: of the images.
-      batch_size: of this process.
+      reading: of this process.
       seed: of order, crops and flips.
-      process_index: of this process.
-      process_count: processes that share the data.
-      workers: loader processes; 0 loads in threads of this one.
-      threads: loader threads, in each process.
-      cache_megabytes: of decoded images to keep, a process and source.
+      cache_megabytes: of decoded images, kept for each worker and source.
     """
     self.skipped = Skipped()
     members = []
@@ -315,39 +281,37 @@ class TrainingImages(batches.Batches):
     if len(members) > 1:
       weights = [weight for _, weight in weighted_sources]
       dataset = grain.MapDataset.mix(members, weights)
-    dataset = dataset[process_index::process_count].batch(
-      batch_size, drop_remainder=True
+    dataset = dataset[reading.process_index :: reading.process_count].batch(
+      reading.batch_size, drop_remainder=True
     )
-    super().__init__(dataset, workers=workers, threads=threads)
+    super().__init__(dataset, workers=reading.workers, threads=reading.threads)
 
 
 def evaluation_batches(
   source: sources.Source,
   decoding: Decoding,
   size: int,
+  reading: batches.Reading,
   *,
-  batch_size: int,
   max_images: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
-  threads: int = 4,
   skipped: Skipped,
 ) -> Iterator[batches.Batch]:
   """Centre crops (`crops.dm_crop`) in order, with a mask and indices.
 
-  Every process yields the same number of whole batches; `mask` is False where
-  an image is missing or not usable. `max_images` of 0 means all.
+  Every process yields the same number of whole batches, in its own threads;
+  `mask` is False for an image that is missing or not usable. `max_images` of 0
+  means all.
   """
   total = sources.limited(source, max_images)
-  count = -(-total // (batch_size * process_count))
+  at_once = reading.batch_size * reading.process_count
   load = _Load(source, decoding, Cropping("dm_crop", size), skipped)
-  indices = np.arange(count * batch_size * process_count)
-  indices = np.where(indices < total, indices, len(source))
+  indices = np.arange(-(-total // at_once) * at_once)
+  indices = np.where(indices < total, indices, len(source)).tolist()
+  threads = reading.threads
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-  dataset = (
-    grain.MapDataset.source([int(index) for index in indices])
-    .map(load.fixed)[process_index::process_count]
-    .batch(batch_size)
+  yield from (
+    grain.MapDataset.source(indices)
+    .map(load.fixed)[reading.process_index :: reading.process_count]
+    .batch(reading.batch_size)
     .to_iter_dataset(options)
   )
-  yield from dataset

@@ -22,10 +22,8 @@ from jaxtyping import Array, Float
 from dcae_jax.nn import cpu_convolution
 
 _LARGEST_PATCH_GRID = 64  # positions; beyond, lax.conv is faster on a CPU too
-# With fewer, lax.conv was measured as fast, or faster: with its gradients, a
-# batch of 16 images of 16x16 positions and 64 channels takes 6 ms instead of
-# 16, one of 32x32 positions and 24 channels 7 ms instead of 9. The size of the
-# batch has no say, so that latents do not depend on the number of devices.
+# With fewer, lax.conv was measured as fast, or faster. The size of the batch
+# has no say, so that latents do not depend on the number of devices.
 _FEWEST_WINOGRAD_CHANNELS = 16
 _FEWEST_WINOGRAD_PRODUCTS = 24 * 24  # of input and output channels
 
@@ -117,10 +115,13 @@ def convolution(
 ) -> Float[Array, "b h2 w2 e"]:
   """Convolves with zero padding; `d = c / groups`.
 
-  `padding` stands before and behind both axes; None: `k // 2` on each side.
+  `padding` is before and behind both axes; None: `k // 2` on each side.
   """
   size = kernel.shape[0]
-  dense = stride == 1 and groups == 1 and padding is None
+  keeps_size = stride == 1 and padding is None
+  if keeps_size and 1 < groups == x.shape[-1] == kernel.shape[-1]:
+    return _depthwise(x, kernel)
+  dense = keeps_size and groups == 1
   if dense and (size == 1 or math.prod(x.shape[1:3]) <= _LARGEST_PATCH_GRID):
     return _as_product(x, kernel)
   if dense and _suits_winograd(x, kernel):
@@ -139,11 +140,6 @@ def bias_init(fan_in: int) -> Callable:
   return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
-def _add_bias(y: Array, bias: Array) -> Array:
-  """In float32: its gradient sums over all positions of the batch."""
-  return (y.astype(jnp.float32) + bias[None, None, None]).astype(y.dtype)
-
-
 class Conv(nn.Module):
   """Convolution with zero padding.
 
@@ -151,7 +147,7 @@ class Conv(nn.Module):
     channels: of the output.
     size: of the kernel, odd.
     stride: 1 or 2.
-    groups: of channels that do not mix.
+    groups: of channels that do not mix; as many as channels: depthwise.
     padding: zeros before and behind both axes; None: `size // 2` on each side.
     use_bias: add a bias.
     dtype: of the computation; parameters are float32.
@@ -179,31 +175,6 @@ class Conv(nn.Module):
     if self.use_bias:
       init = bias_init(math.prod(shape[:3]))
       bias = self.param("bias", init, (self.channels,), jnp.float32)
-      y = _add_bias(y, bias)
-    return y
-
-
-class DepthwiseConv(nn.Module):
-  """Convolution of each channel alone, zero padding of `size // 2`.
-
-  Attributes:
-    size: of the kernel, odd.
-    use_bias: add a bias.
-    dtype: of the computation; parameters are float32.
-  """
-
-  size: int = 3
-  use_bias: bool = True
-  dtype: DTypeLike = "float32"
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    channels = x.shape[-1]
-    shape = (self.size, self.size, 1, channels)
-    kernel = self.param("kernel", kernel_init, shape, jnp.float32)
-    y = depthwise_convolution(x.astype(self.dtype), kernel.astype(self.dtype))
-    if self.use_bias:
-      init = bias_init(self.size * self.size)
-      bias = self.param("bias", init, (channels,), jnp.float32)
-      y = _add_bias(y, bias)
+      # In float32: its gradient sums over all positions of the batch.
+      y = (y.astype(jnp.float32) + bias[None, None, None]).astype(y.dtype)
     return y

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 EPSILON = 1e-5
 GROUP_EPSILON = 1e-6
+_MOMENTUM = 0.9  # weight of the old running statistics of batch norm
 
 
 class RMSNorm(nn.Module):
@@ -28,9 +29,8 @@ class RMSNorm(nn.Module):
     y = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(mean_square + EPSILON)
-    return (y * scale[None, None, None] + bias[None, None, None]).astype(
-      x.dtype
-    )
+    y = y * scale[None, None, None] + bias[None, None, None]
+    return y.astype(x.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -41,12 +41,7 @@ class BatchNorm(nn.Module):
   running statistics normalise. As in the models' original framework, and unlike
   `flax.linen.BatchNorm`, the running variance is the unbiased estimate.
   Statistics are over the global batch wherever it is sharded.
-
-  Attributes:
-    momentum: weight of the old running statistics in an update.
   """
-
-  momentum: float = 0.9
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -68,7 +63,7 @@ class BatchNorm(nn.Module):
       if not self.is_initializing():
         count = y.size // channels
         unbiased = variance * (count / max(count - 1, 1))
-        keep, move = self.momentum, 1 - self.momentum
+        keep, move = _MOMENTUM, 1 - _MOMENTUM
         running_mean.value = keep * running_mean.value + move * mean
         running_variance.value = keep * running_variance.value + move * unbiased
     else:
@@ -80,13 +75,9 @@ class BatchNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-  """Normalises groups of consecutive channels over each whole image.
+  """Normalises groups of consecutive channels over each whole image."""
 
-  Attributes:
-    groups: a divisor of the channels.
-  """
-
-  groups: int
+  groups: int  # a divisor of the channels
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -7,7 +7,7 @@ from dcae_jax import errors
 
 
 def check_dtype(dtype: DTypeLike) -> None:
-  """Raises ValueError for numbers that layers do not compute with."""
+  """Raises UserError for numbers that layers do not compute with."""
   known = ("float32", "bfloat16")  # float16 would overflow in attention
   try:
     name = jnp.dtype(dtype).name

@@ -22,14 +22,13 @@ MLP_RATIO = 4
 
 
 def check_sizes(depth: int, hidden: int, heads: int, divisor: int) -> None:
-  """Raises ValueError for a transformer that cannot be.
+  """Raises UserError for a transformer that cannot be.
 
   `divisor` is what sines and cosines need `hidden` to be a multiple of.
   """
   if heads < 1 or hidden < 1 or hidden % heads:
     raise errors.UserError(
-      f"hidden={hidden} is not divisible by heads={heads}: each head owns "
-      "as many channels of a token; change one of them"
+      f"hidden={hidden} is not divisible by heads={heads}; change one of them"
     )
   if hidden % divisor:
     below = hidden // divisor * divisor
@@ -38,9 +37,7 @@ def check_sizes(depth: int, hidden: int, heads: int, divisor: int) -> None:
       f"cosines need it; use {below} or {below + divisor}"
     )
   if depth < 1:
-    raise errors.UserError(
-      f"depth={depth} is below 1, the least number of blocks"
-    )
+    raise errors.UserError(f"depth={depth} is below 1, the fewest blocks")
 
 
 def time_features(t: Float[Array, " b"], features: int) -> Float[Array, "b d"]:
@@ -106,16 +103,7 @@ def normalized(
 
 
 class Linear(nn.Module):
-  """A linear layer.
-
-  Attributes:
-    features: of the output.
-    use_bias: add a bias, in float32: its gradient sums over all tokens of the
-      batch.
-    kernel_init: of the kernel `[in, out]`.
-    bias_init: of the bias.
-    dtype: of the multiplication and of the output; parameters are float32.
-  """
+  """A linear layer; parameters, and the sum with the bias, are float32."""
 
   features: int
   use_bias: bool = True
@@ -132,18 +120,14 @@ class Linear(nn.Module):
     # Tokens of all images as rows of one matrix: twice as fast on the CPU.
     rows = x.reshape(-1, channels).astype(self.dtype)
     y = jnp.dot(rows, kernel.astype(self.dtype))
-    if self.use_bias:
+    if self.use_bias:  # in float32: its gradient sums over all tokens
       bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
       y = (y.astype(jnp.float32) + bias[None]).astype(self.dtype)
     return y.reshape(*x.shape[:-1], self.features)
 
 
 class LayerNorm(nn.Module):
-  """`normalized`, then a scale and a bias for each channel.
-
-  Attributes:
-    epsilon: added to the variance.
-  """
+  """`normalized`, then a scale and a bias for each channel."""
 
   epsilon: float
 
@@ -158,11 +142,7 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
   """Multi-head self-attention; the projection holds q, k, v one after another.
 
-  Attributes:
-    heads: a divisor of the channels.
-    qkv_bias: the projection to q, k, v has a bias; that of the result has.
-    kernel_init: of both.
-    dtype: of both; see `attention` for what is between them.
+  The projection of the result has a bias; that to q, k, v may have one.
   """
 
   heads: int
@@ -190,15 +170,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-  """Two linear layers with a GELU between them, `MLP_RATIO` times as wide.
+  """Two linear layers with a GELU between them, `MLP_RATIO` times as wide."""
 
-  Attributes:
-    approximate: GELU by its tanh formula.
-    kernel_init: of both layers.
-    dtype: of the computation.
-  """
-
-  approximate: bool
+  approximate: bool  # GELU by its tanh formula
   kernel_init: nn.initializers.Initializer
   dtype: DTypeLike
 
@@ -220,7 +194,7 @@ def block_macs(tokens: int, hidden: int) -> int:
 def check_latents(
   z: Float[Array, "b h w c"], channels: int, patch_size: int
 ) -> None:
-  """Raises ValueError for latents that do not make whole patches."""
+  """Raises UserError for latents that do not make whole patches."""
   if z.shape[-1] != channels:
     raise errors.UserError(
       f"latents have {z.shape[-1]} channels; this model takes {channels}, the "

@@ -9,13 +9,10 @@ from dcae_jax import errors
 from dcae_jax.data import sources
 
 
-def weighted_sources(
-  config: ConfigDict,
-) -> list[tuple[sources.Source, float]]:
+def weighted_sources(config: ConfigDict) -> list[tuple[sources.Source, float]]:
   """The members of a source config, with their weights.
 
-  Raises:
-    ValueError: an unknown kind, or a source that does not exist.
+  Raises UserError for an unknown kind, or a source that does not exist.
   """
   if config.kind == "mixture":
     members = list(config.members.values())
@@ -40,8 +37,7 @@ def weighted_sources(
 def whole(config: ConfigDict) -> sources.Source:
   """The source of a kind, all of it.
 
-  Raises:
-    ValueError: an unknown kind, or a source that does not exist.
+  Raises UserError for an unknown kind, or a source that does not exist.
   """
   if config.kind not in sources.KINDS:
     raise errors.UserError(
@@ -49,9 +45,13 @@ def whole(config: ConfigDict) -> sources.Source:
       f"{', '.join(sources.KINDS)}, mixture"
     )
   open_ = sources.KINDS[config.kind]
-  return open_(
-    **{key: config[key] for key in inspect.signature(open_).parameters}
-  )
+  needed = list(inspect.signature(open_).parameters)
+  if missing := [key for key in needed if key not in config]:
+    raise errors.UserError(
+      f"source kind {config.kind!r} needs {', '.join(missing)}, not among the "
+      f"keys of a source: {', '.join(config)}"
+    )
+  return open_(**{key: config[key] for key in needed})
 
 
 def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.data import images, sources
+from dcae_jax.data import batches, images, sources
 from dcae_jax.evaluation import reconstruction
 from dcae_jax.setup import metric_networks
 from dcae_jax.training import sharding
@@ -49,19 +49,22 @@ class EvaluationImages:
     batch_size = -(-min(config.batch_size, self.total) // ways) * ways
     self.skipped = images.Skipped()
     self._source, self._decoding, self._mesh = source, decoding, mesh
-    self._reading = {
-      "batch_size": batch_size // jax.process_count(),
-      "max_images": config.max_images,
-      "process_index": jax.process_index(),
-      "process_count": jax.process_count(),
-      "threads": threads,
-      "skipped": self.skipped,
-    }
+    self._reading = batches.Reading(
+      batch_size // jax.process_count(),
+      jax.process_index(),
+      jax.process_count(),
+      threads=threads,
+    )
 
   def batches(self, resolution: int) -> Iterator[reconstruction.Batch]:
     """All images, in order, as squares of that side."""
     for batch in images.evaluation_batches(
-      self._source, self._decoding, resolution, **self._reading
+      self._source,
+      self._decoding,
+      resolution,
+      self._reading,
+      max_images=self.total,
+      skipped=self.skipped,
     ):
       images_of_batch = sharding.put_images(batch.pop("images"), self._mesh)
       rows = sharding.put_rows(batch, self._mesh)

@@ -37,29 +37,27 @@ class Identity(NamedTuple):
 
 def identity(model: Mapping[str, Any]) -> Identity:
   """Of the model's part of a config, with the architecture in whole."""
-  found = Identity(*(model[key] for key in Identity._fields))
   architecture = families.described(
-    found.variant, found.architecture, found.image_channels
+    model["variant"], model["architecture"], model["image_channels"]
   )
-  return found._replace(architecture=architecture)
+  whole = {**model, "architecture": architecture}
+  return Identity(**{key: whole[key] for key in Identity._fields})
 
 
 def identity_of(source: str) -> Identity:
   """Of the model of a run, or of released weights.
 
-  Raises:
-    ValueError: `source` is neither, or what it holds is damaged.
+  Raises UserError if `source` is neither, or damaged.
   """
   if work_directory.is_run(source):
     return identity(work_directory.read_run_config(source)["model"])
-  found = released.find(source)
+  weights = released.find(source)
+  architecture, channels = weights.architecture, weights.image_channels
   return Identity(
-    families.name_of(found.architecture),
-    found.image_channels,
+    families.name_of(architecture),
+    channels,
     residual_autoencoding=True,
-    architecture=families.to_config(
-      found.architecture, found.image_channels, 1.0
-    ),
+    architecture=families.to_config(architecture, channels, 1.0),
   )
 
 
@@ -73,12 +71,9 @@ def in_whole(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same(before: Identity, now: ConfigDict, name: str) -> None:
-  """Raises ValueError unless parameters of one model fit the other.
+  """Raises UserError unless parameters of a model fit `config.model` of now.
 
-  Args:
-    before: of the one.
-    now: `config.model` of the other.
-    name: of the one, for messages.
+  `name` is what messages call the model of before.
   """
   there = differences.flat(before._asdict())
   here = differences.flat(identity(keys.resolved(now))._asdict())
@@ -92,21 +87,14 @@ def check_same(before: Identity, now: ConfigDict, name: str) -> None:
 
 
 def variant_of(source: str) -> tuple[families.Architecture, int]:
-  """The architecture of a run or of released weights, and image channels.
-
-  Raises:
-    ValueError: `source` is neither, or what it holds is damaged.
-  """
+  """The architecture and image channels; see `identity_of`."""
   model = identity_of(source)
   variant = families.of_model(model.variant, model.architecture)
   return variant, model.image_channels
 
 
 def with_model(config: ConfigDict) -> ConfigDict:
-  """The config, with its model described in whole.
-
-  The model is that of `init_from` where it names none.
-  """
+  """The config with its model in whole: that of `init_from` if it has none."""
   if config.model.variant:
     model = identity(keys.resolved(config.model))
   elif config.init_from:
@@ -124,13 +112,13 @@ def with_model(config: ConfigDict) -> ConfigDict:
 
 
 def check_resolutions(resolutions: tuple[int, ...], config: ConfigDict) -> None:
-  """Raises ValueError for sides that cannot be encoded or evaluated."""
+  """Raises UserError for images that a model cannot encode or evaluate."""
   decoding.check_channels(config.image_channels)
   check_sides(resolutions, create(config).spatial_compression)
 
 
 def check_sides(resolutions: tuple[int, ...], compression: int) -> None:
-  """Raises ValueError for image sides that cannot be encoded or evaluated."""
+  """Raises UserError for image sides that cannot be encoded or evaluated."""
   for resolution in resolutions:
     if not isinstance(resolution, int):
       raise errors.UserError(f"image side {resolution!r} is not a whole number")

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.autoencoder import families
+from dcae_jax.data import batches as batches_lib
 from dcae_jax.data import images, sources
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.networks import lpips, pretrained
@@ -136,12 +137,14 @@ def _batches(config: ConfigDict, inputs: Inputs) -> images.TrainingImages:
     inputs.training,
     inputs.training_decoding,
     _cropping(config),
-    batch_size=config.batch_size // jax.process_count(),
+    batches_lib.Reading(
+      config.batch_size // jax.process_count(),
+      jax.process_index(),
+      jax.process_count(),
+      c.workers,
+      c.threads,
+    ),
     seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    workers=c.workers,
-    threads=c.threads,
     cache_megabytes=c.cache_megabytes,
   )
 

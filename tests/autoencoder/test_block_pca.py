@@ -7,7 +7,7 @@ import pytest
 from conftest import smooth_image
 
 from dcae_jax.autoencoder import block_pca
-from dcae_jax.data import images, sources
+from dcae_jax.data import batches, images, sources
 from dcae_jax.setup import floor
 
 
@@ -134,8 +134,7 @@ def test_the_floor_of_the_embedded_photographs():
       sources.embedded("validation"),
       images.Decoding(),
       side,
-      batch_size=8,
-      threads=1,
+      batches.Reading(8, threads=1),
       skipped=images.Skipped(),
     )
     x = batch["images"].astype(np.float64)

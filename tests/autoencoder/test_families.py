@@ -72,8 +72,11 @@ TOY = family.Family(
   source="this test",
   architecture=Toy,
   variants={"toy": Toy(4, 8), "toy-narrow": Toy(4, 6)},
-  create=lambda architecture, channels, p, options: network.Network(
-    architecture, Encoder(architecture), Decoder(architecture, channels), p
+  create=lambda architecture, channels, options: network.Network(
+    architecture,
+    Encoder(architecture),
+    Decoder(architecture, channels),
+    options,
   ),
   config_defaults=DEFAULTS,
   from_config=_from_config,

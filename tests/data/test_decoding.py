@@ -21,7 +21,7 @@ def _gradient(height=40, width=60):
 
 
 def _pixels(encoded, **options):
-  return np.asarray(decoding.decode(encoded, **options))
+  return np.asarray(decoding.decode(encoded, decoding.Decoding(**options)))
 
 
 def test_cmyk_palette_and_rgb_look_the_same():
@@ -116,32 +116,33 @@ def test_grey_channels():
 )
 def test_what_cannot_be_decoded_is_refused(encoded):
   with pytest.raises(Exception, match=r"\w"):
-    decoding.decode(encoded)
+    decoding.decode(encoded, decoding.Decoding())
 
 
 def test_decompression_bombs_are_refused_from_their_header():
   bomb = _encode(Image.new("1", (30_000, 30_000)))
   assert len(bomb) < 200_000
   with pytest.raises(ValueError, match="30000x30000 pixels are more than 89"):
-    decoding.decode(bomb)
+    decoding.decode(bomb, decoding.Decoding())
 
 
 def test_strips_that_would_explode_when_enlarged_are_refused():
   with pytest.raises(ValueError, match="5000x1 pixels are too narrow"):
-    decoding.decode(_encode(_gradient(1, 5000)))
+    decoding.decode(_encode(_gradient(1, 5000)), decoding.Decoding())
 
 
 def test_small_images_are_told_apart():
   with pytest.raises(decoding.TooSmallError):
-    decoding.decode(_encode(_gradient(40, 60)), min_size=41)
-  decoding.decode(_encode(_gradient(40, 60)), min_size=40)
+    decoding.decode(_encode(_gradient(40, 60)), decoding.Decoding(min_size=41))
+  decoding.decode(_encode(_gradient(40, 60)), decoding.Decoding(min_size=40))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_shorter_side_reduces_and_never_enlarges(kind):
   encoded = _encode(_gradient(400, 600), kind)
-  assert decoding.decode(encoded, shorter_side=100).size == (150, 100)
-  assert decoding.decode(encoded, shorter_side=500).size == (600, 400)
+  for side, size in ((100, (150, 100)), (500, (600, 400))):
+    how = decoding.Decoding(shorter_side=side)
+    assert decoding.decode(encoded, how).size == size
 
 
 def test_dm_crop_halves_then_resizes_then_crops_the_centre():

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import logging
@@ -6,15 +7,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcae_jax.data import crops, images, sources
+from dcae_jax.data import batches, crops, images, sources
 
 
 def _training(pairs, **changes):
-  options = {"batch_size": 4, "seed": 3, "threads": 2}
+  options = {"seed": 3}
+  reading = {"batch_size": 4, "threads": 2}
+  for key in [x.name for x in dataclasses.fields(batches.Reading)]:
+    if key in changes:
+      reading[key] = changes.pop(key)
   cropping = images.Cropping("random_resized_crop", 16, flip=True)
   decoding = changes.pop("decoding", images.Decoding())
   return images.TrainingImages(
-    pairs, decoding, changes.pop("cropping", cropping), **(options | changes)
+    pairs,
+    decoding,
+    changes.pop("cropping", cropping),
+    batches.Reading(**reading),
+    **(options | changes),
   )
 
 
@@ -155,9 +164,7 @@ def test_evaluation_is_in_order_and_masks_what_is_missing(damaged):
         damaged,
         images.Decoding(),
         32,
-        batch_size=2,
-        process_index=i,
-        process_count=2,
+        batches.Reading(2, process_index=i, process_count=2),
         skipped=skipped,
       )
     )
@@ -175,15 +182,15 @@ def test_evaluation_is_in_order_and_masks_what_is_missing(damaged):
 
 
 def test_evaluation_stops_at_max_images(folder):
-  batches = images.evaluation_batches(
+  found = images.evaluation_batches(
     folder,
     images.Decoding(),
     16,
-    batch_size=4,
+    batches.Reading(4),
     max_images=5,
     skipped=images.Skipped(),
   )
-  assert sum(int(batch["mask"].sum()) for batch in batches) == 5
+  assert sum(int(batch["mask"].sum()) for batch in found) == 5
 
 
 def test_unknown_crops_are_refused():

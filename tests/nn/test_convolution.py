@@ -156,7 +156,7 @@ def test_only_the_cpu_program_differs_from_lax_conv(f, kernel_shape):
   "module",
   [
     convolution.Conv(4, dtype="bfloat16"),
-    convolution.DepthwiseConv(dtype="bfloat16"),
+    convolution.Conv(4, groups=4, dtype="bfloat16"),
   ],
 )
 def test_bias_gradients_sum_in_float32_under_bfloat16(module):

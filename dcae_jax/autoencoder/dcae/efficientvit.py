@@ -15,6 +15,9 @@ from jaxtyping import Array, Float
 from dcae_jax.nn import convolution, normalization
 
 HEAD_DIM = 32
+_EXPANSION = (
+  4  # hidden channels of a GLUMBConv after the gate, over its input's
+)
 _EPSILON = 1e-15
 
 
@@ -59,7 +62,6 @@ class LinearAttention(nn.Module):
       projection over neighbours; each adds as many heads again.
     norm: of the output, a key of `normalization.NORMS`.
     head_dim: channels of a head.
-    dtype: of the projections.
   """
 
   scales: tuple[int, ...] = ()
@@ -73,18 +75,21 @@ class LinearAttention(nn.Module):
     heads = channels // self.head_dim
     inner = 3 * heads * self.head_dim
 
-    def project(name, channels, groups=1):
+    def conv(name, channels, size=1, groups=1):
       return convolution.Conv(
-        channels, 1, groups=groups, use_bias=False, dtype=self.dtype, name=name
+        channels,
+        size,
+        groups=groups,
+        use_bias=False,
+        dtype=self.dtype,
+        name=name,
       )
 
-    qkv = project("qkv", inner)(x)
+    qkv = conv("qkv", inner)(x)
     scales = [qkv]
     for i, size in enumerate(self.scales):
-      depthwise = convolution.DepthwiseConv(
-        size, use_bias=False, dtype=self.dtype, name=f"aggregate_{i}"
-      )
-      mix = project(f"aggregate_{i}_mix", inner, 3 * heads)
+      depthwise = conv(f"aggregate_{i}", inner, size, groups=inner)
+      mix = conv(f"aggregate_{i}_mix", inner, groups=3 * heads)
       scales.append(mix(depthwise(qkv)))
     q, k, v = rearrange(
       jnp.concatenate(scales, axis=-1),
@@ -94,27 +99,23 @@ class LinearAttention(nn.Module):
     )
     y = relu_linear_attention(q, k, v).astype(self.dtype)
     y = rearrange(y, "b h w n d -> b h w (n d)")
-    y = project("project", channels)(y)
+    y = conv("project", channels)(y)
     return normalization.NORMS[self.norm](name="norm")(y)
 
 
 class GLUMBConv(nn.Module):
-  """Inverted bottleneck with a depthwise convolution and a gated linear unit.
+  """Inverted bottleneck, depthwise convolution and gated linear unit."""
 
-  Attributes:
-    expansion: hidden channels after the gate, over input channels.
-    dtype: of the convolutions.
-  """
-
-  expansion: int = 4
   dtype: DTypeLike = "float32"
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     channels = x.shape[-1]
-    hidden = 2 * self.expansion * channels
+    hidden = 2 * _EXPANSION * channels
     inverted = convolution.Conv(hidden, 1, dtype=self.dtype, name="inverted")
-    depthwise = convolution.DepthwiseConv(dtype=self.dtype, name="depthwise")
+    depthwise = convolution.Conv(
+      hidden, groups=hidden, dtype=self.dtype, name="depthwise"
+    )
     point = convolution.Conv(
       channels, 1, use_bias=False, dtype=self.dtype, name="point"
     )
@@ -127,11 +128,7 @@ class GLUMBConv(nn.Module):
 class EfficientViTBlock(nn.Module):
   """Residual linear attention (context), then a residual GLUMBConv (local).
 
-  Attributes:
-    scales: of the attention.
-    norm: of the attention, a key of `normalization.NORMS`.
-    head_dim: of the attention.
-    dtype: of the computation; attention and norms are float32.
+  Its fields are those of `LinearAttention`.
   """
 
   scales: tuple[int, ...] = ()

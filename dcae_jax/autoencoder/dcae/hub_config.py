@@ -46,8 +46,7 @@ DEFAULTS = {
 def from_config(config: dict[str, Any]) -> tuple[variants.Architecture, int]:
   """The architecture and image channels of an AutoencoderDC `config.json`.
 
-  Raises:
-    ValueError: an unknown block, norm or activation, or lists that do not fit.
+  Raises UserError for unknown settings, or lists that do not fit.
   """
   c = DEFAULTS | config
   architecture = variants.Architecture(
@@ -80,11 +79,7 @@ def to_config(
   scaling_factor: float,
   shift_factor: float,
 ) -> dict[str, Any]:
-  """Inverse of `from_config`.
-
-  Raises:
-    ValueError: AutoencoderDC has no setting for it.
-  """
+  """The inverse; raises UserError if AutoencoderDC has no setting for it."""
   if shift_factor:
     raise errors.UserError(
       f"AutoencoderDC has no shift_factor, and this one is {shift_factor}; "
@@ -105,14 +100,14 @@ def to_config(
     "scaling_factor": scaling_factor,
   }
   for part in ("encoder", "decoder"):
-    found = getattr(architecture, part)
+    stages = getattr(architecture, part)
     columns = {
-      "block_types": [_BLOCK_TYPES[stage.block] for stage in found],
-      "block_out_channels": [stage.width for stage in found],
-      "layers_per_block": [stage.depth for stage in found],
-      "qkv_multiscales": [list(stage.scales) for stage in found],
-      "norm_types": [stage.norm for stage in found],
-      "act_fns": [_ACTIVATIONS.get(stage.activation) for stage in found],
+      "block_types": [_BLOCK_TYPES[stage.block] for stage in stages],
+      "block_out_channels": [stage.width for stage in stages],
+      "layers_per_block": [stage.depth for stage in stages],
+      "qkv_multiscales": [list(stage.scales) for stage in stages],
+      "norm_types": [stage.norm for stage in stages],
+      "act_fns": [_ACTIVATIONS.get(stage.activation) for stage in stages],
     }
     c |= {f"{part}_{name}": column for name, column in columns.items()}
   if plain(from_config(c)[0]) != plain(architecture):
@@ -142,26 +137,20 @@ def _plain_stage(stage: variants.Stage) -> variants.Stage:
 
 
 def _stages(c: dict[str, Any], part: str) -> tuple[variants.Stage, ...]:
-  widths = c[f"{part}_block_out_channels"]
-  if not isinstance(widths, list | tuple) or len(widths) < 2:
-    raise errors.UserError(
-      f"{part}_block_out_channels={widths!r} is not a list of two or more"
-    )
+  key = f"{part}_block_out_channels"
+  count = len(settings.listed(c[key], key, "two widths or more", 2))
 
   def of_stage(name: str, i: int) -> tuple[Any, str]:
     """The value, and what an error calls it."""
     values = c[f"{part}_{name}"]
     if isinstance(values, str) or values is None:
-      values = [values] * len(widths)
-    if not isinstance(values, list | tuple) or len(values) != len(widths):
-      raise errors.UserError(
-        f"{part}_{name}={values!r} does not have one value for each of the "
-        f"{len(widths)} stages of {part}_block_out_channels"
-      )
+      values = [values] * count
+    what = f"one value for each of the {count} stages of {key}"
+    settings.listed(values, f"{part}_{name}", what, count, count)
     return values[i], f"{part}_{name}[{i}]"
 
   stages = []
-  for i in range(len(widths)):
+  for i in range(count):
     activation, name = of_stage("act_fns", i)
     stage = variants.Stage(
       settings.whole(*of_stage("block_out_channels", i), 1),
@@ -177,8 +166,7 @@ def _stages(c: dict[str, Any], part: str) -> tuple[variants.Stage, ...]:
 
 
 def _scales(values: Any, name: str) -> tuple[int, ...]:
-  if not isinstance(values, list | tuple):
-    raise errors.UserError(f"{name}={values!r} is not a list of kernel sizes")
+  values = settings.listed(values, name, "kernel sizes", 0)
   return tuple(settings.whole(value, name, 1, 31) for value in values)
 
 

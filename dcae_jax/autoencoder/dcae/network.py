@@ -78,23 +78,19 @@ def _apply_blocks(
       x = create(name=name)(x)
     return x
   block = create(parent=None)
-  mutable = [
-    collection
-    for collection in module.variables
-    if module.is_mutable_collection(collection)
-  ]
+  mutable = list(filter(module.is_mutable_collection, module.variables))
   stacked = {
     collection: jax.tree.map(
-      lambda *leaves: jnp.stack(leaves), *(found[name] for name in names)
+      lambda *leaves: jnp.stack(leaves), *(blocks[name] for name in names)
     )
-    for collection, found in module.variables.items()
+    for collection, blocks in module.variables.items()
   }
   x, moved = jax.lax.scan(
     lambda x, variables: block.apply(variables, x, mutable=mutable), x, stacked
   )
-  for collection, found in moved.items():
+  for collection, blocks in moved.items():
     for i, name in enumerate(names):
-      one = jax.tree.map(lambda leaves, i=i: leaves[i], found)
+      one = jax.tree.map(lambda leaves, i=i: leaves[i], blocks)
       module.put_variable(collection, name, one)
   return x
 
@@ -145,10 +141,7 @@ class DecoderStage(nn.Module):
 class LatentProjection(nn.Module):
   """3x3 convolution between the deepest width and the latent channels.
 
-  Attributes:
-    channels: of the output.
-    shortcut: average (or duplicate) consecutive channels around it.
-    dtype: of the convolution.
+  `shortcut` averages (or duplicates) consecutive channels around it.
   """
 
   channels: int
@@ -168,12 +161,8 @@ class LatentProjection(nn.Module):
 class ImageProjection(nn.Module):
   """The decoder's head: norm, activation, convolution to the image.
 
-  Attributes:
-    channels: of the image.
-    upsample: by 2 as `residual_autoencoding.Upsample` does, its kind, or None.
-    activation: a key of `ACTIVATIONS`.
-
-  It computes in float32: rounding here would show in the image.
+  It may upsample by 2, by a kind of `residual_autoencoding.Upsample`. It
+  computes in float32: rounding here would show in the image.
   """
 
   channels: int
@@ -220,9 +209,8 @@ class Encoder(nn.Module):
     widths = [stage.width for stage in deeper] + [None]
     for i, (stage, width) in enumerate(zip(a.encoder, widths, strict=True)):
       if stage.depth:
-        x = EncoderStage(
-          stage, width, a.downsample, options, name=f"stage_{i}"
-        )(x)
+        name = f"stage_{i}"
+        x = EncoderStage(stage, width, a.downsample, options, name=name)(x)
     return LatentProjection(
       a.latent_channels,
       a.encoder_shortcut and options.residual_autoencoding,
@@ -249,13 +237,8 @@ class Decoder(nn.Module):
     )(z.astype(options.dtype))
     for i, stage in reversed(list(enumerate(a.decoder))):
       if stage.depth:
-        x = DecoderStage(
-          stage,
-          i + 1 == len(a.decoder),
-          a.upsample,
-          options,
-          name=f"stage_{i}",
-        )(x)
+        deepest, name = i + 1 == len(a.decoder), f"stage_{i}"
+        x = DecoderStage(stage, deepest, a.upsample, options, name=name)(x)
     return ImageProjection(
       self.image_channels,
       None if a.decoder[0].depth else a.upsample,
@@ -264,33 +247,27 @@ class Decoder(nn.Module):
     )(x)
 
 
-class DCAE(network.Network):
-  """A deep compression autoencoder."""
-
-
 def create(
   architecture: variants.Architecture,
   image_channels: int,
-  space_to_channel: int,
   options: network.Options,
-) -> DCAE:
-  """The module; ValueError for stages that do not fit together."""
+) -> network.Network:
+  """The module; raises UserError for stages that do not fit together."""
   variants.check_architecture(architecture)
-  return DCAE(
+  return network.Network(
     architecture,
     Encoder(architecture, options),
     Decoder(architecture, image_channels, options),
-    space_to_channel,
+    options,
   )
 
 
 def with_branch_scale(parameters: Any, scale: float) -> Any:
   """Initial parameters whose blocks start with branches of that size.
 
-  The norms that end the branches of blocks get it in place of 1, the size that
-  the paper's models start from: several times that of what passes by. With 0,
-  each block starts as the identity, and so the network as its resampling. Other
-  parameters stay as they are.
+  The norms that end branches get it in place of 1, from which the paper's
+  models start: several times the size of what passes by. With 0, each block
+  starts as the identity, and so the network as its resampling.
   """
 
   def scaled(keys, x):

@@ -7,6 +7,8 @@ channel-major, `(c p q)`, averages run over consecutive groups of channels, and
 duplication repeats consecutively, before the shuffle.
 """
 
+import functools
+
 import flax.linen as nn
 from einops import rearrange, reduce, repeat
 from jax.typing import DTypeLike
@@ -35,8 +37,7 @@ def channel_average(
 ) -> Float[Array, "b h w d"]:
   """Averages consecutive groups of channels, so that `channels` are left.
 
-  Raises:
-    ValueError: `channels` does not divide the channels of `x`.
+  Raises UserError unless `channels` divides the channels of `x`.
   """
   if x.shape[-1] % channels:
     raise errors.UserError(
@@ -51,8 +52,7 @@ def channel_duplicate(
 ) -> Float[Array, "b h w d"]:
   """Repeats each channel consecutively, so that there are `channels`.
 
-  Raises:
-    ValueError: `channels` is not a multiple of the channels of `x`.
+  Raises UserError unless that is a multiple of the channels of `x`.
   """
   if channels % x.shape[-1]:
     raise errors.UserError(
@@ -75,7 +75,6 @@ class Downsample(nn.Module):
     kind: "space_to_channel" (convolution to a quarter of the channels, then
       the rearrangement) or "strided" (3x3 convolution of stride 2).
     residual_autoencoding: add the averaging shortcut.
-    dtype: of the computation.
   """
 
   channels: int
@@ -85,14 +84,11 @@ class Downsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    conv = functools.partial(convolution.Conv, dtype=self.dtype, name="conv")
     if self.kind == "space_to_channel":
-      conv = convolution.Conv(self.channels // 4, dtype=self.dtype, name="conv")
-      y = space_to_channel(conv(x))
+      y = space_to_channel(conv(self.channels // 4)(x))
     else:
-      conv = convolution.Conv(
-        self.channels, stride=2, dtype=self.dtype, name="conv"
-      )
-      y = conv(x)
+      y = conv(self.channels, stride=2)(x)
     if self.residual_autoencoding:
       y = y + channel_average(space_to_channel(x), self.channels)
     return y
@@ -106,7 +102,6 @@ class Upsample(nn.Module):
     kind: "channel_to_space" (convolution to four times the channels, then the
       rearrangement) or "nearest" (interpolation, then a 3x3 convolution).
     residual_autoencoding: add the duplicating shortcut.
-    dtype: of the computation.
   """
 
   channels: int
@@ -116,12 +111,11 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    conv = functools.partial(convolution.Conv, dtype=self.dtype, name="conv")
     if self.kind == "channel_to_space":
-      conv = convolution.Conv(4 * self.channels, dtype=self.dtype, name="conv")
-      y = channel_to_space(conv(x))
+      y = channel_to_space(conv(4 * self.channels)(x))
     else:
-      conv = convolution.Conv(self.channels, dtype=self.dtype, name="conv")
-      y = conv(nearest(x))
+      y = conv(self.channels)(nearest(x))
     if self.residual_autoencoding:
       y = y + channel_to_space(channel_duplicate(x, 4 * self.channels))
     return y

@@ -61,14 +61,13 @@ def modules(
     f"encoder.conv_in{'.conv' if resamples else ''}",
   )
   for i, stage in enumerate(architecture.encoder):
-    names = (
+    ours, original, diffusers = names = (
       f"encoder/stage_{i}",
       f"encoder.stages.{i}.op_list",
       f"encoder.down_blocks.{i}",
     )
     yield from _stage(stage, names, first_block=0)
     if stage.depth and i + 1 < len(architecture.encoder):
-      ours, original, diffusers = names
       yield module_name.Module(
         f"{ours}/downsample/conv",
         f"{original}.{stage.depth}.main.conv{'.conv' if unshuffles else ''}",
@@ -81,10 +80,9 @@ def modules(
     "encoder.conv_out",
   )
   inside = ".main" if architecture.decoder_shortcut else ""
+  original = f"decoder.project_in{inside}.conv"
   yield module_name.Module(
-    "decoder/project_in/conv",
-    f"decoder.project_in{inside}.conv",
-    "decoder.conv_in",
+    "decoder/project_in/conv", original, "decoder.conv_in"
   )
   for i, stage in enumerate(architecture.decoder):
     ours, original, diffusers = names = (

@@ -88,18 +88,20 @@ def _stages(
 
 
 _EFFICIENTVIT = {"block": "efficientvit"}
-
 _MULTI_SCALE = {"block": "efficientvit", "scales": (5,)}
-
 _BATCH_NORM = {"norm": "batch_norm", "activation": "relu"}
 
 
 def _paper(
   latent_channels: int,
   widths: tuple[int, ...],
-  encoder_depths: tuple[int, ...],
-  decoder_depths: tuple[int, ...],
+  encoder_depths: tuple[int, int, int],
+  decoder_depths: tuple[int, int, int],
+  deep_depth: int = 2,
 ) -> Architecture:
+  """Of stages 0 to 2 the depths differ; the others have `deep_depth`."""
+  deep = (deep_depth,) * (len(widths) - 3)
+  encoder_depths, decoder_depths = encoder_depths + deep, decoder_depths + deep
   return Architecture(
     latent_channels,
     encoder=_stages(widths, encoder_depths, deep=_EFFICIENTVIT),
@@ -108,8 +110,20 @@ def _paper(
 
 
 def _tiny(latent_channels: int, widths: tuple[int, ...]) -> Architecture:
-  depths = (0,) + (1,) * (len(widths) - 1)
-  return _paper(latent_channels, widths, depths, depths)
+  return _paper(latent_channels, widths, (0, 1, 1), (0, 1, 1), deep_depth=1)
+
+
+def _v1_5(widths: tuple[int, ...]) -> Architecture:
+  """DC-AE 1.5: ResBlocks alone, no shortcuts at the latents."""
+  stages = _stages(widths, (0, 5, 10) + (4,) * (len(widths) - 3))
+  return Architecture(
+    128,
+    encoder=stages,
+    decoder=stages,
+    encoder_shortcut=False,
+    decoder_shortcut=False,
+    head_activation="silu",
+  )
 
 
 def _with_rms_norm(architecture: Architecture) -> Architecture:
@@ -125,19 +139,9 @@ _F32_WIDTHS = (128, 256, 512, 512, 1024, 1024)
 _SANA_ENCODER = _stages(_F32_WIDTHS, (2, 2, 2, 3, 3, 3), deep=_MULTI_SCALE)
 
 VARIANTS: dict[str, Architecture] = {
-  "f32c32": _paper(32, _F32_WIDTHS, (0, 4, 8, 2, 2, 2), (0, 5, 10, 2, 2, 2)),
-  "f64c128": _paper(
-    128,
-    (*_F32_WIDTHS, 2048),
-    (0, 4, 8, 2, 2, 2, 2),
-    (0, 5, 10, 2, 2, 2, 2),
-  ),
-  "f128c512": _paper(
-    512,
-    (*_F32_WIDTHS, 2048, 2048),
-    (0, 4, 8, 2, 2, 2, 2, 2),
-    (0, 5, 10, 2, 2, 2, 2, 2),
-  ),
+  "f32c32": _paper(32, _F32_WIDTHS, (0, 4, 8), (0, 5, 10)),
+  "f64c128": _paper(128, (*_F32_WIDTHS, 2048), (0, 4, 8), (0, 5, 10)),
+  "f128c512": _paper(512, (*_F32_WIDTHS, 2048, 2048), (0, 4, 8), (0, 5, 10)),
   "f32c32-sana": Architecture(
     32,
     encoder=_SANA_ENCODER,
@@ -152,22 +156,8 @@ VARIANTS: dict[str, Architecture] = {
     downsample="strided",
     head_activation="silu",
   ),
-  "f32c128-1.5": Architecture(
-    128,
-    encoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
-    decoder=_stages(_F32_WIDTHS, (0, 5, 10, 4, 4, 4)),
-    encoder_shortcut=False,
-    decoder_shortcut=False,
-    head_activation="silu",
-  ),
-  "f64c128-1.5": Architecture(
-    128,
-    encoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
-    decoder=_stages((*_F32_WIDTHS, 1024), (0, 5, 10, 4, 4, 4, 4)),
-    encoder_shortcut=False,
-    decoder_shortcut=False,
-    head_activation="silu",
-  ),
+  "f32c128-1.5": _v1_5(_F32_WIDTHS),
+  "f64c128-1.5": _v1_5((*_F32_WIDTHS, 1024)),
   "tiny-f8": _tiny(16, (16, 32, 64, 128)),
   "tiny-f8-rms": _with_rms_norm(_tiny(16, (16, 32, 64, 128))),
   "tiny-f32": _tiny(32, (16, 32, 64, 64, 128, 128)),
@@ -176,13 +166,13 @@ VARIANTS: dict[str, Architecture] = {
 
 
 def check_architecture(architecture: Architecture) -> None:
-  """Raises ValueError for stages that do not fit together."""
-  compressions = [spatial_compression(architecture.encoder)]
-  compressions.append(spatial_compression(architecture.decoder))
-  if len(set(compressions)) > 1:
+  """Raises UserError for stages that do not fit together."""
+  down = spatial_compression(architecture.encoder)
+  up = spatial_compression(architecture.decoder)
+  if down != up:
     raise errors.UserError(
-      f"the encoder divides image sides by {compressions[0]}, and the decoder "
-      f"multiplies them by {compressions[1]}; give both as many stages"
+      f"the encoder divides image sides by {down}, and the decoder multiplies "
+      f"them by {up}; give both as many stages"
     )
   for stage in architecture.encoder[1:]:
     if stage.width % 4 and architecture.downsample == "space_to_channel":

@@ -9,12 +9,9 @@ from dcae_jax import errors
 from dcae_jax.autoencoder.sd_vae import variants
 from dcae_jax.autoencoder.weights import settings
 
-_DOWN_BLOCKS = {
-  "plain": "DownEncoderBlock2D", "attending": "AttnDownEncoderBlock2D"
-}  # fmt: skip
-_UP_BLOCKS = {
-  "plain": "UpDecoderBlock2D", "attending": "AttnUpDecoderBlock2D"
-}  # fmt: skip
+# By whether attention follows.
+_DOWN_BLOCKS = {False: "DownEncoderBlock2D", True: "AttnDownEncoderBlock2D"}
+_UP_BLOCKS = {False: "UpDecoderBlock2D", True: "AttnUpDecoderBlock2D"}
 _ACTIVATIONS = {"silu": "silu", "swish": "swish"}
 # What AutoencoderKL takes for keys that a config.json does not have.
 DEFAULTS = {
@@ -38,8 +35,7 @@ DEFAULTS = {
 def from_config(config: dict[str, Any]) -> tuple[variants.Architecture, int]:
   """The architecture and image channels of an AutoencoderKL `config.json`.
 
-  Raises:
-    ValueError: an unknown block or activation, or lists that do not fit.
+  Raises UserError for unknown settings, or lists that do not fit.
   """
   c = DEFAULTS | config
   image_channels = settings.count(c, "in_channels")
@@ -49,14 +45,10 @@ def from_config(config: dict[str, Any]) -> tuple[variants.Architecture, int]:
       "differ; an autoencoder gives back what it takes"
     )
   settings.known(c["act_fn"], "act_fn", _ACTIVATIONS)
-  widths = c["block_out_channels"]
-  if not isinstance(widths, list | tuple) or not widths:
-    raise errors.UserError(
-      f"block_out_channels={widths!r} is not a list of widths"
-    )
+  key = "block_out_channels"
   widths = tuple(
-    settings.whole(width, f"block_out_channels[{i}]", 1)
-    for i, width in enumerate(widths)
+    settings.whole(width, f"{key}[{i}]", 1)
+    for i, width in enumerate(settings.listed(c[key], key, "widths", 1))
   )
   shallow_to_deep = range(len(widths))
   architecture = variants.Architecture(
@@ -84,19 +76,17 @@ def to_config(
   scaling_factor: float,
   shift_factor: float,
 ) -> dict[str, Any]:
-  """Inverse of `from_config`."""
+  """The inverse of `from_config`."""
   stages = range(len(architecture.widths))
-  block = lambda names, attends: names["attending" if attends else "plain"]
   return {
     "_class_name": "AutoencoderKL",
     "in_channels": image_channels,
     "out_channels": image_channels,
     "down_block_types": [
-      block(_DOWN_BLOCKS, i in architecture.encoder_attending) for i in stages
+      _DOWN_BLOCKS[i in architecture.encoder_attending] for i in stages
     ],
     "up_block_types": [
-      block(_UP_BLOCKS, i in architecture.decoder_attending)
-      for i in stages[::-1]
+      _UP_BLOCKS[i in architecture.decoder_attending] for i in stages[::-1]
     ],
     "block_out_channels": list(architecture.widths),
     "layers_per_block": architecture.depth,
@@ -114,18 +104,15 @@ def to_config(
 
 
 def _attending(
-  c: dict[str, Any], key: str, names: dict[str, str], stages: range
+  c: dict[str, Any], key: str, names: dict[bool, str], stages: range
 ) -> tuple[int, ...]:
   """Indices of the stages with attention; `key` lists them as `stages` does."""
-  blocks = c[key]
-  if not isinstance(blocks, list | tuple) or len(blocks) != len(stages):
-    raise errors.UserError(
-      f"{key}={blocks!r} does not have one block for each of the {len(stages)} "
-      "stages of block_out_channels"
-    )
-  found = [
+  count = len(stages)
+  what = f"one block for each of the {count} stages of block_out_channels"
+  blocks = settings.listed(c[key], key, what, count, count)
+  attending = [
     stage
     for i, (stage, block) in enumerate(zip(stages, blocks, strict=True))
-    if settings.known(block, f"{key}[{i}]", names) == "attending"
+    if settings.known(block, f"{key}[{i}]", names)
   ]
-  return tuple(sorted(found))
+  return tuple(sorted(attending))

@@ -41,11 +41,7 @@ def attention(
 class ResBlock(nn.Module):
   """norm, SiLU, conv, twice, added to the input.
 
-  Attributes:
-    width: channels of the output; where those of the input differ, a 1x1
-      convolution adapts them.
-    groups: of the norms.
-    dtype: of the convolutions.
+  A 1x1 convolution adapts an input that has not `width` channels.
   """
 
   width: int
@@ -65,12 +61,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-  """Group norm and attention, added to the input.
-
-  Attributes:
-    groups: of the norm.
-    dtype: of the projections.
-  """
+  """Group norm and attention, added to the input."""
 
   groups: int
   dtype: DTypeLike
@@ -97,21 +88,12 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.Module):
-  """Blocks, then the resampling to the next stage, if there is one.
-
-  Attributes:
-    width: channels.
-    depth: number of blocks.
-    attends: each block is followed by attention.
-    resample: "down", "up" or None.
-    groups: of the norms.
-    options: of the computation; softmax and norms are float32.
-  """
+  """Blocks, then the resampling to the next stage, if there is one."""
 
   width: int
   depth: int
-  attends: bool
-  resample: str | None
+  attends: bool  # each block is followed by attention
+  resample: str | None  # "down" or "up"
   groups: int
   options: network.Options
 
@@ -252,7 +234,7 @@ class SDVAE(network.Network):
   ) -> tuple[Float[Array, "b h2 w2 d"], Float[Array, "b h2 w2 d"]]:
     """Mean and log variance of the latents, before space goes to channels.
 
-    Raises ValueError for sides that the compression does not divide.
+    Raises UserError for sides that the compression does not divide.
     """
     for side in images.shape[1:3]:
       network.check_side(side, self.spatial_compression)
@@ -288,15 +270,9 @@ def kl_divergence(
 def create(
   architecture: variants.Architecture,
   image_channels: int,
-  space_to_channel: int,
   options: network.Options,
 ) -> SDVAE:
-  """The module.
-
-  Raises:
-    ValueError: widths that the norms cannot divide, or options without the
-      shortcuts that it never had.
-  """
+  """The module; raises UserError for what an SD-VAE cannot be."""
   variants.check_architecture(architecture)
   if not options.residual_autoencoding:
     raise errors.UserError(
@@ -307,5 +283,5 @@ def create(
     architecture,
     Encoder(architecture, options),
     Decoder(architecture, image_channels, options),
-    space_to_channel,
+    options,
   )

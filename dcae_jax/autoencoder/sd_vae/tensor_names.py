@@ -16,17 +16,10 @@ _ENDS = {
   "decoder/project_out/conv": "decoder.conv_out",
 }
 
-_BLOCK = tuple(
-  module_name.Module(ours, "", theirs)
-  for ours, theirs in (
-    ("norm1", "norm1"),
-    ("conv1", "conv1"),
-    ("norm2", "norm2"),
-    ("conv2", "conv2"),
-    ("shortcut", "conv_shortcut"),
-  )
+_BLOCK = (
+  *(module_name.Module(x, "", x) for x in ("norm1", "conv1", "norm2", "conv2")),
+  module_name.Module("shortcut", "", "conv_shortcut"),
 )
-
 _ATTENTION = (
   module_name.Module("norm", "", "group_norm"),
   module_name.Module("qkv", "", ("to_q", "to_k", "to_v"), matrix=True),

@@ -40,8 +40,7 @@ class Architecture:
 def _deeper(latent_channels: int, stages: int) -> Architecture:
   """Stable Diffusion's, with stages of its deepest width added.
 
-  The paper adds stages, to the encoder and to the decoder (section 3.1); their
-  widths are not published.
+  The paper adds stages to both sides (section 3.1); it does not publish widths.
   """
   return Architecture(latent_channels, (128, 256) + (512,) * (stages - 2))
 
@@ -61,7 +60,7 @@ VARIANTS: dict[str, Architecture] = {
 
 
 def check_architecture(architecture: Architecture) -> None:
-  """Raises ValueError for widths that the norms cannot divide."""
+  """Raises UserError for widths that the norms cannot divide."""
   for width in architecture.widths:
     if width % architecture.groups:
       raise errors.UserError(

@@ -27,8 +27,6 @@ LAYOUTS = {
   "original": "model.safetensors",
   "diffusers": "diffusion_pytorch_model.safetensors",
 }
-
-
 # Our leaf: its name in both layouts, and the order of the axes there and here.
 _LEAVES = {
   "kernel": ("weight", "o i h w", "h w i o"),
@@ -42,7 +40,7 @@ _MATRIX = ("o i", "1 1 i o")
 
 
 class Entry(NamedTuple):
-  """One of our arrays, and where it stands in a file.
+  """One of our arrays, and where it is in a file.
 
   Attributes:
     path: in our variables, such as "params/encoder/project_in/conv/kernel".
@@ -80,13 +78,11 @@ class Entry(NamedTuple):
 def table(
   architecture: families.Architecture, image_channels: int, layout: str
 ) -> list[Entry]:
-  """Where each of our arrays stands in a file of that layout.
+  """Where each of our arrays is in a file of that layout.
 
   Besides the parameters and batch statistics it has the numbers of batches that
   the statistics have seen, `batch_counts/.../count`, which we do not use.
-
-  Raises:
-    ValueError: an unknown layout, or one that the family does not come in.
+  Raises UserError for a layout that is unknown, or not of the family.
   """
   if layout not in LAYOUTS:
     raise errors.UserError(
@@ -154,7 +150,8 @@ def read(
   """The variables, and the numbers of batches behind the batch statistics.
 
   Goes array by array, the largest first, so that little more memory is needed
-  than what the variables take in the end.
+  than what the variables take in the end. Raises UserError for values that are
+  not finite.
 
   Args:
     entries: of `table`.
@@ -163,9 +160,6 @@ def read(
 
   Returns:
     `{"params": ..., "batch_stats": ...}` in float32, and counts by path.
-
-  Raises:
-    ValueError: values that are not finite.
   """
   placed = {} if shardings is None else _flat(shardings)
   tree, counts = {"params": {}, "batch_stats": {}}, {}

@@ -8,8 +8,8 @@ class Module(NamedTuple):
 
   Attributes:
     ours: such as "encoder/stage_3/block_0/context/qkv".
-    original: the same with dots; "" where that layout lacks the model.
-    diffusers: also; several names where it is divided along its outputs.
+    original: the same with dots; "" if that layout lacks the model.
+    diffusers: also; several names if it is divided along its outputs.
     matrix: in the diffusers layout its 1x1 kernel has two axes.
   """
 

@@ -38,20 +38,20 @@ _SAY_NOTHING = {"scaling_factor", "in_channels"}
 
 
 class Released(NamedTuple):
-  """An autoencoder in safetensors files, whose tensors were all found.
+  """An autoencoder in safetensors files, with all its tensors.
 
   Attributes:
-    source: what it was found by.
+    label: its released name, or the end of its path.
     name: the key of `RELEASED` that a config or a path names, or "".
     architecture: its widths, depths and blocks.
     image_channels: 3, unless a config or the file says otherwise.
-    scaling_factor: None where it is not known.
+    scaling_factor: None if it is not known.
     shift_factor: what is subtracted from latents before they are scaled.
-    entries: where each of our arrays stands in the files.
+    entries: where each of our arrays is in the files.
     files: of each tensor.
   """
 
-  source: str
+  label: str
   name: str
   architecture: families.Architecture
   image_channels: int
@@ -60,34 +60,24 @@ class Released(NamedTuple):
   entries: list[conversion.Entry]
   files: dict[str, pathlib.Path]
 
-  @property
-  def label(self) -> str:
-    """The released name, or the end of the path."""
-    return self.name or pathlib.Path(self.source).name
-
 
 def find(source: str) -> Released:
   """Finds a released autoencoder and checks the names and shapes of it all.
 
-  Reads no weights yet.
+  Reads no weights yet. Raises UserError if there is no such thing, it is
+  damaged or a pickle, or tensors are missing, unexpected or of another shape.
 
   Args:
-    source: a folder with `config.json` and safetensors files (with an index
-      where there are several), a safetensors file, or a hub id, which is
-      downloaded and cached by huggingface_hub.
-
-  Raises:
-    ValueError: there is no such thing, it is damaged or a pickle, or tensors
-      are missing, unexpected or of another shape (all of them are listed).
+    source: a folder with `config.json` and safetensors files (with an index if
+      there are several), a safetensors file, or a hub id, which is downloaded
+      and cached by huggingface_hub.
   """
   files, config = safetensors_files.find(source)
   tensors, paths = {}, {}
   for file in files:
     for name, shape in safetensors_files.header(file).items():
       if name in paths:
-        raise errors.UserError(
-          f"{name} stands in both {paths[name]} and {file}"
-        )
+        raise errors.UserError(f"{name} is in both {paths[name]} and {file}")
       tensors[name], paths[name] = shape, file
   try:
     defaults = families.by_class(config).config_defaults
@@ -115,47 +105,44 @@ def find(source: str) -> Released:
   if factor is None:
     factor = _published_factor(name, architecture)
   return Released(
-    source, name, architecture, image_channels, factor, shift, entries, paths
+    name or pathlib.Path(source).name,
+    name,
+    architecture,
+    image_channels,
+    factor,
+    shift,
+    entries,
+    paths,
   )
 
 
 def _scaling(source: str, config: dict[str, Any]) -> tuple[float | None, float]:
   """The scaling factor, if a config has one, and the shift before it."""
-  is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
-  factor = config.get("scaling_factor")
-  if factor is not None and not (is_number(factor) and 0 < factor < 1e30):
-    raise errors.UserError(
-      f"config.json of {source!r}: scaling_factor={factor!r} is not a positive "
-      "number"
-    )
-  shift = config.get("shift_factor")
-  if shift is not None and not (is_number(shift) and abs(shift) < 1e30):
-    raise errors.UserError(
-      f"config.json of {source!r}: shift_factor={shift!r} is not a number"
-    )
-  return factor, float(shift or 0)
+
+  def number(key: str, least: float, what: str) -> float | None:
+    value = config.get(key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and least < value < 1e30):
+      raise errors.UserError(
+        f"config.json of {source!r}: {key}={value!r} is not a {what}"
+      )
+    return value
+
+  factor = number("scaling_factor", 0, "positive number")
+  return factor, float(number("shift_factor", -1e30, "number") or 0)
 
 
-def _expected(
-  architecture: families.Architecture, image_channels: int, layout: str
-) -> dict[str, tuple[int, ...]]:
-  shapes = {}
-  for entry in conversion.table(architecture, image_channels, layout):
-    shapes |= entry.tensor_shapes
-  return shapes
+def _shapes(entries: list[conversion.Entry]) -> dict[str, tuple[int, ...]]:
+  return dict(pair for x in entries for pair in x.tensor_shapes.items())
 
 
 def _recognise(
   source: str, tensors: dict[str, tuple[int, ...]]
 ) -> tuple[families.Architecture, int, str]:
-  """What shares the most tensors with a file without a config.
-
-  Returns:
-    The architecture of a variant, image channels, and the layout.
-  """
+  """The variant, image channels and layout that share most with a file."""
 
   def shared(candidate) -> float:
-    expected = _expected(*candidate).items()
+    expected = _shapes(conversion.table(*candidate)).items()
     return len(expected & tensors.items()) / len(expected | tensors.items())
 
   # Names are compared first: shapes take longer to find out.
@@ -204,7 +191,7 @@ def _image_channels(
   layout: str,
   tensors: dict[str, tuple[int, ...]],
 ) -> int:
-  """The inputs of the first convolution; 3 where the file has none."""
+  """The inputs of the first convolution; 3 if the file has none."""
   for module in families.of(architecture).modules(architecture):
     if module.ours.startswith("encoder/project_in"):
       shape = tensors.get(f"{getattr(module, layout)}.weight", ())
@@ -218,12 +205,9 @@ def _check_tensors(
   entries: list[conversion.Entry],
   tensors: dict[str, tuple[int, ...]],
 ) -> None:
-  """Raises ValueError with all that is missing, too much or of wrong shape."""
-  expected, optional = {}, set()
-  for entry in entries:
-    expected |= entry.tensor_shapes
-    if entry.is_count:
-      optional |= set(entry.names)
+  """Raises UserError with all that is missing, too much or of wrong shape."""
+  expected = _shapes(entries)
+  optional = {name for x in entries if x.is_count for name in x.names}
   problems = [
     f"missing {name} {list(expected[name])}"
     for name in sorted(expected.keys() - tensors.keys() - optional)
@@ -278,7 +262,7 @@ def name_for(variant: str) -> str:
 def _published_factor(
   name: str, architecture: families.Architecture
 ) -> float | None:
-  """None where the published ones differ, or there is none."""
+  """None if the published ones differ, or there is none."""
   if name:
     return RELEASED[name][1]
   factors = set(published_factors(architecture).values())

@@ -16,12 +16,12 @@ class Unpickler(pickle.Unpickler):
     admitted: Mapping[tuple[str, str], Any],
     **options: Any,
   ):
-    """Takes what stands for each name of a module, and pickle's options."""
+    """Takes a value for each admitted (module, name), and pickle's options."""
     super().__init__(file, **options)
     self._admitted = admitted
 
   def find_class(self, module: str, name: str) -> Any:
-    """Raises ValueError for a name that is not admitted."""
+    """Raises UserError for a name that is not admitted."""
     if (module, name) not in self._admitted:
       raise errors.UserError(
         f"it names {module}.{name}, which is no part of an array"

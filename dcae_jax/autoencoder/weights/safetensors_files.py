@@ -31,21 +31,15 @@ _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
 def find(source: str) -> tuple[list[pathlib.Path], dict[str, Any]]:
   """The safetensors files of a model, and its `config.json`.
 
-  Args:
-    source: a folder, a safetensors file, or a hub id. A file's config is what
-      stands beside it.
-
-  Returns:
-    Files, one or all shards; the config, {} if there is none.
-
-  Raises:
-    ValueError: there is no such thing, or no safetensors in it.
+  `source` is a folder, a safetensors file, or a hub id; there may be several
+  shards, and the config is {} if there is none. Raises UserError if there is no
+  such thing, or no safetensors in it.
   """
   path = pathlib.Path(os.path.expanduser(source))
   if not source or ":/" in source:
     raise errors.UserError(
-      f"{source!r} is no local path and no hub id, and a run is only read from "
-      "gs:// besides; copy released weights to a local folder first"
+      f"{source!r} is no local path and no hub id; copy released weights to a "
+      "local folder first (of gs://, only runs are read)"
     )
   if path.is_file():
     _refuse_pickle(path)
@@ -60,12 +54,12 @@ def find(source: str) -> tuple[list[pathlib.Path], dict[str, Any]]:
   if not config.is_file():
     return files, {}
   try:
-    found = json.loads(config.read_bytes())
+    values = json.loads(config.read_bytes())
   except (ValueError, RecursionError) as error:
     raise errors.UserError(f"{config} is damaged ({error})") from error
-  if not isinstance(found, dict):
+  if not isinstance(values, dict):
     raise errors.UserError(f"{config} is not the config of a model")
-  return files, found
+  return files, values
 
 
 def _refuse_pickle(path: pathlib.Path) -> None:
@@ -156,19 +150,20 @@ def _open(file: pathlib.Path):
 def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
   """Names and shapes of the tensors in a file.
 
-  Raises:
-    ValueError: a truncated or damaged file, or numbers of an unusual kind.
+  Raises UserError for a damaged file, or numbers of an unusual kind.
   """
+  shapes = {}
   with _open(file) as opened:
     names = opened.keys()
-    slices = {name: opened.get_slice(name) for name in names}
-    for name, part in slices.items():
-      if part.get_dtype() not in _DTYPES:
+    for name in names:
+      tensor = opened.get_slice(name)
+      if tensor.get_dtype() not in _DTYPES:
         raise errors.UserError(
-          f"{name} in {file} holds {part.get_dtype()}; only "
+          f"{name} in {file} holds {tensor.get_dtype()}; only "
           f"{', '.join(_DTYPES)} can be read"
         )
-    return {name: tuple(s.get_shape()) for name, s in slices.items()}
+      shapes[name] = tuple(tensor.get_shape())
+  return shapes
 
 
 def read(file: pathlib.Path, name: str) -> np.ndarray:
@@ -192,15 +187,9 @@ def save(
 ) -> None:
   """Writes a folder that diffusers, or the original code, loads as it is.
 
-  Args:
-    folder: new or empty, or one that holds the same kind of folder.
-    file: that the library looks for.
-    tensors: by name.
-    config: the contents of config.json.
-    model_card: the text of README.md.
-
-  Raises:
-    ValueError: the folder holds something else, or cannot be written.
+  `file` is the one that the library looks for; `model_card` is the text of
+  README.md. Raises UserError if the folder holds something else, or cannot be
+  written.
   """
   if not os.fspath(folder):
     raise errors.UserError("the folder to save to is empty; name one")
@@ -224,29 +213,19 @@ def save(
 
 
 def _check_folder(folder: pathlib.Path, file: str) -> None:
-  """Raises ValueError where writing would destroy or confuse something."""
+  """Raises UserError if writing would destroy or confuse something."""
+  problem = ""
+  weights = {path.name for path in folder.glob("*.safetensors*")}
+  beside = [x for x in ("config.json", "README.md") if (folder / x).exists()]
   if ":/" in str(folder):
-    raise errors.UserError(
-      f"{folder} is not a local folder; save to one, and copy it there"
-    )
-  if folder.exists() and not folder.is_dir():
-    raise errors.UserError(f"{folder} is not a directory")
-  if (folder / "checkpoints").exists():
-    raise errors.UserError(
-      f"{folder} is the work directory of a run; choose another folder"
-    )
-  others = [path.name for path in folder.glob("*.safetensors*")]
-  others = [name for name in others if name != file]
-  if others:
-    raise errors.UserError(
-      f"{folder} already holds {', '.join(sorted(others))}; choose another "
-      "folder"
-    )
-  foreign = [
-    name for name in ("config.json", "README.md") if (folder / name).exists()
-  ]
-  if foreign and not (folder / file).exists():
-    raise errors.UserError(
-      f"{folder} holds the {' and '.join(foreign)} of something else; choose "
-      "another folder"
-    )
+    problem = "is not a local folder"
+  elif folder.exists() and not folder.is_dir():
+    problem = "is not a directory"
+  elif (folder / "checkpoints").exists():
+    problem = "is the work directory of a run"
+  elif weights - {file}:
+    problem = f"already holds {', '.join(sorted(weights - {file}))}"
+  elif beside and file not in weights:
+    problem = f"holds the {' and '.join(beside)} of something else"
+  if problem:
+    raise errors.UserError(f"{folder} {problem}; choose another folder")

@@ -3,7 +3,7 @@
 The format of `torch.save` before 1.6, a row of pickles and then the numbers:
 the published files that are read here are all of it. A pickle can name any
 function to be called; only the names of tensors, storages and ordered
-dictionaries are admitted, and each stands for plain data. Little-endian files,
+dictionaries are admitted, and each is plain data here. Little-endian files,
 dense tensors on any device.
 """
 
@@ -95,27 +95,20 @@ class _Unpickler(restricted_pickle.Unpickler):
   def persistent_load(self, pid: Any) -> _Storage:
     # A sixth item describes views, which no longer exist.
     tag, kind, key, _, size, *view = pid
-    if tag != "storage" or kind not in _DTYPES or view not in ([], [None]):
-      raise errors.UserError("it describes a storage wrongly")
-    if type(key) is not str or type(size) is not int or size < 0:
+    is_known = tag == "storage" and kind in _DTYPES and view in ([], [None])
+    is_sized = type(key) is str and type(size) is int and size >= 0
+    if not (is_known and is_sized):
       raise errors.UserError("it describes a storage wrongly")
     return _Storage(kind, key, size)
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """The tensors of a state dict.
+  """The tensors of what `torch.save(module.state_dict(), path)` wrote.
 
-  Args:
-    path: of a local file that `torch.save(module.state_dict(), path)` wrote.
-
-  Returns:
-    By their names, in the file's order and of the file's dtypes, bfloat16 as
-    float32. The arrays are read-only; they may be strided views, and share
-    memory where the tensors did.
-
-  Raises:
-    ValueError: no such file, not such a file, a damaged one, or one that holds
-      anything but tensors.
+  By name, in the file's order and dtypes, bfloat16 as float32. The arrays are
+  read-only; they may be strided views, and share memory as the tensors did.
+  Raises UserError for a file that is missing, of another kind or damaged, or
+  holds anything but tensors.
   """
   path = pathlib.Path(path)
   try:
@@ -160,8 +153,14 @@ def _read(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
     raise errors.UserError(f"its protocol is {protocol}, not {_PROTOCOL}")
   if not _unpickle(file)["little_endian"]:
     raise errors.UserError("its byte order is big; only little is known")
-  tensors = _tensors(_unpickle(file))
-  described = _storages(tensors)
+  tensors = _checked(_unpickle(file))
+  described = {}
+  for tensor in tensors.values():
+    storage = tensor.storage
+    if described.setdefault(storage.key, storage) != storage:
+      raise errors.UserError(
+        f"its storage {storage.key!r} is described in two ways"
+      )
   storages = {}
   for key in _unpickle(file):
     (size,) = struct.unpack("<q", _exactly(file, 8))
@@ -172,7 +171,9 @@ def _read(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
     kind = described[key].kind
     count = size * np.dtype(_DTYPES[kind]).itemsize
     storages[key] = _numbers(kind, _exactly(file, count))
-  return _arrays(tensors, storages)
+  return {
+    name: _array(x, storages[x.storage.key]) for name, x in tensors.items()
+  }
 
 
 def _exactly(file: io.BufferedIOBase, count: int) -> bytes:
@@ -183,7 +184,7 @@ def _exactly(file: io.BufferedIOBase, count: int) -> bytes:
   return file.read(count)
 
 
-def _tensors(tree: Any) -> dict[str, _Tensor]:
+def _checked(tree: Any) -> dict[str, _Tensor]:
   if not isinstance(tree, dict):
     raise errors.UserError(
       f"it holds a {type(tree).__name__}, not a state dict"
@@ -197,17 +198,6 @@ def _tensors(tree: Any) -> dict[str, _Tensor]:
   return dict(tree)
 
 
-def _storages(tensors: dict[str, _Tensor]) -> dict[str, _Storage]:
-  storages = {}
-  for tensor in tensors.values():
-    storage = tensor.storage
-    if storages.setdefault(storage.key, storage) != storage:
-      raise errors.UserError(
-        f"its storage {storage.key!r} is described in two ways"
-      )
-  return storages
-
-
 def _numbers(kind: str, data: bytes) -> np.ndarray:
   numbers = np.frombuffer(data, _DTYPES[kind])
   if kind == "BoolStorage":
@@ -218,17 +208,11 @@ def _numbers(kind: str, data: bytes) -> np.ndarray:
   return numbers
 
 
-def _arrays(
-  tensors: dict[str, _Tensor], storages: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-  arrays = {}
-  for name, tensor in tensors.items():
-    numbers = storages[tensor.storage.key]
-    arrays[name] = np.ndarray(
-      tensor.shape,
-      numbers.dtype,
-      numbers,
-      tensor.offset * numbers.itemsize,
-      [stride * numbers.itemsize for stride in tensor.strides],
-    )
-  return arrays
+def _array(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
+  return np.ndarray(
+    tensor.shape,
+    numbers.dtype,
+    numbers,
+    tensor.offset * numbers.itemsize,
+    [stride * numbers.itemsize for stride in tensor.strides],
+  )

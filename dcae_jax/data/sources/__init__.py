@@ -6,15 +6,9 @@ A kind of source is one file, and one line in `KINDS`.
 from collections.abc import Callable
 
 from dcae_jax.data.sources.embedded_photographs import embedded
-from dcae_jax.data.sources.files import (
-  SUFFIXES,
-  Files,
-  folder,
-  latent_files,
-  pictures,
-)
+from dcae_jax.data.sources.files import Files, folder, latent_files, pictures
 from dcae_jax.data.sources.protocol import Record, Source, limited
-from dcae_jax.data.sources.subsets import ClassPerImage, Subset, split
+from dcae_jax.data.sources.subsets import ClassPerImage, split
 from dcae_jax.data.sources.tensorflow_dataset import TensorFlowDataset
 
 # By `kind`: what opens it. Its parameters are named after the keys of
@@ -26,18 +20,6 @@ KINDS: dict[str, Callable[..., Source]] = {
 }
 
 __all__ = [
-  "KINDS",
-  "SUFFIXES",
-  "ClassPerImage",
-  "Files",
-  "Record",
-  "Source",
-  "Subset",
-  "TensorFlowDataset",
-  "embedded",
-  "folder",
-  "latent_files",
-  "limited",
-  "pictures",
-  "split",
-]
+  "KINDS", "ClassPerImage", "Files", "Record", "Source", "TensorFlowDataset",
+  "embedded", "folder", "latent_files", "limited", "pictures", "split",
+]  # fmt: skip

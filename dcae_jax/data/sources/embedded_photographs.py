@@ -6,10 +6,10 @@ import pathlib
 from dcae_jax import errors
 from dcae_jax.data.sources import files
 
-# Photographs inside packages of the Python package index: package, pattern of
-# the files, and what stands in it. The two sets share no photograph and no
-# scene. (Left out: drawings, renders, paintings, crops of others, near-blank
-# pictures.) New ones go last: whoever takes the first ones keeps what they had.
+# Package, pattern of its files, and what fills it. The two sets share no
+# photograph and no scene. (Left out: drawings, renders, paintings, crops of
+# others, near-blank pictures.) New ones go last: whoever takes the first ones
+# keeps what they had.
 _EMBEDDED = {
   "train": (
     (
@@ -53,33 +53,26 @@ _EMBEDDED = {
 
 
 def embedded(split: str) -> files.Files:
-  """Photographs inside installed packages: nothing is downloaded.
+  """Photographs inside installed packages, for training or for validation.
 
-  Args:
-    split: "train" or "validation"; different photographs.
-
-  Raises:
-    ValueError: unknown split, or a package that is not installed.
+  Raises UserError for an unknown split, or a package that is not installed.
   """
   if split not in _EMBEDDED:
     raise errors.UserError(
       f"embedded photographs have the splits {', '.join(_EMBEDDED)}, "
       f"not {split!r}"
     )
-  listed = [
-    (package, pattern.format(name))
-    for package, pattern, names in _EMBEDDED[split]
-    for name in names.split()
-  ]
-  paths = []
-  for package, file in listed:
+  paths = {}
+  for package, pattern, names in _EMBEDDED[split]:
     spec = importlib.util.find_spec(package)
     directory = pathlib.Path(spec.origin).parent if spec else None
-    if directory is None or not (directory / file).is_file():
-      raise errors.UserError(
-        f"the embedded photograph {package}/{file} is not installed; run "
-        "`pip install -r requirements-quickstart.txt`"
-      )
-    paths.append(str(directory / file))
-  keys = [f"{package}/{file}" for package, file in listed]
-  return files.unlabelled(paths, keys)
+    for name in names.split():
+      file = pattern.format(name)
+      key = f"{package}/{file}"
+      if directory is None or not (directory / file).is_file():
+        raise errors.UserError(
+          f"the embedded photograph {key} is not installed; run "
+          "`pip install -r requirements-quickstart.txt`"
+        )
+      paths[key] = str(directory / file)
+  return files.unlabelled(list(paths.values()), list(paths))

@@ -17,13 +17,15 @@ from dcae_jax.data.sources import protocol
 SUFFIXES = (
   ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
 )  # fmt: skip
-
-
 _LARGEST_FILE = 2**31  # bytes
+_ATTEMPTS = 5  # to read a remote file
 
 
 class Files:
   """Files, local or remote, each of a class.
+
+  Nothing is opened. `keys` are their names, the same wherever the files are;
+  `sizes` are in bytes, as far as they are known.
 
   Attributes:
     classes: their names, by label.
@@ -37,15 +39,6 @@ class Files:
     classes: list[str],
     sizes: list[int | None] | None = None,
   ):
-    """Opens nothing.
-
-    Args:
-      paths: where the files are.
-      labels: of their classes.
-      keys: their names, the same wherever the files are.
-      classes: names, by label.
-      sizes: in bytes, as far as they are known.
-    """
     self.classes = classes
     self._paths, self._labels = paths, labels
     self._keys, self._sizes = keys, sizes
@@ -86,21 +79,21 @@ def _size(path: str) -> int:
 
 
 def _read_local(path: str) -> bytes:
-  found = os.stat(path)
-  if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+  status = os.stat(path)
+  if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
     raise OSError(errno.ENXIO, "no regular file", path)
-  if found.st_size > _LARGEST_FILE:
-    raise OSError(errno.EFBIG, f"{found.st_size} bytes are no image", path)
+  if status.st_size > _LARGEST_FILE:
+    raise OSError(errno.EFBIG, f"{status.st_size} bytes are no image", path)
   return pathlib.Path(path).read_bytes()
 
 
-def _read_remote(path: str, attempts: int = 5) -> bytes:
+def _read_remote(path: str) -> bytes:
   """Tries again, ever later: a passing fault must not change the data."""
-  for attempt in range(attempts):
+  for attempt in range(_ATTEMPTS):
     try:
       return epath.Path(path).read_bytes()
     except Exception as error:  # the client's own kinds among them
-      if attempt == attempts - 1 or isinstance(error, FileNotFoundError):
+      if attempt == _ATTEMPTS - 1 or isinstance(error, FileNotFoundError):
         text = " ".join(str(error).split()) or type(error).__name__
         raise OSError(errno.EIO, f"cannot be read: {text}", path) from error
       time.sleep(2**attempt)
@@ -109,11 +102,8 @@ def _read_remote(path: str, attempts: int = 5) -> bytes:
 def folder(path: str) -> Files:
   """All images below a directory, in sorted order, a class per sub-folder.
 
-  Args:
-    path: a local directory or a `gs://` address.
-
-  Raises:
-    ValueError: there is no such directory, or it holds no images.
+  `path` is local or a `gs://` address. Raises UserError if it is no directory,
+  or holds no images.
   """
   return _tree(path, SUFFIXES, "image")
 
@@ -159,8 +149,7 @@ def _tree(path: str, suffixes: tuple[str, ...], what: str) -> Files:
 def pictures(path: str) -> Files:
   """One image file, all of a folder, or those that a shell pattern matches.
 
-  Raises:
-    ValueError: there is none.
+  Raises UserError if there is none.
   """
   root = epath.Path(path).expanduser()
   if path and root.is_dir():
@@ -201,7 +190,7 @@ def _local_files(root: str) -> dict[str, int | None]:
 def _remote_files(root: str) -> dict[str, int | None]:
   """Paths and sizes, which come with the listing."""
   system, prefix = fsspec.core.url_to_fs(root)
-  found = system.find(prefix, detail=True)
+  files = system.find(prefix, detail=True)
   return {
-    system.unstrip_protocol(name): info["size"] for name, info in found.items()
+    system.unstrip_protocol(name): info["size"] for name, info in files.items()
   }

@@ -30,9 +30,9 @@ def limited(source: "Source", most: int) -> int:
 class Source(Protocol):
   """A random-access sequence of records.
 
-  Reading one raises OSError where it cannot be read. That it never can be, and
-  is skipped, is told by its number: EACCES, EPERM, EFBIG, ELOOP or ENXIO. With
-  any other it may be readable later: training skips it, an export stops.
+  Reading one raises OSError if it cannot be read: with EACCES, EPERM, EFBIG,
+  ELOOP or ENXIO for ever, so that it is skipped. With any other number it may
+  be readable later: training skips it, an export stops.
 
   Attributes:
     classes: names, by label.

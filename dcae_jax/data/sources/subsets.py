@@ -8,11 +8,7 @@ from dcae_jax.data.sources import protocol
 
 
 class Subset:
-  """Some images of another source; its classes and labels stay.
-
-  Attributes:
-    classes: the other source's.
-  """
+  """Some images of another source; its classes and labels stay."""
 
   def __init__(self, source: protocol.Source, indices: Sequence[int]):
     self.classes = source.classes
@@ -40,17 +36,11 @@ def split(source: protocol.Source, held_out: float) -> tuple[Subset, Subset]:
   """A source in two: what is trained on, and what is held out.
 
   An image is held out by the hash of its key alone: in every run the same,
-  whatever is added to the source. Of few images, where that would leave none on
-  a side, the one with the lowest or highest hash is there. The
-  held-out ones are in the order of their hashes, so that the first of them are
-  a fair choice.
+  whatever is added to the source. If that would leave none of few images on a
+  side, the one with the lowest or highest hash is there. The held-out ones are
+  in the order of their hashes, so that the first of them are a fair choice.
 
-  Args:
-    source: of two images or more.
-    held_out: part of the images, between 0 and 1.
-
-  Raises:
-    ValueError: the source or the part is too small, or the part too large.
+  Raises UserError for fewer than two images, or a part not between 0 and 1.
   """
   if not 0 < held_out < 1:
     raise errors.UserError(
@@ -75,11 +65,7 @@ def _hash(key: str) -> float:
 
 
 class ClassPerImage(Subset):
-  """The first images of another source, each a class of its own.
-
-  Attributes:
-    classes: the images' keys.
-  """
+  """The first images of another source, each a class named by its key."""
 
   def __init__(self, source: protocol.Source, count: int):
     super().__init__(source, range(count))

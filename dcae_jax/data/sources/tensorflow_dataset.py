@@ -11,17 +11,11 @@ from dcae_jax.data.sources import protocol
 class TensorFlowDataset:
   """Images of a prepared TFDS dataset in array_record format.
 
-  Reads without TensorFlow, local or `gs://`, without decoding.
+  Reads without TensorFlow, local or `gs://`, without decoding. `path` is the
+  `data_dir`; "": the default one.
   """
 
   def __init__(self, name: str, split: str, path: str):
-    """Opens a prepared dataset.
-
-    Args:
-      name: of the dataset.
-      split: of it.
-      path: its `data_dir`; "": the default one.
-    """
     self._arguments = (name, split, path)
     self._builder = self._prepared()
     label = dict(self._builder.info.features).get("label")

@@ -106,7 +106,7 @@ def test_names_are_those_of_the_released_files():
     first, *others = line.split()
     if not line.startswith(" "):
       variant = variants.VARIANTS[first]
-      expected = released._expected(variant, 3, others[0])
+      expected = released._shapes(conversion.table(variant, 3, others[0]))
     else:
       assert expected[first] == tuple(map(int, others)), line
 
@@ -229,7 +229,7 @@ def test_indices_point_to_files_of_their_folder(write_model):
   shutil.copy(folder / FILE, folder / "b.safetensors")
   shards = {"a": FILE, "b": "b.safetensors"}
   index.write_text(json.dumps({"weight_map": shards}))
-  with pytest.raises(ValueError, match="stands in both"):
+  with pytest.raises(ValueError, match="is in both"):
     dcae_jax.load(folder)
 
 
@@ -256,7 +256,9 @@ def test_variant_is_recognised_without_a_config(write_model, layout):
 @pytest.mark.parametrize("name", parity.CONFIGS)
 @pytest.mark.parametrize("layout", conversion.LAYOUTS)
 def test_each_released_variant_is_recognised_by_its_shapes(name, layout):
-  shapes = released._expected(variants.VARIANTS[name], 3, layout)
+  shapes = released._shapes(
+    conversion.table(variants.VARIANTS[name], 3, layout)
+  )
   found, *_ = released._recognise("a file", shapes)
   assert found == variants.VARIANTS[name]
 
