@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
     if stride is None:
       return cls(size, max(size * 3 // 4, 1))
     if stride > tile:
-      raise errors.UserError(f"stride={stride} is above tile={tile}")
+      raise errors.UserError(f"stride={stride} leaves gaps: tile={tile}")
     return cls(size, stride // spatial_compression)
 
   def apply(
