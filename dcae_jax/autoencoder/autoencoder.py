@@ -188,7 +188,7 @@ class Autoencoder:
     self._decode = jax.jit(functools.partial(self.apply, method="decode"))
 
   def apply(self, variables: Any, x: jax.Array, *, method: str) -> jax.Array:
-    """The network as a function, for one's own `jax.jit`.
+    """The network as a function, for your own `jax.jit`.
 
     `x` are images in [-1, 1] for the method "encode", or latents for "decode";
     nothing is checked or padded.

@@ -75,7 +75,7 @@ class BlockPCA:
     }  # fmt: skip
 
   def apply(self, variables: Any, x: jax.Array, *, method: str) -> jax.Array:
-    """The function for one's own `jax.jit`; `method`: "encode" or "decode"."""
+    """The function for your own `jax.jit`; `method`: "encode" or "decode"."""
     function = {"encode": self._encode, "decode": self._decode}[method]
     with jax.default_matmul_precision("highest"):
       return function(variables["params"], x)

@@ -47,7 +47,7 @@ def create(
   options that the family does not have.
 
   Args:
-    variant: a name among `variants`, or an architecture of one's own.
+    variant: a name among `variants`, or an architecture of your own.
     image_channels: 3, 1 for grey images, or any other number.
     **options: fields of `network.Options`.
   """

@@ -54,7 +54,7 @@ class Conditioning(abc.ABC):
 
   @abc.abstractmethod
   def null(self, condition: Condition) -> Condition:
-    """What stands for no condition, as many rows of it."""
+    """The null condition, one row for each example."""
 
   @abc.abstractmethod
   def examples(self, count: int) -> Condition:
@@ -92,7 +92,7 @@ class Conditioning(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabels(Conditioning):
-  """A class label for each example; the one after the last stands for none.
+  """A class label for each example; the one after the last means none.
 
   Attributes:
     num_classes: without the null class.

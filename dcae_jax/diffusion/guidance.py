@@ -47,7 +47,7 @@ def guided(
   Args:
     network: a function of (z, t, condition).
     condition: of the b examples.
-    null: what stands for none, as many rows of it.
+    null: the null condition, one row for each example.
     scale: 1 is the conditional network alone, and costs no more; 0 the
       unconditional one. A negative one is a UserError.
     interval: the times (low, high), ends included and as the network sees them

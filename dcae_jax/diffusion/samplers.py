@@ -154,7 +154,7 @@ class DDIM(Sampler):
 class DPMSolver(Sampler):
   """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), deterministic.
 
-  The calls of the network stand at equal steps of log(alpha / sigma) from the
+  The network is called at equal steps of log(alpha / sigma) from the
   last time to the first, both included; times between the discrete ones are
   asked for. The first step is of first order, and the last call's z_0 is the
   result: the step from the first time to no noise. `steps` is the number of
@@ -221,7 +221,7 @@ class Heun(Sampler):
     return _scan(step, z, _times(process.objective, steps))
 
 
-# Dormand and Prince, J. Comp. Appl. Math. 6 (1980). The last stage stands at
+# Dormand and Prince, J. Comp. Appl. Math. 6 (1980). The last stage is at
 # the new value, and is the first of the next step.
 _STAGE_TIMES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 _STAGES = (

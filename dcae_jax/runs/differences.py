@@ -17,7 +17,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-  """By path, in order: what stands there, and what now."""
+  """By path, in order: the value there, and the one now."""
   there, here = flat(before), flat(now)
   return {
     key: f"{key}: {there.get(key)!r} there, {here.get(key)!r} now"

@@ -1,8 +1,8 @@
 """A directory or a bucket prefix as a store of objects, through tensorstore.
 
 One client for local and `gs://` paths: objects appear whole or not at all,
-requests that fail in passing are tried again, ever later, and what is wrong
-with a bucket or a disk is said in one line.
+transient failures are retried with growing delays, and errors of a bucket or a
+disk are reported in one line.
 """
 
 import contextlib

@@ -55,7 +55,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_guidance(key: str, scales: Sequence[Any]) -> None:
-  """Raises UserError for scales that cannot be, or that stand twice."""
+  """Raises UserError for scales that are not finite, or given twice."""
   for scale in scales:
     if not _is_number(scale):
       raise errors.UserError(

@@ -142,7 +142,7 @@ def run(
       first_step, training.abstract, training.shardings
     )
     work.batches.set_state(data_state)
-    _LOG.info("going on from step %d in %s", first_step, workdir)
+    _LOG.info("resuming from step %d in %s", first_step, workdir)
   else:
     state = training.begin()
   start.write_config(config, workdir)

@@ -108,7 +108,7 @@ def _plain(values: dict[str, Any]) -> str:
 def _verify(store: reader.Latents) -> list[str]:
   count = store.manifest["count"]
   problems = store.verify(progress_lines.Progress(count).add)
-  state = "; ".join(problems[:10]) or "all right"
+  state = "; ".join(problems[:10]) or "no problems"
   _LOG.info("checksums of %d rows: %s", count, state)
   return problems
 

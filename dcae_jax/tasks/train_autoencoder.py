@@ -256,11 +256,11 @@ def _finish(
     f"step {result['step']}": _metrics(config, "eval", result),
     floor.NAME: _metrics(config, "floor", result),
   }
+  if result["images_skipped"]:
+    _LOG.warning("%d unusable images were skipped", result["images_skipped"])
   _LOG.info(
-    "held-out images:\n\n%s\n\n%d images were skipped\nsamples: %s\n"
-    "result: %s",
-    text_table.of_metrics(rows), result["images_skipped"],
-    workdir / "samples", workdir / "result.json",
+    "held-out images:\n\n%s\n\nsamples: %s\nresult: %s",
+    text_table.of_metrics(rows), workdir / "samples", workdir / "result.json",
   )  # fmt: skip
 
 

@@ -768,7 +768,7 @@ def test_inspecting_decodes_rows_as_they_are(
 ):
   with caplog.at_level("INFO"):
     assert _inspect(whole, tmp_path)
-  for text in ("f8c16", "0.5 (the autoencoder's)", "3 images", "all right",
+  for text in ("f8c16", "0.5 (the autoencoder's)", "3 images", "no problems",
                "99_cut.png"):  # fmt: skip
     assert text in caplog.text
   files = sorted((tmp_path / "samples").glob("row_*.png"))

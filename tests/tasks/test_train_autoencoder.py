@@ -540,7 +540,7 @@ def test_kill_and_sigterm_lose_nothing(
   # It was stopped between two evaluations, and has the factor of the first.
   assert dcae_jax.load(tmp_path / "killed").scaling_factor > 0
   code, output = start("killed").finish()
-  assert code == 0 and "going on from step" in output, output
+  assert code == 0 and "resuming from step" in output, output
   _assert_same_bits(_saved(tmp_path / "whole"), _saved(tmp_path / "killed"))
   assert _losses(tmp_path / "whole") == _losses(tmp_path / "killed")
 

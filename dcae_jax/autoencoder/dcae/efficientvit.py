@@ -29,7 +29,7 @@ def relu_linear_attention(
   """Attention with the kernel `relu(q) relu(k)`, linear in the image's pixels.
 
   With at most `d` positions the quadratic form is cheaper; it gives the same
-  result up to where the epsilon stands. Positions whose query, or all of whose
+  result up to the place of the epsilon. Positions whose query, or all of whose
   keys, are zero give zero, with finite gradients. The result is float32.
   """
   dtype, highest = jnp.float32, jax.lax.Precision.HIGHEST

@@ -62,7 +62,7 @@ def page(contents: Contents) -> str:
     _table(runs),
     _notes(contents.notes),
     *curves,
-    "<h2>How many images have which value</h2>",
+    "<h2>Distribution over images</h2>",
     _histograms(runs),
     "<h2>Pictures</h2>",
     _LEGEND,
@@ -233,7 +233,7 @@ def _description(result: Mapping[str, Any]) -> str:
 
 
 _LEGEND = (
-  "<p class=notes>Drag the slider between two versions. Beside them stand a "
+  "<p class=notes>Drag the slider between two versions. Beside them are a "
   "crop, a quarter of each side, and the error, the mean over channels: black "
   "is 0, white 64 of 255 or more.</p>"
 )
