@@ -5,7 +5,9 @@ r"""A small DC-AE on a folder of photographs, phase 1, in an hour of two cores.
 
 A tenth is held out, in all phases the same. To evaluate on other images:
 --config.data.source.part= --config.evaluation.source.part= and
---config.evaluation.source.path=OTHER. Expected numbers: not yet measured.
+--config.evaluation.source.path=OTHER. Measured on 170 photographs, 21 of them
+held out, 20,000 steps on two cores of an AMD EPYC: 27.85 dB at 64 px and 28.96
+dB at 128 px; block PCA, the floor, has 26.19 and 27.30 dB.
 """
 
 from configs import base
@@ -14,10 +16,10 @@ from configs import base
 def get_config():
   c = base.small(base.phase1("tiny-f8-rms"))
   c.resolution, c.batch_size, c.steps = 64, 8, 20_000
-  c.initial_branch_scale, c.lpips.weight = 0.0, 0.03
+  c.initial_branch_scale, c.lpips.weight = 0.0, 0.1
   c.optimizer.kind, c.optimizer.schedule = "muon", "wsd"
   c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 0.01, 2e-3
-  c.optimizer.decay_steps, c.optimizer.weight_decay = 10_000, 0.1
+  c.optimizer.decay_steps, c.optimizer.weight_decay = 5_000, 0.1
   c.optimizer.clip_norm = 0.0
   c.evaluation.resolutions = (64, 128)
   larger = {"resolution": 128, "batch_size": 64}

@@ -41,7 +41,7 @@ def check(config: ConfigDict) -> None:
   if config.crops_per_image > 1 and config.crop == "dm_crop":
     raise errors.UserError(
       f"config.crops_per_image={config.crops_per_image} of config.crop=dm_crop "
-      "would be the same; use random_crop or random_resized_crop"
+      "would all be the same; use random_crop or random_resized_crop"
     )
   if _is_import(config) and (config.flip or config.crops_per_image > 1):
     raise errors.UserError(
