@@ -31,6 +31,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import base
@@ -287,3 +288,18 @@ def tiny_config(photographs, compilation_cache):
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(variants.VARIANTS, "tiny-f2", tiny_f2)
     yield create
+
+
+def config_file(path: pathlib.Path, config: ConfigDict) -> str:
+  """A config file of a run of `tiny_config`, for other processes.
+
+  They do not know tiny-f2, so that it has the architecture in whole.
+  """
+  from dcae_jax.autoencoder import families
+
+  config.model.architecture = families.described(config.model.variant, {}, 3)
+  path.write_text(
+    "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+    f"  return ConfigDict({config.to_dict()!r})\n"
+  )
+  return str(path)

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, config_file
 
 
 def _python(environment, *arguments):
@@ -21,7 +21,9 @@ def _python(environment, *arguments):
   return found.stdout
 
 
-def test_a_run_lives_in_a_bucket(emulator, photographs, compilation_cache):
+def test_a_run_lives_in_a_bucket(
+  emulator, photographs, tiny_config, compilation_cache, tmp_path
+):
   environment, root = emulator.environment, emulator.create("dcae-test")
   copy = (
     "import sys, pathlib\n"
@@ -31,31 +33,21 @@ def test_a_run_lives_in_a_bucket(emulator, photographs, compilation_cache):
     "  to.write_bytes(path.read_bytes())\n"
   )
   _python(environment, "-c", copy, str(photographs), f"{root}/images")
-  flags = {
-    "model.variant": "tiny-f8",
-    "model.dtype": "float32",
-    "resolution": 32,
-    "batch_size": 4,
-    "lpips.weight": 0,
+  changes = {
     "data.source.path": f"{root}/images",
-    "data.workers": 0,
     "evaluation.source.path": f"{root}/images",
-    "evaluation.resolutions": "(32,)",
-    "evaluation.batch_size": 4,
-    "log_every": 1,
-    "compilation_cache": compilation_cache,
+    "mesh.data": -1,
   }
-  flags = [f"--config.{key}={value}" for key, value in flags.items()]
-  command = ["-m", "dcae_jax.main", "--config=configs/f32_phase1.py"]
+  file = config_file(tmp_path / "phase1.py", tiny_config(1, **changes))
+  command = ["-m", "dcae_jax.main", f"--config={file}"]
   workdir = f"--workdir={root}/runs/phase1"
-  _python(environment, *command, workdir, *flags, "--config.steps=2")
-  _python(environment, *command, workdir, *flags, "--config.steps=4")
+  _python(environment, *command, workdir, "--config.steps=2")
+  _python(environment, *command, workdir, "--config.steps=4")
   # Phase 2 takes the parameters from there, into another local directory.
-  command = ["-m", "dcae_jax.main", "--config=configs/f32_phase2.py"]
-  workdir = f"--workdir={root}/runs/phase2"
-  start = f"--config.init_from={root}/runs/phase1"
-  more = [start, "--config.steps=1", "--config.data.min_size=0"]
-  _python(environment, *command, workdir, *flags, *more)
+  changes |= {"init_from": f"{root}/runs/phase1", "steps": 1}
+  file = config_file(tmp_path / "phase2.py", tiny_config(2, **changes))
+  command = ["-m", "dcae_jax.main", f"--config={file}"]
+  _python(environment, *command, f"--workdir={root}/runs/phase2")
   show = (
     "import json, sys\n"
     "from etils import epath\n"

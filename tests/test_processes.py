@@ -12,21 +12,13 @@ import time
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, config_file
 from etils import epath
 
 from dcae_jax.tasks import train_autoencoder
 
 STEPS = 10
 SPEEDS = ("second", "left", "utilization")
-
-
-def _flat(config, prefix=""):
-  for key, value in config.items():
-    if hasattr(value, "items"):
-      yield from _flat(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", value
 
 
 def _losses(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
@@ -51,7 +43,6 @@ def config_of(tiny_config):
     return tiny_config(
       1,
       **{
-        "model.variant": "tiny-f8",  # other processes know no tiny-f2
         "steps": steps,
         "mesh.data": -1,
         "checkpoint.every": 2,
@@ -69,13 +60,7 @@ def start(config_of, tmp_path_factory):
   started = []
 
   def run(count, workdir, steps=STEPS):
-    values = dict(_flat(config_of(steps)))
-    file = folder / f"{steps}.py"
-    file.write_text(
-      "from configs import base\n\n\ndef get_config():\n"
-      '  c = base.phase1("tiny-f8")\n'
-      f"  c.update_from_flattened_dict({values!r})\n  return c\n"
-    )
+    file = config_file(folder / f"{steps}.py", config_of(steps))
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import REPOSITORY, config_file
 from etils import epath
 
 import dcae_jax
@@ -22,8 +22,6 @@ from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.setup import autoencoder_training
 from dcae_jax.tasks import train_autoencoder
 from dcae_jax.training import checkpoint
-
-REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 def _run(config, workdir):
@@ -463,29 +461,10 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
 
 
 class _Process:
-  """`python -m dcae_jax.main` on one device, on the same small world."""
+  """`python -m dcae_jax.main` on one device."""
 
-  def __init__(self, photographs, compilation_cache, workdir, *extra):
-    source = "data.source", "evaluation.source"
-    flags = {f"{s}.path": photographs for s in source}
-    flags |= {
-      "model.variant": "tiny-f8",
-      "model.dtype": "float32",
-      "resolution": 32,
-      "batch_size": 8,
-      "steps": 30,
-      "lpips.weight": 0,
-      "optimizer.warmup_steps": 2,
-      "data.workers": 0,
-      "evaluation.resolutions": "(32,)",
-      "evaluation.every": 0,
-      "evaluation.batch_size": 8,
-      "checkpoint.every": 3,
-      "log_every": 1,
-      "compilation_cache": compilation_cache,
-    }
+  def __init__(self, config, workdir, *extra):
     self.workdir = workdir
-    arguments = [f"--config.{k}={v}" for k, v in flags.items()]
     environment = os.environ | {
       "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")
     }
@@ -494,9 +473,8 @@ class _Process:
         sys.executable,
         "-m",
         "dcae_jax.main",
-        "--config=configs/f32_phase1.py",
+        f"--config={config}",
         f"--workdir={os.path.relpath(workdir, REPOSITORY)}",
-        *arguments,
         *extra,
       ],
       cwd=REPOSITORY,
@@ -520,11 +498,11 @@ class _Process:
     return self.process.returncode, output
 
 
-def test_kill_and_sigterm_lose_nothing(
-  photographs, compilation_cache, tmp_path
-):
+def test_kill_and_sigterm_lose_nothing(tiny_config, tmp_path):
   """One run to its end; another killed once and terminated once."""
-  start = lambda name: _Process(photographs, compilation_cache, tmp_path / name)
+  changes = {"mesh.data": -1, "checkpoint.every": 3, "steps": 30}
+  config = config_file(tmp_path / "run.py", tiny_config(1, **changes))
+  start = lambda name: _Process(config, tmp_path / name)
   code, output = start("whole").finish()
   assert code == 0, output
   run = start("killed")
@@ -545,16 +523,15 @@ def test_kill_and_sigterm_lose_nothing(
   assert _losses(tmp_path / "whole") == _losses(tmp_path / "killed")
 
 
-def test_bad_input_is_one_line_on_the_command_line(
-  photographs, compilation_cache, tmp_path
-):
+def test_bad_input_is_one_line_on_the_command_line(tiny_config, tmp_path):
+  config = config_file(tmp_path / "run.py", tiny_config(1))
   for extra, message in [
     ("--config.resolutoin=32", 'Did you mean "resolution"'),
-    ("--config.resolution=33", "error: image side 33 is not divisible by 8"),
+    ("--config.resolution=33", "error: image side 33 is not divisible by 2"),
     ("--config.task=train", "error: unknown config.task 'train'"),
     ("--config.batch_size=x", "batch_size"),
   ]:
-    run = _Process(photographs, compilation_cache, tmp_path / "run", extra)
+    run = _Process(config, tmp_path / "run", "--config.mesh.data=-1", extra)
     code, output = run.finish()
     assert code == 2 and message in output, output
     errors = [x for x in output.splitlines() if x.strip()]
