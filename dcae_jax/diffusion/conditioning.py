@@ -70,7 +70,8 @@ class Conditioning(abc.ABC):
   ) -> Condition:
     """Those that samples are drawn for: all that are chosen, or were learned.
 
-    Raises UserError where one that is chosen was not learned.
+    Raises UserError for one that was not learned, or if what was learned is
+    not known.
     """
 
   @abc.abstractmethod
@@ -150,7 +151,13 @@ class ClassLabels(Conditioning):
     self, chosen: Sequence[Any], learned: dict[str, Any]
   ) -> np.ndarray:
     self.check_chosen(chosen)
-    rows = learned["rows_of_classes"]
+    rows = learned.get("rows_of_classes", ())
+    if len(rows) != self.num_classes:
+      raise errors.UserError(
+        f"latents.json of the run has no 'rows_of_classes' of "
+        f"{self.num_classes} classes: it is damaged; bring it back, or train "
+        "again"
+      )
     for label in chosen:
       if not rows[label]:
         raise errors.UserError(

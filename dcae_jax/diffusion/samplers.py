@@ -154,10 +154,10 @@ class DDIM(Sampler):
 class DPMSolver(Sampler):
   """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), deterministic.
 
-  The network is called at equal steps of log(alpha / sigma) from the
-  last time to the first, both included; times between the discrete ones are
-  asked for. The first step is of first order, and the last call's z_0 is the
-  result: the step from the first time to no noise. `steps` is the number of
+  The network is called at equal steps of log(alpha / sigma) from the last time
+  to the first, both included, also at times between the discrete ones. The
+  first step is of first order, and the last call's z_0 is the result: the step
+  from the first time to no noise. `steps` is the number of
   calls, 2 to the objective's `total_steps`.
   """
 

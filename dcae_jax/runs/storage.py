@@ -39,11 +39,10 @@ class Storage:
       retries: of a request to a bucket, at most 16 seconds apart.
       cache_megabytes: of arrays kept in memory once they are read.
     """
-    if not min(retries, cache_megabytes) >= 0:
-      raise errors.UserError(
-        f"retries={retries} or cache_megabytes={cache_megabytes} is below 0"
-      )
     self._options = {"retries": retries, "cache_megabytes": cache_megabytes}
+    for name, value in self._options.items():
+      if not value >= 0:
+        raise errors.UserError(f"{name}={value} is below 0")
     self._place = _place(path)
     self._is_remote = self._place["driver"] != "file"
     self.path = self._place["path"].rstrip("/")

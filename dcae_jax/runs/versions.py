@@ -12,14 +12,14 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
   """What computed a result."""
-  versions = {}
+  found = {}
   for name in _PACKAGES:
     try:
-      versions[name] = importlib.metadata.version(name)
+      found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      versions[name] = "not installed: run from a clone"
+      found[name] = "not installed: run from a clone"
   device = jax.devices()[0]
-  return versions | {
+  return found | {
     "python": platform.python_version(),
     "devices": f"{jax.device_count()} {device.device_kind}",
   }

@@ -241,7 +241,7 @@ def _adversarial(config: ConfigDict, mask: Any) -> train_step.Adversarial:
 
 
 def _check_images(config: ConfigDict) -> None:
-  """Sides that do not fit the network, the crops, the metrics or LPIPS."""
+  """Refuses sides that the network, crops, metrics or LPIPS cannot take."""
   sides = config.evaluation.resolutions
   if not sides:
     raise errors.UserError(

@@ -122,13 +122,7 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Inputs:
   trained = work_directory.read_run_config(config.init_from, "train_diffusion")
   model = open_model(config, trained)
   description = decode.read_description(config.init_from)
-  try:
-    choices = model.conditioning.choices(config.classes, description)
-  except (KeyError, IndexError, TypeError) as error:
-    raise errors.UserError(
-      f"latents.json of {config.init_from} is damaged ({error!r}); bring it "
-      "back, or train again"
-    ) from error
+  choices = model.conditioning.choices(config.classes, description)
   start.begin(
     config, workdir, ("parts", "images", _PICTURE, _PLOT, "manifest.json")
   )

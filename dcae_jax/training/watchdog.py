@@ -40,7 +40,7 @@ class Watchdog:
       if waiting is None or now < waiting[2]:
         continue
       what, since, _ = waiting
-      _LOG.warning("waiting for %s since %.0f s", what, now - since)
+      _LOG.warning("waiting for %s: %.0f s so far", what, now - since)
       if self._waiting is waiting:
         self._waiting = (what, since, now + (now - since))
 

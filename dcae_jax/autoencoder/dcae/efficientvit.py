@@ -15,9 +15,7 @@ from jaxtyping import Array, Float
 from dcae_jax.nn import convolution, normalization
 
 HEAD_DIM = 32
-_EXPANSION = (
-  4  # hidden channels of a GLUMBConv after the gate, over its input's
-)
+_EXPANSION = 4  # a GLUMBConv's channels after the gate, over its input's
 _EPSILON = 1e-15
 
 
