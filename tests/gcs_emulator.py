@@ -66,7 +66,7 @@ class Emulator:
 
   Attributes:
     address: `http://127.0.0.1:port`, the same after `gone` and `back`.
-    environment: that of a subprocess which shall use it, on one device.
+    environment: that of a subprocess which shall use it.
     requests: (method, path with query) of what was asked, failed or not.
     uploads: "bucket/name" of each object written, as often as it was.
   """
@@ -89,7 +89,6 @@ class Emulator:
       "TENSORSTORE_GCS_HTTP_URL": self.address,
       "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
       "NO_GCE_CHECK": "true",
-      "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1"),
     }
     return self
 

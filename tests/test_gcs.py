@@ -36,18 +36,17 @@ def test_a_run_lives_in_a_bucket(
   changes = {
     "data.source.path": f"{root}/images",
     "evaluation.source.path": f"{root}/images",
-    "mesh.data": -1,
   }
   file = config_file(tmp_path / "phase1.py", tiny_config(1, **changes))
   command = ["-m", "dcae_jax.main", f"--config={file}"]
   workdir = f"--workdir={root}/runs/phase1"
   _python(environment, *command, workdir, "--config.steps=2")
   _python(environment, *command, workdir, "--config.steps=4")
-  # Phase 2 takes the parameters from there, into another local directory.
-  changes |= {"init_from": f"{root}/runs/phase1", "steps": 1}
-  file = config_file(tmp_path / "phase2.py", tiny_config(2, **changes))
-  command = ["-m", "dcae_jax.main", f"--config={file}"]
-  _python(environment, *command, f"--workdir={root}/runs/phase2")
+  # Another run takes the parameters from there.
+  steps = "--config.steps=1"
+  init_from = f"--config.init_from={root}/runs/phase1"
+  workdir = f"--workdir={root}/runs/tuned"
+  _python(environment, *command, workdir, init_from, steps)
   show = (
     "import json, sys\n"
     "from etils import epath\n"

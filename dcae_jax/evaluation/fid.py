@@ -9,6 +9,7 @@ import io
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 from etils import epath
 
 from dcae_jax import errors
@@ -28,8 +29,8 @@ def frechet_distance(
   """Squared Frechet distance between two Gaussians.
 
   The trace of the square root of a product of covariances is the sum of the
-  singular values of the product of their square roots: no imaginary part can
-  arise, and covariances of few images, of low rank, are quickly done.
+  singular values of the product of their factors: no imaginary part can arise,
+  and covariances of few images, of low rank, are quickly done.
 
   Means are [d], covariances [d, d].
 
@@ -58,21 +59,18 @@ def frechet_distance(
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-  """`f` [d, rank] with orthogonal columns; `f @ f.T` is the covariance."""
+  """`f` [d, rank] with `f @ f.T` the covariance, by Cholesky with pivots."""
   if not np.isfinite(covariance).all():
     raise errors.UserError("a covariance has values that are not finite")
   size = np.abs(covariance).max(initial=0.0)
   if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-6 * size:
     raise errors.UserError("a covariance is not symmetric")
-  values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-  largest = max(values.max(initial=0.0), 0.0)
-  if values.min(initial=0.0) < -1e-3 * largest:
-    raise errors.UserError(
-      f"a covariance has the negative eigenvalue {values.min():.3g}"
-    )
-  rounding = largest * len(values) * np.finfo(np.float64).eps
-  kept = values > rounding
-  return vectors[:, kept] * np.sqrt(values[kept])
+  lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance, lower=1)
+  factor = np.empty((len(covariance), rank))
+  factor[pivots - 1] = np.tril(lower)[:, :rank]
+  if np.abs(covariance - factor @ factor.T).max(initial=0.0) > 1e-3 * size:
+    raise errors.UserError("a covariance has a negative eigenvalue")
+  return factor
 
 
 def save_statistics(

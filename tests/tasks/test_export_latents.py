@@ -160,7 +160,7 @@ def test_stored_types_round_the_same_latents(whole, config, tmp_path):
     export_latents.run(config(dtype=dtype, flip=False), workdir)
     source = reader.Latents(str(workdir / "latents"))
     found = source.read_unscaled(np.arange(42))
-    np.testing.assert_allclose(found, exact, rtol=step, atol=1e-6)
+    np.testing.assert_allclose(found, exact, rtol=1.01 * step, atol=1e-5)
     assert (found != exact).any()
     assert source.manifest["views"] == ["latents"] and len(source) == 42
 
@@ -479,11 +479,10 @@ def _start(config, workdir, environment=None, *more, driver=""):
     f"import runpy, sys; sys.argv = {arguments!r}\n{driver}\n"
     "runpy.run_module('dcae_jax.main', run_name='__main__', alter_sys=True)"
   )
-  single = os.environ["XLA_FLAGS"].replace("count=8", "count=1")
   return subprocess.Popen(
     [sys.executable, "-c", script],
     cwd=REPOSITORY,
-    env=environment or os.environ | {"XLA_FLAGS": single},
+    env=environment,
     stderr=subprocess.PIPE,
     text=True,
   )
