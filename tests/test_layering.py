@@ -36,6 +36,7 @@ OTHERS = {
   "tasks": {"etils", "jax", "ml_collections", "optax"},
   "setup": {"etils", "jax", "ml_collections"},
   "evaluation": {"etils", "jax", "jaxtyping"},
+  "evaluation/fid.py": {"etils", "scipy"},
   "evaluation/networks": NETWORKS,
   "evaluation/networks/pretrained.py": {"safetensors"},
   "evaluation/report": {"etils"},

@@ -24,7 +24,9 @@ def workdir(tmp_path_factory, compilation_cache):
   flags += [f"--config.phase{i}.log_every=1" for i in (1, 2, 3)]
   for part in ("phase1", "phase2", "phase3", "report"):
     flags.append(f"--config.{part}.compilation_cache={compilation_cache}")
-  flags += ["--config.phase1.batch_size=8", "--config.report.resolutions=(64,)"]
+  flags.append("--config.phase1.batch_size=8")
+  for part in ("phase2.evaluation", "phase3.evaluation", "report"):
+    flags.append(f"--config.{part}.resolutions=(64,)")
   found = run_main(
     "configs/quickstart.py",
     f"--workdir={os.path.relpath(directory, REPOSITORY)}",
@@ -90,11 +92,8 @@ def test_report_agrees_with_the_runs_own_evaluation(workdir):
   del numbers[floor.NAME]
   for phase, found in numbers.items():
     result = json.loads((workdir / phase / "result.json").read_text())
-    high, *_ = quickstart.get_config()[phase].evaluation.resolutions
-    prefix = "eval" if high == 64 else "eval/64px"
     for metric in ("psnr", "ssim", "lpips"):
-      own = result[f"{prefix}/{metric}"]
-      assert abs(found["64"][metric] - own) < 1e-3
+      assert abs(found["64"][metric] - result[f"eval/{metric}"]) < 1e-3
 
 
 def test_runs_end_with_their_floor(workdir):
@@ -103,7 +102,7 @@ def test_runs_end_with_their_floor(workdir):
   result = json.loads((workdir / "phase1" / "result.json").read_text())
   for metric in ("psnr", "ssim", "lpips"):
     expected = numbers[floor.NAME]["64"][metric]
-    assert result[f"floor/{metric}"] == pytest.approx(expected, rel=0.01)
+    assert result[f"floor/{metric}"] == pytest.approx(expected, rel=0.02)
     assert result[f"floor/128px/{metric}"] != result[f"floor/{metric}"]
 
 
