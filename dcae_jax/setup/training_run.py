@@ -166,8 +166,7 @@ def run(
           _compiled(training, work.constants),
           evaluate,
           config.batch_size,
-          training.flops(remat=False),
-          hardware.peak_flops(),
+          _peak_rate(training),
         ),
         state,
         sharding.Prefetch(work.batches, work.put, config.data.prefetch),
@@ -195,6 +194,13 @@ def run(
     writer.close()
     checkpoints.close()
   return step == last_step
+
+
+def _peak_rate(training: Training) -> float:
+  """Steps per second at the devices' published peak; 0 where it is unknown."""
+  chip = hardware.chip(jax.devices()[0].device_kind)
+  flops = training.flops(remat=False) if chip else 0.0
+  return chip.flops * jax.device_count() / flops if flops else 0.0
 
 
 def _compiled(

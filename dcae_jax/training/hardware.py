@@ -7,11 +7,9 @@ direction, from the vendors' data sheets; a figure here counts one jax device.
 import importlib.util
 import math
 import os
-import time
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
 from dcae_jax import errors
@@ -123,26 +121,3 @@ def describe_slice(topology: str) -> list[jax.Device]:
       f"libtpu does not know the topology {topology!r}: {error}"
     ) from error
   return list(described.devices)
-
-
-def peak_flops() -> float:
-  """FLOP/s of all devices: published, else that of a matrix product here."""
-  device = jax.devices()[0]
-  known = chip(device.device_kind)
-  if known is not None:
-    return known.flops * jax.device_count()
-  hosts_share = jax.device_count() if device.platform != "cpu" else 1
-  return _measured() * hosts_share
-
-
-def _measured(size: int = 1024) -> float:
-  """FLOP/s of a float32 matrix product on the first device."""
-  x = jnp.ones((size, size), jnp.float32)
-  multiply = jax.jit(lambda x: x @ x)
-  multiply(x).block_until_ready()
-  seconds = []
-  for _ in range(3):
-    start = time.perf_counter()
-    multiply(x).block_until_ready()
-    seconds.append(time.perf_counter() - start)
-  return 2 * size**3 / min(seconds)

@@ -75,15 +75,13 @@ class Program(NamedTuple):
     step: jitted, `(state, batch) -> (state, metrics)`.
     evaluate: `(step, state) -> metrics`, which may be none.
     images_per_step: of the global batch.
-    flops_per_step: over all devices; 0: not known.
-    peak_flops: per second, of all devices.
+    peak_rate: steps per second at the devices' published peak; 0: not known.
   """
 
   step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
   evaluate: Callable[[int, State], dict[str, float]]
   images_per_step: int
-  flops_per_step: float
-  peak_flops: float
+  peak_rate: float
 
 
 class Cadence(NamedTuple):
@@ -271,9 +269,8 @@ class _Log:
       "seconds/step": device / steps,
       "seconds/host": max(seconds - data - device, 0.0) / steps,
     }
-    if flops := self._program.flops_per_step:
-      utilization = rate * flops / self._program.peak_flops
-      speeds["model_flops_utilization"] = utilization
+    if peak_rate := self._program.peak_rate:
+      speeds["model_flops_utilization"] = rate / peak_rate
     return speeds
 
   def _line(
