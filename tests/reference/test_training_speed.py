@@ -43,10 +43,10 @@ def _assert_moved_alike(found, expected, start):
 
 @pytest.mark.parametrize("phase", training_speed.PHASES)
 def test_both_sides_take_the_same_steps(phase, tmp_path):
-  """In both layouts of theirs."""
+  """In phase 1 in both layouts of theirs."""
   case = training_speed.Case("tiny-f8", phase, 8, 64)
   initial, train = training_speed.jax_training(case)
-  for layout in training_speed.LAYOUTS:
+  for layout in training_speed.LAYOUTS if phase == 1 else ("contiguous",):
     # A copy, as the step's arguments are donated.
     state = jax.tree.map(jnp.copy, initial)
     _check_steps(case, layout, state, train, tmp_path / layout)

@@ -24,7 +24,7 @@ def workdir(tmp_path_factory, compilation_cache):
   flags += [f"--config.phase{i}.log_every=1" for i in (1, 2, 3)]
   for part in ("phase1", "phase2", "phase3", "report"):
     flags.append(f"--config.{part}.compilation_cache={compilation_cache}")
-  flags.append("--config.phase1.batch_size=8")
+  flags += [f"--config.phase{i}.batch_size=4" for i in (1, 2, 3)]
   for part in ("phase2.evaluation", "phase3.evaluation", "report"):
     flags.append(f"--config.{part}.resolutions=(64,)")
   found = run_main(
