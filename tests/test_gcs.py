@@ -43,10 +43,9 @@ def test_a_run_lives_in_a_bucket(
   _python(environment, *command, workdir, "--config.steps=2")
   _python(environment, *command, workdir, "--config.steps=4")
   # Another run takes the parameters from there.
-  steps = "--config.steps=1"
-  init_from = f"--config.init_from={root}/runs/phase1"
-  workdir = f"--workdir={root}/runs/tuned"
-  _python(environment, *command, workdir, init_from, steps)
+  tuned = [f"--workdir={root}/runs/tuned", "--config.steps=1"]
+  tuned.append(f"--config.init_from={root}/runs/phase1")
+  _python(environment, *command, *tuned)
   show = (
     "import json, sys\n"
     "from etils import epath\n"

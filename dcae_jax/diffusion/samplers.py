@@ -157,8 +157,8 @@ class DPMSolver(Sampler):
   The network is called at equal steps of log(alpha / sigma) from the last time
   to the first, both included, also at times between the discrete ones. The
   first step is of first order, and the last call's z_0 is the result: the step
-  from the first time to no noise. `steps` is the number of
-  calls, 2 to the objective's `total_steps`.
+  from the first time to no noise. `steps` is the number of calls, 2 to the
+  objective's `total_steps`.
   """
 
   fits, least_steps = objectives.NoisePrediction, 2

@@ -214,6 +214,7 @@ def test_fine_tuning_begins_with_the_evaluation_of_what_it_starts_from(
   assert after["eval/32px/psnr"] != before["eval/32px/psnr"]
   result = json.loads((phase_2 / "result.json").read_text())
   assert {"eval/psnr", "eval/32px/psnr", "eval/32px/ssim"} <= result.keys()
+  assert result["floor/psnr"] != result["floor/32px/psnr"]
 
 
 def test_the_discriminator_learns_at_its_own_rate(tiny_config):
