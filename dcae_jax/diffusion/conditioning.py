@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import logging
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dcae_jax import errors
+from dcae_jax.data import captions
 
 _LOG = logging.getLogger(__name__)
 Condition = Any  # a tree of arrays [b, ...]
@@ -32,6 +34,7 @@ class Conditioning(abc.ABC):
   """
 
   name: ClassVar[str]  # of the array of a latent store that holds them
+  is_text: ClassVar[bool] = False  # which a text encoder makes conditions of
 
   @classmethod
   @abc.abstractmethod
@@ -55,10 +58,6 @@ class Conditioning(abc.ABC):
   @abc.abstractmethod
   def null(self, condition: Condition) -> Condition:
     """The null condition, one row for each example."""
-
-  @abc.abstractmethod
-  def examples(self, count: int) -> Condition:
-    """Those that samples are shown for during training, as numpy arrays."""
 
   @abc.abstractmethod
   def check_chosen(self, chosen: Sequence[Any]) -> None:
@@ -135,10 +134,6 @@ class ClassLabels(Conditioning):
   def null(self, condition: Int[Array, " b"]) -> Int[Array, " b"]:
     return jnp.full_like(condition, self.num_classes)
 
-  def examples(self, count: int) -> np.ndarray:
-    """The classes in turn."""
-    return (np.arange(count) % self.num_classes).astype(np.int32)
-
   def check_chosen(self, chosen: Sequence[Any]) -> None:
     for label in chosen:
       if type(label) is not int or not 0 <= label < self.num_classes:
@@ -182,6 +177,92 @@ class ClassLabels(Conditioning):
     if not classes:
       return list(map(str, condition))
     return [pathlib.PurePath(classes[label]).stem[:16] for label in condition]
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions(Conditioning):
+  """A caption for each example, as a frozen text encoder sees it.
+
+  A condition is `{"states": [b, l, d], "mask": [b, l] bool, "is_null": [b]
+  bool}`: the encoder's states of a caption's tokens, which of them are tokens,
+  and whether the denoiser takes its null caption instead of the states, under
+  the same mask. What is chosen to be drawn are prompts, an array of strings.
+
+  Attributes:
+    caption_tokens: l, the most that a caption has.
+    caption_width: d, of the states.
+  """
+
+  caption_tokens: int
+  caption_width: int
+  name: ClassVar[str] = "captions"
+  is_text: ClassVar[bool] = True
+
+  @classmethod
+  def of_latents(
+    cls, rows: np.ndarray, classes: Sequence[str], path: str
+  ) -> "Captions":
+    """Without its numbers, which are those of a text encoder."""
+    empty = sum(not row for row in rows)
+    if empty:
+      raise errors.UserError(
+        f"{empty} of {len(rows)} images of {path} have no caption: it is "
+        "damaged; export it again"
+      )
+    return cls(0, 0)
+
+  def describe_rows(self, rows: np.ndarray) -> dict[str, Any]:
+    return {}
+
+  def abstract(self, b: int) -> dict[str, jax.ShapeDtypeStruct]:
+    tokens, width = self.caption_tokens, self.caption_width
+    return {
+      "states": jax.ShapeDtypeStruct((b, tokens, width), jnp.float32),
+      "mask": jax.ShapeDtypeStruct((b, tokens), jnp.bool_),
+      "is_null": jax.ShapeDtypeStruct((b,), jnp.bool_),
+    }
+
+  def null(self, condition: Condition) -> Condition:
+    return condition | {"is_null": jnp.ones_like(condition["is_null"])}
+
+  def check_chosen(self, chosen: Sequence[Any]) -> None:
+    for prompt in chosen:
+      if not isinstance(prompt, str) or not prompt.strip():
+        raise errors.UserError(
+          f"prompt {prompt!r} is empty, or no text; unconditional samples are "
+          "those of guidance 0"
+        )
+
+  def choices(
+    self, chosen: Sequence[Any], learned: dict[str, Any]
+  ) -> np.ndarray:
+    self.check_chosen(chosen)
+    if not chosen:
+      raise errors.UserError(
+        "config.prompts is empty, and the model learned captions; name a file "
+        "of prompts"
+      )
+    return np.array(list(chosen))
+
+  def shown(self, choices: np.ndarray, count: int) -> np.ndarray:
+    """The first ones."""
+    return choices[np.sort(np.unique(choices, return_index=True)[1])][:count]
+
+  def like(self, condition: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """-1 for a prompt that is nobody's caption."""
+    known = {
+      caption: i
+      for i, row in reversed(list(enumerate(rows)))
+      for caption, _ in captions.split(row)
+    }
+    return np.array([known.get(prompt, -1) for prompt in condition])
+
+  def file_names(self, condition: np.ndarray) -> list[str]:
+    words = (re.sub(r"[^a-z0-9]+", "_", x.lower()) for x in condition)
+    return [text.strip("_")[:48] or "prompt" for text in words]
+
+  def titles(self, condition: np.ndarray, classes: Sequence[str]) -> list[str]:
+    return list(map(str, condition))
 
 
 def dropped(

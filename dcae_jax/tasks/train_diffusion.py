@@ -6,6 +6,7 @@ disk is found before anything is compiled or written.
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder
+from dcae_jax.diffusion import conditioning
 from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
 from dcae_jax.runs import metrics_writer
@@ -71,7 +73,7 @@ def run(
     batches,
     lambda batch: sharding.put_rows(batch, training.mesh),
     (),
-    _sample(training, store, ae),
+    _sample(training, store, described, ae),
     config.samples.every,
     lambda step: _finish(workdir, step, training),
   )
@@ -94,11 +96,13 @@ def _batches(config: ConfigDict, store: reader.Latents) -> reader.LatentBatches:
 def _sample(
   training: diffusion_training.Training,
   store: reader.Latents,
+  described: dict[str, Any],
   ae: autoencoder.Autoencoder | None,
 ) -> Callable[..., dict[str, float]]:
   """Pictures of a few conditions: the same noise at each guidance scale."""
   config, model = training.config, training.model
-  condition = model.conditioning.examples(config.samples.count)
+  choices = model.conditioning.choices((), described)
+  condition = conditioning.drawn(choices, 0, config.samples.count)
   replicated = sharding.replicated(training.mesh)
   key = jax.random.fold_in(jax.random.key(config.seed), _SAMPLES)
   functions = {

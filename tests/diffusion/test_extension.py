@@ -40,9 +40,6 @@ class Tints(conditioning.Conditioning):
   def null(self, condition):
     return jnp.zeros_like(condition)
 
-  def examples(self, count):
-    return conditioning.drawn(PRIMARIES, 0, count)
-
   def check_chosen(self, chosen):
     assert not chosen
 
