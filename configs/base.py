@@ -119,6 +119,9 @@ def source(
   c.path = path  # folder: the directory. tfds: its data_dir, "": the default.
   c.name = ""  # tfds: the dataset, such as "imagenet2012".
   c.split = ""  # tfds: such as "train". embedded: "train", "validation".
+  # Read captions, too, for exports. folder: of x.jpg in x.txt (one a line) or
+  # x.json beside it, or a metadata.jsonl. tfds: of a text feature.
+  c.captions = False
   c.weight = 1.0  # within a mixture
   c.members = ConfigDict(members or {})  # mixture: name to source
   # "held_out": some of the images, chosen by a hash of their names, the same in

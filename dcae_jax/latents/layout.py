@@ -4,6 +4,7 @@
   latents/         [n, h / f, w / f, c] not scaled, sharded
   latents_flipped/ the same of the mirrored images, if they were asked for
   labels/          [n] int32; a condition: what a denoiser is told of each image
+  captions/        [n] strings, if they were asked for: see data/captions.py
   keys/            [n] file names or ids, strings
   manifest.json    what it is; written last: without it nothing is finished
   progress/        until then: what is exported, which images can be read,
@@ -24,7 +25,12 @@ import numpy as np
 from dcae_jax import errors
 from dcae_jax.runs import storage
 
-FORMAT = {"format": "dcae_jax.latents", "format_version": 1}
+
+def format_of(what: str) -> dict[str, Any]:
+  return {"format": f"dcae_jax.{what}", "format_version": 1}
+
+
+FORMAT = format_of("latents")
 VIEWS = ("latents", "latents_flipped")
 DTYPES = {
   "float32": np.dtype(np.float32),
@@ -42,13 +48,14 @@ _NEEDED = (  # by readers, of the manifest
 
 
 class Column(NamedTuple):
-  """One row of a condition's array."""
+  """One row of a condition's array; its dtype may be "string"."""
 
   shape: tuple[int, ...]
   dtype: str
 
 
 LABELS = {"labels": Column((), "int32")}
+CAPTIONS = {"captions": Column((), "string")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Layout:
     views: of `VIEWS`.
     shard_rows: the last shard may have fewer.
     conditions: by the name of their arrays.
+    has_keys: rows have names.
   """
 
   rows: int
@@ -72,6 +80,19 @@ class Layout:
   conditions: Mapping[str, Column] = dataclasses.field(
     default_factory=LABELS.copy
   )
+  has_keys: bool = True
+
+  @property
+  def strings(self) -> list[str]:
+    """The names of the arrays of strings."""
+    columns = self.conditions.items()
+    texts = [name for name, column in columns if column.dtype == "string"]
+    return [*texts, *["keys"] * self.has_keys]
+
+  @property
+  def _numbers(self) -> dict[str, Column]:
+    """The arrays of numbers but the latents."""
+    return {k: x for k, x in self.conditions.items() if k not in self.strings}
 
   @property
   def shards(self) -> int:
@@ -80,14 +101,14 @@ class Layout:
   @property
   def metadata_keys(self) -> list[str]:
     """Of what zarr reads first."""
-    arrays = (*self.views, *self.conditions, "keys")
+    arrays = (*self.views, *self._numbers, *self.strings)
     return ["zarr.json", *(f"{name}/zarr.json" for name in arrays)]
 
   def objects(self, shard: int) -> set[str]:
     """The keys of a shard's objects."""
     shapes = {view: self.shape for view in self.views}
-    shapes |= {name: column.shape for name, column in self.conditions.items()}
-    return {f"keys/c/{shard}"} | {
+    shapes |= {name: column.shape for name, column in self._numbers.items()}
+    return {f"{name}/c/{shard}" for name in self.strings} | {
       f"{name}/c/{shard}" + "/0" * len(shape) for name, shape in shapes.items()
     }
 
@@ -97,7 +118,7 @@ class Layout:
     latents = self._array(Column(self.shape, stored))
     latents["attributes"] = {"dtype": self.dtype}
     return {view: latents for view in self.views} | {
-      name: self._array(column) for name, column in self.conditions.items()
+      name: self._array(column) for name, column in self._numbers.items()
     }
 
   def _array(self, column: Column) -> dict[str, Any]:
@@ -120,8 +141,8 @@ class Layout:
       "fill_value": 0,
     }
 
-  def keys_array(self) -> dict[str, Any]:
-    """The metadata of the keys.
+  def strings_array(self) -> dict[str, Any]:
+    """The metadata of an array of strings.
 
     tensorstore has no strings; zarr's own codec for them is a simple one.
     """
@@ -194,6 +215,12 @@ def sha256(data: np.ndarray | bytes) -> str:
   return hashlib.sha256(data).hexdigest()
 
 
+def is_of_strings(place: storage.Storage, name: str) -> bool:
+  """Whether an array of a store is one of strings."""
+  metadata = place.read_json(f"{name}/zarr.json") or {}
+  return metadata.get("data_type") == "string"
+
+
 def encode_strings(texts: list[str], count: int) -> bytes:
   """zarr's vlen-utf8: a count, then each string after its length."""
   texts = [*texts, *[""] * (count - len(texts))]
@@ -213,5 +240,5 @@ def decode_strings(data: bytes) -> list[str]:
       position += 4 + length
       texts.append(data[position - length : position].decode())
   except (struct.error, UnicodeDecodeError) as error:
-    raise errors.UserError(f"keys are damaged: {error}") from error
+    raise errors.UserError(f"strings are damaged: {error}") from error
   return texts

@@ -115,18 +115,25 @@ class Latents:
   def condition(self, name: str) -> np.ndarray:
     """An array of `conditions`, a row for each image [count, ...]."""
     if name not in self._columns:
-      with self._place.errors():
-        self._columns[name] = self._open(name).read().result()
+      if layout.is_of_strings(self._place, name):
+        dtype = np.dtypes.StringDType()
+        self._columns[name] = np.array(self._strings(name), dtype)
+      else:
+        with self._place.errors():
+          self._columns[name] = self._open(name).read().result()
     return self._columns[name]
 
   def keys(self) -> list[str]:
     """File names or ids of all images."""
+    return self._strings("keys")
+
+  def _strings(self, name: str) -> list[str]:
     shards = self.manifest["shards"]
-    objects = self._place.read_all([f"keys/c/{i}" for i in range(len(shards))])
+    keys = [f"{name}/c/{i}" for i in range(len(shards))]
     return [
-      key
-      for data, shard in zip(objects, shards, strict=True)
-      for key in layout.decode_strings(data)[: shard["rows"]]
+      text
+      for data, shard in zip(self._place.read_all(keys), shards, strict=True)
+      for text in layout.decode_strings(data)[: shard["rows"]]
     ]
 
   def check(self) -> None:

@@ -139,7 +139,8 @@ class LatentStore:
     self.storage.write_json("zarr.json", group)
     for name, metadata in layout.arrays().items():
       self.storage.open_array(name, metadata)
-    self.storage.write_json("keys/zarr.json", layout.keys_array())
+    for name in layout.strings:
+      self.storage.write_json(f"{name}/zarr.json", layout.strings_array())
 
   def finished(self, layout: store_layout.Layout) -> list[int]:
     """The shards that have a record, and all their objects."""
@@ -166,16 +167,18 @@ class LatentStore:
       view: store_layout.as_stored(arrays[view]) for view in layout.views
     }
     for name, column in layout.conditions.items():
-      parts[name] = np.asarray(arrays[name], column.dtype)
-    encoded = store_layout.encode_strings(keys, layout.shard_rows)
+      if name not in layout.strings:
+        parts[name] = np.asarray(arrays[name], column.dtype)
     for name, part in parts.items():
       if name not in self._arrays:
         self._arrays[name] = self.storage.open_array(name)
       self.storage.write_rows(
         self._arrays[name], shard * layout.shard_rows, part
       )
-    self.storage.write(f"keys/c/{shard}", encoded)
-    parts["keys"] = encoded
+    for name in layout.strings:
+      texts = keys if name == "keys" else arrays[name]
+      parts[name] = store_layout.encode_strings(texts, layout.shard_rows)
+      self.storage.write(f"{name}/c/{shard}", parts[name])
     checksums = {name: store_layout.sha256(x) for name, x in parts.items()}
     self.storage.write_json(
       _record_key(shard), record | {"rows": len(keys), "sha256": checksums}
