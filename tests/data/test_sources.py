@@ -1,4 +1,6 @@
+import importlib.resources
 import importlib.util
+import json
 import os
 import pickle
 
@@ -98,6 +100,17 @@ def test_embedded_photographs_that_numbers_compare_on_stay_the_same():
     "skimage/data/rocket.jpg",
     "skimage/data/camera.png",
   ]
+
+
+def test_every_embedded_photograph_has_captions_of_its_own():
+  file = importlib.resources.files(sources) / "embedded_captions.json"
+  captions = json.loads(file.read_text("utf-8"))
+  splits = [sources.embedded(split) for split in ("train", "validation")]
+  assert list(captions) == [s.key(i) for s in splits for i in range(len(s))]
+  assert {len(texts) for texts in captions.values()} <= {2, 3}
+  every = [text for texts in captions.values() for text in texts]
+  assert len(set(every)) == len(every)
+  assert all(1 <= len(text.split()) <= 12 for text in every)
 
 
 def test_embedded_photographs_say_how_to_get_them(monkeypatch):
