@@ -16,7 +16,7 @@ A shard is an object of each array.
 import dataclasses
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -25,12 +25,6 @@ import numpy as np
 from dcae_jax import errors
 from dcae_jax.runs import storage
 
-
-def format_of(what: str) -> dict[str, Any]:
-  return {"format": f"dcae_jax.{what}", "format_version": 1}
-
-
-FORMAT = format_of("latents")
 VIEWS = ("latents", "latents_flipped")
 DTYPES = {
   "float32": np.dtype(np.float32),
@@ -45,6 +39,11 @@ _NEEDED = (  # by readers, of the manifest
   "count", "shape", "dtype", "views", "classes", "shards", "scaling_factor",
   "shift_factor", "metadata_sha256",
 )  # fmt: skip
+
+
+def format_of(kind: str) -> dict[str, Any]:
+  """What identities and manifests of a kind of store begin with."""
+  return {"format": f"dcae_jax.{kind}", "format_version": 1}
 
 
 class Column(NamedTuple):
@@ -136,7 +135,7 @@ class Layout:
     return {
       "shape": [self.rows, *column.shape],
       "data_type": column.dtype,
-      "chunk_grid": _grid(self.shard_rows, *column.shape),
+      "chunk_grid": grid(self.shard_rows, *column.shape),
       "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
       "fill_value": 0,
     }
@@ -151,7 +150,7 @@ class Layout:
       "node_type": "array",
       "shape": [self.rows],
       "data_type": "string",
-      "chunk_grid": _grid(self.shard_rows),
+      "chunk_grid": grid(self.shard_rows),
       "chunk_key_encoding": {"name": "default"},
       "codecs": [{"name": "vlen-utf8"}],
       "fill_value": "",
@@ -159,22 +158,25 @@ class Layout:
     }
 
 
-def _grid(*shape: int) -> dict[str, Any]:
+def grid(*shape: int) -> dict[str, Any]:
+  """Of a zarr array, in chunks of a shape."""
   return {"name": "regular", "configuration": {"chunk_shape": list(shape)}}
 
 
-def block_size(total: int, row_bytes: int = 1) -> int:
+def block_size(total: int, row_bytes: int = 1, most: int = _SHARD_ROWS) -> int:
   """Rows of a shard, a multiple of `CHUNK_ROWS`.
 
-  At most 1024 and 64 MB, fewer where there would be fewer than 64 shards.
+  At most so many and 64 MB, fewer where there would be fewer than 64 shards.
   """
-  most = min(_SHARD_ROWS, _SHARD_BYTES // row_bytes)
+  most = min(most, _SHARD_BYTES // row_bytes)
   rows = min(most, -(-total // 64))
   return max(1, -(-rows // CHUNK_ROWS)) * CHUNK_ROWS
 
 
-def read_manifest(place: storage.Storage) -> dict[str, Any]:
-  """The manifest; UserError unless this is a finished store of our format."""
+def read_manifest(
+  place: storage.Storage, kind: str = "latents", needed: Sequence[str] = _NEEDED
+) -> dict[str, Any]:
+  """The manifest; UserError unless this is a finished store of that kind."""
   manifest, path = place.read_json(MANIFEST), f"{place.path}/{MANIFEST}"
   if manifest is None and place.read(IDENTITY) is not None:
     raise errors.UserError(
@@ -183,20 +185,22 @@ def read_manifest(place: storage.Storage) -> dict[str, Any]:
     )
   if manifest is None:
     raise errors.UserError(
-      f"{place.path} is no latent store: it has no {MANIFEST}"
+      f"{place.path} is no store of {kind}: it has no {MANIFEST}"
     )
-  if {key: manifest.get(key) for key in FORMAT} != FORMAT:
+  expected = format_of(kind)
+  if {key: manifest.get(key) for key in expected} != expected:
     raise errors.UserError(
-      f"{path} is not of {FORMAT['format']}, version {FORMAT['format_version']}"
+      f"{path} is not of {expected['format']}, version "
+      f"{expected['format_version']}"
     )
-  check_keys(path, manifest, _NEEDED)
+  check_keys(path, manifest, needed)
   if manifest["dtype"] not in DTYPES or not manifest["views"]:
     raise errors.UserError(f"{path} is damaged: dtype or views")
   # Older stores have labels, and do not say so.
   return {"conditions": list(LABELS)} | manifest
 
 
-def check_keys(path: str, values: dict[str, Any], needed: tuple[str, ...]):
+def check_keys(path: str, values: dict[str, Any], needed: Sequence[str]):
   """Raises UserError if JSON that was read lacks one of the keys."""
   missing = [key for key in needed if values.get(key) is None]
   if missing:
