@@ -47,6 +47,9 @@ OTHERS = {
   "latents/rows.py": {"grain"},
   "diffusion": {"jax", "jaxtyping", "optax"},
   "diffusion/denoisers": NETWORKS,
+  "diffusion/text": NETWORKS,
+  "diffusion/text/tokenizer.py": {"tokenizers"},  # as latents/reader.py
+  "diffusion/text/unigram_file.py": {"tokenizers"},
   "autoencoder": NETWORKS | {"etils", "optax"},
   "autoencoder/weights": {"einops", "jax"},
   "autoencoder/weights/safetensors_files.py": {
@@ -137,7 +140,13 @@ def test_configs_are_data(file):
 
 @pytest.mark.parametrize(
   "start",
-  ["data/batches", "data/images", "latents/reader", "latents/store"],
+  [
+    "data/batches",
+    "data/images",
+    "diffusion/text/tokenizer",
+    "latents/reader",
+    "latents/store",
+  ],
 )
 def test_what_loader_processes_import_has_no_jax(start):
   waiting, seen = [f"{start}.py"], set()

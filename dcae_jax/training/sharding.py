@@ -23,6 +23,7 @@ Tree = Any
 # that it divides.
 RULES = (
   ("*/kernel", (-1, -2)),  # output channels, else input channels
+  ("*/embedding", (-1,)),  # channels of a table of tokens
   ("*", ()),  # norms, biases, counters: whole on every device
 )
 IMAGES = PartitionSpec(("data", "fsdp"), "spatial")

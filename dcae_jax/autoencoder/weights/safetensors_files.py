@@ -81,7 +81,7 @@ def _download(source: str) -> pathlib.Path:
   try:
     folder = huggingface_hub.snapshot_download(
       source,
-      allow_patterns=["*.safetensors", "*.json"],
+      allow_patterns=["*.safetensors", "*.json", "*.model"],
       ignore_patterns=["*/*"],
     )
   except Exception as error:  # of the hub, of the network, of the disk
