@@ -57,9 +57,11 @@ SCALED_NOISE = mixtures.noise_function(MIXTURE, mixtures.SCALED_LINEAR)
     (samplers.DDIM(eta=0.5), SCALED, SCALED_NOISE, 250),
     (samplers.DPMSolver(), SCALED, SCALED_NOISE, 30),
     (samplers.DPMSolver(), DDPM, LINEAR_NOISE, 30),
+    (samplers.TimeDPMSolver(), DDPM, LINEAR_NOISE, 60),
     (samplers.Euler(), FLOW, VELOCITY, 250),
     (samplers.Heun(), FLOW, VELOCITY, 40),
     (samplers.Dopri5(), FLOW, VELOCITY, 200),
+    (samplers.FlowDPMSolver(), FLOW, VELOCITY, 60),
   ],
   ids=lambda x: type(x).__name__ if hasattr(x, "sample") else None,
 )
@@ -206,6 +208,43 @@ def test_dpm_solver_converges_at_second_order():
   np.testing.assert_allclose(end, _deterministic(SCALED, 1.0, 0.0), atol=3e-3)
 
 
+def _check_second_order(errors):
+  """But for a logarithm: the last steps are long in log(alpha / sigma)."""
+  orders = _orders(errors)
+  assert (orders > 1.5).all() and (orders < 2.2).all()
+  assert errors[-1] < 1e-3
+
+
+def test_dpm_solver_at_equal_times_converges_at_second_order():
+  """To the flow's value at the first time, its result."""
+  table = mixtures.SCALED_LINEAR
+  alpha, sigma = table**0.5, (1 - table) ** 0.5
+  errors = _errors(
+    samplers.TimeDPMSolver(),
+    SCALED,
+    mixtures.noise_function(mixtures.gaussian(), table),
+    (160, 320, 640),
+    _deterministic(SCALED, alpha[-1], sigma[-1]),
+    _deterministic(SCALED, alpha[0], sigma[0]),
+  )
+  _check_second_order(errors)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_dpm_solver_converges_at_second_order(shift):
+  objective = objectives.FlowMatching(shift=shift)
+  (first,) = objective.shifted(np.array([0.999]))
+  errors = _errors(
+    samplers.FlowDPMSolver(),
+    objective,
+    mixtures.velocity_function(mixtures.gaussian()),
+    (160, 320, 640),
+    _deterministic(objective, 1 - first, first),
+    _deterministic(objective, 1.0, 0.0),
+  )
+  _check_second_order(errors)
+
+
 def test_ddpm_with_the_best_variance_is_exact_at_any_number_of_steps():
   """Of one Gaussian, whose reverse steps are Gaussian: of known variance."""
   variances, n = np.array([0.25, 0.6]), 20_000
@@ -296,9 +335,11 @@ ALL = [
   (samplers.DDPM(), SCALED),
   (samplers.DDIM(), SCALED),
   (samplers.DPMSolver(), SCALED),
+  (samplers.TimeDPMSolver(), SCALED),
   (samplers.Euler(), FLOW),
   (samplers.Heun(), FLOW),
   (samplers.Dopri5(), FLOW),
+  (samplers.FlowDPMSolver(), FLOW),
 ]
 NAMES = [type(sampler).__name__ for sampler, _ in ALL]
 
@@ -335,7 +376,10 @@ def test_the_least_steps_suffice_and_fewer_are_an_error(sampler, objective):
   with pytest.raises(ValueError, match=f"at least {sampler.least_steps}"):
     sampler.sample(objective, untouched, KEY, z, sampler.least_steps - 1)
   other = FLOW if objective is SCALED else DDPM
-  fitting = "Euler, Heun, Dopri5" if other is FLOW else "DDPM, DDIM, DPMSolver"
+  fitting = {
+    FLOW: "Euler, Heun, Dopri5, FlowDPMSolver",
+    DDPM: "DDPM, DDIM, DPMSolver, TimeDPMSolver",
+  }[other]
   with pytest.raises(ValueError, match=f"{fitting} do"):
     sampler.sample(other, untouched, KEY, z, 100)
   if objective is SCALED:
