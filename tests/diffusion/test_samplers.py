@@ -245,6 +245,33 @@ def test_flow_dpm_solver_converges_at_second_order(shift):
   _check_second_order(errors)
 
 
+@pytest.mark.parametrize("steps", [1, 5, 14, 15, 20])
+def test_dpm_solver_at_equal_times_has_the_steps_of_pixart(steps):
+  """Of its formulas, in float64: continuous times from 1 to 1/1000."""
+  epsilon = lambda z, t: 0.4 * z + 0.3 * z / (1 + z * z) + 1e-4 * t
+  log_alpha = np.log(1 - np.linspace(1e-4, 0.02, 1000)).cumsum() / 2
+  times = np.linspace(1, 1 / 1000, steps + 1)
+  alpha = np.exp(np.interp(times, np.arange(1, 1001) / 1000, log_alpha))
+  sigma = np.sqrt(1 - alpha**2)
+  half_log_snr = np.log(alpha / sigma)
+  x, clean = np.random.default_rng(0).normal(size=(2, 3, 3, 4)), []
+  start = jnp.asarray(x, jnp.float32)
+  for i in range(steps):
+    predicted = epsilon(x, (times[i] - 1 / 1000) * 1000)
+    clean.append((x - sigma[i] * predicted) / alpha[i])
+    h, d_0, d_1 = half_log_snr[i + 1] - half_log_snr[i], clean[-1], 0.0
+    if i > 0 and (i < steps - 1 or steps >= 15):
+      before = half_log_snr[i] - half_log_snr[i - 1]
+      d_1 = (clean[-1] - clean[-2]) * h / before
+    x = sigma[i + 1] / sigma[i] * x
+    x = x - alpha[i + 1] * np.expm1(-h) * (d_0 + d_1 / 2)
+  model_fn = _with_variance(
+    lambda z, t: epsilon(z, t[:, None, None, None]), lambda t: 100 + t[:, None]
+  )
+  found = _sample(samplers.TimeDPMSolver(), DDPM, model_fn, start, steps)
+  np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-4)
+
+
 def test_ddpm_with_the_best_variance_is_exact_at_any_number_of_steps():
   """Of one Gaussian, whose reverse steps are Gaussian: of known variance."""
   variances, n = np.array([0.25, 0.6]), 20_000

@@ -177,42 +177,6 @@ def test_dpm_solver_at_equal_times_equals_diffusers(steps):
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 5, 14, 15, 20])
-def test_dpm_solver_at_equal_times_has_the_steps_of_pixart(steps):
-  """Of its formulas, in float64: continuous times from 1 to 1/1000."""
-  objective = objectives.improved_ddpm()
-  betas = np.linspace(1e-4, 0.02, 1000)
-  log_alpha = np.log(1 - betas).cumsum() / 2
-  continuous = np.linspace(1, 1 / 1000, steps + 1)
-  alpha = np.exp(np.interp(continuous, np.arange(1, 1001) / 1000, log_alpha))
-  sigma = np.sqrt(1 - alpha**2)
-  half_log_snr = np.log(alpha / sigma)
-  seen = (continuous - 1 / 1000) * 1000
-  x, clean = Z.astype(np.float64), []
-  for i in range(steps):
-    clean.append((x - sigma[i] * _epsilon(x, seen[i])) / alpha[i])
-    h = half_log_snr[i + 1] - half_log_snr[i]
-    d_0, d_1 = clean[-1], 0.0
-    if i > 0 and (i < steps - 1 or steps >= 15):
-      before = half_log_snr[i] - half_log_snr[i - 1]
-      d_1 = (clean[-1] - clean[-2]) * h / before
-    x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * np.expm1(-h) * (
-      d_0 + d_1 / 2
-    )
-  times = []
-
-  def model_fn(z, t):
-    times.append(float(t[0]))
-    return jnp.concatenate([_model_fn(z, t), 0 * z], -1)
-
-  with jax.disable_jit():
-    found = samplers.TimeDPMSolver().sample(
-      objective, model_fn, KEY, jnp.asarray(Z), steps
-    )
-  np.testing.assert_allclose(times, seen[:-1], rtol=1e-5)
-  np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers
 @pytest.mark.parametrize("steps", [1, 5, 20])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
