@@ -762,8 +762,9 @@ def export_and_diffuse() -> ConfigDict:
 def sampler() -> ConfigDict:
   """How samples are drawn."""
   c = ConfigDict()
-  # "dpm_solver" [paper: UViT, 30 steps], "ddpm" [paper: DiT, 250], "ddim";
-  # of flows "euler", "heun", "dopri5" [paper: USiT].
+  # "dpm_solver" [paper: UViT, 30 steps], "ddpm" [paper: DiT, 250], "ddim",
+  # "dpm_solver_time" [PixArt, 20]; of flows "euler", "heun", "dopri5" [paper:
+  # USiT], "flow_dpm_solver" [SANA, 20].
   c.kind = "dpm_solver"
   c.steps = Key(30, 1, 10**6)  # dopri5: at most
   c.eta = 0.0  # ddim: 0 deterministic to 1 ancestral

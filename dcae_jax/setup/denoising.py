@@ -32,11 +32,13 @@ _OBJECTIVES = {
 }
 _SAMPLERS = {
   "dpm_solver": lambda c: samplers.DPMSolver(),
+  "dpm_solver_time": lambda c: samplers.TimeDPMSolver(),
   "ddpm": lambda c: samplers.DDPM(),
   "ddim": lambda c: samplers.DDIM(c.eta),
   "euler": lambda c: samplers.Euler(),
   "heun": lambda c: samplers.Heun(),
   "dopri5": lambda c: samplers.Dopri5(c.atol, c.rtol),
+  "flow_dpm_solver": lambda c: samplers.FlowDPMSolver(),
 }
 
 
