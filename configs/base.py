@@ -749,11 +749,13 @@ def export_and_diffuse() -> ConfigDict:
   """Latents, a diffusion model on them and its samples, one after the other.
 
   The store, the run and the evaluation of samples are `latents`, `training` and
-  `samples` in the work directory.
+  `samples` in the work directory. Of models of captions, `captions` there are
+  states that the encoder `training.text` makes.
   """
   c = ConfigDict()
   c.task = "export_and_diffuse"
   c.export = export_latents()
+  c.captions = encode_captions()
   c.training = latent_diffusion()
   c.samples = evaluate_diffusion()
   return c

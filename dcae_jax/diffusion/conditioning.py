@@ -255,7 +255,7 @@ class Captions(Conditioning):
         "latents.json of the run has no 'captions': it is damaged; bring it "
         "back, or name prompts"
       )
-    return np.array(prompts, np.dtypes.StringDType())
+    return np.array(prompts)
 
   def shown(self, choices: np.ndarray, count: int) -> np.ndarray:
     """The first ones."""
@@ -317,7 +317,7 @@ def of_tokens(encoder: encoders.TextEncoder) -> Loaded:
   """Tokens, which the step encodes; the encoder's arrays may be shapes."""
 
   def abstract(b):
-    shape = (b, encoder.tokenizer.max_tokens)
+    shape = (b, encoder.length)
     return {
       "ids": jax.ShapeDtypeStruct(shape, jnp.int32),
       "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),

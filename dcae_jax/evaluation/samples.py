@@ -251,10 +251,8 @@ def _fetched(
     if in_flight and (not waiting or len(in_flight) >= _IN_FLIGHT):
       part, arrays = in_flight.popleft()
       arrays = jax.device_get(arrays)
-      choices = drawing.order.part(part.number)
-      if choices.dtype.kind == "T":  # which .npz has no way to keep
-        choices = choices.astype(str)
-      arrays |= {drawing.order.kind.name: choices}
+      order = drawing.order
+      arrays |= {order.kind.name: order.part(part.number)}
       yield part, {name: x[: part.rows] for name, x in arrays.items()}
 
 

@@ -391,7 +391,7 @@ def _draw_missing(
 ) -> bool:
   """Draws and writes what is not there; False if it was stopped."""
   wanted = [part for scale in config.guidance for part in _parts(config, scale)]
-  missing = samples.missing(wanted, workdir, config.images)
+  missing = samples.missing(wanted, workdir, config.images, drawing.order)
   own = work.share(missing)
   _LOG.info(
     "%d of %d parts of %d samples are missing, %d of them for this process",
