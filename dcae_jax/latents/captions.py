@@ -1,16 +1,18 @@
 """Captions of a latent store as a training reads them: tokens, or states.
 
 States are a text encoder's, in a store of their own: those of the tokens of all
-captions one after the other, without padding.
+texts one after the other, without padding. A text that is the caption of
+several images is there once.
 
   states/        [tokens, d] bfloat16, sharded
-  offsets/       [captions + 1] int64: where the states of each caption begin
-  images/        [images + 1] int64: which captions are those of each image
+  offsets/       [texts + 1] int64: where the states of each text begin
+  texts/         [captions] int64: which text each caption is
+  images/        [images + 1] int64: where the captions of each image begin
   manifest.json  of which captions and which encoder; written last
   progress/      until then
 
-A shard of states is written once, by one process, which encodes all captions
-that have tokens in it.
+A shard of states is written once, by one process, which encodes all texts that
+have tokens in it.
 """
 
 import collections
@@ -26,6 +28,7 @@ from dcae_jax.latents import layout, store
 from dcae_jax.runs import differences, storage
 
 KIND = "captions"  # of a store
+_WHERE = ("images", "texts", "offsets")
 _SHARD_ROWS = 2**17
 _IN_FLIGHT = 2  # batches on the devices
 _NEEDED = ("count", "shape", "dtype", "captions", "encoder", "shards")
@@ -70,7 +73,7 @@ class States:
     )
     self.manifest = layout.read_manifest(self._place, KIND, _NEEDED)
     self._tokens = tokens
-    self._images, self._offsets = map(self._read, ("images", "offsets"))
+    self._images, self._texts, self._offsets = map(self._read, _WHERE)
     self._array = None
 
   def __getstate__(self) -> dict[str, Any]:
@@ -94,20 +97,20 @@ class States:
       self._images[image] + _drawn(captions.split(row), uniform)
       for row, image, uniform in zip(rows, images, uniforms, strict=True)
     ]
-    return self.read(np.asarray(numbers))
+    return self.read(self._texts[numbers])
 
-  def read(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """States [b, l, d] in bfloat16, and mask [b, l], of some captions."""
+  def read(self, texts: np.ndarray) -> dict[str, np.ndarray]:
+    """States [b, l, d] in bfloat16, and mask [b, l], of texts by number."""
     (width,) = self.manifest["shape"]
     bfloat16 = layout.DTYPES["bfloat16"]
-    states = np.zeros((len(numbers), self._tokens, width), bfloat16)
+    states = np.zeros((len(texts), self._tokens, width), bfloat16)
     mask = np.zeros(states.shape[:2], bool)
     with self._place.errors():
       if self._array is None:
         self._array = self._place.open_array("states")
       parts = [
         self._array[self._offsets[i] : self._offsets[i + 1]].read()
-        for i in numbers
+        for i in texts
       ]
       for i, part in enumerate(parts):
         part = part.result().view(bfloat16)
@@ -159,13 +162,19 @@ class Encoding:
     """Tokenises all captions: where their states are follows from that."""
     self._store, self._encoder = target, encoder
     by_image = [captions.split(row) for row in rows]
-    self._texts = [text for image in by_image for text, _ in image]
-    self._images = _starts(map(len, by_image))
+    of_captions = [text for image in by_image for text, _ in image]
+    self._texts = list(dict.fromkeys(of_captions))
+    numbers = {text: i for i, text in enumerate(self._texts)}
     size = encoder.batch_size
     self._offsets = _starts(
       length
       for i in range(0, len(self._texts), size)
       for length in self._lengths(self._texts[i : i + size])
+    )
+    self._where = (
+      _starts(map(len, by_image)),
+      np.array([numbers[text] for text in of_captions], np.int64),
+      self._offsets,
     )
     total = int(self._offsets[-1])
     row_bytes = 2 * encoder.width
@@ -184,16 +193,16 @@ class Encoding:
     return np.sum(np.asarray(self._encoder.kept(mask)), axis=1)
 
   def create_arrays(self) -> None:
-    """Writes the arrays' metadata and where captions are, by one process."""
+    """Writes the arrays' metadata and where texts are, by one process."""
     self._store.create_arrays(self.layout)
     place = self._store.storage
-    for name, starts in (("images", self._images), ("offsets", self._offsets)):
+    for name, numbers in zip(_WHERE, self._where, strict=True):
       metadata = {
-        "shape": [len(starts)],
+        "shape": [len(numbers)],
         "data_type": "int64",
-        "chunk_grid": layout.grid(len(starts)),
+        "chunk_grid": layout.grid(len(numbers)),
       }
-      place.write_rows(place.open_array(name, metadata), 0, starts)
+      place.write_rows(place.open_array(name, metadata), 0, numbers)
 
   def missing(self) -> list[int]:
     finished = set(self._store.finished(self.layout))
@@ -219,7 +228,7 @@ class Encoding:
       states = states[first - self._offsets[begin] :][:count]
       if not np.isfinite(states.astype(np.float32)).all():
         raise FloatingPointError(
-          f"states of captions {begin} to {end - 1} are not finite; use "
+          f"states of {self._texts[begin]!r} or later are not finite; use "
           "config.text.dtype=float32, or another encoder"
         )
       states = states.astype(layout.DTYPES["bfloat16"])
@@ -227,7 +236,7 @@ class Encoding:
       yield count
 
   def _states(self, texts: list[str]) -> Iterator[np.ndarray]:
-    """States [tokens, d] of captions; the devices have the next batch."""
+    """States [tokens, d] of texts; the devices have the next batch."""
     size, in_flight = self._encoder.batch_size, collections.deque()
 
     def fetch():
@@ -247,9 +256,12 @@ class Encoding:
 
   @property
   def numbers(self) -> dict[str, int]:
+    """For people."""
+    images, of_captions, _ = self._where
     return {
-      "images": len(self._images) - 1,
-      "captions": len(self._texts),
+      "images": len(images) - 1,
+      "captions": len(of_captions),
+      "texts": len(self._texts),
       "tokens": self.layout.rows,
       "bytes": 2 * self.layout.rows * self._encoder.width,
     }

@@ -70,6 +70,7 @@ def run(
     return True
   with watch.measure("tokens"):
     encoding = captions.Encoding(store, rows, _kept(encoder, mesh, config))
+    cut = encoder.tokenizer.cut
   missing = encoding.missing()
   own = work.share(missing)
   if is_first:
@@ -77,10 +78,11 @@ def run(
   work.wait("arrays")
   numbers = encoding.numbers
   _LOG.info(
-    "%d captions of %d images, %d tokens, %.1f MB; %d of %d shards are "
-    "missing, %d of them for this process",
-    numbers["captions"], numbers["images"], numbers["tokens"],
-    numbers["bytes"] / 1e6, len(missing), encoding.layout.shards, len(own),
+    "%d captions of %d images, %d texts, %d tokens, %.1f MB; %d of %d shards "
+    "are missing, %d of them for this process",
+    numbers["captions"], numbers["images"], numbers["texts"],
+    numbers["tokens"], numbers["bytes"] / 1e6, len(missing),
+    encoding.layout.shards, len(own),
   )  # fmt: skip
   with watch.measure("encoder and store"):
     progress = progress_lines.Progress(sum(map(encoding.tokens, own)))
@@ -91,8 +93,12 @@ def run(
   if is_first:
     described = {"versions": versions.versions(), "numbers": numbers}
     store.finish(encoding.layout, identity | described)
-    result = {"captions": store.storage.path, **numbers}
-    result |= {"seconds": watch.seconds()}
+    result = {
+      "states": store.storage.path,
+      **numbers,
+      "cut": cut,
+      "seconds": watch.seconds(),
+    }
     metrics_writer.write_json(workdir / "result.json", result)
     _LOG.info("states in %s\n%s", store.storage.path, watch.table())
   work.wait("finished")
