@@ -85,7 +85,7 @@ def run(
     encoding.layout.shards, len(own),
   )  # fmt: skip
   with watch.measure("encoder and store"):
-    progress = progress_lines.Progress(sum(map(encoding.tokens, own)))
+    progress = progress_lines.Progress(sum(map(encoding.tokens, own)), "tokens")
     for tokens in encoding.fill(own, work.stopped):
       progress.add(tokens)
   if not work.all_done("encoded"):

@@ -8,7 +8,7 @@ import os
 import pathlib
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import fsspec
 from etils import epath
@@ -208,7 +208,7 @@ def _tree(
   )
 
 
-def _captions(paths: list[str], files: Sequence[str]) -> Captions:
+def _captions(paths: list[str], files: Iterable[str]) -> Captions:
   """Of the images among all files of a tree; UserError if there are none."""
   known, beside = {}, {}
   for file in files:
