@@ -38,7 +38,7 @@ class Captioned(tfds.core.GeneratorBasedBuilder):
       yield (
         i,
         {
-          "image": np.full((16, 16, 3), 20 * i, np.uint8),
+          "image": os.path.join(os.environ["TINY_IMAGES"], f"{i}.png"),
           "source": "nowhere",
           "captions": [{"id": i, "text": text} for text in texts],
         },
@@ -163,7 +163,9 @@ def test_folders_without_captions_are_refused(tmp_path):
     sources.folder(str(tmp_path), captions=True)
 
 
-def test_captions_of_tfds_are_those_of_its_text_feature(tmp_path):
+def test_captions_of_tfds_are_those_of_its_text_feature(
+  tfds_directory, tmp_path
+):
   data = str(tmp_path)
   Captioned(data_dir=data, file_format="array_record").download_and_prepare()
   source = sources.TensorFlowDataset("captioned", "train", data, captions=True)
