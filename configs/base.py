@@ -264,6 +264,7 @@ def _optimizer() -> ConfigDict:
   c.final_rate = Key(0.0, 0, 1)  # at the end, as a fraction of the rate
   c.beta1 = Key(0.9, 0, _BELOW_1)  # [paper] of Adam, as the next one
   c.beta2 = Key(0.999, 0, _BELOW_1)  # [paper]
+  c.epsilon = Key(1e-8, 0, 1)  # of Adam
   c.weight_decay = Key(0.1, 0)  # [paper]
   c.decay_all = False  # [ours] kernels alone; True: all parameters
   # [ours] linear, from a tenth of the rate. (The authors' later code has 50k.)
@@ -692,6 +693,45 @@ def dit(variant: str) -> ConfigDict:
   c.optimizer.beta1, c.optimizer.beta2 = 0.9, 0.999  # [paper]
   c.optimizer.weight_decay, c.optimizer.warmup_steps = 0.0, 0
   c.sampler.kind, c.sampler.steps = "ddpm", 250  # [paper]
+  return c
+
+
+def pixart(variant: str) -> ConfigDict:
+  """PixArt: noise and its variance, told captions of T5 [its authors' code]."""
+  c = latent_diffusion()
+  c.model.variant = variant
+  c.text.encoder = "DeepFloyd/t5-v1_1-xxl"
+  c.text.null = "random"
+  c.objective.kind = "improved_ddpm"
+  c.steps = 200_000  # [ours] not published for DC-AE
+  # A batch of 256 has 2e-5; the rate goes with the root of the batch.
+  c.optimizer.learning_rate = 4e-5
+  c.optimizer.beta1, c.optimizer.beta2 = 0.9, 0.999
+  c.optimizer.epsilon, c.optimizer.decay_all = 1e-10, True
+  c.optimizer.warmup_steps, c.optimizer.clip_norm = 1_000, 0.01
+  c.sampler.kind, c.sampler.steps = "dpm_solver_time", 20
+  c.samples.guidance = (1.0, 4.5)
+  return c
+
+
+def sana(variant: str) -> ConfigDict:
+  """SANA: shifted flows, told captions of Gemma 2 [its authors' code].
+
+  Its authors take CAME as the optimizer, of which no JAX implementation is
+  kept up, and name AdamW with these numbers beside it.
+  """
+  c = latent_diffusion()
+  c.model.variant = variant
+  c.text.encoder = "Efficient-Large-Model/gemma-2-2b-it"
+  c.objective.kind = "flow"
+  c.objective.logit_normal, c.objective.shift = (0.0, 1.0), 3.0
+  c.steps = 100_000  # [ours] not published for one resolution
+  c.optimizer.learning_rate, c.optimizer.weight_decay = 1e-4, 0.01
+  c.optimizer.beta1, c.optimizer.beta2 = 0.9, 0.999
+  c.optimizer.decay_all = True
+  c.optimizer.warmup_steps, c.optimizer.clip_norm = 2_000, 0.1
+  c.sampler.kind, c.sampler.steps = "flow_dpm_solver", 20
+  c.samples.guidance = (1.0, 4.5)
   return c
 
 

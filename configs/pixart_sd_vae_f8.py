@@ -1,0 +1,17 @@
+r"""PixArt-alpha on latents of SD-VAE-f8, the baseline: 1024 tokens, patches of 2.
+
+  python -m dcae_jax.main --config=configs/pixart_sd_vae_f8.py --workdir=out \
+    --config.latents=gs://bucket/captioned_sd_vae_f8_512px
+
+All else is as in pixart_f32.py. Here: not yet measured.
+"""
+
+from configs import base
+
+
+def get_config():
+  c = base.pixart("PixArt-XL")
+  c.model.patch_size = 2
+  c.mesh.data, c.mesh.fsdp = 1, -1  # parameters split over all chips
+  c.model.rematerialisation = True
+  return c
