@@ -6,7 +6,7 @@ r"""Captions of a latent store to the states of a text encoder, for training.
 
 The store has captions if it was exported with --config.source.captions. Kept
 are the states of real tokens alone, in bfloat16: with T5-XXL 8,192 bytes a
-token. docs/text_to_image.md tells when it is worth its place.
+token (docs/text_to_image.md). On accelerators: not yet measured.
 """
 
 from configs import base

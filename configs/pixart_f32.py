@@ -1,4 +1,4 @@
-r"""PixArt-alpha on latents of f32c32: 256 tokens of a 512 px image, patches of 1.
+r"""PixArt-alpha on latents of f32c32: 256 tokens of 512 px, patches of 1.
 
   python -m dcae_jax.main --config=configs/pixart_f32.py --workdir=out \
     --config.latents=gs://bucket/captioned_f32_512px
