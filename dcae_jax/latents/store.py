@@ -185,7 +185,7 @@ class LatentStore:
         self._arrays[name], shard * layout.shard_rows, part
       )
     for name in layout.strings:
-      texts = keys if name == "keys" else arrays[name]
+      texts = keys if name == "keys" else list(arrays[name])
       parts[name] = store_layout.encode_strings(texts, layout.shard_rows)
       self.storage.write(f"{name}/c/{shard}", parts[name])
     checksums = {name: store_layout.sha256(x) for name, x in parts.items()}

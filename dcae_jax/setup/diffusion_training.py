@@ -58,8 +58,7 @@ class Training(training_run.Training):
   def _initial(self, key: jax.Array) -> state_lib.TrainState:
     variables = denoisers.init(self.model.denoiser, key)
     if self.null_caption is not None:
-      null_caption = jnp.asarray(self.null_caption, jnp.float32)
-      variables["params"]["null_caption"] = null_caption
+      variables["params"]["null_caption"] = jnp.asarray(self.null_caption)
     return self._state(variables)
 
   def _state(self, variables: Any) -> state_lib.TrainState:

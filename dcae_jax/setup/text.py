@@ -91,7 +91,8 @@ def told(
   prepare = states if of_text.cache else captions.Tokens(encoder.tokenizer)
   null_caption = None
   if of_text.null == "empty":
-    (null_caption,), _ = encoder.encode([""])
+    states, _ = encoder.encode([""])
+    null_caption = np.asarray(states[0], np.float32)
   return Told(
     {conditioning.Captions.name: prepare},
     () if of_text.cache else (encoder.variables,),

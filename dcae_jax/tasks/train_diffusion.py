@@ -141,7 +141,7 @@ def _sample(
       z = decode.unscaled(store.manifest, z)
       columns[f"guidance {scale:g}"] = decode.to_pixels(ae, z)
     if columns:
-      rows = np.stack(list(columns.values()), axis=1)
+      rows = list(np.stack(list(columns.values()), axis=1))
       picture = figures.grid(rows, titles, dict(enumerate(columns)))
       writer.image(step, "samples", picture)
     return values
