@@ -14,6 +14,7 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
+from conftest import REPOSITORY
 
 from benchmarks import parity
 from dcae_jax.diffusion.text import encoders, t5, unigram_file
@@ -24,7 +25,7 @@ TEXTS = [
   "a",
   "A red bus drives along the road.",
   "two birds  sit on a branch of an old tree, and it rains \t all day long ",
-  "ﬁne ① ２ Ångström naïve café — “quoted” … 日本語 \u00a0 x² ½",
+  "ﬁne ① Ångström naïve café — “quoted” … 日本語 \u00a0 x² ½",
   "e\u0301te\u0301 \u200b zero width, 🙂 and <unknown> & [odd] {marks}",
 ]
 MODELS = {
@@ -137,9 +138,9 @@ def test_split_over_devices_the_states_are_the_same(pair):
   model, folder = pair
   mesh = sharding.create_mesh(2, 4, 1)
   ours = encoders.load(folder, max_tokens=9, mesh=mesh)
-  kernels = jax.tree.leaves_with_path(ours.variables)
-  split = [x for _, x in kernels if "fsdp" in x.sharding.spec]
-  assert len(split) > len(kernels) / 2
+  for path, x in jax.tree.leaves_with_path(ours.variables):
+    is_split = path[-1].key == "kernel" or path[-2].key == "words"
+    assert ("fsdp" in x.sharding.spec) == is_split or x.ndim == 2, path
   ids, mask = _inputs([9, 4, 2, 7, 1, 3, 8, 5], 9)
   expected = _theirs(model, ids, mask)
   found = np.asarray(ours.states(ids, mask))
@@ -183,21 +184,21 @@ def test_files_of_whole_models_give_the_same_encoder(tmp_path):
 def test_an_instruction_is_handled_as_sana_does(tmp_path):
   """The steps of diffusers' SanaPipeline, written out with numpy."""
   model = _save("gemma2", tmp_path)
-  instruction, l = "describe", 12
-  ours = encoders.load(tmp_path, max_tokens=l, instruction=instruction)
+  instruction, most = "describe", 12
+  ours = encoders.load(tmp_path, max_tokens=most, instruction=instruction)
   letter = {chr(97 + i): len(MARKS) + i for i in range(26)}
   before = [1] + [letter[x] for x in instruction]
   texts = ["abc", "", "thequickbrownfoxjumpsover"]
-  n = len(before) + l - 2
+  n = len(before) + most - 2
   ids, mask = np.zeros((3, n), int), np.zeros((3, n), bool)
   for i, text in enumerate(texts):
     row = (before + [letter[x] for x in text])[:n]
     ids[i, : len(row)], mask[i, : len(row)] = row, True
-  kept = [0, *range(n - l + 1, n)]
+  kept = [0, *range(n - most + 1, n)]
   expected = _theirs(model, ids, mask)[:, kept]
   found, found_mask = ours.encode(texts)
   np.testing.assert_array_equal(found_mask, mask[:, kept])
-  assert found.shape == (3, l, 32)
+  assert found.shape == (3, most, 32)
   assert parity.relative_error(found, expected) < 1e-4
 
 
@@ -216,15 +217,12 @@ def test_buckets_of_distances_are_those_of_transformers():
 
 
 def test_a_sentencepiece_file_gives_its_own_ids(tmp_path):
-  words = "a red bus two birds sit on branch of old tree it rains all day café"
-  rng = np.random.default_rng(0)
-  lines = [" ".join(rng.choice(words.split(), 8)) for _ in range(400)]
+  lines = (REPOSITORY / "README.md").read_text().splitlines()
   data = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(lines + TEXTS[2:]),
+    sentence_iterator=iter(lines),
     model_writer=data,
-    vocab_size=130,
-    character_coverage=0.98,
+    vocab_size=400,
     pad_id=0,
     eos_id=1,
     unk_id=2,
@@ -236,8 +234,7 @@ def test_a_sentencepiece_file_gives_its_own_ids(tmp_path):
   file.write_bytes(data.getvalue())
   theirs = sentencepiece.SentencePieceProcessor(model_file=str(file))
   ours = tokenizers.Tokenizer.from_str(unigram_file.to_json(file))
-  more = [" ".join(rng.choice(words.split(), 12)) for _ in range(50)]
-  for text in TEXTS + more:
+  for text in TEXTS + lines:
     assert ours.encode(text).ids == theirs.encode(text), text
 
 

@@ -124,6 +124,8 @@ def load(
   kind = KINDS[name]
   if instruction and not kind.takes_instruction:
     raise errors.UserError(f"an instruction is for Gemma 2, not for {source!r}")
+  parameters = _abstract(model, mesh)
+  stored = weights.stored(files, kind.names, parameters, source)
   tokenizer = tokenizer_lib.Tokenizer(
     tokenizer_lib.find(folders),
     kind.marks,
@@ -132,11 +134,11 @@ def load(
   )
   if tokenizer.length > model.longest:
     raise errors.UserError(
-      f"max_tokens={tokenizer.max_tokens} and the instruction make texts of "
-      f"{tokenizer.length} tokens; {source!r} takes {model.longest}"
+      f"{source!r} takes {model.longest} tokens, and texts would have "
+      f"{tokenizer.length}; use a smaller max_tokens (now "
+      f"{tokenizer.max_tokens})"
+      + (", or a shorter instruction" if instruction else "")
     )
-  parameters = _abstract(model, mesh)
-  stored = weights.stored(files, kind.names, parameters, source)
   fingerprint = ""
   if not abstract:
     parameters, digest = weights.read(stored, parameters)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dcae_jax.nn import transformer
 
-_HIDDEN = jnp.finfo(jnp.float32).min  # the score of a token out of sight
+_HIDDEN = -1e30  # the score of a token out of sight
 
 
 def embedded(
