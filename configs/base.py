@@ -767,7 +767,8 @@ def evaluate_diffusion() -> ConfigDict:
   # reads them; "": none.
   c.images = "png"
   # --- what is measured ----------------------------------------------------
-  # Without the Inception: "frechet_efficientnet_lite0".
+  # Without the Inception: "frechet_efficientnet_lite0". Of prompts, with CLIP
+  # ViT-L/14: "clip_score".
   c.metrics = ("gfid", "inception_score", "precision_recall")
   c.weights = ""  # of the FID Inception; "": the cache
   # An .npz of the task reference_statistics [paper: of the training images];
