@@ -295,7 +295,7 @@ def test_negative_prompts_lead_elsewhere(evaluation, tmp_path):
   for i, negative in enumerate(("", "grey", "")):
     workdir = epath.Path(tmp_path / str(i))
     c = evaluation(
-      negative_prompt=negative, samples_per_prompt=1, guidance=(9.0,)
+      negative_prompt=negative, samples_per_prompt=1, guidance=(300.0,)
     )
     assert evaluate_diffusion.run(c, workdir)
     found.append(np.stack(list(_pixels(tmp_path / str(i) / "images").values())))
