@@ -1,9 +1,9 @@
-r"""PixArt-alpha on SD-VAE-f8, the baseline: 1024 tokens of 512 px, patches of 2.
+r"""PixArt-alpha on SD-VAE-f8, 1024 tokens of 512 px, patches of 2.
 
   python -m dcae_jax.main --config=configs/pixart_sd_vae_f8.py --workdir=out \
     --config.latents=gs://bucket/captioned_sd_vae_f8_512px
 
-All else is as in pixart_f32.py. Here: not yet measured.
+The baseline: all else is as in pixart_f32.py. Here: not yet measured.
 """
 
 from configs import base
