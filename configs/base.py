@@ -771,6 +771,7 @@ def evaluate_diffusion() -> ConfigDict:
   # ViT-L/14: "clip_score".
   c.metrics = ("gfid", "inception_score", "precision_recall")
   c.weights = ""  # of the FID Inception; "": the cache
+  c.clip_weights = ""  # of CLIP, for "clip_score" of prompts; "": the cache
   # An .npz of the task reference_statistics [paper: of the training images];
   # "{network}" in it is replaced where metrics need several.
   c.reference = ""

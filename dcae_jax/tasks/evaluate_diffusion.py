@@ -52,6 +52,7 @@ class _Inputs(NamedTuple):
   store: reader.Latents | None  # of images for the picture
   metrics: metric_networks.Opened
   references: dict[str, fid.Statistics]  # by the network's key
+  category_references: dict[str, dict[str, fid.Statistics]]
 
 
 def check(config: ConfigDict) -> None:
@@ -157,7 +158,7 @@ def _open(
     )
   return _Inputs(
     model, step, variables, decoder, prompts, choices, told, store, metrics,
-    references,
+    references, _category_references(config, prompts, metrics),
   )  # fmt: skip
 
 
@@ -217,8 +218,15 @@ def _finish(
 ) -> None:
   """Writes `result.json`, the plot and the picture."""
   measured, absent = {}, dict(inputs.metrics.absent)
+  prompts = set_measures.describe_prompts(
+    inputs.metrics.metrics,
+    inputs.metrics.weights,
+    [prompt.text for prompt in inputs.prompts],
+  )
   for scale in config.guidance:
-    measured[f"{scale:g}"], reasons = _measure(config, workdir, scale, inputs)
+    measured[f"{scale:g}"], reasons = _measure(
+      config, workdir, scale, inputs, prompts
+    )
     absent |= {f"{k} at guidance {scale:g}": v for k, v in reasons.items()}
   result = {
     "init_from": config.init_from,
@@ -267,6 +275,8 @@ def open_model(
         f"config.{key}={config[key]!r} is not for {trained.model.variant}, "
         f"which learned {model.conditioning.name}"
       )
+  if not is_text:
+    metric_networks.check_without_prompts(config.metrics, "config.metrics")
   if config.images == "geneval" and not is_text:
     raise errors.UserError(
       "config.images=geneval is a layout of prompts, and "
@@ -293,8 +303,8 @@ def open_metrics(
     UserError: no metric has its weights, or a file has other contents: samples
       that could not be measured are not drawn.
   """
-  inception = {"gfid": config.weights}
-  metrics = metric_networks.open_all(config.metrics, inception, "samples")
+  weights = {"gfid": config.weights, "clip_score": config.clip_weights}
+  metrics = metric_networks.open_all(config.metrics, weights, "samples")
   if metrics.absent and not metrics.metrics:
     raise errors.UserError("; ".join(dict.fromkeys(metrics.absent.values())))
   references = {
@@ -308,6 +318,37 @@ def open_metrics(
 
 def _reference(config: ConfigDict, network: str) -> str:
   return config.reference.replace("{network}", network)
+
+
+def _category_references(
+  config: ConfigDict,
+  prompts: list[prompts_lib.Prompt],
+  metrics: metric_networks.Opened,
+) -> dict[str, dict[str, fid.Statistics]]:
+  """By category and network; none unless they are asked for.
+
+  Raises UserError for prompts without categories.
+  """
+  path = config.category_reference
+  if not path:
+    return {}
+  categories = sorted({prompt.category for prompt in prompts} - {""})
+  if not categories or "{category}" not in path:
+    raise errors.UserError(
+      f"config.category_reference={path} wants {{category}} in it, and prompts "
+      "with categories, as MJHQ-30K has"
+    )
+  return {
+    category: {
+      key: metric_networks.load_reference(
+        path.replace("{category}", category).replace("{network}", key),
+        network,
+        metrics.metrics,
+      )
+      for key, network in metric_networks.compared(metrics.metrics).items()
+    }
+    for category in categories
+  }
 
 
 def _identity(config: ConfigDict, inputs: _Inputs) -> dict[str, Any]:
@@ -402,18 +443,45 @@ def _draw_missing(
 
 
 def _measure(
-  config: ConfigDict, workdir: epath.Path, scale: float, inputs: _Inputs
-) -> tuple[dict[str, float], dict[str, str]]:
-  """The numbers of one scale, and why others are absent by metric."""
+  config: ConfigDict,
+  workdir: epath.Path,
+  scale: float,
+  inputs: _Inputs,
+  prompts: set_measures.Described,
+) -> tuple[dict[str, Any], dict[str, str]]:
+  """The numbers of one scale, and why others are absent by metric.
+
+  Those of the prompts of a category, where they are asked for, have its name.
+  """
   metrics, squares = inputs.metrics.metrics, 0.0
   sets = set_measures.SetMeasures(metrics, inputs.references)
+  of_categories = {
+    category: set_measures.SetMeasures(metrics, references)
+    for category, references in inputs.category_references.items()
+  }
+  categories = np.array([prompt.category for prompt in inputs.prompts])
   parts = _parts(config, scale)
-  for record in samples.read_records(workdir, parts, metrics):
+  records = samples.read_records(workdir, parts, metrics)
+  for part, record in zip(parts, records, strict=True):
     squares += float(np.sum(np.square(record.latent_rms, dtype=np.float64)))
-    sets.update(len(record.latent_rms), record.described)
+    drawn = np.arange(part.first, part.last) % max(len(inputs.prompts), 1)
+    texts = jax.tree.map(lambda x, drawn=drawn: x[drawn], prompts)
+    sets.update(part.rows, record.described, prompts=texts)
+    for category, of_category in of_categories.items():
+      rows = np.flatnonzero(categories[drawn] == category)
+      images, texts_of_rows = jax.tree.map(
+        lambda x, rows=rows: x[rows], (record.described, texts)
+      )
+      of_category.update(len(rows), images, prompts=texts_of_rows)
   numbers, absent = sets.compute()
   metric_networks.warn_of_few(numbers, config.samples)
-  return {"latent_rms": (squares / config.samples) ** 0.5} | numbers, absent
+  numbers = {"latent_rms": (squares / config.samples) ** 0.5} | numbers
+  if of_categories:
+    numbers["categories"] = {
+      name: of_category.compute()[0]
+      for name, of_category in of_categories.items()
+    }
+  return numbers, absent
 
 
 def _plot(measured: dict[str, dict[str, float]]) -> bytes:

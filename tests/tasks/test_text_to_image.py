@@ -3,6 +3,7 @@
 The text encoder is a tiny BERT, whose tokens are letters.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny_clip
 import tiny_text_encoders
 from conftest import fill_store
 from etils import epath
@@ -19,6 +21,8 @@ from configs import base
 from dcae_jax.data import captions
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.diffusion.text import encoders
+from dcae_jax.evaluation import fid, metrics
+from dcae_jax.evaluation.networks import clip
 from dcae_jax.runs import metrics_writer
 from dcae_jax.setup import denoising, diffusion_training
 from dcae_jax.tasks import (
@@ -406,3 +410,67 @@ def test_images_without_a_caption_are_left_out_of_an_export(
   (left_out,) = latents.manifest["unreadable"]
   assert left_out["reason"] == "it has no caption"
   assert not latents.verify()
+
+
+def test_samples_are_compared_with_their_prompts_and_by_category(
+  evaluation, monkeypatch, tmp_path
+):
+  """The tiny CLIP's score by hand; references of random features."""
+  weights = tiny_clip.weights(tmp_path)
+  metric = metrics.METRICS["clip_score"]
+  network = dataclasses.replace(metric.network, load=lambda path: weights)
+  metric = dataclasses.replace(metric, network=network)
+  monkeypatch.setitem(metrics.METRICS, "clip_score", metric)
+  rng = np.random.default_rng(0)
+  for name in ("animals", "things", "all"):
+    features = rng.normal(size=(30, metrics.EFFICIENTNET.features))
+    covariance = np.cov(features, rowvar=False)
+    fid.save_statistics(tmp_path / f"{name}.npz", features.mean(0), covariance)
+  images = {
+    "a": {"category": "things", "prompt": "red bus"},
+    "b": {"category": "animals", "prompt": "two birds"},
+    "c": {"category": "things", "prompt": "grey"},
+  }
+  (tmp_path / "meta_data.json").write_text(json.dumps(images))
+  c = evaluation(
+    prompts=(),
+    prompt_file=str(tmp_path / "meta_data.json"),
+    metrics=("clip_score", "frechet_efficientnet_lite0"),
+    reference=str(tmp_path / "all.npz"),
+    category_reference=str(tmp_path / "{category}.npz"),
+  )
+  assert evaluate_diffusion.run(c, epath.Path(tmp_path / "work"))
+  result = json.loads((tmp_path / "work/result.json").read_text())
+  found = result["guidance"]["2"]
+  scores = {}
+  for file in sorted((tmp_path / "work/images").rglob("*.png")):
+    with Image.open(file) as image:
+      text, pixels = image.text["prompt"], np.asarray(image, np.float32)
+    pixels = jax.numpy.asarray(pixels[None])
+    x = np.asarray(clip.image_features(weights.parameters, pixels))[0]
+    y = clip.text_features(weights, [text])[0]
+    cosine = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+    scores.setdefault(text, []).append(100 * max(cosine, 0))
+  every = [score for of_prompt in scores.values() for score in of_prompt]
+  np.testing.assert_allclose(found["clip_score"], np.mean(every), rtol=1e-4)
+  animals, things = (found["categories"][x] for x in ("animals", "things"))
+  np.testing.assert_allclose(
+    animals["clip_score"], np.mean(scores["two birds"]), rtol=1e-4
+  )
+  distances = {
+    x["frechet_efficientnet_lite0"] for x in (found, animals, things)
+  }
+  assert len(distances) == 3
+
+
+def test_models_of_classes_have_no_clip_score(
+  tiny_diffusion, evaluation, tmp_path
+):
+  run = tmp_path / "run"
+  train_diffusion.run(tiny_diffusion(steps=1), epath.Path(run))
+  c = evaluation(
+    init_from=str(run), prompts=(), samples_per_prompt=0, samples=4,
+    metrics=("clip_score",),
+  )  # fmt: skip
+  with pytest.raises(ValueError, match=r"clip_score in config.metrics c"):
+    evaluate_diffusion.run(c, epath.Path(tmp_path / "work"))
