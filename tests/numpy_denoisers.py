@@ -21,7 +21,8 @@ def random_variables(model, seed=0):
 
   def random(path, x):
     name = path[-1].key
-    gain = {"kernel": x.shape[0] ** -0.5, "positions": 0.5}.get(name, 0.3)
+    fan_in = math.prod(x.shape[:-1])
+    gain = {"kernel": fan_in**-0.5, "positions": 0.5}.get(name, 0.3)
     values = gain * rng.normal(size=x.shape) + (name == "scale")
     return jnp.asarray(values, jnp.float32)
 

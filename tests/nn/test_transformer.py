@@ -99,3 +99,33 @@ def test_layers_multiply_in_their_dtype():
   program = jax.make_jaxpr(layer.apply)(variables, x)
   (product,) = _products(program.jaxpr)
   assert {v.aval.dtype.name for v in product.invars} == {"bfloat16"}
+
+
+def test_masked_attention_is_that_to_the_tokens_left():
+  q = _random(2, 3, 5, 8)
+  k, v = _random(2, 3, 7, 8, seed=1), _random(2, 3, 7, 8, seed=2)
+  mask = jnp.array([[1, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]], bool)
+  found = transformer.attention(q, k, v, mask)
+  left = transformer.attention(q, k[:, :, [0, 2, 3]], v[:, :, [0, 2, 3]])
+  np.testing.assert_allclose(found[0], left[0], rtol=1e-5, atol=1e-6)
+  whole = transformer.attention(q, k, v)
+  np.testing.assert_allclose(found[1], whole[1], rtol=1e-5, atol=1e-6)
+
+
+def test_attention_to_nothing_is_zero_with_finite_gradients():
+  q, k, v = (_random(2, 3, 4, 8, seed=i) for i in range(3))
+  mask = jnp.array([[False] * 4, [True] * 4])
+  total = lambda *x: jnp.sum(jnp.square(transformer.attention(*x, mask)))
+  assert not jnp.any(transformer.attention(q, k, v, mask)[0])
+  for gradient in jax.grad(total, (0, 1, 2))(q, k, v):
+    assert not jnp.any(gradient[0])
+    assert jnp.all(jnp.isfinite(gradient)) and jnp.any(gradient[1])
+
+
+def test_rms_norm_scales_the_root_mean_square_to_one():
+  x = _random(2, 3, 64)
+  norm = transformer.RMSNorm(1e-6)
+  variables = {"params": {"scale": jnp.full(64, 2.0)}}
+  y = norm.apply(variables, 5 * x.astype("bfloat16"))
+  assert y.dtype == jnp.float32
+  np.testing.assert_allclose(jnp.mean(y**2, -1), np.full((2, 3), 4), rtol=1e-3)

@@ -10,11 +10,14 @@ from dcae_jax.diffusion import conditioning
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.training import freezing
 
-SETTINGS = {
-  "latent_size": 16,
-  "latent_channels": 32,
-  "conditioning": conditioning.ClassLabels(1000),
+SETTINGS = {"latent_size": 16, "latent_channels": 32}
+CONDITIONINGS = {
+  "DiT": conditioning.ClassLabels(1000),
+  "UViT": conditioning.ClassLabels(1000),
+  "PixArt": conditioning.Captions(120, 4096),
+  "SANA": conditioning.Captions(300, 2304),
 }
+TINY = [f"{family}-tiny" for family in CONDITIONINGS]
 # DC-AE's table 3: millions of parameters.
 PARAMETERS = {
   "UViT-S": 44.79,
@@ -31,6 +34,16 @@ MACS = {
   ("UViT-2B", 8, 128): 104.65,
   ("DiT-XL", 16, 32): 118.68,
 }
+# Of each family, a small one.
+FIELDS = {
+  "DiT": {"depth": 2},
+  "UViT": {"depth": 4},
+  "PixArt": {"depth": 2, "size_conditions": True},
+  "SANA": {
+    "depth": 2, "linear_head_dim": 24, "qk_norm": True,
+    "guidance_embedding": True, "interpolation_scale": 1.0,
+  },
+}  # fmt: skip
 
 
 def _variant(family, depth, hidden, heads):
@@ -41,6 +54,7 @@ def _variant(family, depth, hidden, heads):
 def _create(name, **changes):
   if name == "DiT-XL":
     changes = {"learn_sigma": True} | changes
+  changes = {"conditioning": CONDITIONINGS[name.split("-")[0]]} | changes
   return denoisers.create(name, **SETTINGS | changes)
 
 
@@ -49,7 +63,7 @@ def _inputs(model, images):
   return (
     jax.ShapeDtypeStruct(shape, "float32"),
     jax.ShapeDtypeStruct((images,), "float32"),
-    jax.ShapeDtypeStruct((images,), "int32"),
+    model.conditioning.abstract(images),
   )
 
 
@@ -76,15 +90,22 @@ def _product_macs(jaxpr):
       sides = equation.invars[0].aval.shape
       inner = math.prod(sides[axis] for axis in contracted)
       total += inner * math.prod(equation.outvars[0].aval.shape)
-    if "jaxpr" in equation.params:
-      total += _product_macs(equation.params["jaxpr"])
+    if equation.primitive.name == "conv_general_dilated":
+      kernel = math.prod(equation.invars[1].aval.shape[:3])
+      total += kernel * math.prod(equation.outvars[0].aval.shape)
+    for key in ("jaxpr", "call_jaxpr"):
+      if key in equation.params:
+        total += _product_macs(equation.params[key])
+    # The branches of convolutions: that of the CPU, then that of the others.
+    if "branches" in equation.params:
+      total += _product_macs(equation.params["branches"][-1])
   return total
 
 
-@pytest.mark.parametrize("name", ["DiT-tiny", "UViT-tiny"])
+@pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_multiply_accumulates_are_those_of_the_program(name, patch_size):
-  model = _create(name, latent_size=(8, 6), patch_size=patch_size)
+  model = _create(name, latent_size=(16, 12), patch_size=patch_size)
   variables = denoisers.abstract_variables(model)
   program = jax.make_jaxpr(model.apply)(variables, *_inputs(model, 1))
   assert _product_macs(program.jaxpr) == model.forward_macs
@@ -103,7 +124,7 @@ def test_every_variant_returns_float32_of_the_shape_it_is_given(name):
   assert y.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", ["DiT-tiny", "UViT-tiny"])
+@pytest.mark.parametrize("name", TINY)
 def test_patches_leave_the_output_as_large_as_the_latents(name):
   for patch_size in denoisers.PATCH_SIZES:
     y = _output(_create(name, latent_size=(16, 24), patch_size=patch_size))
@@ -118,13 +139,16 @@ def test_labels_have_one_row_more_than_there_are_classes():
 
 def test_unknown_names_are_refused_with_the_known_ones():
   with pytest.raises(ValueError, match=r"'DiT-XXL'; known are DiT-S, .*UViT-H"):
-    denoisers.create("DiT-XXL", **SETTINGS)
+    _create("DiT-XXL")
 
 
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    (("SiT", 4, 64, 4), "'SiT' of denoisers; known are DiT, UViT"),
+    (
+      ("SiT", 4, 64, 4),
+      "'SiT' of denoisers; known are DiT, UViT, PixArt, SANA",
+    ),
     (("DiT", 4, 64, 5), "hidden=64 is not divisible by heads=5"),
     (("DiT", 4, 64, 0), "hidden=64 is not divisible by heads=0"),
     (("DiT", 4, 66, 2), "hidden=66 is not divisible by 4.*use 64 or 68"),
@@ -135,7 +159,8 @@ def test_unknown_names_are_refused_with_the_known_ones():
 )
 def test_architectures_that_cannot_be_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
-    denoisers.create(_variant(*fields), **SETTINGS)
+    settings = SETTINGS | {"conditioning": CONDITIONINGS["DiT"]}
+    denoisers.create(_variant(*fields), **settings)
 
 
 @pytest.mark.parametrize(
@@ -146,28 +171,33 @@ def test_architectures_that_cannot_be_are_refused(fields, message):
     ({"latent_size": 0}, "side 0 is not divisible by"),
     ({"latent_channels": 0}, "latent_channels=0 is below 1"),
     ({"dtype": "float16"}, "unknown dtype 'float16'"),
-    ({"learn_sigma": True}, "learn_sigma is for DiT"),
+    ({"learn_sigma": True}, "learn_sigma is for DiT, PixArt: a UViT"),
   ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
-    denoisers.create("UViT-tiny", **SETTINGS | changes)
+    _create("UViT-tiny", **changes)
 
 
 def _small(family, **changes):
   """A small one of a family, or of the family of another one."""
   if not isinstance(family, str):
-    family = type(family).__name__
+    family = {"Sana": "SANA"}.get(type(family).__name__, type(family).__name__)
+  is_text = CONDITIONINGS[family].is_text
   settings = {
     "latent_size": (4, 6), "latent_channels": 5, "patch_size": 2,
-    "conditioning": conditioning.ClassLabels(7), "learn_sigma": family == "DiT",
+    "conditioning": conditioning.Captions(4, 10)
+    if is_text
+    else conditioning.ClassLabels(7),
+    "learn_sigma": denoisers.DENOISERS[family].predicts_variance,
   }  # fmt: skip
-  depth = {"DiT": 2, "UViT": 4}[family]
-  variant = _variant(family, depth, 48, 3)
-  return denoisers.create(variant, **settings | changes)
+  fields = {"hidden": 48, "heads": 3} | FIELDS[family]
+  return denoisers.create(
+    denoisers.Variant(family, fields), **settings | changes
+  )
 
 
-@pytest.fixture(scope="module", params=["DiT", "UViT"])
+@pytest.fixture(scope="module", params=list(CONDITIONINGS))
 def small(request):
   """A model with random values everywhere, and inputs."""
   model = _small(request.param)
@@ -175,14 +205,21 @@ def small(request):
   return model, variables, numpy_denoisers.random_inputs(model)
 
 
-def test_each_image_has_its_own_time_and_class(small):
-  model, variables, (z, t, labels) = small
+def _changed(x):
+  """Another condition for the second image."""
+  if x.dtype == bool and x.ndim == 1:
+    return x.at[1].set(~x[1])
+  return x.at[1].add(1) if x.dtype != bool else x
+
+
+def test_each_image_has_its_own_time_and_condition(small):
+  model, variables, (z, t, condition) = small
   apply = jax.jit(model.apply)
-  y = apply(variables, z, t, labels)
+  y = apply(variables, z, t, condition)
   for changed in (
-    (z, t.at[1].add(0.5), labels),
-    (z, t, labels.at[1].set(model.conditioning.num_classes)),
-    (z.at[1].add(0.1), t, labels),
+    (z, t.at[1].add(0.5), condition),
+    (z, t, jax.tree.map(_changed, condition)),
+    (z.at[1].add(0.1), t, condition),
   ):
     other = apply(variables, *changed)
     assert jnp.max(jnp.abs(other[1] - y[1])) > 1e-3
