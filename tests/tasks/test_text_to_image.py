@@ -124,6 +124,14 @@ def test_states_that_are_kept_teach_what_encoding_in_each_step_does(
   np.testing.assert_allclose(found, expected, rtol=2e-3)  # of bfloat16
 
 
+def test_encoder_and_denoiser_split_over_devices_learn_the_same(
+  training, run, tmp_path
+):
+  c = training(**{"mesh.data": 2, "mesh.fsdp": 4})
+  assert train_diffusion.run(c, epath.Path(tmp_path))
+  np.testing.assert_allclose(_losses(tmp_path), _losses(run), rtol=1e-4)
+
+
 def test_a_run_that_goes_on_is_the_same_bit_for_bit(training, run, tmp_path):
   for steps in (2, 4):
     c = training(**{"steps": steps, "samples.prompts": ("a bus",)})
