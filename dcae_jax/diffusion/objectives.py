@@ -126,6 +126,7 @@ class NoisePrediction(Objective):
     first_beta, last_beta: the noise added by the first and the last step.
     spacing: "linear" in beta, or "scaled_linear": linear in its square root.
     learned_variance: the network gives the variance of the reverse steps.
+    first_time: the number that the network sees at t = 0 (released UViTs: 1).
     total_steps: T. Times t are 0..T-1; samplers may ask for values between,
       where log(alpha) is linear.
   """
@@ -134,6 +135,7 @@ class NoisePrediction(Objective):
   last_beta: float = 0.02
   spacing: str = "linear"
   learned_variance: bool = False
+  first_time: int = 0
   total_steps: ClassVar[int] = 1000
 
   def __post_init__(self):
@@ -188,8 +190,8 @@ class NoisePrediction(Objective):
     return jnp.sqrt(-jnp.expm1(2 * self._log_alpha(t)[0]))
 
   def model_time(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
-    """What the network sees: t itself, 0..999."""
-    return t.astype(jnp.float32)
+    """What the network sees: t, 0..999, counted from `first_time`."""
+    return t.astype(jnp.float32) + self.first_time
 
   def output_channels(self, channels: int) -> int:
     return 2 * channels if self.learned_variance else channels
@@ -256,12 +258,20 @@ class FlowMatching(Objective):
     shift: moves the times of training and of the fixed-step samplers towards
       noise: t becomes shift t / (1 + (shift - 1) t) (arXiv 2403.03206, section
       5.3.2; SANA: 3).
+    convention: of the network: "flow", which sees 1000 t and gives dz/dt, or
+      that of SiT's code, "sit", which sees 1 - t and gives -dz/dt (released
+      USiTs).
   """
 
   logit_normal: tuple[float, float] | None = None
   shift: float = 1.0
+  convention: str = "flow"
 
   def __post_init__(self):
+    if self.convention not in ("flow", "sit"):
+      raise errors.UserError(
+        f"unknown convention {self.convention!r} of a flow; known are flow, sit"
+      )
     if not 0 < self.shift <= 1000:
       raise errors.UserError(
         f"shift {self.shift} is not above 0 and at most 1000; 1 shifts nothing"
@@ -279,8 +289,13 @@ class FlowMatching(Objective):
     return t
 
   def model_time(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
-    """What the network sees: 1000 t."""
-    return 1000 * t.astype(jnp.float32)
+    """What the network sees: 1000 t, or 1 - t by SiT's convention."""
+    t = t.astype(jnp.float32)
+    return 1 - t if self.convention == "sit" else 1000 * t
+
+  def _velocity(self, output: Output) -> Output:
+    """dz/dt."""
+    return -output if self.convention == "sit" else output
 
   def shifted(self, t: Array | np.ndarray) -> Array | np.ndarray:
     """t in [0, 1] moved by `shift`; the ends stay."""
@@ -298,16 +313,17 @@ class FlowMatching(Objective):
   def predict(
     self, output: Output, z: Latents, t: Float[Array, " b"]
   ) -> Prediction:
-    epsilon = z + _spread(1 - t) * output
+    velocity = self._velocity(output)
+    epsilon = z + _spread(1 - t) * velocity
     return Prediction(
-      z_0=z - _spread(t) * output,
+      z_0=z - _spread(t) * velocity,
       epsilon=epsilon,
-      velocity=output,
+      velocity=velocity,
       score=-epsilon / _spread(t),
     )
 
   def _terms(self, output, z, noise, t):
-    return {"mse": jnp.square(output - (noise - z))}
+    return {"mse": jnp.square(self._velocity(output) - (noise - z))}
 
 
 def improved_ddpm() -> NoisePrediction:

@@ -1,5 +1,7 @@
 """Losses and conversions against exact answers for mixtures of Gaussians."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import mixtures
@@ -443,3 +445,42 @@ def test_guidance_acts_within_its_interval_only():
 def test_what_cannot_be_is_an_error_that_says_what_can(create, message):
   with pytest.raises(ValueError, match=message):
     create()
+
+
+def test_a_network_that_counts_from_one_sees_what_it_was_trained_on():
+  """It is the same process, of which only the network's numbers differ."""
+  mixture = mixtures.two_components()
+  moved = dataclasses.replace(SCALED, first_time=1)
+  model_fn = mixtures.noise_function(mixture, mixtures.SCALED_LINEAR)
+  from_one = lambda z, t: model_fn(z, t - 1)
+  z = mixture.sample(0, 3)
+  times = jnp.array([0, 500, 999])
+  np.testing.assert_array_equal(moved.model_time(times), [1, 501, 1000])
+  _check_same(SCALED, model_fn, moved, from_one, z, times)
+
+
+def test_a_network_of_sits_code_means_the_same_flow():
+  mixture = mixtures.two_components()
+  sit = objectives.FlowMatching(convention="sit")
+  model_fn = mixtures.velocity_function(mixture)
+  reversed_fn = lambda z, t: -model_fn(z, 1000 * (1 - t))
+  z = mixture.sample(0, 3)
+  times = jnp.array([0.125, 0.5, 0.75])
+  np.testing.assert_array_equal(sit.model_time(times), [0.875, 0.5, 0.25])
+  _check_same(FLOW, model_fn, sit, reversed_fn, z, times)
+  with pytest.raises(ValueError, match="unknown convention 'SiT' of a flow"):
+    objectives.FlowMatching(convention="SiT")
+
+
+def _check_same(objective, model_fn, other, other_fn, z, times):
+  """The same predictions, and the same loss at the same random times."""
+  found, expected = (
+    o.predict(f(z, o.model_time(times)), z, times)
+    for o, f in ((other, other_fn), (objective, model_fn))
+  )
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  found, expected = (
+    o.loss(f, KEY, z)[0] for o, f in ((other, other_fn), (objective, model_fn))
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-4)

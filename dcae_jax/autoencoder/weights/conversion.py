@@ -48,6 +48,7 @@ class Entry(NamedTuple):
     names: of the tensors which, one after the other, make it.
     theirs: axes of the tensors, in einops' notation.
     ours: axes of our array.
+    sizes: of axes that are merged in ours.
   """
 
   path: str
@@ -55,13 +56,15 @@ class Entry(NamedTuple):
   names: tuple[str, ...]
   theirs: str
   ours: str
+  sizes: tuple[tuple[str, int], ...] = ()
 
   def to_ours(self, tensors: list[np.ndarray]) -> np.ndarray:
     joined = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
     return rearrange(joined, f"{self.theirs} -> {self.ours}")
 
   def to_theirs(self, ours: np.ndarray) -> list[np.ndarray]:
-    joined = rearrange(ours, f"{self.ours} -> {self.theirs}")
+    axes = f"{self.ours} -> {self.theirs}"
+    joined = rearrange(ours, axes, **dict(self.sizes))
     return np.split(joined, len(self.names)) if joined.ndim else [joined]
 
   @property
@@ -142,6 +145,39 @@ def as_stored(
   return entry
 
 
+def tensor_shapes(entries: list[Entry]) -> dict[str, tuple[int, ...]]:
+  """Of all tensors of a file, by their names."""
+  return dict(pair for x in entries for pair in x.tensor_shapes.items())
+
+
+def check_tensors(
+  source: str,
+  entries: list[Entry],
+  tensors: dict[str, tuple[int, ...]],
+) -> None:
+  """Raises UserError with all that is missing, too much or of wrong shape."""
+  expected = tensor_shapes(entries)
+  optional = {name for x in entries if x.is_count for name in x.names}
+  problems = [
+    f"missing {name} {list(expected[name])}"
+    for name in sorted(expected.keys() - tensors.keys() - optional)
+  ]
+  problems += [
+    f"unexpected {name} {list(tensors[name])}"
+    for name in sorted(tensors.keys() - expected.keys())
+  ]
+  problems += [
+    f"{name} has the shape {list(tensors[name])}, not {list(expected[name])}"
+    for name in sorted(tensors.keys() & expected.keys())
+    if tensors[name] != expected[name]
+  ]
+  if problems:
+    raise errors.UserError(
+      f"{source!r} does not fit its architecture, {len(problems)} tensors: "
+      f"{'; '.join(problems)}"
+    )
+
+
 def read(
   entries: list[Entry],
   files: dict[str, pathlib.Path],
@@ -154,7 +190,7 @@ def read(
   not finite.
 
   Args:
-    entries: of `table`.
+    entries: of all arrays.
     files: of each tensor.
     shardings: of `{"params": ..., "batch_stats": ...}`; None: one device.
 

@@ -73,12 +73,7 @@ def find(source: str) -> Released:
       and cached by huggingface_hub.
   """
   files, config = safetensors_files.find(source)
-  tensors, paths = {}, {}
-  for file in files:
-    for name, shape in safetensors_files.header(file).items():
-      if name in paths:
-        raise errors.UserError(f"{name} is in both {paths[name]} and {file}")
-      tensors[name], paths[name] = shape, file
+  tensors, paths = safetensors_files.headers(files)
   try:
     defaults = families.by_class(config).config_defaults
     is_described = "_class_name" in config or (
@@ -97,7 +92,7 @@ def find(source: str) -> Released:
     entries = conversion.table(architecture, image_channels, layout)
   older_name = families.of(architecture).older_name
   entries = [conversion.as_stored(x, tensors, older_name) for x in entries]
-  _check_tensors(source, entries, tensors)
+  conversion.check_tensors(source, entries, tensors)
   # Beside a description, `model_name` names an architecture, not the weights.
   model_name = None if is_described else config.get("model_name")
   name = _released_name(source, model_name, architecture)
@@ -132,17 +127,13 @@ def _scaling(source: str, config: dict[str, Any]) -> tuple[float | None, float]:
   return factor, float(number("shift_factor", -1e30, "number") or 0)
 
 
-def _shapes(entries: list[conversion.Entry]) -> dict[str, tuple[int, ...]]:
-  return dict(pair for x in entries for pair in x.tensor_shapes.items())
-
-
 def _recognise(
   source: str, tensors: dict[str, tuple[int, ...]]
 ) -> tuple[families.Architecture, int, str]:
   """The variant, image channels and layout that share most with a file."""
 
   def shared(candidate) -> float:
-    expected = _shapes(conversion.table(*candidate)).items()
+    expected = conversion.tensor_shapes(conversion.table(*candidate)).items()
     return len(expected & tensors.items()) / len(expected | tensors.items())
 
   # Names are compared first: shapes take longer to find out.
@@ -198,34 +189,6 @@ def _image_channels(
       if len(shape) == 4:
         return shape[1]
   return 3
-
-
-def _check_tensors(
-  source: str,
-  entries: list[conversion.Entry],
-  tensors: dict[str, tuple[int, ...]],
-) -> None:
-  """Raises UserError with all that is missing, too much or of wrong shape."""
-  expected = _shapes(entries)
-  optional = {name for x in entries if x.is_count for name in x.names}
-  problems = [
-    f"missing {name} {list(expected[name])}"
-    for name in sorted(expected.keys() - tensors.keys() - optional)
-  ]
-  problems += [
-    f"unexpected {name} {list(tensors[name])}"
-    for name in sorted(tensors.keys() - expected.keys())
-  ]
-  problems += [
-    f"{name} has the shape {list(tensors[name])}, not {list(expected[name])}"
-    for name in sorted(tensors.keys() & expected.keys())
-    if tensors[name] != expected[name]
-  ]
-  if problems:
-    raise errors.UserError(
-      f"{source!r} does not fit its architecture, {len(problems)} tensors: "
-      f"{'; '.join(problems)}"
-    )
 
 
 def _released_name(

@@ -166,6 +166,22 @@ def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
+def headers(
+  files: list[pathlib.Path],
+) -> tuple[dict[str, tuple[int, ...]], dict[str, pathlib.Path]]:
+  """Shapes of all tensors in files, and the file of each, by their names.
+
+  Raises UserError for a name that is in two files, or what `header` refuses.
+  """
+  shapes, paths = {}, {}
+  for file in files:
+    for name, shape in header(file).items():
+      if name in paths:
+        raise errors.UserError(f"{name} is in both {paths[name]} and {file}")
+      shapes[name], paths[name] = shape, file
+  return shapes, paths
+
+
 def read(file: pathlib.Path, name: str) -> np.ndarray:
   """One tensor, whole, as it is stored."""
   try:

@@ -85,6 +85,13 @@ def find(name: str) -> Variant:
   return known[name]
 
 
+def family_of(model: Module) -> str:
+  """The key of `DENOISERS` whose module it is."""
+  return next(
+    name for name, kind in DENOISERS.items() if type(model) is kind.module
+  )
+
+
 def _check_latents(model: Module) -> None:
   """Raises UserError for latents that a denoiser cannot be made for."""
   if model.patch_size not in PATCH_SIZES:

@@ -111,7 +111,7 @@ decoder.conv_out.weight 3 128 3 3
 
 
 def test_names_are_those_of_the_published_file():
-  expected = released._shapes(
+  expected = conversion.tensor_shapes(
     conversion.table(sd_vae_variants.VARIANTS["sd-vae-f8c4"], 3, "diffusers")
   )
   for line in NAMES.strip().splitlines():
@@ -162,7 +162,7 @@ def test_older_names_of_attention_load(tmp_path, ae, as_kernels):
 
 
 def test_the_file_is_recognised_without_a_config(tmp_path):
-  shapes = released._shapes(
+  shapes = conversion.tensor_shapes(
     conversion.table(sd_vae_variants.VARIANTS["sd-vae-f8c4"], 3, "diffusers")
   )
   found, *_ = released._recognise("a file", shapes)

@@ -182,7 +182,7 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 def _small(family, **changes):
   """A small one of a family, or of the family of another one."""
   if not isinstance(family, str):
-    family = {"Sana": "SANA"}.get(type(family).__name__, type(family).__name__)
+    family = denoisers.family_of(family)
   is_text = CONDITIONINGS[family].is_text
   settings = {
     "latent_size": (4, 6), "latent_channels": 5, "patch_size": 2,
