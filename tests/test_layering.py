@@ -38,6 +38,7 @@ OTHERS = {
   "evaluation": {"etils", "jax", "jaxtyping"},
   "evaluation/fid.py": {"etils", "scipy"},
   "evaluation/networks": NETWORKS,
+  "evaluation/networks/clip.py": NETWORKS | {"tokenizers"},
   "evaluation/networks/pretrained.py": {"safetensors"},
   "evaluation/report": {"etils"},
   "evaluation/report/figures.py": {"PIL", "matplotlib"},

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 SIDECARS = (".txt", ".json")  # beside an image, in place of its suffix
-_KEYS = ("captions", "caption", "text", "prompt")  # of a JSON object
+KEYS = ("captions", "caption", "text", "prompt")  # of a JSON object
 
 
 class Caption(NamedTuple):
@@ -67,7 +67,7 @@ def of_object(values: Any) -> tuple[Caption, ...]:
   """
   if not isinstance(values, dict):
     raise ValueError(f"captions are not an object: {str(values)[:40]!r}")
-  key = next((key for key in _KEYS if values.get(key)), None)
+  key = next((key for key in KEYS if values.get(key)), None)
   if key is None:
     return ()
   texts, weights = values[key], values.get("weights")

@@ -87,8 +87,8 @@ def read_record(source: sources.Source, index: int) -> sources.Record:
 
 def open_image(
   source: sources.Source, index: int, decoding: Decoding
-) -> tuple[Image.Image, int]:
-  """Reads and decodes an image; returns it with its label.
+) -> tuple[Image.Image, sources.Record]:
+  """Reads and decodes an image; returns it with its record.
 
   Raises:
     decoding.TooSmallError: it is left out on purpose.
@@ -103,7 +103,7 @@ def open_image(
   except Exception as error:  # Pillow raises anything
     reason = " ".join(str(error).split())
     raise UnusableError(reason or type(error).__name__) from error
-  return image, record.label
+  return image, record
 
 
 def crop(
@@ -180,7 +180,7 @@ class _Load:
     if index in self._cache:
       return self._cache[index]
     try:
-      image, label = open_image(self._source, index, self._decoding)
+      image, record = open_image(self._source, index, self._decoding)
     except Exception as error:  # also what storage refuses
       if not isinstance(error, image_decoding.TooSmallError):
         self._skipped.add(self._source.name(index), error)
@@ -189,8 +189,8 @@ class _Load:
     size = image.width * image.height * len(image.getbands())
     if size <= self._room:
       self._room -= size
-      self._cache[index] = (image, label)
-    return image, label
+      self._cache[index] = (image, record.label)
+    return image, record.label
 
   def random(self, index: int, rng: np.random.Generator) -> batches.Batch:
     """Training: a bad image is replaced by a random other one."""

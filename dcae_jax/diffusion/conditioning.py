@@ -11,8 +11,9 @@ import dataclasses
 import logging
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Any, ClassVar
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,11 @@ from jaxtyping import Array, Int
 
 from dcae_jax import errors
 from dcae_jax.data import captions
+from dcae_jax.diffusion.text import encoders
 
 _LOG = logging.getLogger(__name__)
+_LINE = 20  # characters of a title
+_DESCRIBED = 64  # captions that a run keeps of those that it learned from
 Condition = Any  # a tree of arrays [b, ...]
 
 
@@ -88,6 +92,10 @@ class Conditioning(abc.ABC):
   @abc.abstractmethod
   def titles(self, condition: Condition, classes: Sequence[str]) -> list[str]:
     """For people."""
+
+  def texts(self, condition: Condition) -> list[dict[str, str]]:
+    """What the files of images keep, by keyword."""
+    return [{} for _ in condition]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +220,10 @@ class Captions(Conditioning):
     return cls(0, 0)
 
   def describe_rows(self, rows: np.ndarray) -> dict[str, Any]:
-    return {}
+    """Some captions, the first one of each of some rows."""
+    places = np.linspace(0, len(rows) - 1, min(_DESCRIBED, len(rows)))
+    firsts = [captions.split(rows[i])[0].text for i in places.astype(int)]
+    return {"captions": list(dict.fromkeys(firsts))}
 
   def abstract(self, b: int) -> dict[str, jax.ShapeDtypeStruct]:
     tokens, width = self.caption_tokens, self.caption_width
@@ -236,13 +247,15 @@ class Captions(Conditioning):
   def choices(
     self, chosen: Sequence[Any], learned: dict[str, Any]
   ) -> np.ndarray:
+    """The prompts that are chosen, or else some captions that were learned."""
     self.check_chosen(chosen)
-    if not chosen:
+    prompts = list(chosen) or learned.get("captions")
+    if not prompts:
       raise errors.UserError(
-        "config.prompts is empty, and the model learned captions; name a file "
-        "of prompts"
+        "latents.json of the run has no 'captions': it is damaged; bring it "
+        "back, or name prompts"
       )
-    return np.array(list(chosen))
+    return np.array(prompts)
 
   def shown(self, choices: np.ndarray, count: int) -> np.ndarray:
     """The first ones."""
@@ -262,7 +275,65 @@ class Captions(Conditioning):
     return [text.strip("_")[:48] or "prompt" for text in words]
 
   def titles(self, condition: np.ndarray, classes: Sequence[str]) -> list[str]:
-    return list(map(str, condition))
+    return [textwrap.fill(prompt, _LINE) for prompt in condition]
+
+  def texts(self, condition: np.ndarray) -> list[dict[str, str]]:
+    return [{"prompt": prompt} for prompt in condition]
+
+
+class Loaded(NamedTuple):
+  """What a training's batches bring of a condition.
+
+  Attributes:
+    abstract: shapes and dtypes of a batch of so many.
+    constants: what the step takes after the batch, as shapes: frozen arrays.
+    condition: `(loaded, *constants) -> condition`, for the step's program.
+  """
+
+  abstract: Callable[[int], Any]
+  constants: tuple[Any, ...]
+  condition: Callable[..., Condition]
+
+
+def as_it_is(conditioning: Conditioning) -> Loaded:
+  return Loaded(conditioning.abstract, (), lambda loaded: loaded)
+
+
+def of_states(conditioning: Captions) -> Loaded:
+  """States that were encoded before, in bfloat16, with their mask."""
+
+  def abstract(b):
+    states = conditioning.abstract(b)["states"]
+    mask = conditioning.abstract(b)["mask"]
+    return {
+      "states": jax.ShapeDtypeStruct(states.shape, jnp.bfloat16),
+      "mask": mask,
+    }
+
+  return Loaded(abstract, (), lambda loaded: told(**loaded))
+
+
+def of_tokens(encoder: encoders.TextEncoder) -> Loaded:
+  """Tokens, which the step encodes; the encoder's arrays may be shapes."""
+
+  def abstract(b):
+    shape = (b, encoder.length)
+    return {
+      "ids": jax.ShapeDtypeStruct(shape, jnp.int32),
+      "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
+    }
+
+  def condition(loaded, variables):
+    states = encoder.apply(variables, **loaded)
+    return told(jax.lax.stop_gradient(states), encoder.kept(loaded["mask"]))
+
+  return Loaded(abstract, (encoder.variables,), condition)
+
+
+def told(states: Any, mask: Any) -> Condition:
+  """The condition that captions are whose states these are."""
+  is_null = jnp.zeros(len(states), jnp.bool_)
+  return {"states": states, "mask": mask, "is_null": is_null}
 
 
 def dropped(

@@ -152,11 +152,10 @@ class DDIM(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolver(Sampler):
-  """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), deterministic.
+  """DPM-Solver++(2M) at equal steps of log(alpha / sigma), deterministic.
 
-  The network is called at equal steps of log(alpha / sigma) from the last time
-  to the first, both included, also at times between the discrete ones. The
-  first step is of first order, and the last call's z_0 is the result: the step
+  The network is called from the last time to the first, both included, also at
+  times between the discrete ones. The last call's z_0 is the result: the step
   from the first time to no noise. `steps` is the number of calls, 2 to the
   objective's `total_steps`.
   """
@@ -166,28 +165,83 @@ class DPMSolver(Sampler):
   def _drawn(self, process: Process, z: Latents, steps: int) -> Latents:
     table = np.log(process.objective.chain().alphas_cumprod) / 2
     ends = [a - np.log(-np.expm1(2 * a)) / 2 for a in (table[-1], table[0])]
-    log_ratio = np.linspace(*ends, steps)
-    log_alpha = -np.log1p(np.exp(-2 * log_ratio)) / 2
+    log_alpha = -np.log1p(np.exp(-2 * np.linspace(*ends, steps))) / 2
     alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
     # np.interp wants ascending abscissae.
     t = np.interp(log_alpha, table[::-1], np.arange(len(table))[::-1])
-    decay = np.exp(log_ratio[:-1] - log_ratio[1:])
-    tables = {
-      "t": t,
-      "z": np.append(sigma[1:] / sigma[:-1], 0.0),
-      "z_0": np.append(alpha[1:] * (1 - decay), 1.0),
-      # Half the ratio of this step to the one before; equal steps.
-      "previous": np.concatenate([[0.0], np.full(steps - 2, 0.5), [0.0]]),
-    }
+    alpha, sigma = np.append(alpha, 1.0), np.append(sigma, 0.0)
+    return _multistep(process, z, t, alpha, sigma, last_order=1)
 
-    def step(carry, index, row):
-      z, previous = carry
-      _, prediction = process.predict(z, row["t"])
-      z_0 = prediction.z_0
-      extrapolated = z_0 + row["previous"] * (z_0 - previous)
-      return row["z"] * z + row["z_0"] * extrapolated, z_0
 
-    return _scan(step, (z, jnp.zeros_like(z)), tables)[0]
+@dataclasses.dataclass(frozen=True)
+class TimeDPMSolver(Sampler):
+  """DPM-Solver++(2M) at equal steps of time, PixArt's (arXiv 2310.00426).
+
+  The result is z at the first time, with the little noise that is left there.
+  `steps` is the number of calls, at most the objective's `total_steps`; of
+  fewer than 15, the last is of first order.
+  """
+
+  fits, least_steps = objectives.NoisePrediction, 1
+
+  def _drawn(self, process: Process, z: Latents, steps: int) -> Latents:
+    table = np.log(process.objective.chain().alphas_cumprod) / 2
+    t = np.linspace(len(table) - 1, 0, steps + 1)
+    log_alpha = np.interp(t, np.arange(len(table)), table)
+    alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
+    last_order = 1 if steps < 15 else 2
+    return _multistep(process, z, t[:-1], alpha, sigma, last_order)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowDPMSolver(Sampler):
+  """DPM-Solver++(2M) of a flow, SANA's (arXiv 2410.10629).
+
+  The network is called at equal times from 0.999, shifted as in training, for
+  log(alpha / sigma) is infinite at 1; the last step, to 0, is of first order.
+  """
+
+  fits, least_steps = objectives.FlowMatching, 1
+
+  def _drawn(self, process: Process, z: Latents, steps: int) -> Latents:
+    sigma = process.objective.shifted(np.linspace(0.999, 0, steps + 1))
+    return _multistep(process, z, sigma[:-1], 1 - sigma, sigma, last_order=1)
+
+
+def _multistep(
+  process: Process,
+  z: Latents,
+  t: np.ndarray,
+  alpha: np.ndarray,
+  sigma: np.ndarray,
+  last_order: int,
+) -> Latents:
+  """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), deterministic.
+
+  Steps from each of the times t [n] are to the next of the levels [n + 1] of
+  signal and noise. The first step is of first order.
+  """
+  decay = sigma[1:] / sigma[:-1] * alpha[:-1] / alpha[1:]
+  # The last step may be to no noise: infinitely long, and of first order.
+  second = len(t) if last_order == 2 else len(t) - 1
+  lengths = -np.log(decay[:second])
+  previous = np.zeros(len(t))
+  previous[1:second] = lengths[1:] / lengths[:-1] / 2
+  tables = {
+    "t": t,
+    "z": sigma[1:] / sigma[:-1],
+    "z_0": alpha[1:] * (1 - decay),
+    "previous": previous,
+  }
+
+  def step(carry, index, row):
+    z, previous = carry
+    _, prediction = process.predict(z, row["t"])
+    z_0 = prediction.z_0
+    extrapolated = z_0 + row["previous"] * (z_0 - previous)
+    return row["z"] * z + row["z_0"] * extrapolated, z_0
+
+  return _scan(step, (z, jnp.zeros_like(z)), tables)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +363,10 @@ class Dopri5(Sampler):
     return jnp.where(t > 0, jnp.nan, z)
 
 
-SAMPLERS = (DDPM, DDIM, DPMSolver, Euler, Heun, Dopri5)
+SAMPLERS = (
+  *(DDPM, DDIM, DPMSolver, TimeDPMSolver),
+  *(Euler, Heun, Dopri5, FlowDPMSolver),
+)
 
 
 def check(

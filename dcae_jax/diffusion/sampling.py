@@ -31,14 +31,20 @@ class LatentDiffusion:
   def sample_function(
     self, scale: float, sharding: jax.sharding.Sharding
   ) -> Callable[..., jax.Array]:
-    """`(variables, key, condition) -> z_0 [b, h, w, c]`, scaled; not jitted.
+    """`(variables, key, condition, null=None) -> z_0 [b, h, w, c]`, scaled.
 
-    `scale` is that of guidance. Values do not depend on the `sharding`, that of
-    the latents while they are drawn.
+    It is not jitted. `scale` is that of guidance, away from `null`: another
+    condition of the same shapes, such as negative prompts, or the null one.
+    Values do not depend on the `sharding`, that of the latents while they are
+    drawn.
     """
     shape = (*self.denoiser.latent_size, self.denoiser.latent_channels)
 
-    def sample(variables: Any, key: jax.Array, condition: Any) -> jax.Array:
+    def sample(
+      variables: Any, key: jax.Array, condition: Any, null: Any = None
+    ) -> jax.Array:
+      if null is None:
+        null = self.conditioning.null(condition)
       noise_key, sampler_key = jax.random.split(key)
       rows = len(jax.tree.leaves(condition)[0])
       z = jax.random.normal(noise_key, (rows, *shape), jnp.float32)
@@ -46,7 +52,7 @@ class LatentDiffusion:
       model_fn = guidance.guided(
         lambda *inputs: self.denoiser.apply(variables, *inputs),
         condition,
-        self.conditioning.null(condition),
+        null,
         scale,
         self.interval,
       )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dcae_jax.diffusion import conditioning, objectives
 from dcae_jax.diffusion.denoisers import families as denoisers
+from dcae_jax.training import freezing
 from dcae_jax.training import learning as learning_lib
 from dcae_jax.training import state as state_lib
 
@@ -22,14 +23,15 @@ def create(
   dropout: float,
   channel_candidates: Sequence[int],
   learning: learning_lib.Learning,
+  loaded: conditioning.Loaded,
   seed: int,
   gather: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, jax.Array]]]:
-  """The step `(state, batch) -> (state, metrics)`.
+  """The step `(state, batch, ...) -> (state, metrics)`.
 
-  A batch is `{"latents": [b, h, w, c]}`, the latents scaled, and a condition by
-  the name of its kind. Noise, times and dropped conditions are those of the
-  step, whoever computes it.
+  A batch is `{"latents": [b, h, w, c]}`, the latents scaled, and what is loaded
+  of a condition by the name of its kind; its constants follow. Noise, times and
+  dropped conditions are those of the step, whoever computes it.
 
   Args:
     denoiser: what learns.
@@ -37,15 +39,18 @@ def create(
     dropout: part of the conditions that are replaced by none.
     channel_candidates: for augmented training; empty: without.
     learning: how the parameters do.
+    loaded: how a condition comes about.
     seed: of all that is random.
     gather: `sharding.gather`, where devices share parameters.
   """
   kind = denoiser.conditioning
 
-  def loss(params, key, batch):
+  def loss(trainable, frozen, key, batch, constants):
+    params = freezing.combine(trainable, frozen)
     drop_key, mask_key, loss_key = jax.random.split(key, 3)
     z = batch["latents"]
-    condition = conditioning.dropped(kind, drop_key, batch[kind.name], dropout)
+    condition = loaded.condition(batch[kind.name], *constants)
+    condition = conditioning.dropped(kind, drop_key, condition, dropout)
     mask = None
     if channel_candidates:
       mask = objectives.random_channel_mask(
@@ -58,11 +63,12 @@ def create(
     metrics = {f"loss/{name}": jnp.mean(x) for name, x in terms.items()}
     return jnp.mean(losses), metrics
 
-  def step(state, batch):
+  def step(state, batch, *constants):
     key = jax.random.fold_in(jax.random.key(seed), _STEPS)
     key = jax.random.fold_in(key, state.step)
+    parts = freezing.partition(state.params, learning.mask)
     (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
-      state.params, key, batch
+      *parts, key, batch, constants
     )
     state, norms = learning.update(state, gradient)
     return state, metrics | {"loss/total": total} | norms

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from dcae_jax.autoencoder import quantisation
 from dcae_jax.evaluation import fid, image_metrics, sample_metrics
 from dcae_jax.evaluation.networks import (
+  clip,
   efficientnet,
   inception,
   lpips,
@@ -54,12 +55,17 @@ class Network:
     describe: `(parameters, images) -> arrays [b, ...] by name`, of images with
       values from 0 to 255; None for networks that compare pairs themselves.
     features: dimensions of the array "features" that `describe` returns.
+    describe_prompts: `(weights, prompts) -> features [n, features]` of texts,
+      to be compared with those of images; None for networks that cannot read.
   """
 
   key: str
   load: Callable[[str], pretrained.Pretrained]
   describe: Callable[[Any, Array], dict[str, Array]] | None = None
   features: int = 0
+  describe_prompts: (
+    Callable[[pretrained.Pretrained, Sequence[str]], np.ndarray] | None
+  ) = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +100,8 @@ class OfSets:
       arrays [n, ...] of all images.
     moments: it needs the moments of the network's "features".
     rows: outputs of the network that it needs of each image.
+    prompts: it needs the features of the text that each image was drawn for,
+      the attribute `prompts` [n, features] of the images.
     is_compared: False: it needs no reference.
     least: images that it can be computed of.
     fewest: images that make it reliable; of fewer it orders runs at best.
@@ -102,6 +110,7 @@ class OfSets:
   compute: Callable[[Any, Any], Sequence[float]]
   moments: bool = False
   rows: tuple[str, ...] = ()
+  prompts: bool = False
   is_compared: bool = True
   least: int = 1
   fewest: int = 0
@@ -137,6 +146,10 @@ def _efficientnet(parameters, images):
   return {"features": efficientnet.features(parameters, images)}
 
 
+def _clip(parameters, images):
+  return {"features": clip.image_features(parameters, images)}
+
+
 def _lpips(parameters, reconstructions, originals):
   pair = map(quantisation.to_float, (reconstructions, originals))
   return lpips.distance(parameters, *pair, "alexnet")
@@ -151,6 +164,9 @@ def _frechet(images, reference):
 INCEPTION = Network("inception", inception.load, _inception, inception.FEATURES)
 EFFICIENTNET = Network(
   "efficientnet_lite0", efficientnet.load, _efficientnet, efficientnet.FEATURES
+)
+CLIP = Network(
+  "clip", clip.load, _clip, clip.LARGE.features, clip.text_features
 )
 # Of the paper's tables; training uses VGG16.
 LPIPS = Network("lpips_alexnet", functools.partial(lpips.load, "alexnet"))
@@ -226,6 +242,20 @@ METRICS: dict[str, Metric] = {
       ),
       rows=("features",),
       least=sample_metrics.NEIGHBOURS + 1,
+    ),
+  ),
+  "clip_score": Metric(
+    "CLIP score",
+    {"clip_score": Column("CLIP score", 2, "higher")},
+    CLIP,
+    subjects=("samples",),
+    of_sets=OfSets(
+      lambda images, _: (
+        sample_metrics.clip_score(images.features, images.prompts),
+      ),
+      rows=("features",),
+      prompts=True,
+      is_compared=False,
     ),
   ),
 }

@@ -1,5 +1,5 @@
-"""Metrics of generated images, as the FID Inception sees them: Inception Score,
-precision and recall.
+"""Metrics of generated images, as a network sees them: Inception Score,
+precision and recall with the FID Inception, the CLIP score with CLIP.
 """
 
 from collections.abc import Iterator
@@ -48,6 +48,20 @@ def inception_score(
   divergence = divergence - (marginal * log_marginal).sum(axis=1)
   scores = np.exp(divergence)
   return float(scores.mean()), float(scores.std())
+
+
+def clip_score(images: np.ndarray, texts: np.ndarray) -> float:
+  """CLIP score (arXiv 2104.08718), 0 to 100, of images and their texts.
+
+  The mean of 100 max(cos, 0), cos being that of the angle between the features
+  of an image and those of its text, each [n, d].
+  """
+  images, texts = (
+    np.asarray(x, np.float64) / np.linalg.norm(x, axis=1, keepdims=True)
+    for x in (images, texts)
+  )
+  cosines = np.sum(images * texts, axis=1)
+  return float(np.mean(100 * np.maximum(cosines, 0)))
 
 
 def precision_recall(

@@ -7,8 +7,9 @@ of devices.
 
 import collections
 import io
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from dcae_jax.latents import decode
 from dcae_jax.runs import metrics_writer, progress_lines
 from dcae_jax.training import sharding
 
-IMAGES = ("png", "npz", "")
+IMAGES = ("png", "npz", "geneval", "")
 _PARTS, _PICTURE = 0, 1  # what the seed is for
 _IN_FLIGHT = 2  # parts on the devices
 
@@ -38,6 +39,11 @@ class Part(NamedTuple):
   number: int
   first: int  # sample
   rows: int
+
+  @property
+  def last(self) -> int:
+    """The sample after it."""
+    return self.first + self.rows
 
   def file(self, workdir: epath.Path, folder: str) -> epath.Path:
     """`images/...` or `parts/...`; the latter is there once it is written."""
@@ -57,19 +63,26 @@ def parts(scale: float, samples: int, batch_size: int) -> list[Part]:
   ]
 
 
-def missing(wanted: list[Part], workdir: epath.Path, images: str) -> list[Part]:
+def missing(
+  wanted: list[Part], workdir: epath.Path, images: str, order: "Order"
+) -> list[Part]:
   """The parts that lack their record or an image."""
   names = {}
   for folder in {part.file(workdir, "images").parent for part in wanted}:
-    files = [x.name for x in folder.iterdir()] if folder.exists() else []
-    names[folder] = {*files, *(name.partition("_")[0] for name in files)}
+    if images == "geneval":
+      files = folder.glob("*/samples/*.png") if folder.exists() else []
+      names[folder] = {f"{x.parent.parent.name}/{x.name}" for x in files}
+    else:
+      files = [x.name for x in folder.iterdir()] if folder.exists() else []
+      names[folder] = {*files, *(name.partition("_")[0] for name in files)}
 
   def is_whole(part):
-    file = part.file(workdir, "images")
+    file, samples = part.file(workdir, "images"), range(part.first, part.last)
     needed = {
       "": [],
       "npz": [file.name],
-      "png": [_png_name(part, i) for i in range(part.rows)],
+      "png": [_png_name(sample) for sample in samples],
+      "geneval": ["/".join(_geneval_place(x, order)) for x in samples],
     }[images]
     record = part.file(workdir, "parts")
     return record.exists() and names[file.parent].issuperset(needed)
@@ -77,9 +90,15 @@ def missing(wanted: list[Part], workdir: epath.Path, images: str) -> list[Part]:
   return [part for part in wanted if not is_whole(part)]
 
 
-def _png_name(part: Part, row: int) -> str:
+def _png_name(sample: int) -> str:
   """The start of the name; its condition follows."""
-  return f"{part.first + row:07d}"
+  return f"{sample:07d}"
+
+
+def _geneval_place(sample: int, order: "Order") -> tuple[str, str]:
+  """The folder of a sample's prompt, and the name of its file."""
+  repetition, prompt = divmod(sample, len(order.choices))
+  return f"{prompt:05d}", f"{repetition:05d}.png"
 
 
 class Decoder(NamedTuple):
@@ -90,16 +109,20 @@ class Decoder(NamedTuple):
 
 
 class Order(NamedTuple):
-  """Which samples are drawn: the conditions of each part."""
+  """Which samples are drawn: what is chosen for each part.
+
+  `metadata` has an object for each of the choices, where their file has.
+  """
 
   kind: conditioning.Conditioning
-  choices: conditioning.Condition
+  choices: np.ndarray
+  metadata: Sequence[dict[str, Any]]
   at_random: bool  # with replacement, instead of in turn
   batch_size: int
   seed: int  # of noise and conditions
 
-  def part(self, number: int) -> conditioning.Condition:
-    """The conditions of a part."""
+  def part(self, number: int) -> np.ndarray:
+    """What is chosen for a part."""
     seed = self.seed if self.at_random else None
     return conditioning.drawn(self.choices, number, self.batch_size, seed)
 
@@ -110,6 +133,7 @@ class Drawing:
   def __init__(
     self,
     samplers: dict[float, Callable[..., jax.Array]],
+    told: Callable[[np.ndarray], tuple[conditioning.Condition, Any]],
     variables: Any,
     decoder: Decoder,
     metrics: set_measures.Metrics,
@@ -119,7 +143,9 @@ class Drawing:
     """Compiles nothing yet.
 
     Args:
-      samplers: by guidance scale, `(variables, key, condition) -> latents`.
+      samplers: by guidance scale, `(variables, key, condition, null) ->
+        latents`.
+      told: of what is chosen, the condition and its null; None: the usual one.
       variables: of the denoiser, on all devices.
       decoder: its variables go to all devices.
       metrics: all outputs of networks that any of them needs are written, also
@@ -132,6 +158,7 @@ class Drawing:
     ae, description = decoder
     ae.variables = jax.device_put(jax.device_get(ae.variables), whole)
     self._variables, self._decoder = variables, ae.variables
+    self._told = told
     self._parameters = jax.device_put(dict(parameters), whole)
     self.order = order
     self._samplers = {
@@ -158,35 +185,29 @@ class Drawing:
 
   def part(self, part: Part) -> dict[str, Any]:
     """Its arrays [batch_size, ...], still being computed."""
-    condition = self.order.part(part.number)
-    return self._draw(part.scale, (_PARTS, part.number), condition)
+    choices = self.order.part(part.number)
+    return self._draw(part.scale, (_PARTS, part.number), choices)
 
-  def images(
-    self, scale: float, condition: conditioning.Condition
-  ) -> np.ndarray:
-    """Uint8 [n, h, w, c] of a condition; the same noise at each scale."""
+  def images(self, scale: float, choices: np.ndarray) -> np.ndarray:
+    """Uint8 [n, h, w, c] of some choices; the same noise at each scale."""
     size, drawn = self.order.batch_size, []
-    total = len(jax.tree.leaves(condition)[0])
+    total = len(choices)
     for first in range(0, total, size):
       # The last batch is filled up with its own rows.
       places = np.resize(np.arange(first, min(first + size, total)), size)
-      batch = jax.tree.map(lambda x, places=places: x[places], condition)
-      drawn.append(self._draw(scale, (_PICTURE, first), batch)["images"])
+      shown = self._draw(scale, (_PICTURE, first), choices[places])
+      drawn.append(shown["images"])
     return np.concatenate(jax.device_get(drawn))[:total]
 
   def _draw(
-    self,
-    scale: float,
-    purpose: tuple[int, int],
-    condition: conditioning.Condition,
+    self, scale: float, purpose: tuple[int, int], choices: np.ndarray
   ) -> dict[str, Any]:
     key = jax.random.key(self.order.seed)
     for number in purpose:
       key = jax.random.fold_in(key, number)
-    placed = jax.device_put(condition, self._by_row)
-    z = self._samplers[scale](self._variables, key, placed)
-    shown = self._show(self._decoder, self._parameters, z)
-    return shown | {self.order.kind.name: condition}
+    told = jax.device_put(self._told(choices), self._by_row)
+    z = self._samplers[scale](self._variables, key, *told)
+    return self._show(self._decoder, self._parameters, z)
 
 
 def fill(
@@ -210,7 +231,7 @@ def fill(
           f"{part.number}): the scale is too large, the model has diverged, or "
           "dopri5 needs more config.sampler.steps"
         )
-      _write(part, arrays, drawing.order.kind, workdir, images, pool)
+      _write(part, arrays, drawing.order, workdir, images, pool)
       progress.add(part.rows)
   if missing:
     progress.finish()
@@ -230,17 +251,20 @@ def _fetched(
     if in_flight and (not waiting or len(in_flight) >= _IN_FLIGHT):
       part, arrays = in_flight.popleft()
       arrays = jax.device_get(arrays)
+      order = drawing.order
+      arrays |= {order.kind.name: order.part(part.number)}
       yield part, {name: x[: part.rows] for name, x in arrays.items()}
 
 
 def _write(
   part: Part,
   arrays: dict[str, np.ndarray],
-  kind: conditioning.Conditioning,
+  order: Order,
   workdir: epath.Path,
   images: str,
   pool: futures.Executor,
 ) -> None:
+  kind = order.kind
   pixels, condition = arrays.pop("images"), arrays[kind.name]
   record, file = (part.file(workdir, folder) for folder in ("parts", "images"))
   for parent in (record.parent, file.parent):
@@ -249,13 +273,24 @@ def _write(
         shorter.unlink()
   if images == "npz":
     _write_npz(file, {"arr_0": pixels, "arr_1": condition})
+  files, samples = [], range(part.first, part.last)
   if images == "png":
     file.parent.mkdir(parents=True, exist_ok=True)
     files = [
-      file.parent / f"{_png_name(part, i)}_{name}.png"
-      for i, name in enumerate(kind.file_names(condition))
+      file.parent / f"{_png_name(sample)}_{name}.png"
+      for sample, name in zip(samples, kind.file_names(condition), strict=True)
     ]
-    list(pool.map(metrics_writer.write_png, files, pixels))
+  if images == "geneval":
+    for sample in samples:
+      folder, name = _geneval_place(sample, order)
+      folder = file.parent / folder
+      (folder / "samples").mkdir(parents=True, exist_ok=True)
+      metadata = order.metadata[sample % len(order.choices)]
+      (folder / "metadata.jsonl").write_text(json.dumps(metadata))
+      files.append(folder / "samples" / name)
+  if files:
+    texts = kind.texts(condition)
+    list(pool.map(metrics_writer.write_png, files, pixels, texts))
   _write_npz(record, arrays)
 
 

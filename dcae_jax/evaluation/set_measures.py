@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from dcae_jax.autoencoder import streaming_moments
 from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.evaluation.networks import pretrained
 
 Metrics = Mapping[str, metrics_table.Metric]
 Described = Mapping[str, Mapping[str, Any]]  # by network and output
@@ -53,6 +54,29 @@ def describe(
   return described
 
 
+def describe_prompts(
+  metrics: Metrics,
+  weights: Mapping[str, pretrained.Pretrained],
+  prompts: Sequence[str] | np.ndarray,
+) -> dict[str, dict[str, np.ndarray]]:
+  """What metrics of sets see of texts that images were drawn for, by network.
+
+  Weights are by the network's key. There is nothing in it for networks whose
+  metrics need no texts.
+  """
+  networks = {
+    metric.network
+    for metric in metrics.values()
+    if metric.of_sets and metric.of_sets.prompts
+  }
+  return {
+    network.key: {
+      "prompts": network.describe_prompts(weights[network.key], prompts)
+    }
+    for network in networks
+  }
+
+
 class _Images:
   """What metrics need to know of a set of images, through one network."""
 
@@ -60,6 +84,8 @@ class _Images:
     self._moments = None
     self._needs_moments = any(metric.moments for metric in of_sets)
     self._rows = {name: [] for metric in of_sets for name in metric.rows}
+    if any(metric.prompts for metric in of_sets):
+      self._rows["prompts"] = []
 
   def update(self, arrays: Mapping[str, np.ndarray]) -> None:
     for name, rows in self._rows.items():
@@ -91,12 +117,20 @@ class SetMeasures:
     self._references = {**references, **self._originals}
 
   def update(
-    self, count: int, images: Described, originals: Described | None = None
+    self,
+    count: int,
+    images: Described,
+    originals: Described | None = None,
+    prompts: Described | None = None,
   ) -> None:
-    """Adds so many images, as `describe` returned them."""
+    """Adds so many images, as `describe` returned them.
+
+    With a row for each image in `prompts`, as `describe_prompts` returned them,
+    if a metric needs that.
+    """
     self.count += count
     for key, seen in self._images.items():
-      seen.update(images[key])
+      seen.update({**images[key], **(prompts or {}).get(key, {})})
     for key, seen in self._originals.items():
       seen.update(originals[key])
 

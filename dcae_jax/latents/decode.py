@@ -22,6 +22,7 @@ _FILE = "latents.json"
 # With other values of these, latents have another meaning,
 _MEANING = ("encoder", "scaling_factor", "shift_factor", "shape", "classes")
 # or batches have other rows.
+_OPTIONAL = ("text_encoder",)
 _SAME = (*_MEANING, "count", "views", "rows_of_shards", "crop", "source")
 
 
@@ -113,10 +114,16 @@ def read_description(run: str) -> dict[str, Any]:
 def check_same_latents(workdir: epath.Path, described: dict[str, Any]) -> None:
   """Raises UserError if a run began with other latents than these."""
   if (workdir / _FILE).exists():
+    before = read_description(str(workdir))
     differences.check_same(
-      *_parts(_SAME, read_description(str(workdir)), described),
+      *_parts(_SAME, before, described),
       f"the run in {workdir} began with other latents",
       "bring them back, or choose another --workdir",
+    )
+    differences.check_same(
+      *({key: x.get(key) for key in _OPTIONAL} for x in (before, described)),
+      f"the run in {workdir} began with another text encoder",
+      "name it again, or choose another --workdir",
     )
 
 

@@ -4,6 +4,7 @@
   latents/         [n, h / f, w / f, c] not scaled, sharded
   latents_flipped/ the same of the mirrored images, if they were asked for
   labels/          [n] int32; a condition: what a denoiser is told of each image
+  captions/        [n] strings, if they were asked for: see data/captions.py
   keys/            [n] file names or ids, strings
   manifest.json    what it is; written last: without it nothing is finished
   progress/        until then: what is exported, which images can be read,
@@ -15,7 +16,7 @@ A shard is an object of each array.
 import dataclasses
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -24,7 +25,6 @@ import numpy as np
 from dcae_jax import errors
 from dcae_jax.runs import storage
 
-FORMAT = {"format": "dcae_jax.latents", "format_version": 1}
 VIEWS = ("latents", "latents_flipped")
 DTYPES = {
   "float32": np.dtype(np.float32),
@@ -41,14 +41,20 @@ _NEEDED = (  # by readers, of the manifest
 )  # fmt: skip
 
 
+def format_of(kind: str) -> dict[str, Any]:
+  """What identities and manifests of a kind of store begin with."""
+  return {"format": f"dcae_jax.{kind}", "format_version": 1}
+
+
 class Column(NamedTuple):
-  """One row of a condition's array."""
+  """One row of a condition's array; its dtype may be "string"."""
 
   shape: tuple[int, ...]
   dtype: str
 
 
 LABELS = {"labels": Column((), "int32")}
+CAPTIONS = {"captions": Column((), "string")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Layout:
     views: of `VIEWS`.
     shard_rows: the last shard may have fewer.
     conditions: by the name of their arrays.
+    has_keys: rows have names.
   """
 
   rows: int
@@ -72,6 +79,19 @@ class Layout:
   conditions: Mapping[str, Column] = dataclasses.field(
     default_factory=LABELS.copy
   )
+  has_keys: bool = True
+
+  @property
+  def strings(self) -> list[str]:
+    """The names of the arrays of strings."""
+    columns = self.conditions.items()
+    texts = [name for name, column in columns if column.dtype == "string"]
+    return [*texts, *["keys"] * self.has_keys]
+
+  @property
+  def _numbers(self) -> dict[str, Column]:
+    """The arrays of numbers but the latents."""
+    return {k: x for k, x in self.conditions.items() if k not in self.strings}
 
   @property
   def shards(self) -> int:
@@ -80,14 +100,14 @@ class Layout:
   @property
   def metadata_keys(self) -> list[str]:
     """Of what zarr reads first."""
-    arrays = (*self.views, *self.conditions, "keys")
+    arrays = (*self.views, *self._numbers, *self.strings)
     return ["zarr.json", *(f"{name}/zarr.json" for name in arrays)]
 
   def objects(self, shard: int) -> set[str]:
     """The keys of a shard's objects."""
     shapes = {view: self.shape for view in self.views}
-    shapes |= {name: column.shape for name, column in self.conditions.items()}
-    return {f"keys/c/{shard}"} | {
+    shapes |= {name: column.shape for name, column in self._numbers.items()}
+    return {f"{name}/c/{shard}" for name in self.strings} | {
       f"{name}/c/{shard}" + "/0" * len(shape) for name, shape in shapes.items()
     }
 
@@ -97,7 +117,7 @@ class Layout:
     latents = self._array(Column(self.shape, stored))
     latents["attributes"] = {"dtype": self.dtype}
     return {view: latents for view in self.views} | {
-      name: self._array(column) for name, column in self.conditions.items()
+      name: self._array(column) for name, column in self._numbers.items()
     }
 
   def _array(self, column: Column) -> dict[str, Any]:
@@ -115,13 +135,13 @@ class Layout:
     return {
       "shape": [self.rows, *column.shape],
       "data_type": column.dtype,
-      "chunk_grid": _grid(self.shard_rows, *column.shape),
+      "chunk_grid": grid(self.shard_rows, *column.shape),
       "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
       "fill_value": 0,
     }
 
-  def keys_array(self) -> dict[str, Any]:
-    """The metadata of the keys.
+  def strings_array(self) -> dict[str, Any]:
+    """The metadata of an array of strings.
 
     tensorstore has no strings; zarr's own codec for them is a simple one.
     """
@@ -130,7 +150,7 @@ class Layout:
       "node_type": "array",
       "shape": [self.rows],
       "data_type": "string",
-      "chunk_grid": _grid(self.shard_rows),
+      "chunk_grid": grid(self.shard_rows),
       "chunk_key_encoding": {"name": "default"},
       "codecs": [{"name": "vlen-utf8"}],
       "fill_value": "",
@@ -138,22 +158,25 @@ class Layout:
     }
 
 
-def _grid(*shape: int) -> dict[str, Any]:
+def grid(*shape: int) -> dict[str, Any]:
+  """Of a zarr array, in chunks of a shape."""
   return {"name": "regular", "configuration": {"chunk_shape": list(shape)}}
 
 
-def block_size(total: int, row_bytes: int = 1) -> int:
+def block_size(total: int, row_bytes: int = 1, most: int = _SHARD_ROWS) -> int:
   """Rows of a shard, a multiple of `CHUNK_ROWS`.
 
-  At most 1024 and 64 MB, fewer where there would be fewer than 64 shards.
+  At most so many and 64 MB, fewer where there would be fewer than 64 shards.
   """
-  most = min(_SHARD_ROWS, _SHARD_BYTES // row_bytes)
+  most = min(most, _SHARD_BYTES // row_bytes)
   rows = min(most, -(-total // 64))
   return max(1, -(-rows // CHUNK_ROWS)) * CHUNK_ROWS
 
 
-def read_manifest(place: storage.Storage) -> dict[str, Any]:
-  """The manifest; UserError unless this is a finished store of our format."""
+def read_manifest(
+  place: storage.Storage, kind: str = "latents", needed: Sequence[str] = _NEEDED
+) -> dict[str, Any]:
+  """The manifest; UserError unless this is a finished store of that kind."""
   manifest, path = place.read_json(MANIFEST), f"{place.path}/{MANIFEST}"
   if manifest is None and place.read(IDENTITY) is not None:
     raise errors.UserError(
@@ -162,20 +185,22 @@ def read_manifest(place: storage.Storage) -> dict[str, Any]:
     )
   if manifest is None:
     raise errors.UserError(
-      f"{place.path} is no latent store: it has no {MANIFEST}"
+      f"{place.path} is no store of {kind}: it has no {MANIFEST}"
     )
-  if {key: manifest.get(key) for key in FORMAT} != FORMAT:
+  expected = format_of(kind)
+  if {key: manifest.get(key) for key in expected} != expected:
     raise errors.UserError(
-      f"{path} is not of {FORMAT['format']}, version {FORMAT['format_version']}"
+      f"{path} is not of {expected['format']}, version "
+      f"{expected['format_version']}"
     )
-  check_keys(path, manifest, _NEEDED)
+  check_keys(path, manifest, needed)
   if manifest["dtype"] not in DTYPES or not manifest["views"]:
     raise errors.UserError(f"{path} is damaged: dtype or views")
   # Older stores have labels, and do not say so.
   return {"conditions": list(LABELS)} | manifest
 
 
-def check_keys(path: str, values: dict[str, Any], needed: tuple[str, ...]):
+def check_keys(path: str, values: dict[str, Any], needed: Sequence[str]):
   """Raises UserError if JSON that was read lacks one of the keys."""
   missing = [key for key in needed if values.get(key) is None]
   if missing:
@@ -192,6 +217,12 @@ def sha256(data: np.ndarray | bytes) -> str:
   if isinstance(data, np.ndarray):
     data = np.ascontiguousarray(data).view(np.uint8).data
   return hashlib.sha256(data).hexdigest()
+
+
+def is_of_strings(place: storage.Storage, name: str) -> bool:
+  """Whether an array of a store is one of strings."""
+  metadata = place.read_json(f"{name}/zarr.json") or {}
+  return metadata.get("data_type") == "string"
 
 
 def encode_strings(texts: list[str], count: int) -> bytes:
@@ -213,5 +244,5 @@ def decode_strings(data: bytes) -> list[str]:
       position += 4 + length
       texts.append(data[position - length : position].decode())
   except (struct.error, UnicodeDecodeError) as error:
-    raise errors.UserError(f"keys are damaged: {error}") from error
+    raise errors.UserError(f"strings are damaged: {error}") from error
   return texts

@@ -5,7 +5,8 @@ the store's manifest.
 """
 
 import os
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -15,6 +16,11 @@ from dcae_jax import errors
 from dcae_jax.data import batches
 from dcae_jax.latents import layout, verification
 from dcae_jax.runs import storage
+
+# `(rows of the store, number of their images, random numbers from [0, 1))`
+Prepare = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
+_NOTHING = types.MappingProxyType({})
+_UNIFORMS = 2**31 - 1  # beside the seed and a batch, where the order has epochs
 
 
 class Latents:
@@ -115,18 +121,25 @@ class Latents:
   def condition(self, name: str) -> np.ndarray:
     """An array of `conditions`, a row for each image [count, ...]."""
     if name not in self._columns:
-      with self._place.errors():
-        self._columns[name] = self._open(name).read().result()
+      if layout.is_of_strings(self._place, name):
+        dtype = np.dtypes.StringDType()
+        self._columns[name] = np.array(self._strings(name), dtype)
+      else:
+        with self._place.errors():
+          self._columns[name] = self._open(name).read().result()
     return self._columns[name]
 
   def keys(self) -> list[str]:
     """File names or ids of all images."""
+    return self._strings("keys")
+
+  def _strings(self, name: str) -> list[str]:
     shards = self.manifest["shards"]
-    objects = self._place.read_all([f"keys/c/{i}" for i in range(len(shards))])
+    keys = [f"{name}/c/{i}" for i in range(len(shards))]
     return [
-      key
-      for data, shard in zip(objects, shards, strict=True)
-      for key in layout.decode_strings(data)[: shard["rows"]]
+      text
+      for data, shard in zip(self._place.read_all(keys), shards, strict=True)
+      for text in layout.decode_strings(data)[: shard["rows"]]
     ]
 
   def check(self) -> None:
@@ -164,6 +177,7 @@ class LatentBatches(batches.Batches):
     workers: int = 0,
     threads: int = 4,
     shuffle_shards: int = 0,
+    prepare: Mapping[str, Prepare] = _NOTHING,
   ):
     """Describes the iterator; nothing is read before the first batch.
 
@@ -178,6 +192,8 @@ class LatentBatches(batches.Batches):
       shuffle_shards: 0 shuffles all rows with each other. Else that many shards
         at a time, in random order: a bucket is then read once an epoch, if the
         store's cache holds as many.
+      prepare: of conditions by name, what they are made of in a batch; the
+        others are as the store has them.
 
     Raises:
       UserError: a number that cannot be, or a store with fewer rows than a
@@ -193,14 +209,24 @@ class LatentBatches(batches.Batches):
       raise errors.UserError(f"process {process_index} of {process_count}")
     order = _Order(latents, batch_size * process_count, seed, shuffle_shards)
     part = slice(process_index * batch_size, (process_index + 1) * batch_size)
-    dataset = grain.MapDataset.source(order).map(
-      lambda rows: latents.read(rows[part])
-    )
+
+    def read(batch):
+      rows = order.rows(batch)[part]
+      arrays = latents.read(rows)
+      images = rows % latents.manifest["count"]
+      for name, of_rows in prepare.items():
+        uniforms = order.uniforms(batch)[part]
+        arrays[name] = of_rows(arrays[name], images, uniforms)
+      return arrays
+
+    dataset = grain.MapDataset.range(_Order.batches).map(read)
     super().__init__(dataset, workers=workers, threads=threads)
 
 
 class _Order:
   """The rows of each batch, without end."""
+
+  batches = 2**40  # more than anybody reads
 
   def __init__(
     self, latents: Latents, batch_size: int, seed: int, shuffle_shards: int
@@ -218,13 +244,15 @@ class _Order:
       )
     self._epoch = (-1, np.empty(0, np.int64))
 
-  def __len__(self) -> int:
-    return 2**40  # batches: more than anybody reads
-
-  def __getitem__(self, index: int) -> np.ndarray:
-    epoch, batch = divmod(index, self._batches)
+  def rows(self, batch: int) -> np.ndarray:
+    epoch, batch = divmod(batch, self._batches)
     rows = self._rows(epoch)
     return rows[batch * self._batch_size : (batch + 1) * self._batch_size]
+
+  def uniforms(self, batch: int) -> np.ndarray:
+    """A random number from [0, 1) for each row of a batch."""
+    rng = np.random.default_rng((self._seed, _UNIFORMS, batch))
+    return rng.random(self._batch_size)
 
   def _rows(self, epoch: int) -> np.ndarray:
     known, rows = self._epoch  # read at once: other threads replace it

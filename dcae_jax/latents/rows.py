@@ -12,6 +12,7 @@ import grain
 import numpy as np
 
 from dcae_jax import errors
+from dcae_jax.data import captions as image_captions
 from dcae_jax.data import decoding as image_decoding
 from dcae_jax.data import images, sources
 from dcae_jax.latents import layout
@@ -50,9 +51,27 @@ class Rows(Protocol):
 
 
 class _Images:
-  """Rows of what `_open` returns of an image, unless that is unusable."""
+  """Rows of what `_open` returns of an image, unless that is unusable.
+
+  With captions, an image without any is unusable.
+  """
 
   source: sources.Source
+
+  def __init__(self, source: sources.Source, has_captions: bool):
+    self.source = source
+    self.conditions = layout.LABELS
+    if has_captions:
+      self.conditions = layout.LABELS | layout.CAPTIONS
+
+  def _conditions_of(self, record: sources.Record) -> dict[str, Any]:
+    """Raises UnusableError for an image that lacks its captions."""
+    conditions = {"labels": record.label}
+    if "captions" in self.conditions:
+      if not record.captions:
+        raise images.UnusableError("it has no caption")
+      conditions["captions"] = image_captions.joined(record.captions)
+    return conditions
 
   def reason(self, index: int) -> str | None:
     try:
@@ -74,8 +93,6 @@ class _Images:
 class Crops(_Images):
   """Crops of images; the same ones whenever and wherever they are made."""
 
-  conditions = layout.LABELS
-
   def __init__(
     self,
     source: sources.Source,
@@ -84,9 +101,11 @@ class Crops(_Images):
     *,
     per_image: int,
     seed: int,
+    has_captions: bool = False,
   ):
     """Opens nothing yet; random crops, `per_image` of them, follow the seed."""
-    self.source, self.per_image = source, per_image
+    super().__init__(source, has_captions)
+    self.per_image = per_image
     self._decoding, self._cropping, self._seed = decoding, cropping, seed
 
   @property
@@ -104,26 +123,26 @@ class Crops(_Images):
       "max_megapixels": self._decoding.max_megapixels,
     }
 
-  def _open(self, index: int) -> tuple[Any, int]:
+  def _open(self, index: int) -> tuple[Any, dict[str, Any]]:
     try:
-      return images.open_image(self.source, index, self._decoding)
+      image, record = images.open_image(self.source, index, self._decoding)
+      return image, self._conditions_of(record)
     except image_decoding.TooSmallError as error:
       raise images.UnusableError(
         f"{error} pixels: smaller than {self._decoding.min_size}"
       ) from error
 
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
-    image, label = self._still_usable(index)
+    image, conditions = self._still_usable(index)
     rngs = [np.random.default_rng((self._seed, index, i)) for i in crops]
     crop = lambda rng: images.crop(image, self._cropping, rng)
-    return [Row(crop(rng), {"labels": label}) for rng in rngs]
+    return [Row(crop(rng), conditions) for rng in rngs]
 
 
 class LatentFiles(_Images):
   """The authors' layout: `.npy` files, float32 [c, h, w], already scaled."""
 
   per_image = 1
-  conditions = layout.LABELS
 
   def __init__(
     self,
@@ -132,14 +151,16 @@ class LatentFiles(_Images):
     *,
     scaling_factor: float,
     shift_factor: float = 0.0,
+    has_captions: bool = False,
   ):
     """Opens nothing yet; `shape` is [h, w, c] of each latent.
 
     The shift factor was subtracted from the latents, and they were multiplied
     by the scaling factor; both are undone.
     """
+    super().__init__(source, has_captions)
     self.description = {"kind": "not known: latents of another tool"}
-    self.source, self._shape = source, shape
+    self._shape = shape
     self._scale, self._shift = scaling_factor, shift_factor
 
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
@@ -164,7 +185,7 @@ class LatentFiles(_Images):
     if not np.isfinite(values).all():
       raise images.UnusableError("it has values that are not finite")
     values = values / np.float32(self._scale) + np.float32(self._shift)
-    return Row(values, {"labels": record.label})
+    return Row(values, self._conditions_of(record))
 
 
 class Group(NamedTuple):

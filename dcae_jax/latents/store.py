@@ -15,14 +15,21 @@ from dcae_jax import errors
 from dcae_jax.latents import layout as store_layout
 from dcae_jax.runs import differences, storage
 
-_OF_SHARD = ("rows", "sha256", "moments")  # a record
+_OF_SHARD = ("rows", "sha256")  # a record
 
 
 class LatentStore:
   """Fills a store; any number of processes may, each with shards of its own."""
 
-  def __init__(self, path: str, *, retries: int = storage.RETRIES):
+  def __init__(
+    self,
+    path: str,
+    *,
+    retries: int = storage.RETRIES,
+    kind: str = "latents",
+  ):
     self.storage = storage.Storage(path, retries=retries)
+    self._format = store_layout.format_of(kind)
     self._arrays: dict[str, Any] = {}
 
   def check_writable(self, process_index: int = 0) -> None:
@@ -66,7 +73,7 @@ class LatentStore:
       begun or "count" in before or self.storage.list_keys("progress/shards/")
     ):
       return
-    identity = store_layout.FORMAT | identity
+    identity = self._format | identity
     if "count" in before:  # a manifest, which has what the export computed
       identity = {k: v for k, v in identity.items() if v is not None}
     compared = differences.flat(identity)
@@ -80,7 +87,7 @@ class LatentStore:
 
   def write_identity(self, identity: dict[str, Any]) -> None:
     """Called by one process, after `check_identity` and before all else."""
-    before, identity = self._described(), store_layout.FORMAT | identity
+    before, identity = self._described(), self._format | identity
     if before is None or ("count" not in before and before != identity):
       arrays = self.storage.list_keys()
       arrays = {k.partition("/")[0] for k in arrays if k.endswith("/zarr.json")}
@@ -134,12 +141,13 @@ class LatentStore:
     group = {
       "zarr_format": 3,
       "node_type": "group",
-      "attributes": store_layout.FORMAT,
+      "attributes": self._format,
     }
     self.storage.write_json("zarr.json", group)
     for name, metadata in layout.arrays().items():
       self.storage.open_array(name, metadata)
-    self.storage.write_json("keys/zarr.json", layout.keys_array())
+    for name in layout.strings:
+      self.storage.write_json(f"{name}/zarr.json", layout.strings_array())
 
   def finished(self, layout: store_layout.Layout) -> list[int]:
     """The shards that have a record, and all their objects."""
@@ -161,24 +169,28 @@ class LatentStore:
     """Writes the rows of one shard by array, then its record.
 
     The record is what `records` returns; some keys of it are filled in here.
+    There are no keys in a layout without them.
     """
     parts = {
       view: store_layout.as_stored(arrays[view]) for view in layout.views
     }
+    rows = len(arrays[layout.views[0]])
     for name, column in layout.conditions.items():
-      parts[name] = np.asarray(arrays[name], column.dtype)
-    encoded = store_layout.encode_strings(keys, layout.shard_rows)
+      if name not in layout.strings:
+        parts[name] = np.asarray(arrays[name], column.dtype)
     for name, part in parts.items():
       if name not in self._arrays:
         self._arrays[name] = self.storage.open_array(name)
       self.storage.write_rows(
         self._arrays[name], shard * layout.shard_rows, part
       )
-    self.storage.write(f"keys/c/{shard}", encoded)
-    parts["keys"] = encoded
+    for name in layout.strings:
+      texts = keys if name == "keys" else list(arrays[name])
+      parts[name] = store_layout.encode_strings(texts, layout.shard_rows)
+      self.storage.write(f"{name}/c/{shard}", parts[name])
     checksums = {name: store_layout.sha256(x) for name, x in parts.items()}
     self.storage.write_json(
-      _record_key(shard), record | {"rows": len(keys), "sha256": checksums}
+      _record_key(shard), record | {"rows": rows, "sha256": checksums}
     )
 
   def records(self, shards: int) -> list[dict[str, Any]]:
@@ -197,7 +209,7 @@ class LatentStore:
     metadata = zip(keys, self.storage.read_all(keys), strict=True)
     self.storage.write_json(
       store_layout.MANIFEST,
-      store_layout.FORMAT
+      self._format
       | manifest
       | {
         "count": layout.rows,

@@ -1,4 +1,4 @@
-"""What both denoisers are made of: patches, time, linear layers, attention.
+"""What denoisers are made of: patches, time, linear layers, attention.
 
 Tokens are `[b, n, d]`. Linear layers multiply in the compute dtype. Norms,
 attention and the sum that runs through the blocks are float32, as they are
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dcae_jax import errors
 
@@ -77,18 +77,28 @@ def from_patches(
 
 def attention(
   q: Float[Array, "b heads n d"],
-  k: Float[Array, "b heads n d"],
-  v: Float[Array, "b heads n d"],
+  k: Float[Array, "b heads l d"],
+  v: Float[Array, "b heads l d"],
+  mask: Bool[Array, "b l"] | None = None,
 ) -> Float[Array, "b heads n d"]:
-  """Softmax attention over all tokens; all of it, and the result, in float32.
+  """Softmax attention over tokens; all of it, and the result, in float32.
 
-  The products keep at least ten bits of a factor: on hardware that multiplies
-  narrower numbers by default, as TPUs do, more than one pass makes them.
+  A mask tells which tokens there are to attend to, all of them without one.
+  Where it has none, the result is zero. The products keep at least ten bits of
+  a factor: on hardware that multiplies narrower numbers by default, as TPUs do,
+  more than one pass makes them.
   """
   q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   high = jax.lax.Precision.HIGH
   scores = jnp.einsum("bhid,bhjd->bhij", q, k, precision=high)
-  weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+  scores = scores * q.shape[-1] ** -0.5
+  if mask is None:
+    weights = jax.nn.softmax(scores, axis=-1)
+  else:
+    mask = mask[:, None, None]
+    # Not minus infinity, which makes no number of a mask without tokens.
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0)
   return jnp.einsum("bhij,bhjd->bhid", weights, v, precision=high)
 
 
@@ -139,6 +149,20 @@ class LayerNorm(nn.Module):
     return normalized(x, self.epsilon) * scale[None, None] + bias[None, None]
 
 
+class RMSNorm(nn.Module):
+  """Divides tokens by their root mean square, then scales them, in float32."""
+
+  epsilon: float
+  scale_init: nn.initializers.Initializer = nn.initializers.ones
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    scale = self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + self.epsilon) * scale[None, None]
+
+
 class Attention(nn.Module):
   """Multi-head self-attention; the projection holds q, k, v one after another.
 
@@ -169,6 +193,48 @@ class Attention(nn.Module):
     return linear("project", d, True)(y)
 
 
+class CrossAttention(nn.Module):
+  """Multi-head attention of tokens to others; q, k, v have biases.
+
+  Attributes:
+    kernel_init: of the projections to q, and to k and v one after the other.
+    project_init: of the projection of the result.
+    norm_epsilon: of an RMS norm of q and of k, over all heads; None: no norm.
+  """
+
+  heads: int
+  kernel_init: nn.initializers.Initializer
+  project_init: nn.initializers.Initializer
+  dtype: DTypeLike
+  norm_epsilon: float | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    states: Float[Array, "b l c"],
+    mask: Bool[Array, "b l"],
+  ) -> Float[Array, "b n d"]:
+    d = x.shape[-1]
+
+    def linear(name, features, kernel_init):
+      return Linear(
+        features, kernel_init=kernel_init, dtype=self.dtype, name=name
+      )
+
+    def of_heads(x):
+      return rearrange(x, "b n (heads d) -> b heads n d", heads=self.heads)
+
+    q = linear("q", d, self.kernel_init)(x)
+    k, v = jnp.split(linear("kv", 2 * d, self.kernel_init)(states), 2, axis=-1)
+    if self.norm_epsilon is not None:
+      q = RMSNorm(self.norm_epsilon, name="q_norm")(q)
+      k = RMSNorm(self.norm_epsilon, name="k_norm")(k)
+    y = attention(of_heads(q), of_heads(k), of_heads(v), mask)
+    y = rearrange(y, "b heads n d -> b n (heads d)")
+    return linear("project", d, self.project_init)(y)
+
+
 class MLP(nn.Module):
   """Two linear layers with a GELU between them, `MLP_RATIO` times as wide."""
 
@@ -189,6 +255,11 @@ def block_macs(tokens: int, hidden: int) -> int:
   """Multiply-accumulates of one image in attention and MLP."""
   linear = (4 + 2 * MLP_RATIO) * hidden**2
   return tokens * (linear + 2 * tokens * hidden)
+
+
+def cross_attention_macs(tokens: int, others: int, hidden: int) -> int:
+  """Multiply-accumulates of `tokens` that attend to `others`."""
+  return 2 * hidden * (tokens * hidden + others * (hidden + tokens))
 
 
 def check_latents(

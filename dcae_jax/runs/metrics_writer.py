@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorboardX
 from etils import epath
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 
 class MetricsWriter:
@@ -120,10 +120,18 @@ def read_png(path: epath.Path) -> np.ndarray:
   return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def write_png(path: epath.Path, pixels: np.ndarray) -> None:
-  """Writes uint8 [h, w, 1 or 3] to a local or `gs://` path."""
+def write_png(
+  path: epath.Path, pixels: np.ndarray, texts: Mapping[str, str] | None = None
+) -> None:
+  """Writes uint8 [h, w, 1 or 3] to a local or `gs://` path.
+
+  Texts, by their keywords, are kept in the file.
+  """
   if pixels.shape[-1] == 1:
     pixels = pixels[..., 0]
+  kept = PngImagePlugin.PngInfo()
+  for keyword, text in (texts or {}).items():
+    kept.add_itxt(keyword, text)
   buffer = io.BytesIO()
-  Image.fromarray(pixels).save(buffer, format="PNG")
+  Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=kept)
   path.write_bytes(buffer.getvalue())

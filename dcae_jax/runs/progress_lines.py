@@ -1,4 +1,4 @@
-"""Says in the log how far work on many images is."""
+"""Says in the log how far work on many images, or other units, is."""
 
 import logging
 import time
@@ -9,10 +9,10 @@ _SECONDS_BETWEEN_LINES = 10  # of progress
 
 
 class Progress:
-  """Says now and then how many images are done, and how long the rest takes."""
+  """Says now and then how many are done, and how long the rest takes."""
 
-  def __init__(self, total: int):
-    self._total, self._done = total, 0
+  def __init__(self, total: int, unit: str = "images"):
+    self._total, self._done, self._unit = total, 0, unit
     self._start = self._said = time.monotonic()
 
   @property
@@ -20,8 +20,8 @@ class Progress:
     """Since the start."""
     return time.monotonic() - self._start
 
-  def add(self, images: int) -> None:
-    self._done += images
+  def add(self, number: int) -> None:
+    self._done += number
     now = time.monotonic()
     if now - self._said < _SECONDS_BETWEEN_LINES:
       return
@@ -29,8 +29,8 @@ class Progress:
     rate = self._done / self.seconds
     left = (self._total - self._done) / max(rate, 1e-9)
     _LOG.info(
-      "%d/%d images, %.3g images/s, about %.0f s left",
-      self._done, self._total, rate, left,
+      "%d/%d %s, %.3g %s/s, about %.0f s left",
+      self._done, self._total, self._unit, rate, self._unit, left,
     )  # fmt: skip
 
   def finish(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
@@ -19,6 +20,7 @@ from dcae_jax.diffusion import (
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.latents import reader
 from dcae_jax.runs import differences, work_directory
+from dcae_jax.setup import text
 from dcae_jax.training import checkpoint
 
 _OBJECTIVES = {
@@ -30,11 +32,13 @@ _OBJECTIVES = {
 }
 _SAMPLERS = {
   "dpm_solver": lambda c: samplers.DPMSolver(),
+  "dpm_solver_time": lambda c: samplers.TimeDPMSolver(),
   "ddpm": lambda c: samplers.DDPM(),
   "ddim": lambda c: samplers.DDIM(c.eta),
   "euler": lambda c: samplers.Euler(),
   "heun": lambda c: samplers.Heun(),
   "dopri5": lambda c: samplers.Dopri5(c.atol, c.rtol),
+  "flow_dpm_solver": lambda c: samplers.FlowDPMSolver(),
 }
 
 
@@ -98,21 +102,21 @@ def with_store(config: ConfigDict, store: reader.Latents) -> ConfigDict:
   Raises UserError if the config has others, or for conditions that cannot be.
   """
   store.check()
-  kind = conditioning_of(config.model)
-  rows = store.condition(kind.name)
-  conditions = kind.of_latents(rows, store.classes, store.path)
-  return with_numbers(config, store.path, store.shape, conditions)
+  rows = store.condition(conditioning_of(config.model).name)
+  return with_numbers(config, store.path, store.shape, rows, store.classes)
 
 
 def with_numbers(
   config: ConfigDict,
   path: str,
   shape: tuple[int, int, int],
-  conditions: conditioning.Conditioning,
+  rows: np.ndarray,
+  classes: Sequence[str],
 ) -> ConfigDict:
   """The config, with the model's numbers for latents [h, w, c] filled in.
 
-  Messages name the path of their store. Raises UserError if the config has
+  Those of its conditions are of the rows of the store, or of the text encoder.
+  Messages name the path of the store. Raises UserError if the config has
   others, or latents are not square.
   """
   height, width, channels = shape
@@ -121,15 +125,27 @@ def with_numbers(
       f"{path} has latents of {height} x {width}, and only square ones can be "
       "trained on; export square crops"
     )
+  conditions = conditioning_of(config.model).of_latents(rows, classes, path)
+  owner = "config.latents"
   numbers = {"latent_size": height, "latent_channels": channels}
-  numbers |= dataclasses.asdict(conditions)
+  config = _filled(config, numbers, path, owner)
+  if conditions.is_text:
+    path, owner = config.text.encoder, "config.text"
+    conditions = text.conditioning_of(config.text)
+  return _filled(config, dataclasses.asdict(conditions), path, owner)
+
+
+def _filled(
+  config: ConfigDict, numbers: dict[str, int], path: str, owner: str
+) -> ConfigDict:
+  """The config with the model's numbers; UserError if it has others."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for key, value in numbers.items():
       if config.model[key] not in (0, value):
         raise errors.UserError(
           f"config.model.{key}={config.model[key]}, but {path} has {value}; "
-          "leave it 0, or name another config.latents"
+          f"leave it 0, or name another {owner}"
         )
       config.model[key] = value
   return config

@@ -11,13 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.diffusion import objectives, sampling, train_step
+from dcae_jax.diffusion import (
+  conditioning,
+  objectives,
+  sampling,
+  train_step,
+)
 from dcae_jax.diffusion.denoisers import families as denoisers
-from dcae_jax.setup import denoising, keys, training_run
+from dcae_jax.setup import denoising, keys, text, training_run
 from dcae_jax.training import freezing, sharding
 from dcae_jax.training import state as state_lib
 
@@ -30,6 +36,9 @@ class Training(training_run.Training):
   """That of a denoiser; the config has the numbers of its latents."""
 
   model: sampling.LatentDiffusion
+  loaded: conditioning.Loaded
+  # Of captions: the one that begins as the null caption; None: a random one.
+  null_caption: np.ndarray | None = None
   takes_parts = False
 
   @functools.cached_property
@@ -47,7 +56,10 @@ class Training(training_run.Training):
     return jax.jit(self._state, out_shardings=self.shardings)(variables)
 
   def _initial(self, key: jax.Array) -> state_lib.TrainState:
-    return self._state(denoisers.init(self.model.denoiser, key))
+    variables = denoisers.init(self.model.denoiser, key)
+    if self.null_caption is not None:
+      variables["params"]["null_caption"] = jnp.asarray(self.null_caption)
+    return self._state(variables)
 
   def _state(self, variables: Any) -> state_lib.TrainState:
     return self.learning.init({"batch_stats": {}} | variables)
@@ -59,19 +71,21 @@ class Training(training_run.Training):
       dropout=self.config.label_dropout,
       channel_candidates=self.config.channel_candidates,
       learning=self.learning,
+      loaded=self.loaded,
       seed=self.config.seed,
       gather=gather,
     )
 
-  def inputs(self) -> tuple[Any]:
+  def inputs(self) -> tuple[Any, ...]:
     denoiser, kind = self.model.denoiser, self.model.conditioning
     count, rows = self.config.batch_size, sharding.by_rows(self.mesh)
     shape = (count, *denoiser.latent_size, denoiser.latent_channels)
     batch = {
       "latents": jax.ShapeDtypeStruct(shape, np.float32),
-      kind.name: kind.abstract(count),
+      kind.name: self.loaded.abstract(count),
     }
-    return (sharding.placed(batch, jax.tree.map(lambda _: rows, batch)),)
+    batch = sharding.placed(batch, jax.tree.map(lambda _: rows, batch))
+    return (batch, *self.loaded.constants)
 
   def flops(self, remat: bool) -> float:
     # A multiply-accumulate is two; the backward pass costs two forward ones.
@@ -129,6 +143,13 @@ def build(
     )
   sharding.check_batch(config.batch_size, 1, 1, mesh)
   params = denoisers.abstract_variables(model.denoiser)["params"]
-  everything = jax.tree.map(lambda _: True, params)
-  learning = training_run.how_parameters_learn(config, everything, mesh)
-  return Training(config, mesh, learning, model)
+  learns = jax.tree.map(lambda _: True, params)
+  loaded = conditioning.as_it_is(model.conditioning)
+  if model.conditioning.is_text:
+    text.check_null(config.text)
+    learns["null_caption"] = config.text.null == "learned"
+    loaded = conditioning.of_states(model.conditioning)
+    if not config.text.cache:
+      loaded = conditioning.of_tokens(text.abstract(config.text, mesh))
+  learning = training_run.how_parameters_learn(config, learns, mesh)
+  return Training(config, mesh, learning, model, loaded)

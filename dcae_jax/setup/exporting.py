@@ -68,7 +68,7 @@ def _is_import(config: ConfigDict) -> bool:
 def open_source(config: ConfigDict) -> sources.Source:
   """The images, or latents, that are exported."""
   if _is_import(config):
-    source = sources.latent_files(config.source.path)
+    source = sources.latent_files(config.source.path, config.source.captions)
     source = image_sources.part_of(source, config.source)
   else:
     source = image_sources.single_source(config.source)
@@ -122,6 +122,7 @@ def create(
       shape,
       scaling_factor=ae.scaling_factor,
       shift_factor=ae.shift_factor,
+      has_captions=config.source.captions,
     )
     encoder = lambda group_size: encode.converted(views[0], dtype)
   else:
@@ -133,6 +134,7 @@ def create(
       images.Cropping(config.crop, config.resolution, config.min_area),
       per_image=config.crops_per_image,
       seed=config.seed,
+      has_captions=config.source.captions,
     )
     encoder = functools.partial(
       encode.compiled, ae, views, dtype, config.resolution

@@ -51,6 +51,10 @@ def whole(config: ConfigDict) -> sources.Source:
       f"source kind {config.kind!r} needs {', '.join(missing)}, not among the "
       f"keys of a source: {', '.join(config)}"
     )
+  if "captions" not in needed and config.captions:
+    raise errors.UserError(
+      f"source kind {config.kind!r} has no captions; set captions=False"
+    )
   return open_(**{key: config[key] for key in needed})
 
 

@@ -55,6 +55,20 @@ def check_known(
       )
 
 
+def check_without_prompts(asked: Iterable[str], key: str) -> None:
+  """Raises UserError for a metric that cannot be of a model of classes.
+
+  `key` is where the metrics are named, for messages.
+  """
+  for name in asked:
+    of_sets = metrics_table.METRICS[name].of_sets
+    if of_sets and of_sets.prompts:
+      raise errors.UserError(
+        f"{name} in {key} compares samples with the prompts that they were "
+        "drawn for, and this model learned classes, not captions; leave it out"
+      )
+
+
 def check(config: ConfigDict, key: str = "config") -> None:
   """Raises UserError for metrics that cannot be computed at a resolution.
 

@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.autoencoder.weights import conversion
-from dcae_jax.diffusion import conditioning, sampling
+from dcae_jax.diffusion import sampling
 from dcae_jax.evaluation import fid, samples, set_measures
 from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.evaluation import prompts as prompts_lib
 from dcae_jax.evaluation.report import figures, text_table
 from dcae_jax.latents import decode, reader
 from dcae_jax.nn import precision
@@ -29,7 +30,7 @@ from dcae_jax.runs import (
   versions,
   work_directory,
 )
-from dcae_jax.setup import denoising, keys, metric_networks, start
+from dcae_jax.setup import denoising, keys, metric_networks, start, text
 from dcae_jax.training import loop, sharding
 
 _LOG = logging.getLogger(__name__)
@@ -45,7 +46,9 @@ class _Inputs(NamedTuple):
   step: int  # of the averages
   variables: Any  # the averages, on all devices of this process
   decoder: samples.Decoder
-  choices: conditioning.Condition  # that are drawn
+  prompts: list[prompts_lib.Prompt]  # that are drawn, of models of captions
+  choices: np.ndarray  # that are drawn
+  told: text.Untold | text.Prompting  # the condition of choices
   store: reader.Latents | None  # of images for the picture
   metrics: metric_networks.Opened
   references: dict[str, fid.Statistics]  # by the network's key
@@ -100,8 +103,10 @@ def run(
 ) -> bool:
   """Writes samples and `result.json`; False if SIGTERM stopped it."""
   sigterm = sigterm or loop.Sigterm(each_alone=True)
+  keys.check(config)
+  config, prompts = _prompts(config)
   check(config)
-  inputs = _open(config, workdir)
+  inputs = _open(config, workdir, prompts)
   identity = _identity(config, inputs)
   work = resumable.Work("samples", lambda: sigterm.received)
   work.begin(
@@ -117,12 +122,19 @@ def run(
   return True
 
 
-def _open(config: ConfigDict, workdir: epath.Path) -> _Inputs:
+def _open(
+  config: ConfigDict, workdir: epath.Path, prompts: list[prompts_lib.Prompt]
+) -> _Inputs:
   """Checks the work directory, and opens everything; writes nothing."""
   trained = work_directory.read_run_config(config.init_from, "train_diffusion")
   model = open_model(config, trained)
   description = decode.read_description(config.init_from)
-  choices = model.conditioning.choices(config.classes, description)
+  chosen = config.classes
+  if model.conditioning.is_text:
+    chosen = [prompt.text for prompt in prompts]
+  choices = model.conditioning.choices(chosen, description)
+  if not prompts and model.conditioning.is_text:
+    prompts = prompts_lib.of_texts(map(str, choices))
   start.begin(
     config, workdir, ("parts", "images", _PICTURE, _PLOT, "manifest.json")
   )
@@ -135,9 +147,40 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Inputs:
   whole = sharding.replicated(sharding.local_mesh())
   step, variables = denoising.averages(config.init_from, model.denoiser, whole)
   decoder = samples.Decoder(ae, description)
+  told = text.Untold()
+  if model.conditioning.is_text:
+    told = text.Prompting(
+      keys.completed(trained).text,
+      description,
+      config.text_encoder,
+      config.negative_prompt,
+    )
   return _Inputs(
-    model, step, variables, decoder, choices, store, metrics, references
-  )
+    model, step, variables, decoder, prompts, choices, told, store, metrics,
+    references,
+  )  # fmt: skip
+
+
+def _prompts(
+  config: ConfigDict,
+) -> tuple[ConfigDict, list[prompts_lib.Prompt]]:
+  """The config with its number of samples, and its prompts if it has any."""
+  if config.prompts and config.prompt_file:
+    raise errors.UserError(
+      "config.prompts and config.prompt_file are both given; leave one empty"
+    )
+  prompts = prompts_lib.of_texts(config.prompts)
+  if config.prompt_file:
+    prompts = prompts_lib.read(config.prompt_file)
+  if config.samples_per_prompt:
+    if not prompts:
+      raise errors.UserError(
+        f"config.samples_per_prompt={config.samples_per_prompt}, and there are "
+        "no prompts; name them, or set config.samples"
+      )
+    config = config.copy_and_resolve_references()
+    config.samples = config.samples_per_prompt * len(prompts)
+  return config, prompts
 
 
 def _drawing(config: ConfigDict, inputs: _Inputs) -> samples.Drawing:
@@ -149,12 +192,14 @@ def _drawing(config: ConfigDict, inputs: _Inputs) -> samples.Drawing:
   order = samples.Order(
     model.conditioning,
     inputs.choices,
-    at_random=not config.classes,
+    [prompt.metadata for prompt in inputs.prompts],
+    at_random=not (inputs.prompts or config.classes),
     batch_size=config.batch_size,
     seed=config.seed,
   )
   return samples.Drawing(
     {scale: model.sample_function(scale, placed) for scale in config.guidance},
+    inputs.told,
     inputs.variables,
     inputs.decoder,
     described,
@@ -214,7 +259,20 @@ def open_model(
       f"config.json of {config.init_from} is damaged, or of an earlier version "
       f"({error}); bring it back, or train again"
     ) from error
-  model.conditioning.check_chosen(config.classes)
+  is_text = model.conditioning.is_text
+  wrong = ("classes",) if is_text else ("prompts", "prompt_file")
+  for key in wrong:
+    if config[key]:
+      raise errors.UserError(
+        f"config.{key}={config[key]!r} is not for {trained.model.variant}, "
+        f"which learned {model.conditioning.name}"
+      )
+  if config.images == "geneval" and not is_text:
+    raise errors.UserError(
+      "config.images=geneval is a layout of prompts, and "
+      f"{trained.model.variant} learned {model.conditioning.name}"
+    )
+  model.conditioning.check_chosen(config.prompts if is_text else config.classes)
   return model
 
 
@@ -272,7 +330,7 @@ def _identity(config: ConfigDict, inputs: _Inputs) -> dict[str, Any]:
     "images": config.images,
     "samples": config.samples,
     "guidance": sorted(config.guidance),
-  }
+  } | inputs.told.identity(inputs.choices)
 
 
 def _check_identity(
@@ -333,7 +391,7 @@ def _draw_missing(
 ) -> bool:
   """Draws and writes what is not there; False if it was stopped."""
   wanted = [part for scale in config.guidance for part in _parts(config, scale)]
-  missing = samples.missing(wanted, workdir, config.images)
+  missing = samples.missing(wanted, workdir, config.images, drawing.order)
   own = work.share(missing)
   _LOG.info(
     "%d of %d parts of %d samples are missing, %d of them for this process",
@@ -394,8 +452,10 @@ def _picture(
   blocks, headings = [], {}
   if inputs.store is not None:
     rows = kind.like(condition, inputs.store.condition(kind.name))
-    z = inputs.store.read_unscaled(rows)
-    blocks.append(decode.to_pixels(ae, z)[:, None])
+    z = inputs.store.read_unscaled(np.maximum(rows, 0))
+    pixels = decode.to_pixels(ae, z)
+    pixels[rows < 0] = 255  # nothing like it was learned
+    blocks.append(pixels[:, None])
     headings[0] = "training"
   for scale in config.guidance:
     headings[sum(block.shape[1] for block in blocks)] = f"guidance {scale:g}"

@@ -1,4 +1,7 @@
-"""Exports latents, trains a diffusion model on them, and draws samples."""
+"""Exports latents, trains a diffusion model on them, and draws samples.
+
+A model of captions learns from states of a text encoder, which are kept first.
+"""
 
 import jax
 import numpy as np
@@ -14,7 +17,12 @@ from dcae_jax.setup import (
   models,
   start,
 )
-from dcae_jax.tasks import evaluate_diffusion, export_latents, train_diffusion
+from dcae_jax.tasks import (
+  encode_captions,
+  evaluate_diffusion,
+  export_latents,
+  train_diffusion,
+)
 from dcae_jax.training import loop
 
 
@@ -31,11 +39,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   start.check_work_directory(trained, workdir / "training")
   start.write_config(config, workdir)
   sigterm = loop.Sigterm(each_alone=True)
-  for run_stage, stage, name in (
+  stages = [
     (export_latents.run, config.export, "export"),
+    (encode_captions.run, config.captions, "encoding"),
     (train_diffusion.run, config.training, "training"),
     (evaluate_diffusion.run, config.samples, "samples"),
-  ):
+  ]
+  if not denoising.conditioning_of(config.training.model).is_text:
+    del stages[1]
+  for run_stage, stage, name in stages:
     finished = run_stage(stage, workdir / name, sigterm)
     if not finished or sigterm.received:
       return False
@@ -50,13 +62,14 @@ def check(config: ConfigDict) -> ConfigDict:
       "train_diffusion and evaluate_diffusion one after the other"
     )
   exporting.check(config.export)
+  keys.check(config.captions)
   diffusion_training.check(config.training)
   evaluate_diffusion.check(config.samples)
   path, shape = config.training.latents, exporting.latent_shape(config.export)
-  kind = denoising.conditioning_of(config.training.model)
   classes = exporting.open_source(config.export).classes
-  expected = kind.of_latents(np.zeros(0, np.int32), classes, path)
-  trained = denoising.with_numbers(config.training, path, shape, expected)
+  trained = denoising.with_numbers(
+    config.training, path, shape, np.zeros(0, np.int32), classes
+  )
   diffusion_training.build(trained)
   for path in (config.training.autoencoder, config.samples.autoencoder):
     if path:
@@ -72,7 +85,13 @@ def chained(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
   with config.unlocked():
     store = config.export.output or str(workdir / "latents")
     config.export.output = store
-    config.training.latents = store
+    config.training.latents = config.captions.latents = store
+    if denoising.conditioning_of(config.training.model).is_text:
+      states = config.captions.output or str(workdir / "captions")
+      config.training.text.cache = config.captions.output = states
+      config.captions.text = {
+        key: config.training.text[key] for key in config.captions.text
+      }
     config.samples.init_from = str(workdir / "training")
     config.samples.picture.latents = store
   return config

@@ -1,12 +1,12 @@
-"""Trains a class-conditional diffusion model on exported latents.
+"""Trains a diffusion model on exported latents.
 
 Everything that can be wrong with the config, the store, the autoencoder or the
 disk is found before anything is compiled or written.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from dcae_jax.setup import (
   diffusion_training,
   keys,
   start,
+  text,
   training_run,
 )
 from dcae_jax.training import checkpoint, freezing, loop, sharding
@@ -51,11 +52,18 @@ def run(
   start.begin(config, workdir, ("manifest.json",))
   training = diffusion_training.build(config)
   kind = training.model.conditioning
-  described = decode.description(store) | kind.describe_rows(
-    store.condition(kind.name)
-  )
+  rows = store.condition(kind.name)
+  described = decode.description(store) | kind.describe_rows(rows)
+  choices = kind.choices(config.samples.prompts, described)
+  choices = conditioning.drawn(choices, 0, config.samples.count)
+  titles = kind.titles(choices, described["classes"])
+  told = text.Told({}, (), choices)
+  if kind.is_text:
+    told = text.told(config, training.mesh, rows, choices)
+    training = dataclasses.replace(training, null_caption=told.null_caption)
+  described |= told.described
   decode.check_same_latents(workdir, described)
-  batches = _batches(config, store)
+  batches = _batches(config, store, told)
   ae = None
   if config.samples.count:
     ae = decode.load_autoencoder(
@@ -72,15 +80,17 @@ def run(
   work = training_run.Work(
     batches,
     lambda batch: sharding.put_rows(batch, training.mesh),
-    (),
-    _sample(training, store, described, ae),
+    told.constants,
+    _sample(training, store, told.examples, titles, ae),
     config.samples.every,
     lambda step: _finish(workdir, step, training),
   )
   return training_run.run(training, work, workdir, sigterm)
 
 
-def _batches(config: ConfigDict, store: reader.Latents) -> reader.LatentBatches:
+def _batches(
+  config: ConfigDict, store: reader.Latents, told: text.Told
+) -> reader.LatentBatches:
   return reader.LatentBatches(
     store,
     batch_size=config.batch_size // jax.process_count(),
@@ -90,19 +100,19 @@ def _batches(config: ConfigDict, store: reader.Latents) -> reader.LatentBatches:
     workers=config.data.workers,
     threads=config.data.threads,
     shuffle_shards=config.data.shuffle_shards,
+    prepare=told.prepare,
   )
 
 
 def _sample(
   training: diffusion_training.Training,
   store: reader.Latents,
-  described: dict[str, Any],
+  condition: conditioning.Condition,
+  titles: list[str],
   ae: autoencoder.Autoencoder | None,
 ) -> Callable[..., dict[str, float]]:
   """Pictures of a few conditions: the same noise at each guidance scale."""
   config, model = training.config, training.model
-  choices = model.conditioning.choices((), described)
-  condition = conditioning.drawn(choices, 0, config.samples.count)
   replicated = sharding.replicated(training.mesh)
   key = jax.random.fold_in(jax.random.key(config.seed), _SAMPLES)
   functions = {
@@ -115,7 +125,7 @@ def _sample(
   def evaluate(step, state, writer):
     if ae is None or step == 0:  # of noise there is nothing to see
       return {}
-    values, rows = {}, {}
+    values, columns = {}, {}
     for scale, function in functions.items():
       variables = {"params": state.ema["params"]}
       z = jax.device_get(function(variables, key, condition))
@@ -129,9 +139,10 @@ def _sample(
       rms = float(np.sqrt(np.mean(np.square(z))))
       values[f"eval/latent_rms/guidance_{scale:g}"] = rms
       z = decode.unscaled(store.manifest, z)
-      rows[f"{scale:g}"] = decode.to_pixels(ae, z)
-    if rows:
-      picture = figures.grid(list(rows.values()), list(rows))
+      columns[f"guidance {scale:g}"] = decode.to_pixels(ae, z)
+    if columns:
+      rows = list(np.stack(list(columns.values()), axis=1))
+      picture = figures.grid(rows, titles, dict(enumerate(columns)))
       writer.image(step, "samples", picture)
     return values
 

@@ -35,6 +35,7 @@ class Settings:
   final_rate: float
   beta1: float
   beta2: float
+  epsilon: float
   weight_decay: float
   decay_all: bool
   clip_norm: float
@@ -83,6 +84,7 @@ def _adamw(settings: Settings, rate: optax.Schedule, *_: Any):
     rate,
     b1=settings.beta1,
     b2=settings.beta2,
+    eps=settings.epsilon,
     weight_decay=settings.weight_decay,
     mask=None if settings.decay_all else _is_kernel,
   )

@@ -1,4 +1,6 @@
+import importlib.resources
 import importlib.util
+import json
 import os
 import pickle
 
@@ -8,6 +10,39 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dcae_jax.data import sources
+
+
+class Captioned(tfds.core.GeneratorBasedBuilder):
+  """Three grey squares with captions, as COCO has them."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {
+      "image": tfds.features.Image(encoding_format="png"),
+      "source": tfds.features.Text(),
+      "captions": tfds.features.Sequence(
+        {"id": np.int64, "text": tfds.features.Text()}
+      ),
+    }
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i in range(3):
+      texts = [f"grau, größer {i}", f"square {i}"][: 2 - i]
+      yield (
+        i,
+        {
+          "image": os.path.join(os.environ["TINY_IMAGES"], f"{i}.png"),
+          "source": "nowhere",
+          "captions": [{"id": i, "text": text} for text in texts],
+        },
+      )
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder):
@@ -68,6 +103,86 @@ def test_folders_that_do_not_exist_are_refused(path):
     sources.folder(path)
 
 
+def _texts(record):
+  return [caption.text for caption in record.captions]
+
+
+def test_captions_of_a_folder_are_in_files_beside_images(tmp_path):
+  for name in ("1.png", "b/2.JPG", "b/3.png", "b/4.png", "5.png", "6.png"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"no image")
+  (tmp_path / "1.txt").write_text("a red bus\nein Bus")
+  (tmp_path / "b/2.json").write_text('{"caption": "birds", "width": 3}')
+  (tmp_path / "b/3.txt").write_text("overruled")
+  (tmp_path / "b/3.json").write_text('{"captions": ["a"], "weights": [2]}')
+  lines = [
+    {"file_name": "4.png", "text": "of metadata"},
+    {"file_name": "not there.png", "text": "unused"},
+  ]
+  (tmp_path / "b/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  (tmp_path / "6.json").write_text("{")
+  source = sources.folder(str(tmp_path), captions=True)
+  found = {source.key(i): i for i in range(len(source))}
+  broken = found.pop("6.png")
+  assert {key: _texts(source[i]) for key, i in found.items()} == {
+    "1.png": ["a red bus", "ein Bus"],
+    "5.png": [],
+    "b/2.JPG": ["birds"],
+    "b/3.png": ["a"],
+    "b/4.png": ["of metadata"],
+  }
+  assert source[found["b/3.png"]].captions[0].weight == 2
+  with pytest.raises(OSError, match=r"6\.json: "):
+    source[broken]
+  assert not sources.folder(str(tmp_path))[0].captions
+
+
+def test_a_source_with_other_captions_has_another_fingerprint(tmp_path):
+  (tmp_path / "1.png").write_bytes(b"no image")
+  without = sources.folder(str(tmp_path)).fingerprint()
+  (tmp_path / "1.txt").write_text("a red bus")
+  assert sources.folder(str(tmp_path)).fingerprint() == without
+  first = sources.folder(str(tmp_path), captions=True).fingerprint()
+  (tmp_path / "1.txt").write_text("a red bus!")
+  second = sources.folder(str(tmp_path), captions=True).fingerprint()
+  (tmp_path / "1.txt").unlink()
+  line = '{"file_name": "1.png", "text": "%s"}'
+  (tmp_path / "metadata.jsonl").write_text(line % "a")
+  third = sources.folder(str(tmp_path), captions=True).fingerprint()
+  (tmp_path / "metadata.jsonl").write_text(line % "b")
+  fourth = sources.folder(str(tmp_path), captions=True).fingerprint()
+  assert len({without, first, second, third, fourth}) == 5
+
+
+def test_folders_without_captions_are_refused(tmp_path):
+  (tmp_path / "1.png").write_bytes(b"no image")
+  with pytest.raises(ValueError, match=r"1 beside .*1.png has captions"):
+    sources.folder(str(tmp_path), captions=True)
+  (tmp_path / "metadata.jsonl").write_text('\n{"text": "a"}')
+  with pytest.raises(ValueError, match=r"line 2 of .*metadata.jsonl .*file_na"):
+    sources.folder(str(tmp_path), captions=True)
+
+
+def test_captions_of_tfds_are_those_of_its_text_feature(
+  tfds_directory, tmp_path
+):
+  data = str(tmp_path)
+  Captioned(data_dir=data, file_format="array_record").download_and_prepare()
+  source = sources.TensorFlowDataset("captioned", "train", data, captions=True)
+  source = pickle.loads(pickle.dumps(source))
+  assert sorted(_texts(source[i]) for i in range(3)) == [
+    [], ["grau, größer 0", "square 0"], ["grau, größer 1"],
+  ]  # fmt: skip
+  plain = sources.TensorFlowDataset("captioned", "train", data)
+  assert not plain[0].captions
+  assert plain.fingerprint() != source.fingerprint()
+
+
+def test_tfds_without_text_has_no_captions(tfds_directory):
+  with pytest.raises(ValueError, match="its features of text are none"):
+    sources.TensorFlowDataset("tiny", "train", tfds_directory, captions=True)
+
+
 def test_folders_without_images_are_refused(tmp_path):
   (tmp_path / "readme.txt").write_text("no images")
   with pytest.raises(ValueError, match="holds no images"):
@@ -98,6 +213,17 @@ def test_embedded_photographs_that_numbers_compare_on_stay_the_same():
     "skimage/data/rocket.jpg",
     "skimage/data/camera.png",
   ]
+
+
+def test_every_embedded_photograph_has_captions_of_its_own():
+  file = importlib.resources.files(sources) / "embedded_captions.json"
+  captions = json.loads(file.read_text("utf-8"))
+  splits = [sources.embedded(split) for split in ("train", "validation")]
+  assert list(captions) == [s.key(i) for s in splits for i in range(len(s))]
+  assert {len(texts) for texts in captions.values()} <= {2, 3}
+  every = [text for texts in captions.values() for text in texts]
+  assert len(set(every)) == len(every)
+  assert all(1 <= len(text.split()) <= 12 for text in every)
 
 
 def test_embedded_photographs_say_how_to_get_them(monkeypatch):

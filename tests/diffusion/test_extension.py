@@ -12,11 +12,17 @@ from conftest import fill_store
 from etils import epath
 
 from configs import base
-from dcae_jax.diffusion import conditioning
+from dcae_jax.diffusion import (
+  conditioning,
+  objectives,
+  samplers,
+  sampling,
+)
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.latents import reader
 from dcae_jax.setup import denoising
 from dcae_jax.tasks import evaluate_diffusion, train_diffusion
+from dcae_jax.training import sharding
 
 PRIMARIES = np.eye(3, dtype=np.float32)
 
@@ -118,6 +124,29 @@ def test_a_store_without_the_condition_is_refused(
   c = tiny_diffusion(**{"model.variant": "Blend-small"})
   with pytest.raises(ValueError, match=r"has no tints, .* it has labels"):
     denoising.open_store(c)
+
+
+def test_guidance_leads_away_from_another_condition_if_one_is_given():
+  """Of a denoiser that tells nothing but the first number of a tint."""
+  denoiser = Blend(1, Tints(), (2, 2), 1)
+  kernels = {
+    "told": jnp.array([[1.0], [0.0], [0.0], [0.0]]),
+    "project_in": jnp.zeros((1, 1)),
+    "project_out": jnp.ones((1, 1)),
+  }
+  layers = {k: {"kernel": x, "bias": jnp.zeros(1)} for k, x in kernels.items()}
+  variables = {"params": layers}
+  model = sampling.LatentDiffusion(
+    denoiser, objectives.FlowMatching(), samplers.Euler(), 5
+  )
+  mesh = sharding.local_mesh()
+  sample = model.sample_function(3.0, sharding.replicated(mesh))
+  condition, key = jnp.full((2, 3), 0.5), jax.random.key(0)
+  plain = sample(variables, key, condition)
+  # Velocities are 3 * 0.5 - 2 * null, from time 1 to 0.
+  for null, moved in ((jnp.zeros((2, 3)), 0.0), (jnp.full((2, 3), 0.2), 0.4)):
+    found = sample(variables, key, condition, null)
+    np.testing.assert_allclose(found, plain + moved, atol=1e-5)
 
 
 def test_dropped_rows_are_null_and_the_others_stay():

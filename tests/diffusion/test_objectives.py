@@ -6,7 +6,7 @@ import mixtures
 import numpy as np
 import pytest
 
-from dcae_jax.diffusion import guidance, objectives
+from dcae_jax.diffusion import conditioning, guidance, objectives
 
 KEY = jax.random.key(0)
 DDPM = objectives.improved_ddpm()
@@ -362,6 +362,32 @@ def test_guidance_moves_all_latent_channels_away_from_null(scale):
   variance = np.broadcast_to(10 * np.arange(4)[:, None, None, None], z.shape)
   np.testing.assert_array_equal(found[..., 3:], variance)
   assert calls == ([4] if scale == 1 else [8])
+
+
+def _caption_network(z, t, condition):
+  """It adds the mean of the states that count, or -9 for the null caption."""
+  mask = condition["mask"][..., None].astype(jnp.float32)
+  mean = jnp.sum(condition["states"] * mask, 1) / jnp.sum(mask, 1)
+  mean = jnp.where(condition["is_null"][:, None], -9.0, mean)
+  return z + mean[:, None, None]
+
+
+def _captions(seed):
+  rng = np.random.default_rng(seed)
+  states = jnp.asarray(rng.normal(size=(4, 5, 3)), jnp.float32)
+  mask = jnp.asarray(np.arange(5) < rng.integers(1, 6, (4, 1)))
+  return {"states": states, "mask": mask, "is_null": jnp.zeros(4, bool)}
+
+
+def test_guidance_leads_from_the_null_caption_or_from_negative_prompts():
+  z = jnp.asarray(mixtures.two_components().sample(0, 4))
+  t, condition = jnp.full(4, 500.0), _captions(0)
+  null = conditioning.Captions(5, 3).null(condition)
+  for other in (null, _captions(1)):
+    found = guidance.guided(_caption_network, condition, other, 4.5)(z, t)
+    towards, away = (_caption_network(z, t, x) for x in (condition, other))
+    expected = away + 4.5 * (towards - away)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_guidance_acts_within_its_interval_only():

@@ -57,9 +57,11 @@ SCALED_NOISE = mixtures.noise_function(MIXTURE, mixtures.SCALED_LINEAR)
     (samplers.DDIM(eta=0.5), SCALED, SCALED_NOISE, 250),
     (samplers.DPMSolver(), SCALED, SCALED_NOISE, 30),
     (samplers.DPMSolver(), DDPM, LINEAR_NOISE, 30),
+    (samplers.TimeDPMSolver(), DDPM, LINEAR_NOISE, 60),
     (samplers.Euler(), FLOW, VELOCITY, 250),
     (samplers.Heun(), FLOW, VELOCITY, 40),
     (samplers.Dopri5(), FLOW, VELOCITY, 200),
+    (samplers.FlowDPMSolver(), FLOW, VELOCITY, 60),
   ],
   ids=lambda x: type(x).__name__ if hasattr(x, "sample") else None,
 )
@@ -206,6 +208,70 @@ def test_dpm_solver_converges_at_second_order():
   np.testing.assert_allclose(end, _deterministic(SCALED, 1.0, 0.0), atol=3e-3)
 
 
+def _check_second_order(errors):
+  """But for a logarithm: the last steps are long in log(alpha / sigma)."""
+  orders = _orders(errors)
+  assert (orders > 1.5).all() and (orders < 2.2).all()
+  assert errors[-1] < 1e-3
+
+
+def test_dpm_solver_at_equal_times_converges_at_second_order():
+  """To the flow's value at the first time, its result."""
+  table = mixtures.SCALED_LINEAR
+  alpha, sigma = table**0.5, (1 - table) ** 0.5
+  errors = _errors(
+    samplers.TimeDPMSolver(),
+    SCALED,
+    mixtures.noise_function(mixtures.gaussian(), table),
+    (160, 320, 640),
+    _deterministic(SCALED, alpha[-1], sigma[-1]),
+    _deterministic(SCALED, alpha[0], sigma[0]),
+  )
+  _check_second_order(errors)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_dpm_solver_converges_at_second_order(shift):
+  objective = objectives.FlowMatching(shift=shift)
+  (first,) = objective.shifted(np.array([0.999]))
+  errors = _errors(
+    samplers.FlowDPMSolver(),
+    objective,
+    mixtures.velocity_function(mixtures.gaussian()),
+    (160, 320, 640),
+    _deterministic(objective, 1 - first, first),
+    _deterministic(objective, 1.0, 0.0),
+  )
+  _check_second_order(errors)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 14, 15, 20])
+def test_dpm_solver_at_equal_times_has_the_steps_of_pixart(steps):
+  """Of its formulas, in float64: continuous times from 1 to 1/1000."""
+  epsilon = lambda z, t: 0.4 * z + 0.3 * z / (1 + z * z) + 1e-4 * t
+  log_alpha = np.log(1 - np.linspace(1e-4, 0.02, 1000)).cumsum() / 2
+  times = np.linspace(1, 1 / 1000, steps + 1)
+  alpha = np.exp(np.interp(times, np.arange(1, 1001) / 1000, log_alpha))
+  sigma = np.sqrt(1 - alpha**2)
+  half_log_snr = np.log(alpha / sigma)
+  x, clean = np.random.default_rng(0).normal(size=(2, 3, 3, 4)), []
+  start = jnp.asarray(x, jnp.float32)
+  for i in range(steps):
+    predicted = epsilon(x, (times[i] - 1 / 1000) * 1000)
+    clean.append((x - sigma[i] * predicted) / alpha[i])
+    h, d_0, d_1 = half_log_snr[i + 1] - half_log_snr[i], clean[-1], 0.0
+    if i > 0 and (i < steps - 1 or steps >= 15):
+      before = half_log_snr[i] - half_log_snr[i - 1]
+      d_1 = (clean[-1] - clean[-2]) * h / before
+    x = sigma[i + 1] / sigma[i] * x
+    x = x - alpha[i + 1] * np.expm1(-h) * (d_0 + d_1 / 2)
+  model_fn = _with_variance(
+    lambda z, t: epsilon(z, t[:, None, None, None]), lambda t: 100 + t[:, None]
+  )
+  found = _sample(samplers.TimeDPMSolver(), DDPM, model_fn, start, steps)
+  np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-4)
+
+
 def test_ddpm_with_the_best_variance_is_exact_at_any_number_of_steps():
   """Of one Gaussian, whose reverse steps are Gaussian: of known variance."""
   variances, n = np.array([0.25, 0.6]), 20_000
@@ -296,9 +362,11 @@ ALL = [
   (samplers.DDPM(), SCALED),
   (samplers.DDIM(), SCALED),
   (samplers.DPMSolver(), SCALED),
+  (samplers.TimeDPMSolver(), SCALED),
   (samplers.Euler(), FLOW),
   (samplers.Heun(), FLOW),
   (samplers.Dopri5(), FLOW),
+  (samplers.FlowDPMSolver(), FLOW),
 ]
 NAMES = [type(sampler).__name__ for sampler, _ in ALL]
 
@@ -335,7 +403,10 @@ def test_the_least_steps_suffice_and_fewer_are_an_error(sampler, objective):
   with pytest.raises(ValueError, match=f"at least {sampler.least_steps}"):
     sampler.sample(objective, untouched, KEY, z, sampler.least_steps - 1)
   other = FLOW if objective is SCALED else DDPM
-  fitting = "Euler, Heun, Dopri5" if other is FLOW else "DDPM, DDIM, DPMSolver"
+  fitting = {
+    FLOW: "Euler, Heun, Dopri5, FlowDPMSolver",
+    DDPM: "DDPM, DDIM, DPMSolver, TimeDPMSolver",
+  }[other]
   with pytest.raises(ValueError, match=f"{fitting} do"):
     sampler.sample(other, untouched, KEY, z, 100)
   if objective is SCALED:

@@ -1,16 +1,21 @@
 """A metric that is added to the table is everywhere where metrics are."""
 
 import csv
+import dataclasses
+import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_clip
 from etils import epath
 
 from configs import base
-from dcae_jax.evaluation import fid, metrics
+from dcae_jax.evaluation import fid, metrics, set_measures
 from dcae_jax.evaluation.networks import pretrained
+from dcae_jax.setup import metric_networks
 from dcae_jax.tasks import (
   evaluate_autoencoder,
   evaluate_diffusion,
@@ -140,3 +145,66 @@ def test_samples_are_measured_without_the_inception(
   c.metrics = ("gfid",)
   with pytest.raises(ValueError, match="curl"):
     evaluate_diffusion.open_metrics(c)
+
+
+@pytest.fixture
+def tiny_network(monkeypatch, tmp_path):
+  """CLIP's line in the table, with a small network."""
+  network = dataclasses.replace(
+    metrics.CLIP,
+    load=lambda path: tiny_clip.weights(tmp_path),
+    features=tiny_clip.SIZE.features,
+  )
+  metric = dataclasses.replace(metrics.METRICS["clip_score"], network=network)
+  monkeypatch.setitem(metrics.METRICS, "clip_score", metric)
+
+
+def test_the_clip_score_compares_each_image_with_its_prompt(tiny_network):
+  opened = metric_networks.open_all(("clip_score",), subject="samples")
+  images = np.random.default_rng(0).integers(0, 256, (5, 40, 30, 3))
+  images = jnp.asarray(images, jnp.float32)
+  prompts = np.array(["a cat", "no cat", "a dog"])
+  texts = set_measures.describe_prompts(opened.metrics, opened.weights, prompts)
+  describe = jax.jit(
+    functools.partial(set_measures.describe, opened.metrics, opened.parameters)
+  )
+  scores = []
+  for of_image in ([0, 1, 2, 0, 1], [1, 1, 0, 2, 0]):
+    sets = set_measures.SetMeasures(opened.metrics, {})
+    rows = jax.tree.map(lambda x, at=of_image: x[np.array(at)], texts)
+    for part in (slice(0, 3), slice(3, 5)):
+      seen = jax.device_get(describe(images[part]))
+      of_part = jax.tree.map(lambda x, part=part: x[part], rows)
+      sets.update(len(images[part]), seen, prompts=of_part)
+    found, absent = sets.compute()
+    assert not absent
+    image = np.asarray(describe(images)["clip"]["features"], np.float64)
+    text = texts["clip"]["prompts"][of_image].astype(np.float64)
+    cosines = [
+      a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+      for a, b in zip(image, text, strict=True)
+    ]
+    expected = np.mean([max(100 * cosine, 0) for cosine in cosines])
+    assert found == {"clip_score": pytest.approx(expected, rel=1e-4)}
+    scores.append(expected)
+  assert abs(scores[0] - scores[1]) > 0.01
+
+
+def test_the_clip_score_is_of_samples_with_prompts():
+  metric_networks.check_known(("clip_score",), "samples", "config.metrics")
+  with pytest.raises(ValueError, match="unknown metric 'clip_score'"):
+    metric_networks.check_known(("clip_score",), "reconstructions", "key")
+  message = "clip_score in config.metrics .* learned classes, not captions"
+  asked = ("gfid", "clip_score")
+  with pytest.raises(ValueError, match=message):
+    metric_networks.check_without_prompts(asked, "config.metrics")
+  metric_networks.check_without_prompts(asked[:1], "config.metrics")
+
+
+def test_the_clip_score_without_weights_says_how_to_get_them(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  opened = metric_networks.open_all(("clip_score",), subject="samples")
+  assert not opened.metrics
+  assert "run: hf download" in opened.absent["clip_score"]

@@ -128,7 +128,7 @@ def test_windows_of_shards_are_read_one_after_the_other(path):
   """A cache of two shards is enough for a whole epoch."""
   source = reader.Latents(path)
   order = reader._Order(source, 8, seed=0, shuffle_shards=2)
-  rows = np.concatenate([order[batch] for batch in range(10)])
+  rows = np.concatenate([order.rows(batch) for batch in range(10)])
   shards = np.searchsorted([16, 32, 40, 56, 72], rows, side="right")
   first_seen = {shard: i for i, shard in reversed(list(enumerate(shards)))}
   in_order = sorted(first_seen, key=first_seen.get)

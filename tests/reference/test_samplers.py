@@ -146,3 +146,69 @@ def test_euler_equals_diffusers(shift):
     objectives.FlowMatching(shift=shift), _model_fn, KEY, jnp.asarray(Z), steps
   )
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers
+@pytest.mark.parametrize("steps", [9, 27])  # both are even steps of 0 to 999
+def test_dpm_solver_at_equal_times_equals_diffusers(steps):
+  objective = objectives.improved_ddpm()
+  scheduler = diffusers.DPMSolverMultistepScheduler(
+    **_betas(objective),
+    algorithm_type="dpmsolver++",
+    solver_order=2,
+    solver_type="midpoint",
+    timestep_spacing="linspace",
+    final_sigmas_type="sigma_min",  # the first time
+    lower_order_final=True,
+  )
+  scheduler.set_timesteps(steps)
+  expected = torch.from_numpy(Z)
+  for t in scheduler.timesteps:
+    expected = scheduler.step(
+      _epsilon(expected, float(t)), t, expected
+    ).prev_sample
+
+  def with_variance(z, t):
+    return jnp.concatenate([_model_fn(z, t), 100 + 0 * z], -1)
+
+  found = samplers.TimeDPMSolver().sample(
+    objective, with_variance, KEY, jnp.asarray(Z), steps
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers
+@pytest.mark.parametrize("steps", [1, 5, 20])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_dpm_solver_equals_diffusers(steps, shift):
+  """At every step: the network is called with the same latents."""
+  scheduler = diffusers.DPMSolverMultistepScheduler(
+    prediction_type="flow_prediction",
+    use_flow_sigmas=True,
+    flow_shift=shift,
+    algorithm_type="dpmsolver++",
+    solver_order=2,
+  )
+  scheduler.set_timesteps(steps)
+  inputs, times = [], []
+
+  def model_fn(z, t):
+    inputs.append(np.asarray(z))
+    times.append(float(t[0]))
+    return _model_fn(z, t)
+
+  with jax.disable_jit():
+    found = samplers.FlowDPMSolver().sample(
+      objectives.FlowMatching(shift=shift),
+      model_fn,
+      KEY,
+      jnp.asarray(Z),
+      steps,
+    )
+  # It gives a network whole times, rounded down; its steps are exact.
+  np.testing.assert_array_equal(np.floor(times), scheduler.timesteps)
+  expected = torch.from_numpy(Z)
+  for t, ours, z in zip(scheduler.timesteps, times, inputs, strict=True):
+    np.testing.assert_allclose(z, expected, rtol=1e-4, atol=1e-4)
+    expected = scheduler.step(_epsilon(expected, ours), t, expected).prev_sample
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,10 +1,14 @@
 """Photographs inside packages of the Python package index."""
 
 import importlib.util
+import json
 import pathlib
 
 from dcae_jax import errors
+from dcae_jax.data import captions as image_captions
 from dcae_jax.data.sources import files
+
+_CAPTIONS = pathlib.Path(__file__).with_name("embedded_captions.json")
 
 # Package, pattern of its files, and what fills it. The two sets share no
 # photograph and no scene. (Left out: drawings, renders, paintings, crops of
@@ -52,10 +56,11 @@ _EMBEDDED = {
 }
 
 
-def embedded(split: str) -> files.Files:
+def embedded(split: str, captions: bool = False) -> files.Files:
   """Photographs inside installed packages, for training or for validation.
 
-  Raises UserError for an unknown split, or a package that is not installed.
+  With `captions`, two or three of each, which are this package's. Raises
+  UserError for an unknown split, or a package that is not installed.
   """
   if split not in _EMBEDDED:
     raise errors.UserError(
@@ -75,4 +80,14 @@ def embedded(split: str) -> files.Files:
           "`pip install -r requirements-quickstart.txt`"
         )
       paths[key] = str(directory / file)
-  return files.unlabelled(list(paths.values()), list(paths))
+  captioned = None
+  if captions:
+    texts = json.loads(_CAPTIONS.read_text())
+    captioned = files.Captions(
+      {},
+      {
+        path: image_captions.of_object({"captions": texts[key]})
+        for key, path in paths.items()
+      },
+    )
+  return files.unlabelled(list(paths.values()), list(paths), captioned)

@@ -3,15 +3,18 @@
 import errno
 import glob
 import hashlib
+import json
 import os
 import pathlib
 import stat
 import time
+from collections.abc import Iterable
 
 import fsspec
 from etils import epath
 
 from dcae_jax import errors
+from dcae_jax.data import captions as image_captions
 from dcae_jax.data.sources import protocol
 
 SUFFIXES = (
@@ -19,6 +22,7 @@ SUFFIXES = (
 )  # fmt: skip
 _LARGEST_FILE = 2**31  # bytes
 _ATTEMPTS = 5  # to read a remote file
+_METADATA = "metadata.jsonl"  # captions of the images of a directory
 
 
 class Files:
@@ -38,10 +42,12 @@ class Files:
     keys: list[str],
     classes: list[str],
     sizes: list[int | None] | None = None,
+    captions: "Captions | None" = None,
   ):
     self.classes = classes
     self._paths, self._labels = paths, labels
     self._keys, self._sizes = keys, sizes
+    self._captions = captions
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -54,7 +60,10 @@ class Files:
     return self._keys[index]
 
   def fingerprint(self) -> str:
-    """sha256 of names, labels and sizes of all files, which are not opened."""
+    """sha256 of names, labels and sizes of all files, which are not opened.
+
+    And of the captions, if it has them, or the sizes of their files.
+    """
     known = self._sizes or [None] * len(self)
     sizes = [
       _size(path) if size is None else size
@@ -63,12 +72,48 @@ class Files:
     digest = hashlib.sha256()
     for entry in zip(self._keys, self._labels, sizes, strict=True):
       digest.update(f"{entry}\n".encode("utf-8", "backslashreplace"))
+    if self._captions:
+      for path in self._paths:
+        entry = self._captions.entry(path)
+        digest.update(f"{entry}\n".encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 
   def __getitem__(self, index: int) -> protocol.Record:
     path = self._paths[index]
-    read = _read_remote if "://" in path else _read_local
-    return protocol.Record(path, read(path), self._labels[index])
+    captions = self._captions.of(path) if self._captions else ()
+    return protocol.Record(path, _read(path), self._labels[index], captions)
+
+
+class Captions:
+  """Captions of files: in files beside them, or read already."""
+
+  def __init__(
+    self,
+    beside: dict[str, str],
+    known: dict[str, tuple[image_captions.Caption, ...]],
+  ):
+    """By the path of an image: of a file of captions; captions themselves."""
+    self._beside, self._known = beside, known
+
+  def of(self, path: str) -> tuple[image_captions.Caption, ...]:
+    """Raises OSError for a file that cannot be read, or holds none."""
+    if path not in self._beside:
+      return self._known.get(path, ())
+    file = self._beside[path]
+    is_json = file.lower().endswith(".json")
+    parse = image_captions.of_json if is_json else image_captions.of_text
+    data = _read(file)
+    try:
+      return parse(data)
+    except (ValueError, RecursionError) as error:
+      raise OSError(errno.ENXIO, f"{file}: {error}", path) from error
+
+  def entry(self, path: str) -> tuple:
+    """Changes when the captions of an image do, without reading them."""
+    file = self._beside.get(path)
+    if file is None:
+      return self._known.get(path, ())
+    return os.path.basename(file), _size(file)
 
 
 def _size(path: str) -> int:
@@ -76,6 +121,10 @@ def _size(path: str) -> int:
     return os.path.getsize(path)
   except OSError:  # as unusable as an empty one
     return 0
+
+
+def _read(path: str) -> bytes:
+  return (_read_remote if "://" in path else _read_local)(path)
 
 
 def _read_local(path: str) -> bytes:
@@ -99,21 +148,27 @@ def _read_remote(path: str) -> bytes:
       time.sleep(2**attempt)
 
 
-def folder(path: str) -> Files:
+def folder(path: str, captions: bool = False) -> Files:
   """All images below a directory, in sorted order, a class per sub-folder.
 
+  With `captions`, those of `x.jpg` are read from `x.json` or `x.txt` beside it,
+  or from the line of a `metadata.jsonl` in a directory above whose `file_name`
+  is its path from there.
+
   `path` is local or a `gs://` address. Raises UserError if it is no directory,
-  or holds no images.
+  holds no images, or captions that are none.
   """
-  return _tree(path, SUFFIXES, "image")
+  return _tree(path, SUFFIXES, "image", captions)
 
 
-def latent_files(path: str) -> Files:
+def latent_files(path: str, captions: bool = False) -> Files:
   """All `.npy` files below a directory, as `folder` finds images."""
-  return _tree(path, (".npy",), "latent")
+  return _tree(path, (".npy",), "latent", captions)
 
 
-def _tree(path: str, suffixes: tuple[str, ...], what: str) -> Files:
+def _tree(
+  path: str, suffixes: tuple[str, ...], what: str, captions: bool
+) -> Files:
   root = epath.Path(path).expanduser()
   if not path or not root.is_dir():
     raise errors.UserError(
@@ -143,7 +198,54 @@ def _tree(path: str, suffixes: tuple[str, ...], what: str) -> Files:
   classes = sorted(set(of_file))
   index = {name: i for i, name in enumerate(classes)}
   labels = [index[name] for name in of_file]
-  return Files(paths, labels, keys, classes, [sizes[name] for name in paths])
+  return Files(
+    paths,
+    labels,
+    keys,
+    classes,
+    [sizes[name] for name in paths],
+    _captions(paths, sizes) if captions else None,
+  )
+
+
+def _captions(paths: list[str], files: Iterable[str]) -> Captions:
+  """Of the images among all files of a tree; UserError if there are none."""
+  known, beside = {}, {}
+  for file in files:
+    if os.path.basename(file) == _METADATA:
+      known |= _metadata(file)
+  by_name = {name.lower(): name for name in files}
+  for path in paths:
+    stem = os.path.splitext(path)[0].lower()
+    for suffix in image_captions.SIDECARS:
+      if stem + suffix in by_name:
+        beside[path] = by_name[stem + suffix]
+  if not beside and not known.keys() & set(paths):
+    raise errors.UserError(
+      f"no image of the {len(paths)} beside {paths[0]} has captions: neither "
+      f"{' nor '.join(f'x{suffix}' for suffix in image_captions.SIDECARS)} "
+      f"beside x.jpg, nor a line in a {_METADATA}"
+    )
+  return Captions(beside, known)
+
+
+def _metadata(file: str) -> dict[str, tuple[image_captions.Caption, ...]]:
+  """Captions by the paths of images, of a `metadata.jsonl`."""
+  folder, known = os.path.dirname(file), {}
+  for number, line in enumerate(_read(file).splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      values = json.loads(line)
+      captions = image_captions.of_object(values)
+      name = values["file_name"]
+      known[os.path.join(folder, name)] = captions
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+      raise errors.UserError(
+        f"line {number} of {file} is no object with file_name and a caption: "
+        f"{error}"
+      ) from error
+  return known
 
 
 def pictures(path: str) -> Files:
@@ -169,9 +271,13 @@ def pictures(path: str) -> Files:
   return unlabelled(files)
 
 
-def unlabelled(paths: list[str], keys: list[str] | None = None) -> Files:
+def unlabelled(
+  paths: list[str],
+  keys: list[str] | None = None,
+  captions: Captions | None = None,
+) -> Files:
   """Files of one class that has no name."""
-  return Files(paths, [0] * len(paths), keys or paths, [""])
+  return Files(paths, [0] * len(paths), keys or paths, [""], captions=captions)
 
 
 def _local_files(root: str) -> dict[str, int | None]:

@@ -1,10 +1,12 @@
-"""What a source is: a random-access sequence of encoded images with labels.
+"""What a source is: a random-access sequence of images with labels, captions.
 
 Nothing is decoded here. All sources are picklable, since loader workers are
 processes.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
+
+from dcae_jax.data import captions as image_captions
 
 
 class Record(NamedTuple):
@@ -14,11 +16,13 @@ class Record(NamedTuple):
     name: where it is, for messages.
     encoded: the file's bytes.
     label: index of its class.
+    captions: where the source was asked for them; () for an image without any.
   """
 
   name: str
   encoded: bytes
   label: int
+  captions: tuple[image_captions.Caption, ...] = ()
 
 
 def limited(source: "Source", most: int) -> int:

@@ -23,19 +23,22 @@ SIZES = {
   "tiny": {"depth": 4, "hidden": 128, "heads": 4},
 }
 _EPSILON = 1e-6
-_TIME_FEATURES = 256
+TIME_FEATURES = 256
 _xavier = nn.initializers.xavier_uniform()
 _zeros = nn.initializers.zeros
-_table_init = nn.initializers.normal(0.02)
+table_init = nn.initializers.normal(0.02)
 
 
 def positions(
-  height: int, width: int, features: int
+  height: int,
+  width: int,
+  features: int,
+  spacing: tuple[float, float] = (1.0, 1.0),
 ) -> Float[np.ndarray, "n d"]:
   """Fixed features of the patches' places in a grid, float32.
 
   Sines and cosines of the column in the first half, of the row in the second.
-  `features` is divisible by 4.
+  `features` is divisible by 4; `spacing` is between rows and between columns.
   """
   quarter = features // 4
   frequencies = 10_000.0 ** (-np.arange(quarter) / quarter)
@@ -44,12 +47,12 @@ def positions(
     angles = places[:, None] * frequencies[None]
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
-  columns = of_axis(np.tile(np.arange(width), height))
-  rows = of_axis(np.repeat(np.arange(height), width))
+  columns = of_axis(np.tile(spacing[1] * np.arange(width), height))
+  rows = of_axis(np.repeat(spacing[0] * np.arange(height), width))
   return np.concatenate([columns, rows], axis=1).astype("float32")
 
 
-def _modulated(
+def modulated(
   x: Float[Array, "b n d"],
   shift: Float[Array, "b 1 d"],
   scale: Float[Array, "b 1 d"],
@@ -95,22 +98,31 @@ class DiTBlock(nn.Module):
     mlp = transformer.MLP(True, _xavier, self.dtype, name="mlp")
     vectors = Modulation(6, name="modulation")(condition)
     shift, scale, gate = vectors[:3]
-    x = x + gate * attention(_modulated(x, shift, scale))
+    x = x + gate * attention(modulated(x, shift, scale))
     shift, scale, gate = vectors[3:]
-    return x + gate * mlp(_modulated(x, shift, scale))
+    return x + gate * mlp(modulated(x, shift, scale))
 
 
 class TimeEmbedding(nn.Module):
-  """An MLP over sines and cosines of time, in float32."""
+  """An MLP over sines and cosines of time, in float32.
+
+  `last_init` is of the kernel of its second layer.
+  """
 
   hidden: int
+  last_init: nn.initializers.Initializer = table_init
 
   @nn.compact
   def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
-    x = transformer.time_features(t, _TIME_FEATURES)
-    settings = {"features": self.hidden, "kernel_init": _table_init}
-    x = jax.nn.silu(transformer.Linear(**settings, name="linear1")(x))
-    return transformer.Linear(**settings, name="linear2")(x)
+    linear1 = transformer.Linear(
+      self.hidden, kernel_init=table_init, name="linear1"
+    )
+    linear2 = transformer.Linear(
+      self.hidden, kernel_init=self.last_init, name="linear2"
+    )
+    return linear2(
+      jax.nn.silu(linear1(transformer.time_features(t, TIME_FEATURES)))
+    )
 
 
 class Head(nn.Module):
@@ -129,7 +141,7 @@ class Head(nn.Module):
     linear = transformer.Linear(
       self.features, kernel_init=_zeros, name="linear"
     )
-    return linear(_modulated(x, shift, scale))
+    return linear(modulated(x, shift, scale))
 
 
 class DiT(nn.Module):
@@ -168,7 +180,7 @@ class DiT(nn.Module):
     """Multiply-accumulates of matrix products for one latent; nothing else."""
     d, area = self.hidden, self.patch_size**2
     tokens = self.latent_size[0] * self.latent_size[1] // area
-    conditioning = _TIME_FEATURES * d + d**2 + (6 * self.depth + 2) * d**2
+    conditioning = TIME_FEATURES * d + d**2 + (6 * self.depth + 2) * d**2
     ends = tokens * d * area * (self.latent_channels + self.out_channels)
     blocks = self.depth * transformer.block_macs(tokens, d)
     return blocks + conditioning + ends
@@ -195,7 +207,7 @@ class DiT(nn.Module):
     label_embedding = nn.Embed(
       self.conditioning.num_classes + 1,
       self.hidden,
-      embedding_init=_table_init,
+      embedding_init=table_init,
       name="label_embedding",
     )
     condition = TimeEmbedding(self.hidden, name="time_embedding")(t)

@@ -1,4 +1,4 @@
-"""The table of denoisers: DiT and U-ViT in the sizes of DC-AE's table 3.
+"""The table of denoisers: DiT and U-ViT of classes, PixArt and SANA of texts.
 
 All are modules with one interface: `model.apply(variables, z, t, condition)`,
 of noisy latents, times of 0 to 999 and a condition of the kind
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from dcae_jax import errors
 from dcae_jax.diffusion import conditioning as conditioning_lib
-from dcae_jax.diffusion.denoisers import dit, uvit
+from dcae_jax.diffusion.denoisers import dit, pixart, sana, uvit
 from dcae_jax.nn import precision
 
 PATCH_SIZES = (1, 2, 4, 8)
@@ -49,9 +49,12 @@ class Denoiser:
 
 
 _CLASSES = conditioning_lib.ClassLabels
+_CAPTIONS = conditioning_lib.Captions
 DENOISERS: dict[str, Denoiser] = {
   "DiT": Denoiser(dit.DiT, dit.SIZES, _CLASSES, dit.check),
   "UViT": Denoiser(uvit.UViT, uvit.SIZES, _CLASSES, uvit.check),
+  "PixArt": Denoiser(pixart.PixArt, pixart.SIZES, _CAPTIONS, pixart.check),
+  "SANA": Denoiser(sana.Sana, sana.SIZES, _CAPTIONS, sana.check),
 }
 
 

@@ -248,6 +248,11 @@ class TextEncoder:
       self._whole = sharding.gather(places, mesh)
     self._states = jax.jit(self.apply)
 
+  @property
+  def length(self) -> int:
+    """Of the rows of ids: more than the states', with an instruction."""
+    return self.tokenizer.length if self.tokenizer else self.max_tokens
+
   def apply(
     self, variables: Any, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]
   ) -> Float[Array, "b l d"]:
@@ -274,7 +279,7 @@ class TextEncoder:
 
     All of them, but with an instruction the first and the last ones.
     """
-    extra = self.tokenizer.length - self.max_tokens if self.tokenizer else 0
+    extra = self.length - self.max_tokens
     if not extra:
       return x
     library = np if isinstance(x, np.ndarray) else jnp

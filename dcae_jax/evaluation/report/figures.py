@@ -17,14 +17,15 @@ def grid(
 ) -> np.ndarray:
   """One row per array uint8 [n, h, w, c], all of one shape.
 
-  Labels of the rows are on the left, headings of columns, by their number,
-  above. Returns uint8 [height, width, 3].
+  Labels of the rows, maybe of several lines, are on the left, headings of
+  columns, by their number, above. Returns uint8 [height, width, 3].
   """
   n, height, width, _ = rows[0].shape
   font = ImageFont.load_default(size=max(11, height // 10))
   margin = head = 0
   if labels is not None:
-    margin = max(int(font.getlength(label)) for label in labels) + 2 * _GAP
+    lines = [line for label in labels for line in label.splitlines()]
+    margin = max(int(font.getlength(line)) for line in lines) + 2 * _GAP
   if headings is not None:
     head = 2 * int(font.size)
   shape = (

@@ -1,0 +1,211 @@
+"""`Denoiser`: draw samples, predict and save, for those who only use one.
+
+  import dcae_jax
+  denoiser = dcae_jax.load_denoiser("runs/f64/uvit_h")
+  images = denoiser.sample(labels=[207, 360], guidance=1.5)
+
+On one device; training and evaluation over many devices are tasks of their own.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from dcae_jax import errors
+from dcae_jax.autoencoder import autoencoder as autoencoder_lib
+from dcae_jax.diffusion import conditioning, sampling
+from dcae_jax.diffusion.denoisers import released
+from dcae_jax.diffusion.text import encoders
+from dcae_jax.training import sharding
+
+_LARGEST_BATCH = 16  # samples at a time; more of them go in parts
+
+
+class Denoiser:
+  """A denoiser of latents with its weights.
+
+  Attributes:
+    variant: such as "UViT-H", or "custom".
+    diffusion: the linen module `diffusion.denoiser`, what it learned, and how
+      it is sampled.
+    variables: `{"params": ...}`.
+  """
+
+  def __init__(
+    self,
+    variant: str,
+    diffusion: sampling.LatentDiffusion,
+    variables: Any,
+    *,
+    load_autoencoder: Callable[[], autoencoder_lib.Autoencoder],
+    load_text_encoder: Callable[[], encoders.TextEncoder] | None = None,
+  ):
+    """Wraps variables; `load` makes them from files.
+
+    What decodes, and what encodes prompts, is loaded when it is first needed.
+    """
+    self.variant, self.diffusion, self.variables = variant, diffusion, variables
+    self._load_autoencoder = load_autoencoder
+    self._load_text_encoder = load_text_encoder
+    self._mesh = sharding.create_mesh(1, 1, 1, jax.local_devices()[:1])
+    self._predict = jax.jit(self.apply)
+    self._samplers = {}
+
+  @functools.cached_property
+  def autoencoder(self) -> autoencoder_lib.Autoencoder:
+    """What decodes samples; UserError if it cannot be loaded."""
+    return self._load_autoencoder()
+
+  @functools.cached_property
+  def text_encoder(self) -> encoders.TextEncoder:
+    """What encodes prompts; UserError if it cannot be loaded."""
+    if self._load_text_encoder is None:
+      raise errors.UserError(f"{self.variant} is told labels, and no captions")
+    return self._load_text_encoder()
+
+  def apply(
+    self,
+    variables: Any,
+    z: jax.Array,
+    t: jax.Array,
+    condition: conditioning.Condition,
+  ) -> jax.Array:
+    """The network as a function, for your own `jax.jit`; nothing is checked."""
+    is_exact = jnp.dtype(self.diffusion.denoiser.dtype) == jnp.float32
+    with jax.default_matmul_precision("highest" if is_exact else None):
+      return self.diffusion.denoiser.apply(variables, z, t, condition)
+
+  def predict(
+    self,
+    z: ArrayLike,
+    t: ArrayLike,
+    *,
+    labels: ArrayLike | None = None,
+    states: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    **others: ArrayLike,
+  ) -> jax.Array:
+    """The network alone: one prediction.
+
+    Args:
+      z: noisy latents [b, h, w, c], scaled.
+      t: times [b] as this network sees them.
+      labels: of the classes [b]; the one after the last means none.
+      states: of captions [b, l, d], from a text encoder.
+      mask: which of them are of tokens [b, l], bool; None: all.
+      **others: what some networks take besides: `resolution` [b, 2] and
+        `aspect_ratio` [b, 1] of the images, `guidance` [b].
+
+    Returns:
+      [b, h, w, outputs] in float32: noise or velocity, and behind it, for
+      networks with `learn_sigma`, the variance.
+
+    Raises:
+      UserError: a condition of another kind than the network's.
+    """
+    if self.diffusion.conditioning.is_text:
+      if states is None or labels is not None:
+        raise errors.UserError(
+          f"{self.variant} is told captions: give states, and no labels"
+        )
+      states = jnp.asarray(states, jnp.float32)
+      mask = jnp.ones(states.shape[:2]) if mask is None else jnp.asarray(mask)
+      condition = conditioning.told(states, mask.astype(bool))
+      condition |= {k: jnp.asarray(x, jnp.float32) for k, x in others.items()}
+    else:
+      if labels is None or states is not None:
+        raise errors.UserError(
+          f"{self.variant} is told labels: give them, and no states"
+        )
+      condition = jnp.asarray(labels, jnp.int32)
+    z, t = jnp.asarray(z, jnp.float32), jnp.asarray(t, jnp.float32)
+    return self._predict(self.variables, z, t, condition)
+
+  def sample(
+    self,
+    *,
+    labels: Sequence[int] = (),
+    prompts: Sequence[str] = (),
+    guidance: float = 1.0,
+    seed: int = 0,
+    steps: int | None = None,
+    negative_prompt: str = "",
+  ) -> jax.Array:
+    """Draws an image for each label or prompt.
+
+    Args:
+      labels: of classes.
+      prompts: texts.
+      guidance: scale of classifier-free guidance; 1: without.
+      seed: of the noise.
+      steps: of the sampler; None: as in training, or as published.
+      negative_prompt: what guidance leads away from; "": the null caption.
+
+    Returns:
+      [n, height, width, channels], float32 in [-1, 1].
+
+    Raises:
+      UserError: labels or prompts that the network does not know, a scale or
+        steps that cannot be, an autoencoder or text encoder that is not there.
+    """
+    kind = self.diffusion.conditioning
+    wrong, chosen = (labels, prompts) if kind.is_text else (prompts, labels)
+    if len(wrong) or not len(chosen):
+      needed = "prompts" if kind.is_text else "labels"
+      raise errors.UserError(
+        f"{self.variant} draws samples of {needed}: name some"
+      )
+    chosen = [x.item() if isinstance(x, np.generic) else x for x in chosen]
+    kind.check_chosen(chosen)
+    ae, draw = self.autoencoder, self._sampler(guidance, steps)
+    key, images = jax.random.key(seed), []
+    for number, first in enumerate(range(0, len(chosen), _LARGEST_BATCH)):
+      part = chosen[first : first + _LARGEST_BATCH]
+      # Filled up to a power of two: few shapes to compile.
+      filled = part + part[-1:] * (
+        (1 << (len(part) - 1).bit_length()) - len(part)
+      )
+      condition, null = self._conditions(filled, negative_prompt)
+      z = draw(self.variables, jax.random.fold_in(key, number), condition, null)
+      z = z[: len(part)] / ae.scaling_factor + ae.shift_factor
+      images.append(jnp.clip(ae.decode(z), -1, 1))
+    return jnp.concatenate(images)
+
+  def save(self, folder: str | os.PathLike, layout: str = "original") -> None:
+    """Writes weights and `config.json` as other libraries load them.
+
+    Args:
+      folder: a new one, or one that was saved to before.
+      layout: "original" or, of PixArt and SANA, "diffusers".
+
+    Raises:
+      UserError: a layout that there is not, or the folder holds something else.
+    """
+    released.save(folder, self.variables, self.diffusion.denoiser, layout)
+
+  def _sampler(
+    self, guidance: float, steps: int | None
+  ) -> Callable[..., jax.Array]:
+    steps = self.diffusion.steps if steps is None else steps
+    if (guidance, steps) not in self._samplers:
+      diffusion = dataclasses.replace(self.diffusion, steps=steps)
+      whole = sharding.replicated(self._mesh)
+      sampler = diffusion.sample_function(guidance, whole)
+      self._samplers[guidance, steps] = jax.jit(sampler)
+    return self._samplers[guidance, steps]
+
+  def _conditions(
+    self, chosen: list[Any], negative_prompt: str
+  ) -> tuple[conditioning.Condition, conditioning.Condition | None]:
+    if not self.diffusion.conditioning.is_text:
+      return np.asarray(chosen, np.int32), None
+    encode = lambda texts: conditioning.told(*self.text_encoder.encode(texts))
+    negative = [negative_prompt] * len(chosen)
+    return encode(chosen), encode(negative) if negative_prompt else None

@@ -1,0 +1,120 @@
+"""Captions of a latent store to states of a text encoder, kept beside it.
+
+By every process of a pod at once; started again, it does what is missing.
+"""
+
+import logging
+import os
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from dcae_jax import errors
+from dcae_jax.diffusion.text import encoders
+from dcae_jax.latents import captions, reader
+from dcae_jax.runs import (
+  metrics_writer,
+  progress_lines,
+  resumable,
+  stopwatch,
+  versions,
+)
+from dcae_jax.setup import keys, start, text
+from dcae_jax.training import loop, sharding
+
+_LOG = logging.getLogger(__name__)
+
+
+def check(config: ConfigDict) -> None:
+  """Raises UserError for a config that cannot be run."""
+  keys.check(config)
+  if not config.latents:
+    raise errors.UserError(
+      "config.latents is empty; name a latent store that was exported with "
+      "config.source.captions"
+    )
+
+
+def run(
+  config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm | None = None
+) -> bool:
+  """Fills the store, and writes `result.json`; False if SIGTERM stopped it."""
+  watch, is_first = stopwatch.Stopwatch(), jax.process_index() == 0
+  sigterm = sigterm or loop.Sigterm(each_alone=True)
+  work = resumable.Work("captions", lambda: sigterm.received)
+  with watch.measure("start"):
+    check(config)
+    start.begin(config, workdir)
+    latents = reader.Latents(
+      config.latents, conditions=("captions",), retries=config.retries
+    )
+    rows = latents.condition("captions")
+    captions.check_captions(rows, latents.path)
+    output = config.output or os.fspath(workdir / "captions")
+    store = captions.store_of(output, config.retries)
+    store.check_writable(jax.process_index())
+    mesh = sharding.create_mesh(1, -1, 1, jax.local_devices())
+    encoder = text.load(config.text, mesh)
+    identity = captions.identity(rows, encoder.description())
+
+    def begin():
+      start.write_config(config, workdir)
+      store.write_identity(identity)
+
+    work.begin(lambda begun: store.check_identity(identity, begun), begin)
+  if store.manifest() is not None:
+    _LOG.info("%s is finished", store.storage.path)
+    if is_first:
+      store.remove_progress()
+    return True
+  with watch.measure("tokens"):
+    encoding = captions.Encoding(store, rows, _kept(encoder, mesh, config))
+    cut = encoder.tokenizer.cut
+  missing = encoding.missing()
+  own = work.share(missing)
+  if is_first:
+    encoding.create_arrays()
+  work.wait("arrays")
+  numbers = encoding.numbers
+  _LOG.info(
+    "%d captions of %d images, %d texts, %d tokens, %.1f MB; %d of %d shards "
+    "are missing, %d of them for this process",
+    numbers["captions"], numbers["images"], numbers["texts"],
+    numbers["tokens"], numbers["bytes"] / 1e6, len(missing),
+    encoding.layout.shards, len(own),
+  )  # fmt: skip
+  with watch.measure("encoder and store"):
+    progress = progress_lines.Progress(sum(map(encoding.tokens, own)), "tokens")
+    for tokens in encoding.fill(own, work.stopped):
+      progress.add(tokens)
+  if not work.all_done("encoded"):
+    return False
+  if is_first:
+    described = {"versions": versions.versions(), "numbers": numbers}
+    store.finish(encoding.layout, identity | described)
+    result = {
+      "states": store.storage.path,
+      **numbers,
+      "cut": cut,
+      "seconds": watch.seconds(),
+    }
+    metrics_writer.write_json(workdir / "result.json", result)
+    _LOG.info("states in %s\n%s", store.storage.path, watch.table())
+  work.wait("finished")
+  return True
+
+
+def _kept(
+  encoder: encoders.TextEncoder, mesh: jax.sharding.Mesh, config: ConfigDict
+) -> captions.Encoder:
+  by_row = sharding.by_rows(mesh)
+  return captions.Encoder(
+    encoder.tokenizer,
+    lambda ids, mask: encoder.states(
+      jax.device_put(ids, by_row), jax.device_put(mask, by_row)
+    ),
+    encoder.kept,
+    encoder.width,
+    config.batch_size_per_device * mesh.size,
+  )
