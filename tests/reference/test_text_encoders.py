@@ -192,7 +192,7 @@ def test_an_instruction_is_handled_as_sana_does(tmp_path):
   n = len(before) + most - 2
   ids, mask = np.zeros((3, n), int), np.zeros((3, n), bool)
   for i, text in enumerate(texts):
-    row = (before + [letter[x] for x in text])[:n]
+    row = ((before if text else [1]) + [letter[x] for x in text])[:n]
     ids[i, : len(row)], mask[i, : len(row)] = row, True
   kept = [0, *range(n - most + 1, n)]
   expected = _theirs(model, ids, mask)[:, kept]
@@ -200,6 +200,9 @@ def test_an_instruction_is_handled_as_sana_does(tmp_path):
   np.testing.assert_array_equal(found_mask, mask[:, kept])
   assert found.shape == (3, most, 32)
   assert parity.relative_error(found, expected) < 1e-4
+  # Without an instruction the empty text has the same states.
+  unconditional, _ = encoders.load(tmp_path, max_tokens=most).encode([""])
+  assert parity.relative_error(found[1:2], unconditional) < 1e-4
 
 
 def test_buckets_of_distances_are_those_of_transformers():

@@ -95,8 +95,8 @@ def load(
     dtype: of the computation, and of the weights, norms apart.
     max_tokens: l of the states, marks included; longer texts lose their end.
       0: 128 (BERT), 120 (T5), 300 (Gemma 2).
-    instruction: a text before each text. The states are those of the first
-      token, and of the last of the instruction and what follows.
+    instruction: a text before each text, but the empty one. The states are
+      those of the first token, the instruction's last one, and what follows.
     mesh: over whose devices the weights are split; None: one device.
     abstract: read no weights: they are shapes with shardings. The path may be
       the name of a size then, such as "t5-v1_1-xxl"; there is no tokenizer.

@@ -55,7 +55,8 @@ class Tokenizer:
       are of.
     length: of the rows of ids: `max_tokens`, but for an instruction, of which
       all tokens but the first and the last go before.
-    instruction: a text before each text.
+    instruction: a text before each text, but the empty one, which is no
+      caption.
     cut: how many texts were longer so far, and lost their end.
   """
 
@@ -98,7 +99,7 @@ class Tokenizer:
 
   def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Ids, int32 [b, length], and which of them are tokens, bool."""
-    rows = self._encode([self.instruction + text for text in texts])
+    rows = self._encode([text and self.instruction + text for text in texts])
     room = self.length - len(self._begin) - len(self._end)
     ids = np.full((len(rows), self.length), self._pad, np.int32)
     mask = np.zeros(ids.shape, bool)

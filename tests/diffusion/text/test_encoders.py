@@ -1,6 +1,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -214,6 +215,18 @@ def test_names_of_other_versions_are_known(tmp_path):
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     found, _ = encoders.load(folder, max_tokens=8).encode(["ab"])
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_files_of_shorter_numbers_are_read(dtype, encoder, tmp_path):
+  folder = tiny_text_encoders.save(tmp_path, encoder.kind)
+  tensors = tiny_text_encoders.tensors(encoder.kind)
+  short = {name: x.astype(jnp.dtype(dtype)) for name, x in tensors.items()}
+  safetensors.numpy.save_file(short, folder / "model.safetensors")
+  found, mask = encoders.load(folder, max_tokens=8).encode(["ab"])
+  expected = encoder.encode(["ab"])[0][mask]
+  error = np.linalg.norm(found[mask] - expected)
+  assert 0 < error < 0.05 * np.linalg.norm(expected)
 
 
 def test_a_description_names_all_that_decides_on_states(tmp_path):

@@ -53,13 +53,20 @@ def test_cut_texts_are_counted_and_said_once(caplog):
 
 
 def test_an_instruction_goes_before_each_text_and_makes_rows_longer():
-  ids, mask = tokenizer.Tokenizer(FILE, GEMMA, 4, "say ")(["ab", "abcdefg"])
+  ours = tokenizer.Tokenizer(FILE, GEMMA, 4, "say ")
+  ids, mask = ours(["ab", "abcdefg"])
   # Five tokens before it, of which the first and the last are among the 4.
   assert ids.tolist() == [
     _ids(["<bos>", *"say ab"]),
     _ids(["<bos>", *"say ab"]),
   ]
   assert mask.all() and ids.shape == (2, 5 + 4 - 2)
+
+
+def test_the_empty_text_has_no_instruction():
+  ids, mask = tokenizer.Tokenizer(FILE, GEMMA, 4, "say ")([""])
+  assert ids.tolist() == [_ids(["<bos>"] + ["<pad>"] * 6)]
+  assert mask.tolist() == [[True] + [False] * 6]
 
 
 def test_a_pickled_tokenizer_works_where_jax_is_not_imported():
