@@ -75,3 +75,10 @@ def test_precision_and_recall_need_neighbours():
     sample_metrics.precision_recall(points, points)
   with pytest.raises(ValueError, match="are not"):
     sample_metrics.precision_recall(np.zeros((9, 2)), np.zeros((9, 3)))
+
+
+def test_clip_score_is_of_angles_and_leaves_negative_ones_out():
+  images = np.array([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
+  texts = np.array([[1.0, 1.0], [0.0, 5.0], [-4.0, 0.0]])
+  expected = 100 * (0.5**0.5 + 1 + 0) / 3
+  assert sample_metrics.clip_score(images, texts) == pytest.approx(expected)
