@@ -79,9 +79,7 @@ def image_features(
     first = parameters["vision_model.embeddings.class_embedding"]
     first = jnp.broadcast_to(first, (len(x), 1, width))
     x = jnp.concatenate([first, x], axis=1) + position[None]
-    x = _layer_norm(
-      parameters, "vision_model.pre_layrnorm", x
-    )  # their spelling
+    x = _layer_norm(parameters, "vision_model.pre_layrnorm", x)  # [sic]
     x = _transformer(parameters, "vision_model", x, is_causal=False)
     x = _layer_norm(parameters, "vision_model.post_layernorm", x)
     return x[:, 0] @ parameters["visual_projection.weight"].T
