@@ -185,7 +185,7 @@ def read_manifest(
     )
   if manifest is None:
     raise errors.UserError(
-      f"{place.path} is no store of {kind}: it has no {MANIFEST}"
+      f"{place.path} is no {kind.removesuffix('s')} store: it has no {MANIFEST}"
     )
   expected = format_of(kind)
   if {key: manifest.get(key) for key in expected} != expected:

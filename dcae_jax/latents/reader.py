@@ -4,6 +4,7 @@ What comes out is what diffusion learns from: float32, scaled by the numbers of
 the store's manifest.
 """
 
+import functools
 import os
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -209,18 +210,26 @@ class LatentBatches(batches.Batches):
       raise errors.UserError(f"process {process_index} of {process_count}")
     order = _Order(latents, batch_size * process_count, seed, shuffle_shards)
     part = slice(process_index * batch_size, (process_index + 1) * batch_size)
-
-    def read(batch):
-      rows = order.rows(batch)[part]
-      arrays = latents.read(rows)
-      images = rows % latents.manifest["count"]
-      for name, of_rows in prepare.items():
-        uniforms = order.uniforms(batch)[part]
-        arrays[name] = of_rows(arrays[name], images, uniforms)
-      return arrays
-
+    read = functools.partial(_read, latents, order, part, dict(prepare))
     dataset = grain.MapDataset.range(_Order.batches).map(read)
     super().__init__(dataset, workers=workers, threads=threads)
+
+
+def _read(
+  latents: Latents,
+  order: "_Order",
+  part: slice,
+  prepare: dict[str, Prepare],
+  batch: int,
+) -> dict[str, Any]:
+  """A process's part of a batch."""
+  rows = order.rows(batch)[part]
+  arrays = latents.read(rows)
+  images = rows % latents.manifest["count"]
+  for name, of_rows in prepare.items():
+    uniforms = order.uniforms(batch)[part]
+    arrays[name] = of_rows(arrays[name], images, uniforms)
+  return arrays
 
 
 class _Order:

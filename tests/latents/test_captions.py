@@ -156,5 +156,5 @@ def test_tokens_are_those_of_the_caption_that_is_drawn():
 
 
 def test_a_store_of_something_else_is_none_of_states(tmp_path):
-  with pytest.raises(ValueError, match="is no store of captions"):
+  with pytest.raises(ValueError, match="is no caption store"):
     captions.States(str(tmp_path), LONGEST)

@@ -369,7 +369,8 @@ def test_latents_are_decoded_as_the_autoencoder_has_them(
   description = decode.description(store) | {"shift_factor": 0.25}
   z = store.read(np.arange(BATCH))["latents"]
   drawing = samples.Drawing(
-    {1.0: lambda variables, key, condition: z},
+    {1.0: lambda variables, key, condition, null: z},
+    lambda choices: (choices, None),
     {},
     samples.Decoder(dcae_jax.load(tiny_autoencoder), description),
     {},
@@ -377,6 +378,7 @@ def test_latents_are_decoded_as_the_autoencoder_has_them(
     samples.Order(
       conditioning.ClassLabels(3),
       np.zeros(1, np.int32),
+      (),
       at_random=False,
       batch_size=BATCH,
       seed=0,
@@ -510,7 +512,10 @@ def test_sigterm_stops_between_parts(drawn, config, tmp_path, monkeypatch):
     ({"classes": (-1,)}, "class -1 in config.classes"),
     ({"samples": 0}, "config.samples=0 is below 1"),
     ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8"),
-    ({"images": "jpg"}, "config.images='jpg' is not among 'png', 'npz', ''"),
+    (
+      {"images": "jpg"},
+      "config.images='jpg' is not among 'png', 'npz', 'geneval'",
+    ),
     ({"metrics": ("fid",)}, "unknown metric 'fid'.*gfid, inception_score"),
     ({"metrics": ("gfid",)}, "config.reference is empty"),
     (

@@ -205,7 +205,7 @@ def test_each_caption_is_learned_as_often_as_its_weight_says(
     ({"model.caption_width": 4096}, "caption_width=4096, but .* has 16; lea"),
     ({"text.max_tokens": 2}, "max_tokens=2 is below 3"),
     ({"samples.prompts": ("",), "samples.count": 1}, "prompt '' is empty"),
-    ({"text.cache": "/nowhere"}, "/nowhere is no store of captions"),
+    ({"text.cache": "/nowhere"}, "/nowhere is no caption store"),
   ],
 )
 def test_what_cannot_be_learned_is_refused(

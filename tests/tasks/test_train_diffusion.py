@@ -13,7 +13,7 @@ from conftest import fill_store
 from etils import epath
 
 from configs import base
-from dcae_jax.diffusion import objectives
+from dcae_jax.diffusion import conditioning, objectives
 from dcae_jax.diffusion import train_step as diffusion_train_step
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.latents import reader
@@ -144,6 +144,7 @@ def test_the_learning_step_uses_labels_as_it_should(config, tiny_latents):
         dropout=dropout,
         channel_candidates=candidates,
         learning=learns,
+        loaded=conditioning.as_it_is(model.conditioning),
         seed=0,
       )
     )
@@ -241,7 +242,7 @@ def test_other_latents_are_refused_on_resume(
     ({"model.latent_channels": 8}, "config.model.latent_channels=8, but"),
     ({"model.latent_size": 4}, "config.model.latent_size=4, but"),
     ({"objective.kind": "ddpm"}, "unknown config.objective.kind='ddpm'"),
-    ({"objective.kind": "flow"}, "Euler, Heun, Dopri5 do"),
+    ({"objective.kind": "flow"}, "Euler, Heun, Dopri5, FlowDPMSolver do"),
     ({"sampler.kind": "dpm"}, "unknown config.sampler.kind='dpm'"),
     ({"sampler.steps": 1}, "1 steps are too few for DPMSolver"),
     ({"samples.guidance": (1.0, -0.5)}, "guidance scale -0.5 is negative"),

@@ -1,0 +1,140 @@
+"""Loads a `Denoiser`: of a training run, or of released weights."""
+
+import functools
+import os
+import pathlib
+
+import jax
+from jax.typing import DTypeLike
+
+from dcae_jax import errors
+from dcae_jax.autoencoder import autoencoder as autoencoder_lib
+from dcae_jax.diffusion import denoiser, samplers, sampling
+from dcae_jax.diffusion.denoisers import released
+from dcae_jax.diffusion.text import encoders
+from dcae_jax.latents import decode
+from dcae_jax.nn import precision
+from dcae_jax.runs import work_directory
+from dcae_jax.setup import denoising, keys, text
+
+_ADVICE = "name it, load_denoiser(..., autoencoder=...)"
+# How samples of released weights are published, by their conventions.
+_SAMPLERS = {
+  "ddpm": (samplers.DDPM(), 250),
+  "uvit": (samplers.DPMSolver(), 30),
+  "sit": (samplers.Dopri5(), 1000),  # at most
+  "flow": (samplers.FlowDPMSolver(), 20),
+}
+_PIXART = (samplers.TimeDPMSolver(), 20)
+_TEXT_ENCODERS = {
+  "PixArt": "DeepFloyd/t5-v1_1-xxl",
+  "SANA": "Efficient-Large-Model/gemma-2-2b-it",
+}
+
+
+def load(
+  path: str | os.PathLike,
+  *,
+  autoencoder: str | os.PathLike = "",
+  text_encoder: str | os.PathLike = "",
+  dtype: DTypeLike = "float32",
+) -> denoiser.Denoiser:
+  """Loads a denoiser.
+
+  Args:
+    path: the work directory of a training run (its averages are loaded); a
+      folder, file or hub id of released weights: UViT, USiT or DiT on DC-AE's
+      latents, PixArt or SANA, in the original or diffusers' layout; or the
+      folder of a pipeline.
+    autoencoder: what decodes samples, as `dcae_jax.load` takes it; "": that of
+      the run, of the pipeline, or the one that its authors name on the hub.
+    text_encoder: what encodes prompts, as `load_text_encoder` takes it; "": as
+      for the autoencoder.
+    dtype: of the computation; parameters stay float32.
+
+  Raises:
+    UserError: there is nothing of that kind, it is damaged or a pickle, or its
+      tensors do not fit.
+  """
+  path, autoencoder, text_encoder = (
+    os.path.expanduser(os.fspath(x)) for x in (path, autoencoder, text_encoder)
+  )
+  precision.check_dtype(dtype)
+  if work_directory.is_run(path):
+    return _of_run(path, autoencoder, text_encoder, dtype)
+  found = released.find(path)
+  family = found.variant.family
+  sampler, steps = _SAMPLERS[found.convention]
+  if family == "PixArt":
+    sampler, steps = _PIXART
+  diffusion = sampling.LatentDiffusion(
+    released.create(found, dtype=dtype),
+    released.objective(found),
+    sampler,
+    steps,
+  )
+  load_text_encoder = None
+  if found.conditioning.is_text:
+    is_pipeline = (pathlib.Path(path) / "text_encoder").is_dir()
+    source = text_encoder or (path if is_pipeline else _TEXT_ENCODERS[family])
+    load_text_encoder = functools.partial(
+      encoders.load, source, max_tokens=found.conditioning.caption_tokens
+    )
+  vae = pathlib.Path(path) / "vae"
+  autoencoder = autoencoder or (str(vae) if vae.is_dir() else "")
+  return denoiser.Denoiser(
+    found.label,
+    diffusion,
+    released.read(found),
+    load_autoencoder=functools.partial(_autoencoder, found, autoencoder),
+    load_text_encoder=load_text_encoder,
+    null_is_empty_text=released.lacks_null(found),
+    origin=released.origin(found),
+  )
+
+
+def _autoencoder(
+  found: released.Released, path: str
+) -> autoencoder_lib.Autoencoder:
+  name = found.autoencoder
+  if not (path or name):
+    raise errors.UserError(
+      f"{found.label} does not say which autoencoder its latents are of; "
+      f"{_ADVICE}"
+    )
+  if not path:
+    path = f"mit-han-lab/{name}-diffusers"
+    if name.startswith("sd-vae"):
+      path = f"stabilityai/{name}"
+    elif name.startswith("dc-ae-1.5"):
+      path = f"dc-ai/{name}"
+  return autoencoder_lib.load(path, scaling_factor=found.scaling_factor)
+
+
+def _of_run(
+  run: str, autoencoder: str, text_encoder: str, dtype: DTypeLike
+) -> denoiser.Denoiser:
+  config = keys.completed(
+    work_directory.read_run_config(run, "train_diffusion")
+  )
+  config.model.dtype = str(dtype)
+  diffusion = denoising.create(config.model, config.objective, config.sampler)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  _, variables = denoising.averages(run, diffusion.denoiser, device)
+  description = decode.read_description(run)
+
+  def load_text_encoder():
+    return text.Prompting(config.text, description, text_encoder).encoder
+
+  return denoiser.Denoiser(
+    config.model.variant,
+    diffusion,
+    variables,
+    load_autoencoder=functools.partial(
+      decode.load_autoencoder, description, autoencoder, _ADVICE
+    ),
+    load_text_encoder=(
+      load_text_encoder if diffusion.conditioning.is_text else None
+    ),
+    origin={"scaling_factor": description["scaling_factor"]},
+  )
