@@ -281,6 +281,7 @@ def check(
   *,
   size_conditions: bool = False,
   interpolation_scale: float = 1.0,
+  spatial_compression: int = 8,
 ) -> None:
   """Raises UserError for a PixArt that cannot be."""
   transformer.check_sizes(depth, hidden, heads, divisor=4)
@@ -293,4 +294,9 @@ def check(
     raise errors.UserError(
       f"interpolation_scale={interpolation_scale} is not above 0; 1 keeps the "
       "positions of DiT"
+    )
+  if spatial_compression < 1:
+    raise errors.UserError(
+      f"spatial_compression={spatial_compression} is below 1; give that of the "
+      "autoencoder"
     )

@@ -363,12 +363,13 @@ def _described(
   d: Any,
 ) -> tuple[hub_config.Numbers, conditioning_lib.Conditioning]:
   try:
-    kind = families.DENOISERS[d["family"]].conditioning
+    denoiser = families.DENOISERS[d["family"]]
+    denoiser.check(**d["fields"])
     numbers = hub_config.Numbers(
       families.Variant(d["family"], d["fields"]),
       *(d[key] for key in hub_config.Numbers._fields[1:]),
     )
-    return numbers, kind(**d["conditioning"])
+    return numbers, denoiser.conditioning(**d["conditioning"])
   except (KeyError, TypeError) as error:
     raise errors.UserError(
       f"{_DESCRIPTION} in its config.json is damaged ({error!r}); remove it, "

@@ -183,6 +183,7 @@ def test_nothing_comes_out_at_first_nor_of_the_captions():
   [
     ({"hidden": 64, "heads": 4, "size_conditions": True}, "by 3, as size_c"),
     ({"interpolation_scale": 0.0}, "interpolation_scale=0.0 is not above 0"),
+    ({"spatial_compression": 0}, "spatial_compression=0 is below 1"),
     ({"hidden": 50, "heads": 2}, "hidden=50 is not divisible by 4"),
   ],
 )
