@@ -1,22 +1,28 @@
-"""Diffusion on SD-VAE's and DC-AE's latents: the speed-up of table 3.
+"""Diffusion on SD-VAE's and DC-AE's latents: the speed-up of tables 3 and 4.
 
-  python -m benchmarks.diffusion_throughput [--decode]
+  python -m benchmarks.diffusion_throughput [--model=PixArt] [--decode]
 
-UViT-H trains and samples on latents of 512 px images: f8 in patches of 2, f32
-and f64 in patches of 1. A training step is forward, backward and AdamW, without
-the encoder: latents are stored. Sampling is DPM-Solver++(2M), 30 steps, with
-guidance, so 60 network calls an image. Ratios are throughputs over that of f8.
+UViT-H (table 3) or PixArt-XL (table 4) trains and samples on latents of 512 px
+images: f8 in patches of 2, f32 and, UViT-H, f64 in patches of 1. A training
+step is forward, backward and AdamW, without the encoder: latents are stored.
+Sampling is guided: DPM-Solver++(2M) in 30 steps for UViT-H and in 20, equal in
+time, for PixArt-XL, so 60 and 40 network calls an image. PixArt-XL is told
+states of captions as wide as T5-XXL's; T5-XXL itself is left out, as it costs
+the same on all latents. Ratios are throughputs over that of f8.
 
-1. Measured: UViT-H with `depth` and `hidden` made smaller, equally for all
-   latents, with heads as wide as UViT-H's. Programs of all latents alternate;
-   the least time of each counts. No decoding. On a CPU that others use, short
-   programs find quiet moments and long ones do not; so there is the ratio of
-   the core seconds, too.
-2. Computed: FLOPs and bytes of the real UViT-H and of the real decoders, as XLA
-   counts them in programs for the TPU that are lowered, not run. A guided call
-   counts 30 times; the solver's own arithmetic is left out. Bytes are those
-   before fusion: an upper bound.
-3. With --decode, measured: one decode by each real autoencoder, float32.
+1. Measured: the denoiser with `depth` and `hidden` made smaller, equally for
+   all latents, with heads as wide as at full size. Programs of all latents
+   alternate; the least time of each counts. No decoding. On a CPU that others
+   use, short programs find quiet moments and long ones do not; so there is the
+   ratio of the core seconds, too.
+2. Computed: FLOPs and bytes of the real denoiser and of the real decoders, as
+   XLA counts them in programs for the TPU that are lowered, not run. A guided
+   call counts once a step; the solver's own arithmetic is left out. Bytes are
+   those before fusion: an upper bound.
+3. With --memory, computed: bytes of the real denoiser's training step, compiled
+   for one TPU v5p, without rematerialisation; averages of the parameters, which
+   the step here does not update, are added.
+4. With --decode, measured: one decode by each real autoencoder, float32.
 
 A small denoiser with a real decoder would compare nothing. So sampling with
 decoding is computed only.
@@ -43,6 +49,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from configs import base
 from dcae_jax.autoencoder import families, network
@@ -53,18 +60,16 @@ from dcae_jax.diffusion import (
   samplers,
 )
 from dcae_jax.diffusion.denoisers import families as denoisers
-from dcae_jax.diffusion.denoisers import uvit
-from dcae_jax.training import optimizer
+from dcae_jax.training import hardware, optimizer, sharding
 
 _IMAGE_SIDE = 512
 _CLASSES = 1000
-_STEPS = 30
-_GUIDANCE = 1.5
-_FULL_SIZE = uvit.SIZES["H"]
+_ONE_CHIP = "v5p:1x1x1"
+_GIB = 2**30
 
 
 class Latents(NamedTuple):
-  """A row of table 3.
+  """A row of a table.
 
   Attributes:
     autoencoder: a key of `families.variants()`.
@@ -90,13 +95,75 @@ class Latents(NamedTuple):
 
 
 # Images per second: UViT-H, and on f32 DiT-XL for want of UViT-H.
-LATENTS = {
+_UVIT_LATENTS = {
   "f8 p2": Latents("sd-vae-f8c4", 2, "1 (55/s)", "1 (5.85/s)"),
   "f32 p1": Latents(
     "f32c32", 1, f"DiT-XL: {241 / 54:.1f}", f"DiT-XL: {4.03 / 0.85:.1f}"
   ),
   "f64 p1": Latents(
     "f64c128", 1, f"{984 / 55:.1f} (984/s)", f"{111.77 / 5.85:.1f} (111.77/s)"
+  ),
+}
+# Those of DiT-XL, of table 3; it is PixArt-XL without captions.
+_PIXART_LATENTS = {
+  "f8 p2": Latents("sd-vae-f8c4", 2, "DiT-XL: 1 (54/s)", "DiT-XL: 1 (0.85/s)"),
+  "f32 p1": Latents(
+    "f32c32",
+    1,
+    f"DiT-XL: {241 / 54:.1f} (241/s)",
+    f"DiT-XL: {4.03 / 0.85:.1f} (4.03/s)",
+  ),
+}
+
+
+class Compared(NamedTuple):
+  """A denoiser, how it learns and samples, and latents to do so on.
+
+  Attributes:
+    variant: a key of `denoisers.variants()`.
+    latents: by name; ratios are over the first.
+    conditioning: what it is told.
+    objective: what it learns.
+    sampler: of its images.
+    steps: of the sampler.
+    guidance: its scale.
+    optimizer: settings, as in a config.
+  """
+
+  variant: str
+  latents: dict[str, Latents]
+  conditioning: conditioning.Conditioning
+  objective: objectives.Objective
+  sampler: samplers.Sampler
+  steps: int
+  guidance: float
+  optimizer: ConfigDict
+
+  @property
+  def full_size(self) -> dict[str, int]:
+    return denoisers.find(self.variant).fields
+
+
+MODELS = {
+  "UViT": Compared(
+    "UViT-H",
+    _UVIT_LATENTS,
+    conditioning.ClassLabels(_CLASSES),
+    objectives.scaled_linear(),
+    samplers.DPMSolver(),
+    30,
+    1.5,
+    base.latent_diffusion().optimizer,
+  ),
+  "PixArt": Compared(
+    "PixArt-XL",
+    _PIXART_LATENTS,
+    conditioning.Captions(120, 4096),
+    objectives.improved_ddpm(),
+    samplers.TimeDPMSolver(),
+    20,
+    4.5,
+    base.pixart("PixArt-XL").optimizer,
   ),
 }
 
@@ -112,10 +179,11 @@ class Programs(NamedTuple):
   """A denoiser's programs, to be compiled, and the shapes of their arguments.
 
   Attributes:
-    train: parameters, optimizer's state, key, latents and labels to the first
-      two, updated.
-    call: parameters, noisy latents, times and labels to a guided prediction.
-    sample: parameters, noise and labels to latents.
+    train: parameters, optimizer's state, key, latents and conditions to the
+      first two, updated.
+    call: parameters, noisy latents, times and conditions to a guided
+      prediction.
+    sample: parameters, noise and conditions to latents.
   """
 
   train: Callable
@@ -127,69 +195,80 @@ class Programs(NamedTuple):
 
 
 def _denoiser(
-  latents: Latents, depth: int, hidden: int, dtype: str
-) -> uvit.UViT:
-  heads = hidden * _FULL_SIZE["heads"] // _FULL_SIZE["hidden"]
+  compared: Compared, latents: Latents, depth: int, hidden: int, dtype: str
+) -> denoisers.Module:
+  full_size = compared.full_size
+  heads = hidden * full_size["heads"] // full_size["hidden"]
   side, _, channels = latents.shape
   return denoisers.create(
     denoisers.Variant(
-      "UViT", {"depth": depth, "hidden": hidden, "heads": heads}
+      denoisers.find(compared.variant).family,
+      {"depth": depth, "hidden": hidden, "heads": heads},
     ),
     latent_size=side,
     latent_channels=channels,
-    conditioning=conditioning.ClassLabels(_CLASSES),
+    conditioning=compared.conditioning,
+    learn_sigma=compared.objective.output_channels(channels) > channels,
     patch_size=latents.patch_size,
     dtype=dtype,
   )
 
 
+def _full_size(compared: Compared, latents: Latents) -> denoisers.Module:
+  size = compared.full_size
+  return _denoiser(compared, latents, size["depth"], size["hidden"], "bfloat16")
+
+
 def _programs(
-  model: uvit.UViT, train_batch: int, sample_batch: int
+  compared: Compared,
+  model: denoisers.Module,
+  train_batch: int,
+  sample_batch: int,
 ) -> Programs:
-  objective = objectives.scaled_linear()
-  settings = optimizer.Settings(**base.latent_diffusion().optimizer)
+  objective, kind = compared.objective, compared.conditioning
+  settings = optimizer.Settings(**compared.optimizer)
   adamw, _ = optimizer.create(settings, steps=1)
 
-  def network(parameters, labels):
-    return lambda z, t: model.apply({"params": parameters}, z, t, labels)
+  def network(parameters, condition):
+    return lambda z, t: model.apply({"params": parameters}, z, t, condition)
 
-  def guided(parameters, labels):
-    apply = lambda z, t, labels: network(parameters, labels)(z, t)
-    null = jnp.full_like(labels, _CLASSES)
-    return guidance.guided(apply, labels, null, _GUIDANCE)
+  def guided(parameters, condition):
+    apply = lambda z, t, condition: network(parameters, condition)(z, t)
+    null = kind.null(condition)
+    return guidance.guided(apply, condition, null, compared.guidance)
 
-  def train(parameters, state, key, z, labels):
+  def train(parameters, state, key, z, condition):
     def loss(parameters):
-      losses, _ = objective.loss(network(parameters, labels), key, z)
+      losses, _ = objective.loss(network(parameters, condition), key, z)
       return jnp.mean(losses)
 
     gradients = jax.grad(loss)(parameters)
     updates, state = adamw.update(gradients, state, parameters)
     return optax.apply_updates(parameters, updates), state
 
-  def call(parameters, z, t, labels):
-    return guided(parameters, labels)(z, t)
+  def call(parameters, z, t, condition):
+    return guided(parameters, condition)(z, t)
 
-  def sample(parameters, z, labels):
-    model_fn = guided(parameters, labels)
+  def sample(parameters, z, condition):
+    model_fn = guided(parameters, condition)
     key = jax.random.key(0)  # the solver is deterministic
-    return samplers.DPMSolver().sample(objective, model_fn, key, z, _STEPS)
+    steps = compared.steps
+    return compared.sampler.sample(objective, model_fn, key, z, steps)
 
   parameters = denoisers.abstract_variables(model)["params"]
   state = jax.eval_shape(adamw.init, parameters)
   key = jax.eval_shape(lambda: jax.random.key(0))
   shape = (*model.latent_size, model.latent_channels)
   z = lambda b: jax.ShapeDtypeStruct((b, *shape), "float32")
-  labels = lambda b: jax.ShapeDtypeStruct((b,), "int32")
   t = jax.ShapeDtypeStruct((sample_batch,), "float32")
   b = sample_batch
   return Programs(
     train,
-    (parameters, state, key, z(train_batch), labels(train_batch)),
+    (parameters, state, key, z(train_batch), kind.abstract(train_batch)),
     call,
-    (parameters, z(b), t, labels(b)),
+    (parameters, z(b), t, kind.abstract(b)),
     sample,
-    (parameters, z(b), labels(b)),
+    (parameters, z(b), kind.abstract(b)),
   )
 
 
@@ -212,7 +291,7 @@ def _decoder(latents: Latents, dtype: str) -> tuple[Callable, tuple]:
 
 
 def _filled(arguments: Any) -> Any:
-  """Arguments of these shapes: small numbers, not negative, and labels."""
+  """Arguments of these shapes: small numbers, not negative; labels; bits."""
   keys = iter(jax.random.split(jax.random.key(0), 10_000))
 
   def fill(x):
@@ -220,6 +299,8 @@ def _filled(arguments: Any) -> Any:
       return next(keys)
     if jnp.issubdtype(x.dtype, jnp.integer):
       return jax.random.randint(next(keys), x.shape, 0, _CLASSES, x.dtype)
+    if x.dtype == jnp.bool_:
+      return jax.random.bernoulli(next(keys), shape=x.shape)
     return 0.02 * jnp.abs(jax.random.normal(next(keys), x.shape, x.dtype))
 
   return jax.tree.map(fill, arguments)
@@ -255,15 +336,15 @@ def _over_first(costs: list[float]) -> list[str]:
   return [f"{costs[0] / cost:.1f}" for cost in costs]
 
 
-def _measure(arguments: argparse.Namespace) -> None:
+def _measure(compared: Compared, arguments: argparse.Namespace) -> None:
   """Trains and samples with small denoisers on this machine."""
   compiled, times, flops = {}, {}, {}
   train_batch, sample_batch = arguments.train_batch, arguments.sample_batch
-  for name, latents in LATENTS.items():
+  for name, latents in compared.latents.items():
     model = _denoiser(
-      latents, arguments.depth, arguments.hidden, arguments.dtype
+      compared, latents, arguments.depth, arguments.hidden, arguments.dtype
     )
-    p = _programs(model, train_batch, sample_batch)
+    p = _programs(compared, model, train_batch, sample_batch)
     train = jax.jit(p.train, donate_argnums=(0, 1))
     compiled[name] = (
       train.lower(*p.train_arguments).compile(),
@@ -277,14 +358,15 @@ def _measure(arguments: argparse.Namespace) -> None:
       _cost(p.call, p.call_arguments, sample_batch).flops,
     )
   for _ in range(arguments.rounds):
-    for name, (train, state, sample, noise_and_labels) in compiled.items():
+    for name, (train, state, sample, noise) in compiled.items():
       for _ in range(arguments.train_steps):
         taken, state[:2] = _timed(train, *state)
         times[name][0].append(taken)
-      taken, _ = _timed(sample, state[0], *noise_and_labels)
+      taken, _ = _timed(sample, state[0], *noise)
       times[name][1].append(taken)
   print(
-    f"Measured: UViT of depth {arguments.depth}, hidden {arguments.hidden}, "
+    f"Measured: {arguments.model} of depth {arguments.depth}, hidden "
+    f"{arguments.hidden}, "
     f"{arguments.dtype}; batch {train_batch} in training, {sample_batch} in "
     f"sampling; least of {arguments.rounds * arguments.train_steps} steps and "
     f"{arguments.rounds} samplings; without decoding.\n"
@@ -294,73 +376,116 @@ def _measure(arguments: argparse.Namespace) -> None:
   ):
     least = [_least(x[i]) for x in times.values()]
     columns = {
-      "latents": LATENTS,
-      "patches": [str(x.tokens) for x in LATENTS.values()],
+      "latents": compared.latents,
+      "patches": [str(x.tokens) for x in compared.latents.values()],
       f"{part}, s": [f"{x.seconds:.3f}" for x in least],
       "images/s": [f"{batch / x.seconds:.3f}" for x in least],
       "ratio": _over_first([x.seconds for x in least]),
       "by core seconds": _over_first([x.core_seconds for x in least]),
       "by FLOPs at this size": _over_first([x[i] for x in flops.values()]),
-      "paper's": [getattr(x, part) for x in LATENTS.values()],
+      "paper's": [getattr(x, part) for x in compared.latents.values()],
     }
     if jax.default_backend() != "cpu":
       del columns["by core seconds"]
     _table(columns)
 
 
-def _compute(batch: int) -> None:
+def _compute(compared: Compared, batch: int) -> None:
   """Counts the real denoisers and decoders; nothing runs."""
   training, calls, decodes = [], [], []
-  for latents in LATENTS.values():
-    model = _denoiser(
-      latents, _FULL_SIZE["depth"], _FULL_SIZE["hidden"], "bfloat16"
-    )
-    p = _programs(model, batch, batch)
+  for latents in compared.latents.values():
+    p = _programs(compared, _full_size(compared, latents), batch, batch)
     training.append(_cost(p.train, p.train_arguments, batch))
     calls.append(_cost(p.call, p.call_arguments, batch))
     decodes.append(_cost(*_decoder(latents, "bfloat16"), 1))
+  size = compared.full_size
   print(
-    f"Computed: UViT-H of depth {_FULL_SIZE['depth']}, hidden "
-    f"{_FULL_SIZE['hidden']}, bfloat16; for one image of a batch of {batch}; "
+    f"Computed: {compared.variant} of depth {size['depth']}, hidden "
+    f"{size['hidden']}, bfloat16; for one image of a batch of {batch}; "
     "decoders, bfloat16, for one image; bytes before fusion.\n"
   )
   _table(
     {
-      "latents": LATENTS,
-      "patches": [str(x.tokens) for x in LATENTS.values()],
+      "latents": compared.latents,
+      "patches": [str(x.tokens) for x in compared.latents.values()],
       "training, GFLOP": [f"{x.flops / 1e9:.0f}" for x in training],
       "ratio": _over_first([x.flops for x in training]),
       "training, GB": [f"{x.bytes / 1e9:.1f}" for x in training],
       "ratio by bytes": _over_first([x.bytes for x in training]),
-      "paper's": [x.training for x in LATENTS.values()],
+      "paper's": [x.training for x in compared.latents.values()],
     }
   )
   # A guided call is two network calls for each image.
-  networks = [_STEPS * x.flops for x in calls]
+  networks = [compared.steps * x.flops for x in calls]
   totals = [x + y.flops for x, y in zip(networks, decodes, strict=True)]
   _table(
     {
-      "latents": LATENTS,
+      "latents": compared.latents,
       "network call, GFLOP": [f"{x.flops / 2e9:.1f}" for x in calls],
-      f"{2 * _STEPS} calls, TFLOP": [f"{x / 1e12:.2f}" for x in networks],
+      f"{2 * compared.steps} calls, TFLOP": [
+        f"{x / 1e12:.2f}" for x in networks
+      ],
       "ratio": _over_first(networks),
       "ratio by bytes": _over_first([x.bytes for x in calls]),
       "decode, TFLOP": [f"{x.flops / 1e12:.2f}" for x in decodes],
       "with decode, TFLOP": [f"{x / 1e12:.2f}" for x in totals],
       "ratio with decode": _over_first(totals),
-      "paper's": [x.sampling for x in LATENTS.values()],
+      "paper's": [x.sampling for x in compared.latents.values()],
     }
   )
 
 
-def _measure_decoding(rounds: int) -> None:
+def _compute_memory(compared: Compared, batch: int) -> None:
+  """Of training the real denoisers on one chip; nothing runs."""
+  chip = hardware.describe_slice(_ONE_CHIP)[0]
+  place = jax.sharding.SingleDeviceSharding(chip)
+  parameters, states, temporaries = [], [], []
+  for latents in compared.latents.values():
+    p = _programs(compared, _full_size(compared, latents), batch, 1)
+    placed = sharding.placed(
+      p.train_arguments, jax.tree.map(lambda _: place, p.train_arguments)
+    )
+    train = jax.jit(p.train, donate_argnums=(0, 1))
+    memory = train.lower(*placed).compile().memory_analysis()
+    sizes = [
+      sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+      for tree in p.train_arguments[:2]
+    ]
+    parameters.append(sizes[0])
+    states.append(sizes[1])
+    temporaries.append(
+      memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    )
+  totals = [
+    2 * x + y + z
+    for x, y, z in zip(parameters, states, temporaries, strict=True)
+  ]
+  gib = lambda sizes: [f"{size / _GIB:.1f}" for size in sizes]
+  print(
+    f"Computed: training of {compared.variant}, bfloat16, batch {batch}, "
+    f"compiled for {_ONE_CHIP}; GiB.\n"
+  )
+  _table(
+    {
+      "latents": compared.latents,
+      "parameters": gib(parameters),
+      "averages": gib(parameters),
+      "optimizer": gib(states),
+      "activations and other temporaries": gib(temporaries),
+      "in all": gib(totals),
+      "part of f8's": [f"{total / totals[0]:.2f}" for total in totals],
+    }
+  )
+
+
+def _measure_decoding(compared: Compared, rounds: int) -> None:
   """One image by each real decoder on this machine, float32."""
   compiled = {}
-  for name, latents in LATENTS.items():
+  for name, latents in compared.latents.items():
     decode, arguments = _decoder(latents, "float32")
     decode = jax.jit(decode).lower(*arguments).compile()
     compiled[name] = (decode, _filled(arguments))
-  times = {name: [] for name in LATENTS}
+  times = {name: [] for name in compared.latents}
   for _ in range(rounds):
     for name, (decode, arguments) in compiled.items():
       times[name].append(_timed(decode, *arguments)[0])
@@ -371,8 +496,8 @@ def _measure_decoding(rounds: int) -> None:
   )
   _table(
     {
-      "latents": LATENTS,
-      "autoencoder": [x.autoencoder for x in LATENTS.values()],
+      "latents": compared.latents,
+      "autoencoder": [x.autoencoder for x in compared.latents.values()],
       "decode, s": [f"{seconds:.1f}" for seconds in least],
       "ratio": _over_first(least),
     }
@@ -401,6 +526,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  parser.add_argument("--model", choices=MODELS, default="UViT")
   parser.add_argument("--depth", type=int, default=2, help="blocks; even")
   parser.add_argument("--hidden", type=int, default=576, help="72 a head")
   parser.add_argument("--dtype", default="float32")
@@ -412,19 +538,28 @@ def main() -> None:
     "--full_size_batch", type=int, default=256, help="of what is computed"
   )
   parser.add_argument(
+    "--memory", action="store_true", help="compile the real training steps, too"
+  )
+  parser.add_argument(
+    "--memory_batch", type=int, default=8, help="of these steps"
+  )
+  parser.add_argument(
     "--decode", action="store_true", help="measure the real decoders, too"
   )
   arguments = parser.parse_args()
-  head = _FULL_SIZE["hidden"] // _FULL_SIZE["heads"]
+  compared = MODELS[arguments.model]
+  head = compared.full_size["hidden"] // compared.full_size["heads"]
   if arguments.hidden % head:
     parser.error(f"--hidden={arguments.hidden} is not a multiple of {head}")
   print(f"Diffusion on latents of {_IMAGE_SIDE} px images.")
   print(f"Commit {_commit()}; jax {jax.__version__}; {_hardware()}.\n")
-  _compute(arguments.full_size_batch)
+  _compute(compared, arguments.full_size_batch)
+  if arguments.memory:
+    _compute_memory(compared, arguments.memory_batch)
   loads = [os.getloadavg()[0]]
-  _measure(arguments)
+  _measure(compared, arguments)
   if arguments.decode:
-    _measure_decoding(arguments.rounds)
+    _measure_decoding(compared, arguments.rounds)
   loads.append(os.getloadavg()[0])
   print("Load of the machine before and after what is measured (it adds 1 for")
   print(f"each core it keeps busy): {loads[0]:.1f}, {loads[1]:.1f}.")

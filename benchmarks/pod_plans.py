@@ -17,10 +17,16 @@ _LATENTS = {
   "f32": {"latent_size": 16, "latent_channels": 32},
   "f64": {"latent_size": 8, "latent_channels": 128},
   "f128": {"latent_size": 4, "latent_channels": 512},
-  "sd_vae_f8": {"latent_size": 64, "latent_channels": 4},
+  "pixart_f32": {"latent_size": 16, "latent_channels": 32},
+  "pixart_sd_vae_f8": {"latent_size": 64, "latent_channels": 4},
+  "sana": {"latent_size": 16, "latent_channels": 32},
 }
 _SPATIAL = {"mesh": {"data": -1, "fsdp": 8, "spatial": 4}}
 _LARGE = {"resolution": 2048, "data": {"min_size": 2048}}
+_T5 = {"text": {"encoder": "t5-v1_1-xxl"}}  # a size: no weights are read
+_T5_BEFORE = {"text": {"encoder": "t5-v1_1-xxl", "cache": "states"}}
+_GEMMA = {"text": {"encoder": "gemma-2-2b"}}
+_GEMMA_BEFORE = {"text": {"encoder": "gemma-2-2b", "cache": "states"}}
 
 # Config, topology, images for each chip (None: the config's batch), changes.
 _ROWS = (
@@ -44,6 +50,15 @@ _ROWS = (
   ("f128_uvit_h", "v5e:4x4", None, {}),
   ("f32_usit_2b", "v5e:4x4", None, {}),
   ("f32_dit_xl", "v5e:4x4", None, {}),
+  ("pixart_f32", "v5e:4x8", None, _T5),
+  ("pixart_f32", "v5e:4x8", None, _T5_BEFORE),
+  ("pixart_f32", "v5p:2x2x4", None, _T5),
+  ("pixart_sd_vae_f8", "v5e:4x8", None, _T5),
+  ("pixart_sd_vae_f8", "v5p:2x2x4", None, _T5),
+  ("sana_600m", "v5e:4x8", None, _GEMMA),
+  ("sana_600m", "v5p:2x2x4", None, _GEMMA),
+  ("sana_1600m", "v5e:4x8", None, _GEMMA),
+  ("sana_1600m", "v5p:2x2x4", None, _GEMMA),
 )
 
 
@@ -63,6 +78,7 @@ def main() -> None:
     if per_chip is not None:
       plan.set_batch_size(config, per_chip, len(devices))
     label = name if "resolution" not in changes else f"{name}, 2048 px"
+    label += ", states read" if changes.get("text", {}).get("cache") else ""
     training = plan.build(config, devices)
     plans.append(plan.measure(label, topology, training, _ROUGHLY))
     print(plan.details(plans[-1]), flush=True)

@@ -288,11 +288,13 @@ class Loaded(NamedTuple):
     abstract: shapes and dtypes of a batch of so many.
     constants: what the step takes after the batch, as shapes: frozen arrays.
     condition: `(loaded, *constants) -> condition`, for the step's program.
+    macs: multiply-accumulates of that, for a row.
   """
 
   abstract: Callable[[int], Any]
   constants: tuple[Any, ...]
   condition: Callable[..., Condition]
+  macs: int = 0
 
 
 def as_it_is(conditioning: Conditioning) -> Loaded:
@@ -327,7 +329,7 @@ def of_tokens(encoder: encoders.TextEncoder) -> Loaded:
     states = encoder.apply(variables, **loaded)
     return told(jax.lax.stop_gradient(states), encoder.kept(loaded["mask"]))
 
-  return Loaded(abstract, (encoder.variables,), condition)
+  return Loaded(abstract, (encoder.variables,), condition, encoder.forward_macs)
 
 
 def told(states: Any, mask: Any) -> Condition:

@@ -126,13 +126,23 @@ def with_numbers(
       "trained on; export square crops"
     )
   conditions = conditioning_of(config.model).of_latents(rows, classes, path)
-  owner = "config.latents"
   numbers = {"latent_size": height, "latent_channels": channels}
-  config = _filled(config, numbers, path, owner)
   if conditions.is_text:
-    path, owner = config.text.encoder, "config.text"
-    conditions = text.conditioning_of(config.text)
-  return _filled(config, dataclasses.asdict(conditions), path, owner)
+    config = with_captions(config)
+  else:
+    numbers |= dataclasses.asdict(conditions)
+  return _filled(config, numbers, path, "config.latents")
+
+
+def with_captions(config: ConfigDict) -> ConfigDict:
+  """The config, with the numbers of captions taken from its text encoder.
+
+  As it is, if its model is told none. Raises UserError if it has others.
+  """
+  if not conditioning_of(config.model).is_text:
+    return config
+  numbers = dataclasses.asdict(text.conditioning_of(config.text))
+  return _filled(config, numbers, config.text.encoder, "config.text")
 
 
 def _filled(

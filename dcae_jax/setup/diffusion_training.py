@@ -90,7 +90,7 @@ class Training(training_run.Training):
   def flops(self, remat: bool) -> float:
     # A multiply-accumulate is two; the backward pass costs two forward ones.
     forwards = 4 if remat and self.config.model.rematerialisation else 3
-    macs = forwards * self.model.denoiser.forward_macs
+    macs = forwards * self.model.denoiser.forward_macs + self.loaded.macs
     return 2.0 * macs * self.config.batch_size
 
   def description(self) -> str:

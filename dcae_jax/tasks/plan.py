@@ -162,6 +162,8 @@ def _diffusion(
 ) -> training_run.Training:
   if config.latents:
     config = denoising.with_store(config, denoising.open_store(config))
+  else:
+    config = denoising.with_captions(config)
   return diffusion_training.build(config, devices)
 
 

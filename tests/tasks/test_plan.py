@@ -79,6 +79,30 @@ def test_a_phase_that_trains_little_holds_little(config_file):
   assert second.temporaries < first.temporaries
 
 
+def test_captions_are_planned_by_the_name_of_an_encoders_size(tmp_path):
+  """Its work counts where each step encodes; no weights are here."""
+  path = tmp_path / "tiny_pixart.py"
+  path.write_text(
+    "from configs import base\n"
+    "get_config = lambda: base.pixart('PixArt-tiny')\n"
+  )
+
+  def build(cache):
+    changes = {
+      "model": {"latent_size": 4, "latent_channels": 8},
+      "text": {"encoder": "t5-v1_1-small", "cache": cache},
+    }
+    config = plan.load(str(path), changes)[""]
+    return plan.build(config, plan.devices_of(""))
+
+  encoding, reading = build(""), build("states")
+  assert encoding.config.model.caption_tokens == 120
+  assert encoding.config.model.caption_width == 512
+  layer = 4 * 512 * 6 * 64 + 3 * 512 * 1024
+  work = encoding.flops(remat=True) - reading.flops(remat=True)
+  assert work == 2 * encoding.config.batch_size * 120 * 8 * layer
+
+
 def test_a_slice_that_is_not_here_is_planned(config_file, capsys):
   """Through the task, with the sum and the roofline that the table shows."""
   config = base.plan()

@@ -253,6 +253,16 @@ class TextEncoder:
     """Of the rows of ids: more than the states', with an instruction."""
     return self.tokenizer.length if self.tokenizer else self.max_tokens
 
+  @property
+  def forward_macs(self) -> int:
+    """Multiply-accumulates of the linear layers for one text; nothing else."""
+    kernels = [
+      x.size
+      for keys, x in jax.tree.leaves_with_path(self.variables)
+      if freezing.path_of(keys).endswith("/kernel")
+    ]
+    return self.length * sum(kernels)
+
   def apply(
     self, variables: Any, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]
   ) -> Float[Array, "b l d"]:
