@@ -1,12 +1,21 @@
-"""Deep compression autoencoders (DC-AE) in JAX: `load` and `Autoencoder`."""
+"""Deep compression autoencoders (DC-AE), and diffusion on them, in JAX."""
 
-__all__ = ["Autoencoder", "load"]
+import importlib
+
+_HOMES = {
+  "Autoencoder": ("autoencoder.autoencoder", "Autoencoder"),
+  "Denoiser": ("diffusion.denoiser", "Denoiser"),
+  "TextEncoder": ("diffusion.text.encoders", "TextEncoder"),
+  "load": ("autoencoder.autoencoder", "load"),
+  "load_denoiser": ("setup.denoiser", "load"),
+  "load_text_encoder": ("diffusion.text.encoders", "load"),
+}
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
   """Imports on first use: loader processes import this package without JAX."""
-  if name in __all__:
-    from dcae_jax.autoencoder import autoencoder
-
-    return getattr(autoencoder, name)
+  if name in _HOMES:
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

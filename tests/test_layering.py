@@ -18,7 +18,7 @@ BELOW = {
   for room in rooms
 }
 BELOW |= {
-  "__init__.py": {"autoencoder"},
+  "__init__.py": {"autoencoder", "diffusion", "setup"},
   "main.py": {"errors", "runs"},
   "errors.py": set(),
 }

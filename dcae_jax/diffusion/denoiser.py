@@ -46,14 +46,26 @@ class Denoiser:
     *,
     load_autoencoder: Callable[[], autoencoder_lib.Autoencoder],
     load_text_encoder: Callable[[], encoders.TextEncoder] | None = None,
+    null_is_empty_text: bool = False,
+    name: str = "",
+    origin: dict[str, Any] | None = None,
   ):
-    """Wraps variables; `load` makes them from files.
+    """Wraps variables; `load_denoiser` makes them from files.
 
-    What decodes, and what encodes prompts, is loaded when it is first needed.
+    Args:
+      variant: see the class, as for `diffusion` and `variables`.
+      load_autoencoder: is called when samples are first decoded.
+      load_text_encoder: is called when prompts are first encoded.
+      null_is_empty_text: there is no null caption: guidance leads away from an
+        empty prompt.
+      name: of released weights.
+      origin: `autoencoder` and `scaling_factor`, as far as they are known.
     """
     self.variant, self.diffusion, self.variables = variant, diffusion, variables
     self._load_autoencoder = load_autoencoder
     self._load_text_encoder = load_text_encoder
+    self._null_is_empty_text = null_is_empty_text
+    self._name, self._origin = name, origin or {}
     self._mesh = sharding.create_mesh(1, 1, 1, jax.local_devices()[:1])
     self._predict = jax.jit(self.apply)
     self._samplers = {}
@@ -188,7 +200,15 @@ class Denoiser:
     Raises:
       UserError: a layout that there is not, or the folder holds something else.
     """
-    released.save(folder, self.variables, self.diffusion.denoiser, layout)
+    released.save(
+      folder,
+      self.variables,
+      self.diffusion.denoiser,
+      layout,
+      name=self._name,
+      objective=self.diffusion.objective,
+      **self._origin,
+    )
 
   def _sampler(
     self, guidance: float, steps: int | None
@@ -207,5 +227,6 @@ class Denoiser:
     if not self.diffusion.conditioning.is_text:
       return np.asarray(chosen, np.int32), None
     encode = lambda texts: conditioning.told(*self.text_encoder.encode(texts))
-    negative = [negative_prompt] * len(chosen)
-    return encode(chosen), encode(negative) if negative_prompt else None
+    if not negative_prompt and not self._null_is_empty_text:
+      return encode(chosen), None
+    return encode(chosen), encode([negative_prompt] * len(chosen))

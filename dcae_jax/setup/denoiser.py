@@ -18,14 +18,15 @@ from dcae_jax.runs import work_directory
 from dcae_jax.setup import denoising, keys, text
 
 _ADVICE = "name it, load_denoiser(..., autoencoder=...)"
-# How samples of released weights are published, by their conventions.
+_ADAPTIVE = (samplers.Dopri5(), 1000)  # steps at most
+# Sampler and steps of released weights, as they are published: of noise, and of
+# velocity.
 _SAMPLERS = {
-  "ddpm": (samplers.DDPM(), 250),
-  "uvit": (samplers.DPMSolver(), 30),
-  "sit": (samplers.Dopri5(), 1000),  # at most
-  "flow": (samplers.FlowDPMSolver(), 20),
+  "DiT": ((samplers.DDPM(), 250), _ADAPTIVE),
+  "UViT": ((samplers.DPMSolver(), 30), _ADAPTIVE),
+  "PixArt": ((samplers.TimeDPMSolver(), 20), (samplers.FlowDPMSolver(), 20)),
+  "SANA": ((samplers.TimeDPMSolver(), 20), (samplers.FlowDPMSolver(), 20)),
 }
-_PIXART = (samplers.TimeDPMSolver(), 20)
 _TEXT_ENCODERS = {
   "PixArt": "DeepFloyd/t5-v1_1-xxl",
   "SANA": "Efficient-Large-Model/gemma-2-2b-it",
@@ -64,14 +65,13 @@ def load(
     return _of_run(path, autoencoder, text_encoder, dtype)
   found = released.find(path)
   family = found.variant.family
-  sampler, steps = _SAMPLERS[found.convention]
-  if family == "PixArt":
-    sampler, steps = _PIXART
+  sampler, steps = next(
+    (sampler, steps)
+    for sampler, steps in _SAMPLERS[family]
+    if isinstance(found.objective, sampler.fits)
+  )
   diffusion = sampling.LatentDiffusion(
-    released.create(found, dtype=dtype),
-    released.objective(found),
-    sampler,
-    steps,
+    released.create(found, dtype=dtype), found.objective, sampler, steps
   )
   load_text_encoder = None
   if found.conditioning.is_text:
@@ -88,8 +88,12 @@ def load(
     released.read(found),
     load_autoencoder=functools.partial(_autoencoder, found, autoencoder),
     load_text_encoder=load_text_encoder,
-    null_is_empty_text=released.lacks_null(found),
-    origin=released.origin(found),
+    null_is_empty_text=not found.has_null,
+    name=found.name,
+    origin={
+      "autoencoder": found.autoencoder,
+      "scaling_factor": found.scaling_factor,
+    },
   )
 
 

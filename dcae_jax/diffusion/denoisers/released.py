@@ -56,7 +56,10 @@ _AUTOENCODERS = {
   ("PixArt", 4): "sd-vae-ft-ema",
   ("SANA", 32): "dc-ae-f32c32-sana-1.0",
 }
-CONVENTIONS = ("ddpm", "uvit", "sit", "flow")
+_OBJECTIVES = {
+  kind.__name__: kind
+  for kind in (objectives.NoisePrediction, objectives.FlowMatching)
+}
 # What the authors' files on DC-AE put before the names of either network.
 _PREFIX, _AUTOENCODER_PREFIX = "diffusion_model.", "autoencoder."
 _PREFIXED = ("DiT", "UViT")
@@ -95,14 +98,15 @@ class Released(NamedTuple):
     patch_size: side of the squares of latent positions that make a token.
     learn_sigma: it predicts the variance too.
     conditioning: what it is told besides the time.
-    convention: what the network sees as time, and predicts: one of
-      `CONVENTIONS`; `objective` makes an objective of it.
+    objective: what it learned, as its authors trained, so that training can go
+      on from its weights.
     autoencoder: the released name of that of its latents, or "".
     scaling_factor: of the latents; None if it is not known.
     layout: of its files.
     entries: where each of our parameters is in the files.
     files: of each tensor.
     null_caption: the file beside them that holds it, if one does.
+    has_null: the files have the null condition.
   """
 
   label: str
@@ -113,13 +117,22 @@ class Released(NamedTuple):
   patch_size: int
   learn_sigma: bool
   conditioning: conditioning_lib.Conditioning
-  convention: str
+  objective: objectives.Objective
   autoencoder: str
   scaling_factor: float | None
   layout: str
   entries: list[conversion.Entry]
   files: dict[str, pathlib.Path]
   null_caption: pathlib.Path | None
+
+  @property
+  def has_null(self) -> bool:
+    in_files = {entry.path for entry in self.entries}
+    return (
+      not self.conditioning.is_text
+      or self.null_caption is not None
+      or f"params/{tensor_names.NULL_CAPTION}" in in_files
+    )
 
 
 class _File(NamedTuple):
@@ -179,9 +192,7 @@ def find(source: str) -> Released:
   _check(file, model, entries)
   name = _released_name(source, config, family)
   description = config.get(_DESCRIPTION, {})
-  convention = description.get("convention") or (
-    RELEASED[name][1] if name else _usual_convention(model)
-  )
+  convention = RELEASED[name][1] if name else _usual_convention(model)
   autoencoder = description.get("autoencoder") or (
     RELEASED[name][2]
     if name
@@ -193,7 +204,7 @@ def find(source: str) -> Released:
     name,
     *numbers,
     kind,
-    convention,
+    _learned(description) or _objective(convention, numbers.learn_sigma),
     autoencoder,
     description.get("scaling_factor") or published,
     layout,
@@ -209,19 +220,6 @@ def find(source: str) -> Released:
 def create(found: Released, **options: Any) -> families.Module:
   """Its module; options are those of `families.create`, such as `dtype`."""
   return _create(found, found.conditioning, **options)
-
-
-def objective(found: Released) -> objectives.Objective:
-  """A process and a prediction that its convention stands for.
-
-  As its authors trained, so that training can go on from its weights.
-  """
-  return {
-    "ddpm": objectives.NoisePrediction(learned_variance=found.learn_sigma),
-    "uvit": dataclasses.replace(objectives.scaled_linear(), first_time=1),
-    "sit": objectives.FlowMatching(convention="sit"),
-    "flow": objectives.FlowMatching((0.0, 1.0), 3.0),
-  }[found.convention]
 
 
 def read(found: Released, shardings: Tree | None = None) -> Tree:
@@ -240,7 +238,7 @@ def read(found: Released, shardings: Tree | None = None) -> Tree:
   params = tree["params"]
   kind = found.conditioning
   if kind.is_text and tensor_names.NULL_CAPTION not in params:
-    if found.null_caption is None:
+    if not found.has_null:
       _LOG.warning(
         "%s has no null caption: it is zero until one is set", found.label
       )
@@ -259,7 +257,7 @@ def save(
   layout: str = "diffusers",
   *,
   name: str = "",
-  convention: str = "",
+  objective: objectives.Objective | None = None,
   autoencoder: str = "",
   scaling_factor: float | None = None,
 ) -> None:
@@ -275,7 +273,7 @@ def save(
     model: their module.
     layout: "original", or "diffusers", PixArt's and SANA's alone.
     name: a key of `RELEASED`, which the authors' code knows it by, or "".
-    convention: one of `CONVENTIONS`; "": the usual one of the family.
+    objective: what it learned; None: what is usual for its family.
     autoencoder: the released name of that of its latents, if it has one.
     scaling_factor: of the latents, if it is known.
 
@@ -315,7 +313,8 @@ def save(
     "patch_size": model.patch_size,
     "learn_sigma": getattr(model, "learn_sigma", False),
     "conditioning": dataclasses.asdict(model.conditioning),
-    "convention": convention or _usual_convention(model),
+    "objective": objective
+    and {"kind": type(objective).__name__, **dataclasses.asdict(objective)},
     "autoencoder": autoencoder,
     "scaling_factor": scaling_factor,
   }
@@ -517,6 +516,32 @@ def _released_name(source: str, config: dict[str, Any], family: str) -> str:
       if name in RELEASED and RELEASED[name][0] == family:
         return name
   return ""
+
+
+def _objective(convention: str, learn_sigma: bool) -> objectives.Objective:
+  """A process and a prediction that a convention stands for."""
+  return {
+    "ddpm": objectives.NoisePrediction(learned_variance=learn_sigma),
+    "uvit": dataclasses.replace(objectives.scaled_linear(), first_time=1),
+    "sit": objectives.FlowMatching(convention="sit"),
+    "flow": objectives.FlowMatching((0.0, 1.0), 3.0),
+  }[convention]
+
+
+def _learned(description: dict[str, Any]) -> objectives.Objective | None:
+  """What our own description says was learned."""
+  fields = dict(description.get("objective") or {})
+  kind = _OBJECTIVES.get(fields.pop("kind", ""))
+  if kind is None:
+    return None
+  tuples = {k: tuple(x) for k, x in fields.items() if isinstance(x, list)}
+  try:
+    return kind(**fields | tuples)
+  except TypeError as error:
+    raise errors.UserError(
+      f"{_DESCRIPTION} in its config.json is damaged ({error}); remove it, or "
+      "save the model again"
+    ) from error
 
 
 def _usual_convention(model: families.Module) -> str:

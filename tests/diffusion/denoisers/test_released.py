@@ -133,6 +133,10 @@ def _write(folder, tensors, config=None):
   return str(folder)
 
 
+SIT = objectives.FlowMatching(convention="sit")
+UVIT = objectives.NoisePrediction(0.00085, 0.012, "scaled_linear", first_time=1)
+
+
 @pytest.fixture(params=list(ORIGINALS))
 def original(request, tmp_path):
   tensors = _tensors(request.param)
@@ -159,8 +163,10 @@ def test_files_are_recognised_by_their_tensors_alone(original):
   assert found.latent_channels == 6 and found.patch_size == patch_size
   assert found.learn_sigma == (family in ("DiT", "PixArt"))
   assert found.conditioning == kind and found.layout == "original"
-  usual = {"UViT": "uvit", "SANA": "flow"}
-  assert found.convention == usual.get(family, "ddpm")
+  usual = {
+    "UViT": UVIT, "SANA": objectives.FlowMatching((0.0, 1.0), 3.0),
+  }  # fmt: skip
+  assert found.objective == usual.get(family, objectives.improved_ddpm())
   assert (found.autoencoder, found.scaling_factor) == ("", None)
 
 
@@ -256,15 +262,15 @@ def test_weights_without_a_null_caption_get_zeros_and_a_warning(
 
 
 @pytest.mark.parametrize(
-  ("name", "convention", "factor"),
+  ("name", "objective", "factor"),
   [
-    ("dc-ae-f32c32-in-1.0-usit-2b-in-512px", "sit", 0.3189),
-    ("dc-ae-f64c128-in-1.0-uvit-h-in-512px", "uvit", 0.2889),
-    ("dc-ae-1.5-f64c128-usit-3b-in-512px", "sit", 0.5935),
+    ("dc-ae-f32c32-in-1.0-usit-2b-in-512px", SIT, 0.3189),
+    ("dc-ae-f64c128-in-1.0-uvit-h-in-512px", UVIT, 0.2889),
+    ("dc-ae-1.5-f64c128-usit-3b-in-512px", SIT, 0.5935),
   ],
 )
-def test_names_tell_convention_and_autoencoder(
-  name, convention, factor, tmp_path
+def test_names_tell_objective_and_autoencoder(
+  name, objective, factor, tmp_path
 ):
   """The autoencoder in the same file is none of the denoiser's tensors."""
   tensors = _tensors("UViT") | {"autoencoder.a.weight": np.zeros(3, "f4")}
@@ -273,12 +279,12 @@ def test_names_tell_convention_and_autoencoder(
   for source in (by_config, by_path):
     found = released.find(source)
     assert found.name == found.label == name
-    assert (found.convention, found.scaling_factor) == (convention, factor)
+    assert (found.objective, found.scaling_factor) == (objective, factor)
     assert name.startswith(found.autoencoder)
   variables, model = released.read(found), released.create(found)
   released.save(
     tmp_path / "again", variables, model, "original", name=name,
-    convention=convention, autoencoder=found.autoencoder,
+    objective=objective, autoencoder=found.autoencoder,
   )  # fmt: skip
   again = released.find(str(tmp_path / "again"))
   assert again.label == name and again.scaling_factor == factor
@@ -286,21 +292,23 @@ def test_names_tell_convention_and_autoencoder(
   assert config["model_name"] == name
 
 
-def test_what_is_saved_keeps_its_convention(tmp_path):
+@pytest.mark.parametrize(
+  "objective", [SIT, objectives.scaled_linear(), objectives.improved_ddpm()]
+)
+def test_what_is_saved_keeps_its_objective(objective, tmp_path):
   found = released.find(_write(tmp_path / "original", _tensors("UViT")))
   released.save(
     tmp_path / "again", released.read(found), released.create(found),
-    "original", convention="sit", scaling_factor=0.7,
+    "original", objective=objective, scaling_factor=0.7,
   )  # fmt: skip
   again = released.find(str(tmp_path / "again"))
-  assert (again.convention, again.scaling_factor) == ("sit", 0.7)
-  assert released.objective(again) == objectives.FlowMatching(convention="sit")
+  assert (again.objective, again.scaling_factor) == (objective, 0.7)
 
 
-def test_conventions_are_objectives(original):
+def test_networks_see_the_times_that_they_learned(original):
   family, _, source = original
   found = released.find(source)
-  objective = released.objective(found)
+  objective = found.objective
   assert objective.output_channels(6) == 6 * (1 + found.learn_sigma)
   t = jnp.array([0.5]) if family == "SANA" else jnp.array([500])
   seen = {"UViT": 501.0}.get(family, 500.0)
