@@ -25,6 +25,7 @@ from dcae_jax.diffusion.denoisers import released
 from dcae_jax.diffusion.text import encoders
 from dcae_jax.training import sharding
 
+_Numbers = ArrayLike | Sequence[Any]
 _LARGEST_BATCH = 16  # samples at a time; more of them go in parts
 
 
@@ -96,13 +97,13 @@ class Denoiser:
 
   def predict(
     self,
-    z: ArrayLike,
-    t: ArrayLike,
+    z: _Numbers,
+    t: _Numbers,
     *,
-    labels: ArrayLike | None = None,
-    states: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    **others: ArrayLike,
+    labels: _Numbers | None = None,
+    states: _Numbers | None = None,
+    mask: _Numbers | None = None,
+    **others: _Numbers,
   ) -> jax.Array:
     """The network alone: one prediction.
 
@@ -143,7 +144,7 @@ class Denoiser:
   def sample(
     self,
     *,
-    labels: Sequence[int] = (),
+    labels: Sequence[int] | np.ndarray = (),
     prompts: Sequence[str] = (),
     guidance: float = 1.0,
     seed: int = 0,
@@ -174,7 +175,7 @@ class Denoiser:
       raise errors.UserError(
         f"{self.variant} draws samples of {needed}: name some"
       )
-    chosen = [x.item() if isinstance(x, np.generic) else x for x in chosen]
+    chosen = np.asarray(chosen).tolist()
     kind.check_chosen(chosen)
     ae, draw = self.autoencoder, self._sampler(guidance, steps)
     key, images = jax.random.key(seed), []

@@ -16,6 +16,7 @@ from dcae_jax.latents import decode
 from dcae_jax.nn import precision
 from dcae_jax.runs import work_directory
 from dcae_jax.setup import denoising, keys, text
+from dcae_jax.training import sharding
 
 _ADVICE = "name it, load_denoiser(..., autoencoder=...)"
 _ADAPTIVE = (samplers.Dopri5(), 1000)  # steps at most
@@ -123,12 +124,10 @@ def _of_run(
   )
   config.model.dtype = str(dtype)
   diffusion = denoising.create(config.model, config.objective, config.sampler)
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  _, variables = denoising.averages(run, diffusion.denoiser, device)
+  mesh = sharding.create_mesh(1, 1, 1, jax.local_devices()[:1])
+  whole = sharding.replicated(mesh)
+  _, variables = denoising.averages(run, diffusion.denoiser, whole)
   description = decode.read_description(run)
-
-  def load_text_encoder():
-    return text.Prompting(config.text, description, text_encoder).encoder
 
   return denoiser.Denoiser(
     config.model.variant,
@@ -138,7 +137,11 @@ def _of_run(
       decode.load_autoencoder, description, autoencoder, _ADVICE
     ),
     load_text_encoder=(
-      load_text_encoder if diffusion.conditioning.is_text else None
+      functools.partial(
+        text.of_run, config.text, description, text_encoder, mesh
+      )
+      if diffusion.conditioning.is_text
+      else None
     ),
     origin={"scaling_factor": description["scaling_factor"]},
   )

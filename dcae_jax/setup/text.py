@@ -80,15 +80,15 @@ def told(
   Raises UserError for a cache of other captions, or of another encoder.
   """
   encoder, of_text = load(config.text, mesh), config.text
+  prepare = captions.Tokens(encoder.tokenizer)
   if of_text.cache:
-    states = captions.States(
+    prepare = captions.States(
       of_text.cache,
       encoder.max_tokens,
       cache_megabytes=config.data.cache_megabytes,
       retries=config.data.retries,
     )
-    states.check(rows, encoder.description())
-  prepare = states if of_text.cache else captions.Tokens(encoder.tokenizer)
+    prepare.check(rows, encoder.description())
   null_caption = None
   if of_text.null == "empty":
     states, _ = encoder.encode([""])
@@ -119,37 +119,17 @@ class Untold:
 class Prompting:
   """What is chosen are prompts, and the null condition a negative prompt."""
 
-  def __init__(
-    self,
-    config: ConfigDict,
-    described: dict[str, Any] | None,
-    path: str = "",
-    negative_prompt: str = "",
-  ):
-    """Loads the encoder over the devices of this process.
-
-    Args:
-      config: `text` of a training run.
-      described: what the run says of its encoder; None: anything.
-      path: of the encoder; "": where it was in training.
-      negative_prompt: "": the null caption.
-
-    Raises UserError for another encoder than the run's.
-    """
-    config = config.copy_and_resolve_references()
-    config.encoder = path or config.encoder
-    mesh = sharding.create_mesh(1, -1, 1, jax.local_devices())
-    self.encoder, self._negative = load(config, mesh), negative_prompt
-    if described is not None:
-      check_same(config.encoder, self.encoder, described)
+  def __init__(self, encoder: encoders.TextEncoder, negative_prompt: str):
+    """A negative prompt that is empty is the null caption."""
+    self._encoder, self._negative = encoder, negative_prompt
 
   def __call__(
     self, prompts: np.ndarray
   ) -> tuple[conditioning.Condition, conditioning.Condition | None]:
-    condition = conditioning.told(*self.encoder.encode(list(prompts)))
+    condition = conditioning.told(*self._encoder.encode(list(prompts)))
     if not self._negative:
       return condition, None
-    null = conditioning.told(*self.encoder.encode([self._negative]))
+    null = conditioning.told(*self._encoder.encode([self._negative]))
     repeated = lambda x: np.repeat(np.asarray(x), len(prompts), 0)
     return condition, jax.tree.map(repeated, null)
 
@@ -161,16 +141,31 @@ class Prompting:
     }
 
 
-def check_same(
-  path: str, encoder: encoders.TextEncoder, described: dict[str, Any]
-) -> None:
-  """Raises UserError unless an encoder is that of a run's description."""
+def of_run(
+  config: ConfigDict, described: dict[str, Any], path: str, mesh: Mesh
+) -> encoders.TextEncoder:
+  """The encoder that a run learned with, split over the mesh.
+
+  Args:
+    config: `text` of the run.
+    described: what the run says of it.
+    path: where it is; "": where it was in training.
+    mesh: over whose devices it is split.
+
+  Raises:
+    UserError: it cannot be loaded, or is another one.
+  """
+  config = config.copy_and_resolve_references()
+  config.encoder = path or config.encoder
+  encoder = load(config, mesh)
   differences.check_same(
     described.get(DESCRIBED, {}),
     encoder.description(),
-    f"the text encoder {path} is not the one that the run learned with",
+    f"the text encoder {config.encoder} is not the one that the run learned "
+    "with",
     "name that one, with the same config.text",
   )
+  return encoder
 
 
 def check_null(config: ConfigDict) -> None:

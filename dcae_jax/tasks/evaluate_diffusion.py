@@ -150,12 +150,10 @@ def _open(
   decoder = samples.Decoder(ae, description)
   told = text.Untold()
   if model.conditioning.is_text:
-    told = text.Prompting(
-      keys.completed(trained).text,
-      description,
-      config.text_encoder,
-      config.negative_prompt,
-    )
+    mesh = sharding.create_mesh(1, -1, 1, jax.local_devices())
+    of_text = keys.completed(trained).text
+    encoder = text.of_run(of_text, description, config.text_encoder, mesh)
+    told = text.Prompting(encoder, config.negative_prompt)
   return _Inputs(
     model, step, variables, decoder, prompts, choices, told, store, metrics,
     references, _category_references(config, prompts, metrics),

@@ -17,6 +17,7 @@ from conftest import fill_store
 from etils import epath
 from PIL import Image
 
+import dcae_jax
 from configs import base
 from dcae_jax.data import captions
 from dcae_jax.diffusion.denoisers import families as denoisers
@@ -482,3 +483,73 @@ def test_models_of_classes_have_no_clip_score(
   )  # fmt: skip
   with pytest.raises(ValueError, match=r"clip_score in config.metrics c"):
     evaluate_diffusion.run(c, epath.Path(tmp_path / "work"))
+
+
+@pytest.fixture(scope="module")
+def denoiser(run):
+  return dcae_jax.load_denoiser(run)
+
+
+def test_a_denoiser_draws_prompts(denoiser):
+  images = denoiser.sample(prompts=["red bus", "two birds"], guidance=300.0)
+  assert images.shape == (2, 16, 16, 3)
+  other = denoiser.sample(
+    prompts=["red bus", "two birds"], guidance=300.0, negative_prompt="grey"
+  )
+  assert (images != other).any()
+  with pytest.raises(ValueError, match="draws samples of prompts"):
+    denoiser.sample(labels=[0])
+  with pytest.raises(ValueError, match="prompt '' is empty"):
+    denoiser.sample(prompts=[""])
+
+
+def test_a_prediction_is_of_the_states_and_their_mask(denoiser):
+  states, mask = denoiser.text_encoder.encode(["red", "two birds"])
+  z = np.random.default_rng(0).normal(size=(2, 2, 2, 16))
+  t = [100.0, 900.0]
+  found = denoiser.predict(z, t, states=states, mask=mask)
+  beyond = np.where(mask[..., None], states, 7.0)
+  np.testing.assert_array_equal(
+    found, denoiser.predict(z, t, states=beyond, mask=mask)
+  )
+  assert (found != denoiser.predict(z, t, states=-states, mask=mask)).any()
+  with pytest.raises(ValueError, match="is told captions"):
+    denoiser.predict(z, t, labels=[0, 0])
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_a_denoiser_of_captions_is_saved_and_loaded(
+  layout, denoiser, encoder, tiny_autoencoder, tmp_path
+):
+  """As a pipeline, too: a folder of each of its parts."""
+  denoiser.save(tmp_path / "transformer", layout=layout)
+  (tmp_path / "text_encoder").symlink_to(encoder)
+  (tmp_path / "vae").symlink_to(tiny_autoencoder)
+  again = dcae_jax.load_denoiser(tmp_path)
+  states, mask = denoiser.text_encoder.encode(["two birds"])
+  z = np.random.default_rng(0).normal(size=(1, 2, 2, 16))
+  np.testing.assert_allclose(
+    again.predict(z, [10.0], states=states, mask=mask),
+    denoiser.predict(z, [10.0], states=states, mask=mask),
+    atol=1e-6,
+  )
+  np.testing.assert_array_equal(
+    again.variables["params"]["null_caption"],
+    denoiser.variables["params"]["null_caption"],
+  )
+  assert again.sample(prompts=["two birds"], steps=2).shape == (1, 16, 16, 3)
+
+
+def test_without_a_null_caption_guidance_leads_away_from_an_empty_prompt(
+  denoiser, encoder, tiny_autoencoder, tmp_path
+):
+  denoiser.save(tmp_path, layout="diffusers")
+  (tmp_path / "null_caption.npy").unlink()
+  bare = dcae_jax.load_denoiser(
+    tmp_path, text_encoder=encoder, autoencoder=tiny_autoencoder
+  )
+  settings = {"prompts": ["red bus"], "guidance": 50.0, "steps": 2}
+  # The null caption of the run is that of an empty prompt, of more tokens.
+  expected = bare.sample(**settings, negative_prompt="")
+  assert np.isfinite(expected).all()
+  assert bare._null_is_empty_text and not denoiser._null_is_empty_text

@@ -1,0 +1,104 @@
+"""The public face of a denoiser: of a run, and of weights that were saved."""
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+import dcae_jax
+from dcae_jax.diffusion import conditioning, objectives
+from dcae_jax.diffusion.denoisers import families, released
+from dcae_jax.tasks import train_diffusion
+
+
+@pytest.fixture(scope="module")
+def run(tiny_diffusion, tmp_path_factory) -> str:
+  workdir = tmp_path_factory.mktemp("denoiser") / "run"
+  train_diffusion.run(tiny_diffusion(steps=2), epath.Path(workdir))
+  return str(workdir)
+
+
+@pytest.fixture(scope="module")
+def denoiser(run):
+  return dcae_jax.load_denoiser(run)
+
+
+def test_samples_are_images_of_their_labels(denoiser):
+  images = np.asarray(denoiser.sample(labels=[0, 2, 1], guidance=2.0, seed=1))
+  assert images.shape == (3, 16, 16, 3) and images.dtype == np.float32
+  assert -1 <= images.min() < images.max() <= 1
+  again = denoiser.sample(labels=np.array([0, 2, 1]), guidance=2.0, seed=1)
+  np.testing.assert_array_equal(again, images)
+  other = denoiser.sample(labels=[0, 2, 1], guidance=2.0, seed=2)
+  assert (np.asarray(other) != images).any()
+  assert denoiser.sample(labels=[0] * 17, steps=2).shape == (17, 16, 16, 3)
+
+
+def test_a_prediction_is_the_networks(denoiser):
+  rng = np.random.default_rng(0)
+  z = rng.normal(size=(2, 2, 2, 16)).astype(np.float32)
+  labels, t = np.array([0, 3], np.int32), np.array([3.5, 900], np.float32)
+  found = denoiser.predict(z, t, labels=labels)
+  module = denoiser.diffusion.denoiser
+  expected = jax.jit(module.apply)(denoiser.variables, z, t, labels)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert found.shape == z.shape
+
+
+def test_what_is_saved_loads_with_the_same_predictions(
+  denoiser, tiny_autoencoder, tmp_path
+):
+  denoiser.save(tmp_path, layout="original")
+  again = dcae_jax.load_denoiser(tmp_path, autoencoder=tiny_autoencoder)
+  assert again.diffusion.objective == denoiser.diffusion.objective
+  z = np.random.default_rng(0).normal(size=(1, 2, 2, 16))
+  for t in ([0.0], [700.0]):
+    np.testing.assert_allclose(
+      again.predict(z, t, labels=[1]),
+      denoiser.predict(z, t, labels=[1]),
+      atol=1e-6,
+    )
+  images = again.sample(labels=[1], steps=4)
+  np.testing.assert_allclose(
+    images, denoiser.sample(labels=[1], steps=4), atol=1e-4
+  )
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({}, "draws samples of labels: name some"),
+    ({"prompts": ["a"]}, "draws samples of labels"),
+    ({"labels": [3]}, "class 3 .* is not from 0 to 2"),
+    ({"labels": [0], "guidance": -1.0}, "guidance scale -1.0 is negative"),
+    ({"labels": [0], "steps": 0}, "0 steps are too few"),
+  ],
+)
+def test_samples_that_cannot_be_are_refused(given, message, denoiser):
+  with pytest.raises(ValueError, match=message):
+    denoiser.sample(**given)
+
+
+def test_predictions_of_other_conditions_are_refused(denoiser):
+  z = np.zeros((1, 2, 2, 16))
+  with pytest.raises(ValueError, match="is told labels: give them"):
+    denoiser.predict(z, [0.0], states=np.zeros((1, 3, 4)))
+
+
+def test_weights_that_name_no_autoencoder_draw_nothing(tmp_path):
+  kind = conditioning.ClassLabels(3)
+  model = families.create(
+    "DiT-tiny", conditioning=kind, latent_size=4, latent_channels=5
+  )
+  variables = families.init(model, jax.random.key(0))
+  objective = objectives.FlowMatching(convention="sit")
+  released.save(tmp_path, variables, model, "original", objective=objective)
+  denoiser = dcae_jax.load_denoiser(str(tmp_path))
+  assert denoiser.predict(np.zeros((1, 4, 4, 5)), [0.5], labels=[0]).any() == 0
+  with pytest.raises(ValueError, match="autoencoder its latents are of"):
+    denoiser.sample(labels=[0])
+
+
+def test_nothing_is_no_denoiser(tmp_path):
+  with pytest.raises(ValueError, match="safetensors"):
+    dcae_jax.load_denoiser(tmp_path)
