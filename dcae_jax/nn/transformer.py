@@ -96,7 +96,7 @@ def attention(
     weights = jax.nn.softmax(scores, axis=-1)
   else:
     mask = mask[:, None, None]
-    # Not minus infinity, which makes no number of a mask without tokens.
+    # Not minus infinity: a mask without tokens would make NaN on the way.
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0)
   return jnp.einsum("bhij,bhjd->bhid", weights, v, precision=high)

@@ -106,7 +106,9 @@ def test_names_are_those_of_the_released_files():
     first, *others = line.split()
     if not line.startswith(" "):
       variant = variants.VARIANTS[first]
-      expected = released._shapes(conversion.table(variant, 3, others[0]))
+      expected = conversion.tensor_shapes(
+        conversion.table(variant, 3, others[0])
+      )
     else:
       assert expected[first] == tuple(map(int, others)), line
 
@@ -256,7 +258,7 @@ def test_variant_is_recognised_without_a_config(write_model, layout):
 @pytest.mark.parametrize("name", parity.CONFIGS)
 @pytest.mark.parametrize("layout", conversion.LAYOUTS)
 def test_each_released_variant_is_recognised_by_its_shapes(name, layout):
-  shapes = released._shapes(
+  shapes = conversion.tensor_shapes(
     conversion.table(variants.VARIANTS[name], 3, layout)
   )
   found, *_ = released._recognise("a file", shapes)
