@@ -43,7 +43,7 @@ def test_diffusers_loads_what_we_save_and_we_what_it_saves(form, tmp_path):
     learn_sigma=family == "PixArt",
   )
   variables = numpy_denoisers.random_variables(ours)
-  released.save(tmp_path / "ours", variables, ours)
+  released.save(tmp_path / "ours", variables, ours, "diffusers")
   theirs, report = their_class.from_pretrained(
     tmp_path / "ours", output_loading_info=True
   )

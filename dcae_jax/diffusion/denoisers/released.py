@@ -13,7 +13,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dcae_jax import errors
@@ -98,8 +98,7 @@ class Released(NamedTuple):
     patch_size: side of the squares of latent positions that make a token.
     learn_sigma: it predicts the variance too.
     conditioning: what it is told besides the time.
-    objective: what it learned, as its authors trained, so that training can go
-      on from its weights.
+    objective: what it learned, as its authors trained.
     autoencoder: the released name of that of its latents, or "".
     scaling_factor: of the latents; None if it is not known.
     layout: of its files.
@@ -222,19 +221,15 @@ def create(found: Released, **options: Any) -> families.Module:
   return _create(found, found.conditioning, **options)
 
 
-def read(found: Released, shardings: Tree | None = None) -> Tree:
-  """The variables, `{"params": ...}` in float32.
+def read(found: Released) -> Tree:
+  """The variables, `{"params": ...}` in float32, on one device.
 
   A model of captions without a null caption, as diffusers has them, gets zeros
   for it, with a warning: its unconditional prediction is that of an empty
   caption, as its text encoder sees it. Raises UserError for values that are not
   finite.
-
-  Args:
-    found: by `find`.
-    shardings: of the variables; None: one device.
   """
-  tree, _ = conversion.read(found.entries, found.files, shardings)
+  tree, _ = conversion.read(found.entries, found.files)
   params = tree["params"]
   kind = found.conditioning
   if kind.is_text and tensor_names.NULL_CAPTION not in params:
@@ -245,8 +240,7 @@ def read(found: Released, shardings: Tree | None = None) -> Tree:
       null = np.zeros((kind.caption_tokens, kind.caption_width), np.float32)
     else:
       null = _load_null(found.null_caption)
-    sharding = shardings and shardings["params"][tensor_names.NULL_CAPTION]
-    params[tensor_names.NULL_CAPTION] = jax.device_put(null, sharding)
+    params[tensor_names.NULL_CAPTION] = jnp.asarray(null)
   return {"params": params}
 
 
@@ -254,7 +248,7 @@ def save(
   folder: str | os.PathLike,
   variables: Tree,
   model: families.Module,
-  layout: str = "diffusers",
+  layout: str,
   *,
   name: str = "",
   objective: objectives.Objective | None = None,

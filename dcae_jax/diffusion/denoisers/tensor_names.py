@@ -159,7 +159,7 @@ NAMES: dict[str, dict[str, dict[str, str | Names]]] = {
 }
 
 
-def check_layout(family: str, layout: str) -> None:
+def _check_layout(family: str, layout: str) -> None:
   """Raises UserError for a layout that a family of denoisers is not in."""
   if family not in NAMES:
     raise errors.UserError(
@@ -180,7 +180,7 @@ def table(
 
   Raises UserError for a layout that the family is not in.
   """
-  check_layout(family, layout)
+  _check_layout(family, layout)
   return list(_entries(model, _layer_names(family, model, layout)))
 
 

@@ -318,7 +318,9 @@ def test_networks_see_the_times_that_they_learned(original):
 def test_models_of_one_family_have_no_layout_of_another(tmp_path):
   found = released.find(_write(tmp_path / "original", _tensors("UViT")))
   with pytest.raises(ValueError, match="no layout 'diffusers'; use 'original'"):
-    released.save(tmp_path / "a", released.read(found), released.create(found))
+    released.save(
+      tmp_path / "a", released.read(found), released.create(found), "diffusers"
+    )
 
 
 @pytest.mark.parametrize(
