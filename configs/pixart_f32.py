@@ -3,8 +3,9 @@ r"""PixArt-alpha on latents of f32c32: 256 tokens of 512 px, patches of 1.
   python -m dcae_jax.main --config=configs/pixart_f32.py --workdir=out \
     --config.latents=gs://bucket/captioned_f32_512px
 
-The store is exported with --config.source.captions. T5-XXL encodes captions in
-each step; --config.text.cache reads states of configs/encode_captions.py.
+The store is exported with captions (docs/text_to_image.md). T5-XXL encodes them
+in each step; --config.text.cache=gs://bucket/t5 reads their states, which
+configs/encode_captions.py keeps.
 Meant for v5e:4x8 (planned: docs/results.md). Here: not yet measured.
 """
 
