@@ -4,7 +4,7 @@ r"""Captions of a latent store to the states of a text encoder, for training.
     --config.latents=gs://bucket/f32_512px --config.output=gs://bucket/t5 \
     --config.text.encoder=DeepFloyd/t5-v1_1-xxl
 
-The store has captions if it was exported with --config.source.captions. Kept
+The store has captions if its export read them (source.captions). Kept
 are the states of real tokens alone, in bfloat16: with T5-XXL 8,192 bytes a
 token (docs/text_to_image.md). On accelerators: not yet measured.
 """

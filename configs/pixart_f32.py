@@ -3,7 +3,7 @@ r"""PixArt-alpha on latents of f32c32: 256 tokens of 512 px, patches of 1.
   python -m dcae_jax.main --config=configs/pixart_f32.py --workdir=out \
     --config.latents=gs://bucket/captioned_f32_512px
 
-The store is exported with --config.source.captions. T5-XXL encodes captions in
+The export of the store reads captions (source.captions). T5-XXL encodes captions in
 each step; --config.text.cache reads states of configs/encode_captions.py.
 Meant for v5e:4x8 (planned: docs/results.md). Here: not yet measured.
 """

@@ -3,7 +3,7 @@ r"""SANA-600M on latents of f32c32-sana, 256 tokens of a 512 px image.
   python -m dcae_jax.main --config=configs/sana_600m.py --workdir=out \
     --config.latents=gs://bucket/captioned_f32_sana_512px
 
-The store is exported with --config.source.captions. Gemma 2 encodes captions in
+The export of the store reads captions (source.captions). Gemma 2 encodes captions in
 each step; --config.text.instruction is a text before each of them.
 Meant for v5e:4x8 (planned: docs/results.md). Here: not yet measured.
 """
