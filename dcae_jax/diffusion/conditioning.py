@@ -146,8 +146,8 @@ class ClassLabels(Conditioning):
     for label in chosen:
       if type(label) is not int or not 0 <= label < self.num_classes:
         raise errors.UserError(
-          f"class {label!r} in config.classes is not from 0 to "
-          f"{self.num_classes - 1}, the classes of the model"
+          f"class {label!r} is not from 0 to {self.num_classes - 1}, the "
+          "classes of the model"
         )
 
   def choices(

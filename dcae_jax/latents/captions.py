@@ -83,7 +83,7 @@ class States:
     """Raises UserError unless they are of these captions and this encoder."""
     differences.check_same(
       {key: self.manifest[key] for key in ("captions", "encoder")},
-      {"captions": fingerprint(rows), "encoder": encoder},
+      identity(rows, encoder),
       f"{self._place.path} holds states of other captions, or of another "
       "encoder",
       "encode them again with configs/encode_captions.py, or name the encoder "

@@ -22,8 +22,8 @@ _FILE = "latents.json"
 # With other values of these, latents have another meaning,
 _MEANING = ("encoder", "scaling_factor", "shift_factor", "shape", "classes")
 # or batches have other rows.
-_OPTIONAL = ("text_encoder",)
 _SAME = (*_MEANING, "count", "views", "rows_of_shards", "crop", "source")
+_OPTIONAL = ("text_encoder",)  # which must be the same where there is one
 
 
 def load_autoencoder(

@@ -150,17 +150,22 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-  """Divides tokens by their root mean square, then scales them, in float32."""
+  """Divides tokens by their root mean square, then scales them, in float32.
+
+  The scales are `offset` more than the parameters.
+  """
 
   epsilon: float
   scale_init: nn.initializers.Initializer = nn.initializers.ones
+  offset: float = 0.0
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     scale = self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(mean_square + self.epsilon) * scale[None, None]
+    x = x * jax.lax.rsqrt(mean_square + self.epsilon)
+    return x * (self.offset + scale)[None, None]
 
 
 class Attention(nn.Module):

@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dcae_jax import errors
@@ -122,7 +123,7 @@ def _of_run(
   config = keys.completed(
     work_directory.read_run_config(run, "train_diffusion")
   )
-  config.model.dtype = str(dtype)
+  config.model.dtype = jnp.dtype(dtype).name
   diffusion = denoising.create(config.model, config.objective, config.sampler)
   mesh = sharding.create_mesh(1, 1, 1, jax.local_devices()[:1])
   whole = sharding.replicated(mesh)

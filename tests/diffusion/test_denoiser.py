@@ -1,6 +1,7 @@
 """The public face of a denoiser: of a run, and of weights that were saved."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -45,6 +46,11 @@ def test_a_prediction_is_the_networks(denoiser):
   assert found.shape == z.shape
 
 
+def test_a_dtype_may_be_that_of_arrays(run):
+  model = dcae_jax.load_denoiser(run, dtype=jnp.bfloat16).diffusion.denoiser
+  assert jnp.dtype(model.dtype) == jnp.bfloat16
+
+
 def test_what_is_saved_loads_with_the_same_predictions(
   denoiser, tiny_autoencoder, tmp_path
 ):
@@ -69,7 +75,7 @@ def test_what_is_saved_loads_with_the_same_predictions(
   [
     ({}, "draws samples of labels: name some"),
     ({"prompts": ["a"]}, "draws samples of labels"),
-    ({"labels": [3]}, "class 3 .* is not from 0 to 2"),
+    ({"labels": [3]}, "^class 3 is not from 0 to 2, the classes of"),
     ({"labels": [0], "guidance": -1.0}, "guidance scale -1.0 is negative"),
     ({"labels": [0], "steps": 0}, "0 steps are too few"),
   ],

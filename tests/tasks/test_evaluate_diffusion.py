@@ -508,8 +508,8 @@ def test_sigterm_stops_between_parts(drawn, config, tmp_path, monkeypatch):
     ({"guidance": (1.0, -0.5)}, "guidance scale -0.5 is negative"),
     ({"guidance": ()}, "config.guidance is empty"),
     ({"guidance": (1.0, 1.0)}, "names a scale twice"),
-    ({"classes": (0, 3)}, "class 3 in config.classes is not from 0 to 2"),
-    ({"classes": (-1,)}, "class -1 in config.classes"),
+    ({"classes": (0, 3)}, "class 3 is not from 0 to 2"),
+    ({"classes": (-1,)}, "class -1 is not from 0 to 2"),
     ({"samples": 0}, "config.samples=0 is below 1"),
     ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8"),
     (

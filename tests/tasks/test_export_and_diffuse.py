@@ -74,7 +74,7 @@ def test_sigterm_stops_in_any_stage(config, tmp_path, monkeypatch):
     ({"training.model.variant": "UViT-G"}, "unknown denoiser 'UViT-G'"),
     ({"training.model.patch_size": 4}, "latent side 2 is not divisible"),
     ({"training.batch_size": 9}, "config.batch_size=9 is not divisible by 8"),
-    ({"samples.classes": (12,)}, "class 12 in config.classes is not from 0"),
+    ({"samples.classes": (12,)}, "class 12 is not from 0"),
     ({"samples.metrics": ("gfid",)}, "config.reference is empty"),
     ({"export.crop": "crop"}, "crop"),
   ],

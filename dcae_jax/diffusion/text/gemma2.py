@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dcae_jax import errors
 from dcae_jax.diffusion.text import layers, weights
+from dcae_jax.nn import transformer
 
 SIZES = {
   "gemma-2-2b": {
@@ -181,5 +182,5 @@ class _Layer(nn.Module):
     return x + _norm(self.epsilon, "after_mlp_norm")(y)
 
 
-def _norm(epsilon: float, name: str) -> layers.RMSNorm:
-  return layers.RMSNorm(epsilon, offset=1.0, name=name)
+def _norm(epsilon: float, name: str) -> transformer.RMSNorm:
+  return transformer.RMSNorm(epsilon, offset=1.0, name=name)

@@ -1,4 +1,4 @@
-"""What the text encoders are made of: attention under a mask, RMS norm, MLP.
+"""What the text encoders are made of: tables, attention under a mask, MLP.
 
 Tokens are `[b, n, d]`. Linear layers multiply in the compute dtype; norms,
 softmax and the sum that runs through the layers are float32.
@@ -23,25 +23,6 @@ def embedded(
 ) -> Float[Array, "b n d"]:
   """The rows of a table, in float32; to be called in a module."""
   return nn.Embed(count, width, dtype=dtype, name=name)(ids).astype(jnp.float32)
-
-
-class RMSNorm(nn.Module):
-  """Divides each token by its root mean square, then scales its channels.
-
-  The scales are `offset` more than the parameters.
-  """
-
-  epsilon: float
-  offset: float = 0.0
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    shape = x.shape[-1:]
-    scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-    x = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(mean_square + self.epsilon)
-    return x * (self.offset + scale.astype(jnp.float32))[None, None]
 
 
 class Attention(nn.Module):

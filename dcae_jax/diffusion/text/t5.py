@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dcae_jax import errors
 from dcae_jax.diffusion.text import layers, weights
+from dcae_jax.nn import transformer
 
 _COMMON = {
   "vocabulary": 32128, "head_width": 64, "buckets": 32, "max_distance": 128,
@@ -146,7 +147,7 @@ class T5Encoder(nn.Module):
         dtype=self.dtype,
         name=f"layer_{i}",
       )(x, mask, bias)
-    return layers.RMSNorm(self.epsilon, name="norm")(x).astype(self.dtype)
+    return transformer.RMSNorm(self.epsilon, name="norm")(x).astype(self.dtype)
 
 
 class _Layer(nn.Module):
@@ -163,7 +164,7 @@ class _Layer(nn.Module):
     mask: Bool[Array, "b n"],
     bias: Float[Array, "heads n n"],
   ) -> Float[Array, "b n d"]:
-    y = layers.RMSNorm(self.epsilon, name="attention_norm")(x)
+    y = transformer.RMSNorm(self.epsilon, name="attention_norm")(x)
     x += layers.Attention(
       heads=self.heads,
       key_heads=self.heads,
@@ -172,5 +173,5 @@ class _Layer(nn.Module):
       dtype=self.dtype,
       name="attention",
     )(y, mask[:, None], bias)
-    y = layers.RMSNorm(self.epsilon, name="mlp_norm")(x)
+    y = transformer.RMSNorm(self.epsilon, name="mlp_norm")(x)
     return x + layers.GatedMLP(self.hidden, self.dtype, name="mlp")(y)
