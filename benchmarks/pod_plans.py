@@ -26,7 +26,6 @@ _LARGE = {"resolution": 2048, "data": {"min_size": 2048}}
 _T5 = {"text": {"encoder": "t5-v1_1-xxl"}}  # a size: no weights are read
 _T5_BEFORE = {"text": {"encoder": "t5-v1_1-xxl", "cache": "states"}}
 _GEMMA = {"text": {"encoder": "gemma-2-2b"}}
-_GEMMA_BEFORE = {"text": {"encoder": "gemma-2-2b", "cache": "states"}}
 
 # Config, topology, images for each chip (None: the config's batch), changes.
 _ROWS = (

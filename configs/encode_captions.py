@@ -4,9 +4,9 @@ r"""Captions of a latent store to the states of a text encoder, for training.
     --config.latents=gs://bucket/f32_512px --config.output=gs://bucket/t5 \
     --config.text.encoder=DeepFloyd/t5-v1_1-xxl
 
-The store has captions if its export read them (docs/text_to_image.md). Kept are
-the states of real tokens alone, in bfloat16: with T5-XXL 8,192 bytes a token.
-On accelerators: not yet measured.
+The store has captions if its export read them (source.captions). Kept
+are the states of real tokens alone, in bfloat16: with T5-XXL 8,192 bytes a
+token (docs/text_to_image.md). On accelerators: not yet measured.
 """
 
 from configs import base

@@ -37,12 +37,19 @@ def get_config():
   c.log_every = 100
   c = config.samples
   c.prompts = (
-    "neon sign in cafe",
-    "pink and white bedroom",
     "boy playing football",
     "orange flowers, white pot",
+    "white armchair and curtain",
+    "neon sign in cafe",
+    "retina of an eye",
+    # Nobody's captions: words of several.
+    "dark cafe with red windows",
+    "pink bedroom with plants",
+    "red flowers in a white pot",
+    "football in a dark room",
   )
-  c.samples_per_prompt, c.batch_size = 4, 16
+  c.samples_per_prompt, c.batch_size = 4, 36
+  c.picture.classes = len(c.prompts)
   c.guidance = (1.0, 3.0)
   c.metrics = ()
   return config

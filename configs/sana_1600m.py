@@ -3,8 +3,8 @@ r"""SANA-1600M on latents of f32c32-sana, 256 tokens of a 512 px image.
   python -m dcae_jax.main --config=configs/sana_1600m.py --workdir=out \
     --config.latents=gs://bucket/captioned_f32_sana_512px
 
-The store is exported with captions (docs/text_to_image.md). Gemma 2 encodes
-them in each step; text.instruction is a text before each of them.
+The store has captions if its export read them, and Gemma 2 encodes them in each
+step; --config.text.instruction=TEXT stands before each of them.
 Meant for v5e:4x8 (planned: docs/results.md). Here: not yet measured.
 """
 

@@ -62,8 +62,8 @@ def dit(p, z, t, labels, *, heads, patch_size):
   height, width = (side // patch_size for side in z.shape[1:3])
   for row in range(height):
     for column in range(width):
-      place = _place(row, column, tokens.shape[-1])
-      tokens[:, row * width + column] += place
+      features = place(row, column, tokens.shape[-1])
+      tokens[:, row * width + column] += features
   embedding = p["time_embedding"]
   condition = _linear(embedding["linear1"], _time(t, 256))
   condition = _linear(embedding["linear2"], _silu(condition))
@@ -146,7 +146,7 @@ def _time(t, features):
   return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _place(row, column, features):
+def place(row, column, features):
   """Half of the features tell the column, the other half the row."""
   quarter = features // 4
   frequencies = np.array([10_000 ** (-i / quarter) for i in range(quarter)])

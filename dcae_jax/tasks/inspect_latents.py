@@ -72,6 +72,7 @@ def summary(manifest: dict[str, Any]) -> str:
     "rows": f"{manifest['count']} of shape {manifest['shape']}, "
     f"{manifest['dtype']}, in {len(manifest['shards'])} shards",
     "views": ", ".join(manifest["views"]),
+    "conditions": ", ".join(manifest["conditions"]),
     "autoencoder": f"{made_with['variant']}, {kind}, {made_with['init_from']}",
     "weights": f"sha256 {made_with['weights_sha256']}",
     "scaling factor": f"{manifest['scaling_factor']:.6g} "

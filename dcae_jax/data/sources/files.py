@@ -8,7 +8,6 @@ import os
 import pathlib
 import stat
 import time
-from collections.abc import Iterable
 
 import fsspec
 from etils import epath
@@ -89,17 +88,19 @@ class Captions:
 
   def __init__(
     self,
-    beside: dict[str, str],
+    beside: dict[str, tuple[str, int | None]],
     known: dict[str, tuple[image_captions.Caption, ...]],
   ):
-    """By the path of an image: of a file of captions; captions themselves."""
+    """By the path of an image: a file of captions, and its size if that is
+    known; or captions themselves.
+    """
     self._beside, self._known = beside, known
 
   def of(self, path: str) -> tuple[image_captions.Caption, ...]:
     """Raises OSError for a file that cannot be read, or holds none."""
     if path not in self._beside:
       return self._known.get(path, ())
-    file = self._beside[path]
+    file, _ = self._beside[path]
     is_json = file.lower().endswith(".json")
     parse = image_captions.of_json if is_json else image_captions.of_text
     data = _read(file)
@@ -110,10 +111,10 @@ class Captions:
 
   def entry(self, path: str) -> tuple:
     """Changes when the captions of an image do, without reading them."""
-    file = self._beside.get(path)
-    if file is None:
+    if path not in self._beside:
       return self._known.get(path, ())
-    return os.path.basename(file), _size(file)
+    file, size = self._beside[path]
+    return os.path.basename(file), _size(file) if size is None else size
 
 
 def _size(path: str) -> int:
@@ -208,18 +209,21 @@ def _tree(
   )
 
 
-def _captions(paths: list[str], files: Iterable[str]) -> Captions:
+def _captions(paths: list[str], files: dict[str, int | None]) -> Captions:
   """Of the images among all files of a tree; UserError if there are none."""
   known, beside = {}, {}
   for file in files:
     if os.path.basename(file) == _METADATA:
       known |= _metadata(file)
-  by_name = {name.lower(): name for name in files}
+  names = {}
+  for file in files:
+    stem, suffix = os.path.splitext(file)
+    names[stem, suffix.lower()] = file
   for path in paths:
-    stem = os.path.splitext(path)[0].lower()
+    stem, _ = os.path.splitext(path)
     for suffix in image_captions.SIDECARS:
-      if stem + suffix in by_name:
-        beside[path] = by_name[stem + suffix]
+      if file := names.get((stem, suffix)):
+        beside[path] = file, files[file]
   if not beside and not known.keys() & set(paths):
     raise errors.UserError(
       f"no image of the {len(paths)} beside {paths[0]} has captions: neither "

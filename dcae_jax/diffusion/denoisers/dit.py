@@ -26,7 +26,7 @@ _EPSILON = 1e-6
 TIME_FEATURES = 256
 _xavier = nn.initializers.xavier_uniform()
 _zeros = nn.initializers.zeros
-table_init = nn.initializers.normal(0.02)
+embedding_init = nn.initializers.normal(0.02)
 
 
 def positions(
@@ -110,19 +110,18 @@ class TimeEmbedding(nn.Module):
   """
 
   hidden: int
-  last_init: nn.initializers.Initializer = table_init
+  last_init: nn.initializers.Initializer = embedding_init
 
   @nn.compact
   def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
     linear1 = transformer.Linear(
-      self.hidden, kernel_init=table_init, name="linear1"
+      self.hidden, kernel_init=embedding_init, name="linear1"
     )
     linear2 = transformer.Linear(
       self.hidden, kernel_init=self.last_init, name="linear2"
     )
-    return linear2(
-      jax.nn.silu(linear1(transformer.time_features(t, TIME_FEATURES)))
-    )
+    x = transformer.time_features(t, TIME_FEATURES)
+    return linear2(jax.nn.silu(linear1(x)))
 
 
 class Head(nn.Module):
@@ -207,7 +206,7 @@ class DiT(nn.Module):
     label_embedding = nn.Embed(
       self.conditioning.num_classes + 1,
       self.hidden,
-      embedding_init=table_init,
+      embedding_init=embedding_init,
       name="label_embedding",
     )
     condition = TimeEmbedding(self.hidden, name="time_embedding")(t)

@@ -41,7 +41,7 @@ class CaptionProjection(nn.Module):
 
   @nn.compact
   def __call__(self, states: Float[Array, "b l c"]) -> Float[Array, "b l d"]:
-    settings = {"kernel_init": dit.table_init, "dtype": self.dtype}
+    settings = {"kernel_init": dit.embedding_init, "dtype": self.dtype}
     y = transformer.Linear(self.hidden, name="linear1", **settings)(states)
     y = jax.nn.gelu(y, approximate=True)
     return transformer.Linear(self.hidden, name="linear2", **settings)(y)
@@ -238,7 +238,7 @@ class PixArt(nn.Module):
     if self.size_conditions:
       embedding = embedding + self._size_embedding(z, condition)
     modulation = transformer.Linear(
-      6 * self.hidden, kernel_init=dit.table_init, name="modulation"
+      6 * self.hidden, kernel_init=dit.embedding_init, name="modulation"
     )
     shared = modulation(jax.nn.silu(embedding)).reshape(-1, 6, self.hidden)
     captions = self.conditioning

@@ -450,10 +450,9 @@ def _grid(file: _File, family: str) -> tuple[int | None, float | None]:
   if family not in ("PixArt", "SANA") or side == 1:
     return side, 1.0
   # The first feature of the second column is the sine of its place.
-  place = float(
-    np.arcsin(np.clip(file.read(tensor_names.POSITIONS), -1, 1)[0, 1, 0])
-  )
-  return side, round(1 / place, 2) if place > 0 else 1.0
+  sine = file.read(tensor_names.POSITIONS)[0, 1, 0]
+  place = math.asin(min(max(float(sine), 0.0), 1.0))
+  return side, round(1 / place, 2) if place else 1.0
 
 
 def _create(numbers: Any, kind: Any, **options: Any) -> families.Module:

@@ -210,7 +210,7 @@ class Sana(nn.Module):
       )
       embedding += of_guidance(condition.get("guidance", jnp.zeros_like(t)))
     modulation = transformer.Linear(
-      6 * self.hidden, kernel_init=dit.table_init, name="modulation"
+      6 * self.hidden, kernel_init=dit.embedding_init, name="modulation"
     )
     shared = modulation(jax.nn.silu(embedding)).reshape(-1, 6, self.hidden)
     captions = self.conditioning

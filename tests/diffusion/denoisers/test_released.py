@@ -115,7 +115,7 @@ def _tensors(family):
   }
   if family in SCALE:
     places = [
-      numpy_denoisers._place(i / SCALE[family], j / SCALE[family], D)
+      numpy_denoisers.place(i / SCALE[family], j / SCALE[family], D)
       for i in range(3)
       for j in range(3)
     ]
