@@ -48,9 +48,10 @@ def load(
     path: the work directory of a training run (its averages are loaded); a
       folder, file or hub id of released weights: UViT, USiT or DiT on DC-AE's
       latents, PixArt or SANA, in the original or diffusers' layout; or the
-      folder of a pipeline.
+      folder or hub id of a pipeline.
     autoencoder: what decodes samples, as `dcae_jax.load` takes it; "": that of
-      the run, of the pipeline, or the one that its authors name on the hub.
+      the run, of the pipeline's folder, or the one that its authors name on
+      the hub.
     text_encoder: what encodes prompts, as `load_text_encoder` takes it; "": as
       for the autoencoder.
     dtype: of the computation; parameters stay float32.
@@ -77,8 +78,8 @@ def load(
   )
   load_text_encoder = None
   if found.conditioning.is_text:
-    is_pipeline = (pathlib.Path(path) / "text_encoder").is_dir()
-    source = text_encoder or (path if is_pipeline else _TEXT_ENCODERS[family])
+    usual = path if _is_pipeline(path, found) else _TEXT_ENCODERS[family]
+    source = text_encoder or usual
     load_text_encoder = functools.partial(
       encoders.load, source, max_tokens=found.conditioning.caption_tokens
     )
@@ -97,6 +98,13 @@ def load(
       "scaling_factor": found.scaling_factor,
     },
   )
+
+
+def _is_pipeline(path: str, found: released.Released) -> bool:
+  """Whether a text encoder is beside it, in a folder or on the hub."""
+  if pathlib.Path(path).exists():
+    return (pathlib.Path(path) / "text_encoder").is_dir()
+  return next(iter(found.files.values())).parent.name == "transformer"
 
 
 def _autoencoder(

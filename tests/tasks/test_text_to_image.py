@@ -20,6 +20,7 @@ from PIL import Image
 import dcae_jax
 from configs import base
 from dcae_jax.data import captions
+from dcae_jax.diffusion import conditioning
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.diffusion.text import encoders
 from dcae_jax.evaluation import fid, metrics
@@ -548,8 +549,38 @@ def test_without_a_null_caption_guidance_leads_away_from_an_empty_prompt(
   bare = dcae_jax.load_denoiser(
     tmp_path, text_encoder=encoder, autoencoder=tiny_autoencoder
   )
-  settings = {"prompts": ["red bus"], "guidance": 50.0, "steps": 2}
-  # The null caption of the run is that of an empty prompt, of more tokens.
-  expected = bare.sample(**settings, negative_prompt="")
-  assert np.isfinite(expected).all()
-  assert bare._null_is_empty_text and not denoiser._null_is_empty_text
+  settings = {"prompts": ["red bus"], "guidance": 300.0, "steps": 2}
+  images = np.asarray(bare.sample(**settings))
+  prompt, empty = (
+    conditioning.told(*bare.text_encoder.encode([text]))
+    for text in ("red bus", "")
+  )
+  mesh = sharding.create_mesh(1, 1, 1, jax.local_devices()[:1])
+  whole = sharding.replicated(mesh)
+  diffusion = dataclasses.replace(bare.diffusion, steps=2)
+  draw = jax.jit(diffusion.sample_function(300.0, whole))
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  z = draw(bare.variables, key, prompt, empty)
+  expected = bare.autoencoder.decode(z / bare.autoencoder.scaling_factor)
+  np.testing.assert_allclose(images, np.clip(expected, -1, 1), atol=1e-4)
+
+
+def test_a_pipeline_of_the_hub_has_a_denoiser_and_its_text_encoder(
+  denoiser, encoder, tiny_autoencoder, tmp_path, monkeypatch
+):
+  commit = "0123456789abcdef0123456789abcdef01234567"
+  model = tmp_path / "models--somebody--pixart"
+  folder = model / "snapshots" / commit
+  denoiser.save(folder / "transformer", layout="diffusers")
+  shutil.copytree(encoder, folder / "text_encoder")
+  (model / "refs").mkdir()
+  (model / "refs" / "main").write_text(commit)
+  monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+  monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+  again = dcae_jax.load_denoiser(
+    "somebody/pixart", autoencoder=tiny_autoencoder
+  )
+  settings = {"prompts": ["red bus"], "steps": 2}
+  np.testing.assert_allclose(
+    again.sample(**settings), denoiser.sample(**settings), atol=1e-2
+  )

