@@ -133,9 +133,9 @@ class Denoiser:
       condition = conditioning.told(states, mask.astype(bool))
       condition |= {k: jnp.asarray(x, jnp.float32) for k, x in others.items()}
     else:
-      if labels is None or states is not None:
+      if labels is None or states is not None or mask is not None or others:
         raise errors.UserError(
-          f"{self.variant} is told labels: give them, and no states"
+          f"{self.variant} is told labels: give them, and nothing else"
         )
       condition = jnp.asarray(labels, jnp.int32)
     z, t = jnp.asarray(z, jnp.float32), jnp.asarray(t, jnp.float32)

@@ -87,8 +87,9 @@ def test_samples_that_cannot_be_are_refused(given, message, denoiser):
 
 def test_predictions_of_other_conditions_are_refused(denoiser):
   z = np.zeros((1, 2, 2, 16))
-  with pytest.raises(ValueError, match="is told labels: give them"):
-    denoiser.predict(z, [0.0], states=np.zeros((1, 3, 4)))
+  for other in ("states", "mask", "resolution"):
+    with pytest.raises(ValueError, match="is told labels: give them"):
+      denoiser.predict(z, [0.0], labels=[0], **{other: np.zeros((1, 2))})
 
 
 def test_weights_that_name_no_autoencoder_draw_nothing(tmp_path):

@@ -1,9 +1,9 @@
 """The table of denoisers: DiT and U-ViT of classes, PixArt and SANA of texts.
 
 All are modules with one interface: `model.apply(variables, z, t, condition)`,
-of noisy latents, times of 0 to 999 and a condition of the kind
-`model.conditioning`, gives what is predicted in the shape of the latents. What
-that is (noise or velocity) is not decided here.
+of noisy latents, times as `model_time` of the objective counts them and a
+condition of the kind `model.conditioning`, gives what is predicted in the shape
+of the latents. What that is (noise or velocity) is not decided here.
 """
 
 import dataclasses
