@@ -594,7 +594,8 @@ def latent_diffusion() -> ConfigDict:
   """Training of a diffusion model on exported latents."""
   c = ConfigDict()
   c.seed = Key(0, 0)  # of initial values, order, noise and samples
-  # A run of the same model to start from, at its averages; "": initial values.
+  # A run of the same model to start from, at its averages, or released weights:
+  # a folder, file or hub id. "": initial values.
   c.init_from = ""
   c.latents = Key("", may_change=True)  # the store, a directory or gs:// prefix
   # What decodes samples; "": what the store's manifest names.
@@ -632,6 +633,9 @@ def latent_diffusion() -> ConfigDict:
   c.objective.kind = "scaled_linear"
   c.objective.logit_normal = ()  # flow: mean, deviation of logit t (SANA: 0, 1)
   c.objective.shift = 1.0  # flow: of times towards noise (SANA: 3)
+  # What networks see of times, which differs in released ones to start from.
+  c.objective.first_time = Key(0, 0, 1)  # scaled_linear: UViT has 1
+  c.objective.convention = "flow"  # flow: USiT has "sit"
   # [paper] of labels, or captions, for classifier-free guidance
   c.label_dropout = Key(0.1, 0, 1)
   # DC-AE 1.5's augmented training: numbers of leading channels, of which each
@@ -700,7 +704,7 @@ def pixart(variant: str) -> ConfigDict:
   """PixArt: noise and its variance, told captions of T5 [its authors' code]."""
   c = latent_diffusion()
   c.model.variant = variant
-  c.text.encoder = "DeepFloyd/t5-v1_1-xxl"
+  c.text.encoder = "PixArt-alpha/PixArt-XL-2-512x512"  # T5-XXL, of a pipeline
   c.text.null = "random"
   c.objective.kind = "improved_ddpm"
   c.steps = 200_000  # [ours] not published for DC-AE

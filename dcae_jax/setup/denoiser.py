@@ -30,7 +30,7 @@ _SAMPLERS = {
   "SANA": ((samplers.TimeDPMSolver(), 20), (samplers.FlowDPMSolver(), 20)),
 }
 _TEXT_ENCODERS = {
-  "PixArt": "DeepFloyd/t5-v1_1-xxl",
+  "PixArt": "PixArt-alpha/PixArt-XL-2-512x512",
   "SANA": "Efficient-Large-Model/gemma-2-2b-it",
 }
 

@@ -1,6 +1,7 @@
 """From config to a latent diffusion model: denoiser, objective, sampler."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,18 +19,24 @@ from dcae_jax.diffusion import (
   sampling,
 )
 from dcae_jax.diffusion.denoisers import families as denoisers
+from dcae_jax.diffusion.denoisers import released
 from dcae_jax.latents import reader
 from dcae_jax.runs import differences, work_directory
 from dcae_jax.setup import text
 from dcae_jax.training import checkpoint
 
+_LOG = logging.getLogger(__name__)
 _OBJECTIVES = {
-  "scaled_linear": lambda c: objectives.scaled_linear(),
+  "scaled_linear": lambda c: dataclasses.replace(
+    objectives.scaled_linear(), first_time=c.first_time
+  ),
   "improved_ddpm": lambda c: objectives.improved_ddpm(),
   "flow": lambda c: objectives.FlowMatching(
-    _pair(c, "objective", "logit_normal"), c.shift
+    _pair(c, "objective", "logit_normal"), c.shift, c.convention
   ),
 }
+# Of modules, what does not decide on their parameters and what they mean.
+_OF_USE = ("dtype", "remat", "parent", "name")
 _SAMPLERS = {
   "dpm_solver": lambda c: samplers.DPMSolver(),
   "dpm_solver_time": lambda c: samplers.TimeDPMSolver(),
@@ -197,9 +204,22 @@ def create(
   )
 
 
-def check_same_model(run: str, config: ConfigDict) -> None:
-  """Raises UserError unless a training run has parameters of this model."""
-  before = work_directory.read_run_config(run, "train_diffusion")
+def check_same_model(
+  source: str, config: ConfigDict, model: sampling.LatentDiffusion
+) -> None:
+  """Raises UserError unless a run, or released weights, are of this model."""
+  if not work_directory.is_run(source):
+    found = released.find(source)
+    there = _described(released.create(found), found.objective)
+    here = _described(model.denoiser, model.objective)
+    differences.check_same(
+      there,
+      here,
+      f"the model of config.init_from={source} is another one",
+      "set config.model and config.objective to what it has",
+    )
+    return
+  before = work_directory.read_run_config(source, "train_diffusion")
   shaping = ("variant", "patch_size", *numbers_of_latents(config.model))
   models = [
     {key: x["model"].get(key) for key in shaping}
@@ -208,9 +228,42 @@ def check_same_model(run: str, config: ConfigDict) -> None:
   ]
   differences.check_same(
     *models,
-    f"the model of config.init_from={run} is another one",
+    f"the model of config.init_from={source} is another one",
     "name another run, or the same model",
   )
+
+
+def _described(
+  denoiser: denoisers.Module, objective: objectives.Objective
+) -> dict[str, Any]:
+  fields = {
+    field.name: getattr(denoiser, field.name)
+    for field in dataclasses.fields(denoiser)
+    if field.name not in _OF_USE
+  }
+  return fields | {"objective": objective}
+
+
+def starting_variables(
+  source: str,
+  denoiser: denoisers.Module,
+  sharding: jax.sharding.Sharding,
+  null_caption: np.ndarray | None,
+) -> Any:
+  """`{"params": ...}` of a run's averages, or of released weights.
+
+  Those that have no null caption get the one that is given.
+  """
+  if work_directory.is_run(source):
+    step, variables = averages(source, denoiser, sharding)
+    _LOG.info("starting from step %d of %s", step, source)
+    return variables
+  found = released.find(source)
+  variables = jax.device_get(released.read(found))
+  if not found.has_null and null_caption is not None:
+    variables["params"]["null_caption"] = null_caption
+  _LOG.info("starting from %s", found.label)
+  return variables
 
 
 def averages(

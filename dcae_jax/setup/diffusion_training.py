@@ -6,7 +6,6 @@ trained is refused by what is built here.
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,6 @@ from dcae_jax.setup import denoising, keys, text, training_run
 from dcae_jax.training import freezing, sharding
 from dcae_jax.training import state as state_lib
 
-_LOG = logging.getLogger(__name__)
 _INITIAL = 0  # what the seed is for; 1 is the steps, 2 are samples
 
 
@@ -49,10 +47,12 @@ class Training(training_run.Training):
     if not self.config.init_from:
       key = jax.random.fold_in(jax.random.key(self.config.seed), _INITIAL)
       return jax.jit(self._initial, out_shardings=self.shardings)(key)
-    step, variables = denoising.averages(
-      self.config.init_from, self.model.denoiser, sharding.replicated(self.mesh)
+    variables = denoising.starting_variables(
+      self.config.init_from,
+      self.model.denoiser,
+      sharding.replicated(self.mesh),
+      self.null_caption,
     )
-    _LOG.info("starting from step %d of %s", step, self.config.init_from)
     return jax.jit(self._state, out_shardings=self.shardings)(variables)
 
   def _initial(self, key: jax.Array) -> state_lib.TrainState:

@@ -47,10 +47,10 @@ def run(
     )
   store = denoising.open_store(config)
   config = denoising.with_store(config, store)
-  if config.init_from:
-    denoising.check_same_model(config.init_from, config)
-  start.begin(config, workdir, ("manifest.json",))
   training = diffusion_training.build(config)
+  if config.init_from:
+    denoising.check_same_model(config.init_from, config, training.model)
+  start.begin(config, workdir, ("manifest.json",))
   kind = training.model.conditioning
   rows = store.condition(kind.name)
   described = decode.description(store) | kind.describe_rows(rows)

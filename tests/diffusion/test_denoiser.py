@@ -109,3 +109,25 @@ def test_weights_that_name_no_autoencoder_draw_nothing(tmp_path):
 def test_nothing_is_no_denoiser(tmp_path):
   with pytest.raises(ValueError, match="safetensors"):
     dcae_jax.load_denoiser(tmp_path)
+
+
+def test_training_starts_from_released_weights(
+  denoiser, tiny_diffusion, tmp_path
+):
+  """With a rate of zero they stay what they are."""
+  denoiser.save(tmp_path / "weights", layout="original")
+  c = tiny_diffusion(
+    **{"init_from": str(tmp_path / "weights"), "optimizer.learning_rate": 0.0},
+    steps=1,
+  )
+  assert train_diffusion.run(c, epath.Path(tmp_path / "run"))
+  again = dcae_jax.load_denoiser(tmp_path / "run")
+  jax.tree.map(  # to the rounding of averages
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+    again.variables,
+    denoiser.variables,
+  )
+  c.objective.first_time = 1
+  with pytest.raises(ValueError, match=r"another one \(objective: .*first_ti"):
+    train_diffusion.run(c, epath.Path(tmp_path / "other"))
+  assert not (tmp_path / "other").exists()

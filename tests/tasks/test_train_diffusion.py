@@ -249,7 +249,7 @@ def test_other_latents_are_refused_on_resume(
     ({"sampler.interval": (500.0, 100.0)}, "interval"),
     ({"sampler.interval": (500.0,)}, "is not two numbers"),
     ({"objective.logit_normal": (0.0,), "objective.kind": "flow"}, "not two"),
-    ({"init_from": "/nowhere"}, "not the work directory of an earlier run"),
+    ({"init_from": "/nowhere"}, "not the work directory of a run, nor"),
     ({"channel_candidates": (32,)}, "candidate channel numbers"),
     ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8"),
     ({"batch_size": 64}, "48 rows, and a batch of all processes 64"),
