@@ -241,7 +241,11 @@ def _described(
     for field in dataclasses.fields(denoiser)
     if field.name not in _OF_USE
   }
-  return fields | {"objective": objective}
+  kind = type(objective).__name__
+  return fields | {
+    "conditioning": dataclasses.asdict(denoiser.conditioning),
+    "objective": {"kind": kind} | dataclasses.asdict(objective),
+  }
 
 
 def starting_variables(
