@@ -41,6 +41,8 @@ def test_a_text_file_has_a_caption_a_line():
     ({"captions": ["a", "b"], "weights": [0, 2]}, [("b", 2)]),
     ({"captions": [], "text": "a"}, [("a", 1)]),
     ({"caption": ""}, []),
+    ({"caption": " \n"}, []),
+    ({"caption": "a bus \ud83d"}, [("a bus", 1)]),  # half an emoji
     ({"width": 3}, []),
   ],
 )
