@@ -76,7 +76,9 @@ def of_object(values: Any) -> tuple[Caption, ...]:
 
 
 def _captions(texts: Any, weights: Any = None) -> tuple[Caption, ...]:
-  is_list = isinstance(texts, list) and all(isinstance(x, str) for x in texts)
+  is_list = isinstance(texts, list) and all(
+    isinstance(x, str) and "\0" not in x for x in texts
+  )
   if not is_list:
     raise ValueError(f"captions are no texts: {str(texts)[:40]!r}")
   weights = [1] * len(texts) if weights is None else weights

@@ -56,6 +56,7 @@ def test_a_json_object_names_captions_as_people_do(values, expected):
     [],
     "a",
     {"caption": 3},
+    {"caption": "\0"},  # which no store keeps; UTF-16 is full of them
     {"captions": ["a", 3]},
     {"captions": ["a"], "weights": [1, 2]},
     {"captions": ["a"], "weights": [-1]},
