@@ -34,7 +34,7 @@ class Captioned(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self):
     for i in range(3):
-      texts = [f"grau, größer {i}", f"square {i}"][: 2 - i]
+      texts = [f"grau, größer {i}", f"square\0{i}"][: 2 - i]
       yield (
         i,
         {
