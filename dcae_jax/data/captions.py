@@ -63,7 +63,8 @@ def of_object(values: Any) -> tuple[Caption, ...]:
   """Of an object with the key captions, caption, text or prompt.
 
   Its value is a string or a list of them, and `weights` are as many numbers;
-  those with weight 0 are left out. Raises ValueError for anything else.
+  those with weight 0 are left out, and halves of characters, which text that
+  was cut may end in. Raises ValueError for anything else.
   """
   if not isinstance(values, dict):
     raise ValueError(f"captions are not an object: {str(values)[:40]!r}")
@@ -75,7 +76,9 @@ def of_object(values: Any) -> tuple[Caption, ...]:
 
 
 def _captions(texts: Any, weights: Any = None) -> tuple[Caption, ...]:
-  is_list = isinstance(texts, list) and all(isinstance(x, str) for x in texts)
+  is_list = isinstance(texts, list) and all(
+    isinstance(x, str) and "\0" not in x for x in texts
+  )
   if not is_list:
     raise ValueError(f"captions are no texts: {str(texts)[:40]!r}")
   weights = [1] * len(texts) if weights is None else weights
@@ -86,12 +89,13 @@ def _captions(texts: Any, weights: Any = None) -> tuple[Caption, ...]:
     raise ValueError(
       f"weights={str(weights)[:40]} are not {len(texts)} numbers of at least 0"
     )
-  lines = (" ".join(text.split()) for text in texts)
+  whole = (text.encode("utf-8", "ignore").decode() for text in texts)
+  lines = [" ".join(text.split()) for text in whole]
   captions = tuple(
     Caption(line, float(weight))
     for line, weight in zip(lines, weights, strict=True)
     if line and weight
   )
-  if any(texts) and not captions:
+  if any(lines) and not captions:
     raise ValueError("all captions have the weight 0")
   return captions

@@ -243,6 +243,10 @@ class Captions(Conditioning):
           f"prompt {prompt!r} is empty, or no text; unconditional samples are "
           "those of guidance 0"
         )
+      if re.search("[\ud800-\udfff]", prompt):
+        raise errors.UserError(
+          f"prompt {prompt!a} is no whole text; write it in UTF-8"
+        )
 
   def choices(
     self, chosen: Sequence[Any], learned: dict[str, Any]

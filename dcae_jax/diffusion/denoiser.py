@@ -27,6 +27,7 @@ from dcae_jax.training import sharding
 
 _Numbers = ArrayLike | Sequence[Any]
 _LARGEST_BATCH = 16  # samples at a time; more of them go in parts
+_AXES = {"z": "bhwc", "t": "b", "labels": "b", "states": "bld", "mask": "bl"}
 
 
 class Denoiser:
@@ -121,8 +122,10 @@ class Denoiser:
       networks with `learn_sigma`, the variance.
 
     Raises:
-      UserError: a condition of another kind than the network's.
+      UserError: a condition of another kind than the network's, or arrays of
+        other shapes.
     """
+    z, t = jnp.asarray(z, jnp.float32), jnp.asarray(t, jnp.float32)
     if self.diffusion.conditioning.is_text:
       if states is None or labels is not None:
         raise errors.UserError(
@@ -130,6 +133,7 @@ class Denoiser:
         )
       states = jnp.asarray(states, jnp.float32)
       mask = jnp.ones(states.shape[:2]) if mask is None else jnp.asarray(mask)
+      _check_shapes(z=z, t=t, states=states, mask=mask)
       condition = conditioning.told(states, mask.astype(bool))
       condition |= {k: jnp.asarray(x, jnp.float32) for k, x in others.items()}
     else:
@@ -138,7 +142,7 @@ class Denoiser:
           f"{self.variant} is told labels: give them, and nothing else"
         )
       condition = jnp.asarray(labels, jnp.int32)
-    z, t = jnp.asarray(z, jnp.float32), jnp.asarray(t, jnp.float32)
+      _check_shapes(z=z, t=t, labels=condition)
     return self._predict(self.variables, z, t, condition)
 
   def sample(
@@ -167,6 +171,7 @@ class Denoiser:
     Raises:
       UserError: labels or prompts that the network does not know, a scale or
         steps that cannot be, an autoencoder or text encoder that is not there.
+      FloatingPointError: latents are not finite.
     """
     kind = self.diffusion.conditioning
     wrong, chosen = (labels, prompts) if kind.is_text else (prompts, labels)
@@ -175,6 +180,10 @@ class Denoiser:
       raise errors.UserError(
         f"{self.variant} draws samples of {needed}: name some"
       )
+    if negative_prompt and not kind.is_text:
+      raise errors.UserError(f"{self.variant} takes no negative_prompt")
+    if isinstance(chosen, str):
+      raise errors.UserError(f"{chosen!r} is one prompt; give a list of them")
     chosen = np.asarray(chosen).tolist()
     kind.check_chosen(chosen)
     ae, draw = self.autoencoder, self._sampler(guidance, steps)
@@ -187,6 +196,11 @@ class Denoiser:
       )
       condition, null = self._conditions(filled, negative_prompt)
       z = draw(self.variables, jax.random.fold_in(key, number), condition, null)
+      if not np.isfinite(z).all():
+        raise FloatingPointError(
+          f"samples at guidance {guidance:g} are not finite: the scale is too "
+          "large, or the model has diverged"
+        )
       z = z[: len(part)] / ae.scaling_factor + ae.shift_factor
       images.append(jnp.clip(ae.decode(z), -1, 1))
     return jnp.concatenate(images)
@@ -231,3 +245,20 @@ class Denoiser:
     if not negative_prompt and not self._null_is_empty_text:
       return encode(chosen), None
     return encode(chosen), encode([negative_prompt] * len(chosen))
+
+
+def _check_shapes(**arrays: jax.Array) -> None:
+  """Raises UserError unless axes of one letter are of one size."""
+  sizes = {}
+  for name, x in arrays.items():
+    axes = _AXES[name]
+    same = (
+      sizes.setdefault(axis, size) == size
+      for axis, size in zip(axes, x.shape, strict=False)
+    )
+    if x.ndim != len(axes) or not all(same):
+      known = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+      raise errors.UserError(
+        f"{name} has the shape {list(x.shape)}, not [{', '.join(axes)}], where "
+        f"{known}"
+      )

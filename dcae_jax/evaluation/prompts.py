@@ -57,13 +57,21 @@ def _of_text(data: str) -> list[Prompt]:
 
 
 def _of_lines(data: str) -> list[Prompt]:
-  values = [json.loads(line) for line in data.splitlines() if line.strip()]
-  return [Prompt(x["prompt"], x.get("tag", ""), x) for x in values]
+  # Not by all that Unicode calls the end of a line: a string may have them.
+  values = [json.loads(line) for line in data.split("\n") if line.strip()]
+  return [_prompt(x["prompt"], x.get("tag", ""), x) for x in values]
 
 
 def _of_images(data: str) -> list[Prompt]:
   images = json.loads(data).items()
   order = sorted(images, key=lambda pair: (pair[1]["category"], pair[0]))
   return [
-    Prompt(x["prompt"], x["category"], {"image": name} | x) for name, x in order
+    _prompt(x["prompt"], x["category"], {"image": name} | x)
+    for name, x in order
   ]
+
+
+def _prompt(text: Any, category: Any, metadata: dict[str, Any]) -> Prompt:
+  if not isinstance(text, str) or not isinstance(category, str):
+    raise ValueError(f"{text!r} of the category {category!r} is no text")
+  return Prompt(text, category, metadata)

@@ -37,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 _PICTURE, _PLOT = "samples.png", "guidance.png"
 _PICTURE_SIDE = 128  # pixels of an image in the picture, at most
 _IDENTITY = "parts/identity.json"
+_OF_PROMPTS = ("prompts", "prompt_file", "negative_prompt")
 
 
 class _Inputs(NamedTuple):
@@ -266,7 +267,7 @@ def open_model(
       f"({error}); bring it back, or train again"
     ) from error
   is_text = model.conditioning.is_text
-  wrong = ("classes",) if is_text else ("prompts", "prompt_file")
+  wrong = ("classes",) if is_text else _OF_PROMPTS
   for key in wrong:
     if config[key]:
       raise errors.UserError(

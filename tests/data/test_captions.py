@@ -41,6 +41,8 @@ def test_a_text_file_has_a_caption_a_line():
     ({"captions": ["a", "b"], "weights": [0, 2]}, [("b", 2)]),
     ({"captions": [], "text": "a"}, [("a", 1)]),
     ({"caption": ""}, []),
+    ({"caption": " \n"}, []),
+    ({"caption": "a bus \ud83d"}, [("a bus", 1)]),  # half an emoji
     ({"width": 3}, []),
   ],
 )
@@ -54,6 +56,7 @@ def test_a_json_object_names_captions_as_people_do(values, expected):
     [],
     "a",
     {"caption": 3},
+    {"caption": "\0"},  # which no store keeps; UTF-16 is full of them
     {"captions": ["a", 3]},
     {"captions": ["a"], "weights": [1, 2]},
     {"captions": ["a"], "weights": [-1]},

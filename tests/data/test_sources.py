@@ -34,7 +34,7 @@ class Captioned(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self):
     for i in range(3):
-      texts = [f"grau, größer {i}", f"square {i}"][: 2 - i]
+      texts = [f"grau, größer {i}", f"square\0{i}"][: 2 - i]
       yield (
         i,
         {
@@ -116,7 +116,7 @@ def test_captions_of_a_folder_are_in_files_beside_images(tmp_path):
   (tmp_path / "b/3.txt").write_text("overruled")
   (tmp_path / "b/3.json").write_text('{"captions": ["a"], "weights": [2]}')
   lines = [
-    {"file_name": "4.png", "text": "of metadata"},
+    {"file_name": "./4.png", "text": "of metadata"},
     {"file_name": "not there.png", "text": "unused"},
   ]
   (tmp_path / "b/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -135,6 +135,18 @@ def test_captions_of_a_folder_are_in_files_beside_images(tmp_path):
   with pytest.raises(OSError, match=r"6\.json: "):
     source[broken]
   assert not sources.folder(str(tmp_path))[0].captions
+
+
+def test_names_that_differ_in_case_have_each_its_captions(tmp_path):
+  for name in ("aB", "Ab"):
+    (tmp_path / f"{name}.png").write_bytes(b"no image")
+  (tmp_path / "aB.json").write_text('{"text": "of aB"}')
+  (tmp_path / "Ab.txt").write_text("of Ab")
+  (tmp_path / "C.PNG").write_bytes(b"no image")
+  (tmp_path / "C.TXT").write_text("of C")
+  source = sources.folder(str(tmp_path), captions=True)
+  found = {source.key(i): _texts(source[i]) for i in range(len(source))}
+  assert found == {"Ab.png": ["of Ab"], "C.PNG": ["of C"], "aB.png": ["of aB"]}
 
 
 def test_a_source_with_other_captions_has_another_fingerprint(tmp_path):

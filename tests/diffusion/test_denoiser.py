@@ -78,6 +78,7 @@ def test_what_is_saved_loads_with_the_same_predictions(
     ({"labels": [3]}, "^class 3 is not from 0 to 2, the classes of"),
     ({"labels": [0], "guidance": -1.0}, "guidance scale -1.0 is negative"),
     ({"labels": [0], "steps": 0}, "0 steps are too few"),
+    ({"labels": [0], "negative_prompt": "a"}, "takes no negative_prompt"),
   ],
 )
 def test_samples_that_cannot_be_are_refused(given, message, denoiser):
@@ -90,6 +91,21 @@ def test_predictions_of_other_conditions_are_refused(denoiser):
   for other in ("states", "mask", "resolution"):
     with pytest.raises(ValueError, match="is told labels: give them"):
       denoiser.predict(z, [0.0], labels=[0], **{other: np.zeros((1, 2))})
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"z": np.zeros((2, 2, 16))}, r"z has the shape \[2, 2, 16\], not \[b, h"),
+    ({"t": 0.0}, r"t has the shape \[\], not \[b\], where b=1"),
+    ({"t": [0.0, 0.0]}, r"t has the shape \[2\]"),
+    ({"labels": [0, 0]}, r"labels has the shape \[2\]"),
+  ],
+)
+def test_predictions_of_other_shapes_are_refused(changes, message, denoiser):
+  given = {"z": np.zeros((1, 2, 2, 16)), "t": [0.0], "labels": [0]} | changes
+  with pytest.raises(ValueError, match=message):
+    denoiser.predict(**given)
 
 
 def test_weights_that_name_no_autoencoder_draw_nothing(tmp_path):

@@ -257,6 +257,8 @@ def test_grid_shows_every_image_in_its_place():
 
 def test_grey_images_make_a_grid():
   assert figures.grid([np.zeros((1, 8, 8, 1), np.uint8)]).shape == (16, 16, 3)
+  # The only class of a flat folder has an empty name.
+  assert figures.grid([np.zeros((1, 8, 8, 1), np.uint8)], [""]).shape[0] == 16
 
 
 def test_headings_stand_above_their_columns():

@@ -3,6 +3,7 @@
 The text encoder is a tiny BERT, whose tokens are letters.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -351,6 +352,13 @@ def test_prompts_of_mjhq_come_by_category(tmp_path):
   ]  # fmt: skip
 
 
+def test_a_prompt_of_a_json_line_may_have_unicodes_ends_of_lines(tmp_path):
+  file = tmp_path / "prompts.jsonl"
+  file.write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\n', "utf-8")
+  found = evaluate_diffusion.prompts_lib.read(file)
+  assert [x.text for x in found] == ["a\u2028b", "c"]
+
+
 @pytest.mark.parametrize(
   ("name", "text"),
   [
@@ -360,6 +368,8 @@ def test_prompts_of_mjhq_come_by_category(tmp_path):
     ("a.json", '{"a": {"prompt": "b"}}'),
     ("a.jsonl", '{"text": "a"}'),
     ("a.jsonl", '{"prompt": ""}'),
+    ("a.jsonl", '{"prompt": 3}'),
+    ("a.json", '{"a": {"prompt": "b", "category": null}}'),
     ("a.txt", None),
   ],
 )
@@ -378,6 +388,7 @@ def test_files_without_prompts_are_refused(name, text, evaluation, tmp_path):
     ({"prompt_file": "a.txt"}, "are both given"),
     ({"prompts": ()}, "there are no prompts"),
     ({"prompts": (" ",)}, "prompt ' ' is empty"),
+    ({"prompts": ("a \udce9",)}, r"prompt 'a .udce9' is no whole text"),
     ({"text_encoder": "/nowhere"}, "/nowhere"),
   ],
 )
@@ -396,6 +407,10 @@ def test_models_of_classes_take_no_prompts(
   train_diffusion.run(tiny_diffusion(steps=1), epath.Path(run))
   c = evaluation(init_from=str(run))
   with pytest.raises(ValueError, match=r"prompts.* is not for UViT-mite"):
+    evaluate_diffusion.run(c, epath.Path(tmp_path / "work"))
+  c.prompts, c.samples_per_prompt, c.samples = (), 0, 4
+  c.negative_prompt = "grey"
+  with pytest.raises(ValueError, match="negative_prompt='grey' is not for UVi"):
     evaluate_diffusion.run(c, epath.Path(tmp_path / "work"))
 
 
@@ -502,6 +517,12 @@ def test_a_denoiser_draws_prompts(denoiser):
     denoiser.sample(labels=[0])
   with pytest.raises(ValueError, match="prompt '' is empty"):
     denoiser.sample(prompts=[""])
+  with pytest.raises(ValueError, match="'bus' is one prompt"):
+    denoiser.sample(prompts="bus")
+  diverged = copy.copy(denoiser)
+  diverged.variables = jax.tree.map(lambda x: x * np.nan, denoiser.variables)
+  with pytest.raises(FloatingPointError, match="at guidance 2 are not finite"):
+    diverged.sample(prompts=["bus"], guidance=2.0)
 
 
 def test_a_prediction_is_of_the_states_and_their_mask(denoiser):
@@ -516,6 +537,8 @@ def test_a_prediction_is_of_the_states_and_their_mask(denoiser):
   assert (found != denoiser.predict(z, t, states=-states, mask=mask)).any()
   with pytest.raises(ValueError, match="is told captions"):
     denoiser.predict(z, t, labels=[0, 0])
+  with pytest.raises(ValueError, match=r"mask has the shape \[2, 3\], not"):
+    denoiser.predict(z, t, states=states, mask=mask[:, :3])
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])

@@ -242,7 +242,7 @@ def _metadata(file: str) -> dict[str, tuple[image_captions.Caption, ...]]:
     try:
       values = json.loads(line)
       captions = image_captions.of_object(values)
-      name = values["file_name"]
+      name = os.path.normpath(values["file_name"])
       known[os.path.join(folder, name)] = captions
     except (ValueError, KeyError, TypeError, RecursionError) as error:
       raise errors.UserError(

@@ -87,7 +87,10 @@ class TensorFlowDataset:
       texts = example
       for key in self._text:
         texts = texts[key]
-      texts = [x.decode("utf-8", "replace") for x in np.ravel(texts)]
+      texts = [
+        x.replace(b"\0", b" ").decode("utf-8", "replace")
+        for x in np.ravel(texts)
+      ]
       captions = image_captions.of_object({"captions": texts})
     return protocol.Record(self.name(index), example["image"], label, captions)
 

@@ -553,8 +553,10 @@ def _load_null(file: pathlib.Path) -> np.ndarray:
     null = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
   except (ValueError, OSError, EOFError) as error:
     raise errors.UserError(f"{file} is damaged ({error})") from error
-  if null.ndim != 2 or null.dtype.kind != "f":
-    raise errors.UserError(f"{file} is no null caption")
+  if null.ndim != 2 or null.dtype.kind != "f" or not np.isfinite(null).all():
+    raise errors.UserError(
+      f"{file} is no null caption: not finite numbers [tokens, channels]"
+    )
   return null.astype(np.float32)
 
 

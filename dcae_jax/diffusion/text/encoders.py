@@ -125,7 +125,13 @@ def load(
   kind = KINDS[name]
   if instruction and not kind.takes_instruction:
     raise errors.UserError(f"an instruction is for Gemma 2, not for {source!r}")
-  parameters = _abstract(model, mesh)
+  try:
+    parameters = _abstract(model, mesh)
+  except Exception as error:  # whatever numbers that cannot be make of layers
+    raise errors.UserError(
+      f"config.json of {source!r} does not describe a text encoder "
+      f"({errors.first_line(error)}); copy it again"
+    ) from error
   stored = weights.stored(files, kind.names, parameters, source)
   tokenizer = tokenizer_lib.Tokenizer(
     tokenizer_lib.find(folders),
@@ -133,6 +139,12 @@ def load(
     max_tokens or kind.max_tokens,
     instruction,
   )
+  if tokenizer.vocabulary > model.vocabulary:
+    raise errors.UserError(
+      f"the tokenizer of {source!r} has {tokenizer.vocabulary} tokens, and its "
+      f"weights have {model.vocabulary}: it is of another model; copy the one "
+      "of the model there"
+    )
   if tokenizer.length > model.longest:
     raise errors.UserError(
       f"{source!r} takes {model.longest} tokens, and texts would have "
@@ -300,6 +312,8 @@ class TextEncoder:
     self, texts: Sequence[str]
   ) -> tuple[Float[Array, "b l d"], Bool[np.ndarray, "b l"]]:
     """The states of texts, and which of them are tokens of the text."""
+    if isinstance(texts, str):
+      raise errors.UserError(f"{texts[:40]!r} is one text; give a list of them")
     if self.tokenizer is None:
       raise errors.UserError("a size without files has no tokenizer")
     ids, mask = self.tokenizer(texts)

@@ -37,7 +37,10 @@ def find(folders: Sequence[pathlib.Path]) -> str:
   for folder in folders:
     file = folder / "tokenizer.json"
     if file.is_file():
-      return file.read_text()
+      try:
+        return file.read_bytes().decode()
+      except UnicodeDecodeError as error:
+        raise errors.UserError(f"{file} is damaged ({error})") from error
     for name in ("spiece.model", "tokenizer.model"):
       if (folder / name).is_file():
         return unigram_file.to_json(folder / name)
@@ -51,6 +54,7 @@ class Tokenizer:
   """Ids of a fixed number of tokens, padded on the right.
 
   Attributes:
+    vocabulary: number of tokens that there are.
     max_tokens: the most of a text, marks included, that the encoder's states
       are of.
     length: of the rows of ids: `max_tokens`, but for an instruction, of which
@@ -74,6 +78,7 @@ class Tokenizer:
       ) from error
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
+    self.vocabulary = self._tokenizer.get_vocab_size()
     self._pad, self._begin, self._end = map(self._mark, marks)
     least = len(self._begin) + len(self._end) + 1
     if max_tokens < least:

@@ -25,7 +25,8 @@ def grid(
   margin = head = 0
   if labels is not None:
     lines = [line for label in labels for line in label.splitlines()]
-    margin = max(int(font.getlength(line)) for line in lines) + 2 * _GAP
+    widest = max((int(font.getlength(line)) for line in lines), default=0)
+    margin = widest + 2 * _GAP
   if headings is not None:
     head = 2 * int(font.size)
   shape = (

@@ -347,6 +347,16 @@ def test_files_that_do_not_fit_are_refused(change, message, tmp_path):
     released.find(_write(tmp_path / "a", tensors))
 
 
+def test_a_null_caption_that_is_not_finite_is_refused(tmp_path):
+  found = released.find(_write(tmp_path / "original", _tensors("PixArt")))
+  variables, model = released.read(found), released.create(found)
+  released.save(tmp_path / "new", variables, model, "diffusers")
+  file = tmp_path / "new/null_caption.npy"
+  np.save(file, np.load(file) * np.nan)
+  with pytest.raises(ValueError, match="is no null caption: not finite"):
+    released.find(str(file.parent))
+
+
 def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
   file = tmp_path / "PixArt-XL-2-512x512.pth"
   file.write_bytes(b"")

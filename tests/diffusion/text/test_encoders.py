@@ -275,12 +275,28 @@ def test_a_description_names_all_that_decides_on_states(tmp_path):
     ("minilm", {"vocab_size": 41}, "has the shape .40, 16., not .41, 16."),
     ("t5", {"num_layers": 3}, "missing encoder.block.2"),
     ("t5", {"num_layers": 1}, "unexpected encoder.block.1"),
+    ("t5", {"num_heads": 0}, "does not describe a text encoder"),
   ],
 )
 def test_configs_that_do_not_fit_are_refused(kind, changes, message, tmp_path):
   tiny_text_encoders.save(tmp_path, kind, **changes)
   with pytest.raises(errors.UserError, match=message):
     encoders.load(tmp_path)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_weights_is_refused(tmp_path):
+  tiny_text_encoders.save(tmp_path, "t5")
+  file = tmp_path / "tokenizer.json"
+  values = json.loads(file.read_text())
+  values["model"]["vocab"] |= {f"word{i}": 100 + i for i in range(9)}
+  file.write_text(json.dumps(values))
+  with pytest.raises(errors.UserError, match=r"tokenizer of .* another model"):
+    encoders.load(tmp_path)
+
+
+def test_a_text_in_place_of_a_list_is_refused(encoder):
+  with pytest.raises(errors.UserError, match="'red' is one text"):
+    encoder.encode("red")
 
 
 def test_a_config_without_a_number_is_refused(tmp_path):

@@ -101,6 +101,12 @@ def test_what_does_not_fit_is_said(file, marks, max_tokens, message):
     tokenizer.Tokenizer(file, marks, max_tokens)
 
 
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+  (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe\x80")
+  with pytest.raises(errors.UserError, match=r"tokenizer.json is damaged"):
+    tokenizer.find([tmp_path])
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
   with pytest.raises(errors.UserError, match=r"has no tokenizer.json"):
     tokenizer.find([tmp_path])
