@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-SIDECARS = (".txt", ".json")  # beside an image, in place of its suffix
+SIDECARS = (".json", ".txt")  # beside an image, in place of its suffix
 KEYS = ("captions", "caption", "text", "prompt")  # of a JSON object
 
 

@@ -74,12 +74,12 @@ class Denoiser:
 
   @functools.cached_property
   def autoencoder(self) -> autoencoder_lib.Autoencoder:
-    """What decodes samples; UserError if it cannot be loaded."""
+    """What decodes samples; it may be set. UserError if it cannot be loaded."""
     return self._load_autoencoder()
 
   @functools.cached_property
   def text_encoder(self) -> encoders.TextEncoder:
-    """What encodes prompts; UserError if it cannot be loaded."""
+    """What encodes prompts; it may be set. UserError if it cannot be loaded."""
     if self._load_text_encoder is None:
       raise errors.UserError(f"{self.variant} is told labels, and no captions")
     return self._load_text_encoder()

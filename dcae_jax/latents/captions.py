@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcae_jax import errors
 from dcae_jax.data import captions
 from dcae_jax.latents import layout, store
 from dcae_jax.runs import differences, storage
@@ -279,9 +278,3 @@ def store_of(path: str, retries: int) -> store.LatentStore:
 def identity(rows: np.ndarray, encoder: dict[str, Any]) -> dict[str, Any]:
   """What must be the same to go on with a store of states."""
   return {"captions": fingerprint(rows), "encoder": encoder}
-
-
-def check_captions(rows: np.ndarray, path: str) -> None:
-  """Raises UserError for a latent store whose images lack captions."""
-  if not len(rows) or not all(rows):
-    raise errors.UserError(f"{path} has images without captions")

@@ -53,7 +53,7 @@ def load(
       the run, of the pipeline's folder, or the one that its authors name on
       the hub.
     text_encoder: what encodes prompts, as `load_text_encoder` takes it; "": as
-      for the autoencoder.
+      for the autoencoder. One with an instruction is set afterwards.
     dtype: of the computation; parameters stay float32.
 
   Raises:
@@ -137,7 +137,6 @@ def _of_run(
   whole = sharding.replicated(mesh)
   _, variables = denoising.averages(run, diffusion.denoiser, whole)
   description = decode.read_description(run)
-
   return denoiser.Denoiser(
     config.model.variant,
     diffusion,

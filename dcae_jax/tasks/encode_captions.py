@@ -50,7 +50,6 @@ def run(
       config.latents, conditions=("captions",), retries=config.retries
     )
     rows = latents.condition("captions")
-    captions.check_captions(rows, latents.path)
     output = config.output or os.fspath(workdir / "captions")
     store = captions.store_of(output, config.retries)
     store.check_writable(jax.process_index())

@@ -121,12 +121,14 @@ def test_captions_of_a_folder_are_in_files_beside_images(tmp_path):
   ]
   (tmp_path / "b/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
   (tmp_path / "6.json").write_text("{")
+  (tmp_path / "5.json").write_text('{"width": 3}')
+  (tmp_path / "5.txt").write_text("not in 5.json")
   source = sources.folder(str(tmp_path), captions=True)
   found = {source.key(i): i for i in range(len(source))}
   broken = found.pop("6.png")
   assert {key: _texts(source[i]) for key, i in found.items()} == {
     "1.png": ["a red bus", "ein Bus"],
-    "5.png": [],
+    "5.png": ["not in 5.json"],
     "b/2.JPG": ["birds"],
     "b/3.png": ["a"],
     "b/4.png": ["of metadata"],

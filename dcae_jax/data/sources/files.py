@@ -88,33 +88,35 @@ class Captions:
 
   def __init__(
     self,
-    beside: dict[str, tuple[str, int | None]],
+    beside: dict[str, list[tuple[str, int | None]]],
     known: dict[str, tuple[image_captions.Caption, ...]],
   ):
-    """By the path of an image: a file of captions, and its size if that is
-    known; or captions themselves.
+    """By the path of an image: files of captions, with their sizes as far as
+    they are known, of which the first that has captions counts; or captions.
     """
     self._beside, self._known = beside, known
 
   def of(self, path: str) -> tuple[image_captions.Caption, ...]:
-    """Raises OSError for a file that cannot be read, or holds none."""
-    if path not in self._beside:
-      return self._known.get(path, ())
-    file, _ = self._beside[path]
-    is_json = file.lower().endswith(".json")
-    parse = image_captions.of_json if is_json else image_captions.of_text
-    data = _read(file)
-    try:
-      return parse(data)
-    except (ValueError, RecursionError) as error:
-      raise OSError(errno.ENXIO, f"{file}: {error}", path) from error
+    """Raises OSError for a file that cannot be read, or is none of captions."""
+    for file, _ in self._beside.get(path, ()):
+      is_json = file.lower().endswith(".json")
+      parse = image_captions.of_json if is_json else image_captions.of_text
+      data = _read(file)
+      try:
+        captions = parse(data)
+      except (ValueError, RecursionError) as error:
+        raise OSError(errno.ENXIO, f"{file}: {error}", path) from error
+      if captions:
+        return captions
+    return self._known.get(path, ())
 
   def entry(self, path: str) -> tuple:
     """Changes when the captions of an image do, without reading them."""
-    if path not in self._beside:
-      return self._known.get(path, ())
-    file, size = self._beside[path]
-    return os.path.basename(file), _size(file) if size is None else size
+    files = [
+      (os.path.basename(file), _size(file) if size is None else size)
+      for file, size in self._beside.get(path, ())
+    ]
+    return *files, *self._known.get(path, ())
 
 
 def _size(path: str) -> int:
@@ -223,7 +225,7 @@ def _captions(paths: list[str], files: dict[str, int | None]) -> Captions:
     stem, _ = os.path.splitext(path)
     for suffix in image_captions.SIDECARS:
       if file := names.get((stem, suffix)):
-        beside[path] = file, files[file]
+        beside.setdefault(path, []).append((file, files[file]))
   if not beside and not known.keys() & set(paths):
     raise errors.UserError(
       f"no image of the {len(paths)} beside {paths[0]} has captions: neither "
