@@ -5,7 +5,7 @@ r"""SANA-1600M on latents of f32c32-sana, 256 tokens of a 512 px image.
 
 The store has captions if its export read them, and Gemma 2 encodes them in each
 step; --config.text.instruction=TEXT stands before each of them.
-Meant for v5e:4x8 (planned: docs/results.md). Here: not yet measured.
+Meant for v5p:2x2x4 (planned: docs/results.md). Here: not yet measured.
 """
 
 from configs import base
