@@ -129,24 +129,41 @@ def positions(
   return dit.positions(*grid, features, (rows, columns))
 
 
-def caption_states(
-  condition: dict[str, Any],
-  null_caption: Float[Array, "tokens c"],
-) -> Float[Array, "b l c"]:
-  """The states of captions, or of the null caption where `is_null` says so.
+def modulation(
+  hidden: int, embedding: Float[Array, "b d"]
+) -> Float[Array, "b 6 d"]:
+  """The vectors that all blocks share; to be called in a module."""
+  linear = transformer.Linear(
+    6 * hidden, kernel_init=dit.embedding_init, name="modulation"
+  )
+  return linear(jax.nn.silu(embedding)).reshape(-1, 6, hidden)
 
-  Raises UserError for states that the null caption cannot replace.
+
+def caption_states(
+  module: nn.Module, condition: dict[str, Any]
+) -> Float[Array, "b l d"]:
+  """The states of captions in the channels of a module's tokens.
+
+  Or of its parameter `null_caption`, where `is_null` says so; to be called in
+  the module. Raises UserError for states that the null caption cannot replace.
   """
-  states = condition["states"]
+  states, captions = condition["states"], module.conditioning
   tokens, width = states.shape[1:]
-  most, expected = null_caption.shape
+  most, expected = captions.caption_tokens, captions.caption_width
   if tokens > most or width != expected:
     raise errors.UserError(
       f"captions have {tokens} tokens of {width} channels; this model takes at "
       f"most {most} tokens, of {expected} channels: those of its text encoder"
     )
+  null_caption = module.param(
+    "null_caption", table_init, (most, expected), jnp.float32
+  )
   is_null = condition["is_null"][:, None, None]
-  return jnp.where(is_null, null_caption[None, :tokens], states)
+  states = jnp.where(is_null, null_caption[None, :tokens], states)
+  project = CaptionProjection(
+    module.hidden, module.dtype, name="caption_projection"
+  )
+  return project(states)
 
 
 class PixArt(nn.Module):
@@ -237,20 +254,8 @@ class PixArt(nn.Module):
     embedding = dit.TimeEmbedding(self.hidden, name="time_embedding")(t)
     if self.size_conditions:
       embedding = embedding + self._size_embedding(z, condition)
-    modulation = transformer.Linear(
-      6 * self.hidden, kernel_init=dit.embedding_init, name="modulation"
-    )
-    shared = modulation(jax.nn.silu(embedding)).reshape(-1, 6, self.hidden)
-    captions = self.conditioning
-    null_caption = self.param(
-      "null_caption",
-      table_init,
-      (captions.caption_tokens, captions.caption_width),
-      jnp.float32,
-    )
-    states = CaptionProjection(
-      self.hidden, self.dtype, name="caption_projection"
-    )(caption_states(condition, null_caption))
+    shared = modulation(self.hidden, embedding)
+    states = caption_states(self, condition)
     block = nn.remat(PixArtBlock) if self.remat else PixArtBlock
     for i in range(self.depth):
       block_i = block(self.heads, self.dtype, name=f"block_{i}")

@@ -9,7 +9,6 @@ by whoever trains.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
@@ -209,25 +208,11 @@ class Sana(nn.Module):
         self.hidden, nn.initializers.zeros, name="guidance_embedding"
       )
       embedding += of_guidance(condition.get("guidance", jnp.zeros_like(t)))
-    modulation = transformer.Linear(
-      6 * self.hidden, kernel_init=dit.embedding_init, name="modulation"
-    )
-    shared = modulation(jax.nn.silu(embedding)).reshape(-1, 6, self.hidden)
-    captions = self.conditioning
-    null_caption = self.param(
-      "null_caption",
-      pixart.table_init,
-      (captions.caption_tokens, captions.caption_width),
-      jnp.float32,
-    )
-    project_captions = pixart.CaptionProjection(
-      self.hidden, self.dtype, name="caption_projection"
-    )
+    shared = pixart.modulation(self.hidden, embedding)
     caption_norm = transformer.RMSNorm(
       _NORM_EPSILON, nn.initializers.constant(0.01), name="caption_norm"
     )
-    states = pixart.caption_states(condition, null_caption)
-    states = caption_norm(project_captions(states))
+    states = caption_norm(pixart.caption_states(self, condition))
     block = nn.remat(SanaBlock) if self.remat else SanaBlock
     settings = self.linear_head_dim, self.qk_norm, self.dtype
     for i in range(self.depth):
