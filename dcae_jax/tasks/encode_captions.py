@@ -68,7 +68,7 @@ def run(
       store.remove_progress()
     return True
   with watch.measure("tokens"):
-    encoding = captions.Encoding(store, rows, _kept(encoder, mesh, config))
+    encoding = captions.Encoding(store, rows, _encoder(encoder, mesh, config))
     cut = encoder.tokenizer.cut
   missing = encoding.missing()
   own = work.share(missing)
@@ -104,7 +104,7 @@ def run(
   return True
 
 
-def _kept(
+def _encoder(
   encoder: encoders.TextEncoder, mesh: jax.sharding.Mesh, config: ConfigDict
 ) -> captions.Encoder:
   by_row = sharding.by_rows(mesh)

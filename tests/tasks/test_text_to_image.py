@@ -166,7 +166,7 @@ def test_the_null_caption_learns_if_it_may(null, training, tmp_path):
   assert np.array_equal(before, after) == (null == "random")
 
 
-def test_pictures_are_of_the_prompts(run):
+def test_samples_of_prompts_are_shown(run):
   (picture,) = (run / "samples").glob("*.png")
   with Image.open(picture) as image:
     assert image.width > 2 * 16 and image.height > 2 * 16
