@@ -822,6 +822,39 @@ def sampler() -> ConfigDict:
   return c
 
 
+@_task("study", begins_anew=True)
+def study() -> ConfigDict:
+  """Arms of a comparison, each of them run with several seeds."""
+  c = ConfigDict()
+  c.title = ""
+  # The config of a run, of any task that trains or measures. In its texts, and
+  # in those of arms, "{seed}" is the cell's seed, which every key `seed` gets,
+  # and "{study}" the work directory of `start_from`, or this one where that is
+  # empty: "{study}/cells/ARM/{seed}" is a cell to start from.
+  c.base = ConfigDict()
+  # Name to what differs from `base`, such as {"optimizer": {"kind": "muon"}}.
+  c.arms = ConfigDict()
+  c.seeds = (0, 1, 2)
+  c.start_from = ""
+  # Name to a number of `result.json`, such as "eval/psnr"; of dictionaries in
+  # dictionaries, their keys are joined by "/".
+  c.measures = ConfigDict()
+  # Two arms each, which are compared seed by seed; (): all with the first one.
+  c.pairs = ()
+  c.compare = "difference"  # or "ratio": the first one's over the second one's
+  # --- the figure: a panel for each measure, arms from left to right --------
+  c.figure = ConfigDict()
+  # Name to a tuple of arms, which are joined; none: all arms, not joined.
+  c.figure.lines = ConfigDict()
+  c.figure.ticks = ()  # what the arms of each line are called; (): their names
+  c.figure.x_label = ""
+  c.figure.over_steps = ()  # measures that have a curve over steps as well
+  # What the authors have published: name to {arm: number}.
+  c.published = ConfigDict()
+  c.compilation_cache = _CACHE
+  return c
+
+
 def three_phases(variant: str) -> ConfigDict:
   """All phases one after the other, below one work directory, and a report.
 

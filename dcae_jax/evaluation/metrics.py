@@ -35,9 +35,13 @@ class Column:
   better: Literal["higher", "lower", "neither"]
 
   @property
+  def arrow(self) -> str:
+    """Says which way is better."""
+    return _ARROWS[self.better]
+
+  @property
   def title(self) -> str:
-    """The heading, with an arrow that says which way is better."""
-    return self.heading + _ARROWS[self.better]
+    return self.heading + self.arrow
 
   def text(self, value: float | None) -> str:
     """A number that could not be computed is None, and reads "absent"."""

@@ -5,14 +5,15 @@ from typing import Any
 from dcae_jax import errors
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], separator: str = ".") -> dict[str, Any]:
   """Leaves by their path, `a.b.c`."""
   leaves = {}
   for key, value in tree.items():
     if isinstance(value, dict):
-      leaves |= flat(value, f"{prefix}{key}.")
+      inner = flat(value, separator)
+      leaves |= {f"{key}{separator}{path}": x for path, x in inner.items()}
     else:
-      leaves[f"{prefix}{key}"] = value
+      leaves[key] = value
   return leaves
 
 

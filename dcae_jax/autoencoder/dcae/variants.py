@@ -134,6 +134,12 @@ def _with_rms_norm(architecture: Architecture) -> Architecture:
   return dataclasses.replace(architecture, decoder=decoder)
 
 
+def _small(latent_channels: int, stages: int) -> Architecture:
+  """Of studies: latents of equal size, at every compression."""
+  widths = (16, 32, 64, 128, 256, 256, 256)[:stages]
+  return _with_rms_norm(_tiny(latent_channels, widths))
+
+
 _F32_WIDTHS = (128, 256, 512, 512, 1024, 1024)
 
 _SANA_ENCODER = _stages(_F32_WIDTHS, (2, 2, 2, 3, 3, 3), deep=_MULTI_SCALE)
@@ -162,6 +168,10 @@ VARIANTS: dict[str, Architecture] = {
   "tiny-f8-rms": _with_rms_norm(_tiny(16, (16, 32, 64, 128))),
   "tiny-f32": _tiny(32, (16, 32, 64, 64, 128, 128)),
   "tiny-f64": _tiny(64, (16, 32, 64, 64, 128, 128, 256)),
+  "small-f8c4": _small(4, 4),
+  "small-f16c16": _small(16, 5),
+  "small-f32c64": _small(64, 6),
+  "small-f64c256": _small(256, 7),
 }
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -160,12 +161,7 @@ def curves(
   marker: str = "",
 ) -> bytes:
   """A PNG with a panel per title, and a curve per name of points (x, y)."""
-  from matplotlib.backends import backend_agg  # slow to import; reports only
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
-  backend_agg.FigureCanvasAgg(figure)
-  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  figure, axes = _panels(len(panels), len(panels))
   for panel, (title, lines) in zip(axes, panels.items(), strict=True):
     for name, points in lines.items():
       if points:
@@ -176,6 +172,79 @@ def curves(
     panel.grid(alpha=0.3)
     if panel.lines:
       panel.legend(fontsize="small")
+  return _png(figure)
+
+
+class Line(NamedTuple):
+  """Of a panel.
+
+  Attributes:
+    points: x, mean, least and most.
+    style: of matplotlib's lines.
+    color: "": the next one.
+  """
+
+  points: Sequence[tuple[float, float, float, float]]
+  style: str = "-"
+  color: str = ""
+
+
+def ranges(
+  panels: Mapping[str, Mapping[str, Line]],
+  x_label: str,
+  ticks: Sequence[str] = (),
+) -> bytes:
+  """A PNG with a panel per title, and a line per name with its ranges.
+
+  With names of places, `ticks`, as bars at the places 0, 1, ...; else as bands.
+  A line without a name has no line, only bars.
+  """
+  figure, axes = _panels(len(panels), 3)
+  for panel, (title, lines) in zip(axes, panels.items(), strict=False):
+    for number, (name, line) in enumerate(lines.items()):
+      if not line.points:
+        continue
+      xs, means, least, most = np.transpose(line.points)
+      style = {
+        "label": name,
+        "color": line.color or f"C{number % 10}",
+        "linestyle": line.style if name else "none",
+      }
+      if ticks:
+        bars = (means - least, most - means)
+        panel.errorbar(xs, means, bars, marker="o", ms=4, capsize=4, **style)
+      else:
+        panel.plot(xs, means, linewidth=1, **style)
+        panel.fill_between(
+          xs, least, most, color=style["color"], alpha=0.2, linewidth=0
+        )
+    panel.set_title(title, fontsize="medium")
+    panel.set_xlabel(x_label)
+    panel.grid(alpha=0.3)
+    if ticks:
+      turned = max(map(len, ticks)) > 5
+      panel.set_xticks(range(len(ticks)), ticks, rotation=30 if turned else 0)
+      panel.margins(x=0.1)
+    if any(name and line.points for name, line in lines.items()):
+      panel.legend(fontsize="small")
+  for panel in axes[len(panels) :]:
+    panel.remove()
+  return _png(figure)
+
+
+def _panels(number: int, columns: int) -> tuple[Any, Any]:
+  """A figure, and at least so many axes."""
+  from matplotlib.backends import backend_agg  # slow to import; reports only
+  from matplotlib.figure import Figure
+
+  columns = min(number, columns)
+  rows = -(-number // columns)
+  figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
+  backend_agg.FigureCanvasAgg(figure)
+  return figure, figure.subplots(rows, columns, squeeze=False).flatten()
+
+
+def _png(figure: Any) -> bytes:
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=120)
   return buffer.getvalue()

@@ -55,11 +55,11 @@ def page(contents: Contents) -> str:
   runs = contents.runs
   curves = []
   if contents.curves:
-    image = _image(contents.curves, "losses over steps", "curves")
-    curves = ["<h2>Losses of training</h2>", image]
+    picture = image(contents.curves, "losses over steps", "curves")
+    curves = ["<h2>Losses of training</h2>", picture]
   body = [
     "<h1>Reconstruction by autoencoders</h1>",
-    _table(runs),
+    table(comparison.table(runs)),
     _notes(contents.notes),
     *curves,
     "<h2>Distribution over images</h2>",
@@ -69,7 +69,7 @@ def page(contents: Contents) -> str:
     *(_section(section) for section in contents.sections),
     "<h2>Latent channels</h2>",
     *(
-      f"<h3>{html.escape(title)}</h3>" + _image(file, "latents", "latents")
+      f"<h3>{html.escape(title)}</h3>" + image(file, "latents", "latents")
       for title, file in contents.latents
     ),
     _latent_statistics(runs),
@@ -80,18 +80,23 @@ def page(contents: Contents) -> str:
       for name, result in runs
     ),
   ]
+  return document("Reconstruction by autoencoders", body, _SCRIPT)
+
+
+def document(title: str, body: Sequence[str], script: str = "") -> str:
+  """A page with parts of HTML, one below the other."""
   return (
     "<!doctype html>\n<html lang=en><meta charset=utf-8>"
     "<meta name=viewport content='width=device-width, initial-scale=1'>"
-    f"<title>Reconstruction by autoencoders</title><style>{_STYLE}</style>\n"
+    f"<title>{html.escape(title)}</title><style>{_STYLE}</style>\n"
     + "\n".join(body)
-    + f"\n<script>{_SCRIPT}</script></html>\n"
+    + f"\n<script>{script}</script></html>\n"
   )
 
 
-def _table(runs: comparison.Runs) -> str:
-  """A row per run and resolution."""
-  header, *rows = comparison.table(runs)
+def table(rows: Sequence[Sequence[str]]) -> str:
+  """The first row is heads."""
+  header, *rows = rows
   head = "".join(f"<th>{html.escape(cell)}" for cell in header)
   body = "".join(
     f"<tr>{''.join(f'<td>{html.escape(cell)}' for cell in row)}</tr>"
@@ -113,7 +118,8 @@ def _section(section: Section) -> str:
   return f"<h3>{html.escape(section.title)}</h3>{figures}"
 
 
-def _image(file: str, alt: str, of_class: str) -> str:
+def image(file: str, alt: str, of_class: str) -> str:
+  """A picture beside the page."""
   file, alt = (html.escape(text, quote=True) for text in (file, alt))
   return f"<img class={of_class} loading=lazy src='{file}' alt='{alt}'>"
 
@@ -133,16 +139,16 @@ def _figure(figure: Figure) -> str:
 
   (left, left_file), (right, right_file) = versions[:2]
   slider = (
-    f"<div class=slider>{_image(right_file, right, 'right')}"
-    f"{_image(left_file, left, 'left')}</div>"
+    f"<div class=slider>{image(right_file, right, 'right')}"
+    f"{image(left_file, left, 'left')}</div>"
     "<input type=range min=0 max=100 value=50 aria-label=divide>"
   )
-  crop = _image(figure.crop, "original, crop", "pixels")
+  crop = image(figure.crop, "original, crop", "pixels")
   tiles = [(f"{choice(0)} {choice(1)}", slider), ("<b>original</b>", crop)]
   for version in figure.versions:
     name, caption = html.escape(version.run), html.escape(version.caption)
-    crop = _image(version.crop, f"{version.run}, crop", "pixels")
-    error = _image(version.error, f"{version.run}, error", "pixels")
+    crop = image(version.crop, f"{version.run}, crop", "pixels")
+    error = image(version.error, f"{version.run}, error", "pixels")
     tiles.append((f"<b>{name}</b><br>{caption}", crop))
     tiles.append((f"<b>{name}</b><br>error", error))
   tiles = "".join(f"<div><p>{text}</p>{tile}</div>" for text, tile in tiles)

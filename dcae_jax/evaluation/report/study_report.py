@@ -1,0 +1,369 @@
+"""The report of a study: arms side by side, with means and ranges over seeds.
+
+Reads nothing: what the cells of the study have reached comes as plain numbers.
+"""
+
+import dataclasses
+import html
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.evaluation.report import figures, page, text_table
+
+FIGURE, CURVES = "figure.png", "over_steps.png"
+_FLOOR = "block PCA"
+_OURS, _THEIRS = "eval/", "floor/"  # where a run measures itself, and its floor
+COMPARISONS: dict[str, Callable[[float, float], float]] = {
+  "difference": operator.sub,
+  "ratio": operator.truediv,
+}
+
+
+class Arm(NamedTuple):
+  """What is compared; the last three are of finished cells, by seed.
+
+  Attributes:
+    changes: what differs from the study's base config.
+    results: numbers by path.
+    lines: of metrics.jsonl.
+    records: seconds and versions.
+  """
+
+  changes: dict[str, Any]
+  results: dict[int, dict[str, float]]
+  lines: dict[int, Sequence[Mapping[str, float]]]
+  records: dict[int, dict[str, Any]]
+
+
+class Figure(NamedTuple):
+  """As `config.figure` of a study."""
+
+  lines: Mapping[str, tuple[str, ...]]
+  ticks: tuple[str, ...]
+  x_label: str
+  over_steps: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """A study, with the keys of its config, and its arms by name."""
+
+  title: str
+  arms: dict[str, Arm]
+  seeds: tuple[int, ...]
+  measures: dict[str, str]
+  pairs: tuple[tuple[str, str], ...]
+  compare: str
+  figure: Figure
+  published: dict[str, dict[str, float]]
+  base: dict[str, Any]
+
+  @property
+  def compared(self) -> tuple[tuple[str, str], ...]:
+    """Pairs of arms."""
+    first, *others = self.arms
+    return self.pairs or tuple((arm, first) for arm in others)
+
+  @property
+  def lines(self) -> Mapping[str, tuple[str, ...]]:
+    """Arms from left to right, by the name of what joins them."""
+    return self.figure.lines or {"": tuple(self.arms)}
+
+  @property
+  def unfinished(self) -> int:
+    """Cells."""
+    finished = sum(len(arm.results) for arm in self.arms.values())
+    return len(self.arms) * len(self.seeds) - finished
+
+  def values(self, arm: str, path: str) -> dict[int, float]:
+    """By seed."""
+    results = self.arms[arm].results
+    return {
+      seed: results[seed][path]
+      for seed in self.seeds
+      if path in results.get(seed, {})
+    }
+
+  def between(self, pair: tuple[str, str], path: str) -> dict[int, float]:
+    """The first arm compared with the second one, seed by seed."""
+    first, second = (self.values(arm, path) for arm in pair)
+    compare = COMPARISONS[self.compare]
+    return {
+      seed: compare(first[seed], second[seed])
+      for seed in first
+      if seed in second
+    }
+
+
+def statistics(values: Mapping[int, float]) -> dict[str, Any]:
+  """Of one number with several seeds; empty where there is none.
+
+  The deviation is that of the sample, of two seeds or more.
+  """
+  if not values:
+    return {}
+  numbers = np.array(list(values.values()))
+  found = {
+    "seeds": len(numbers),
+    "mean": float(numbers.mean()),
+    "least": float(numbers.min()),
+    "most": float(numbers.max()),
+    "values": {str(seed): value for seed, value in values.items()},
+  }
+  if len(numbers) > 1:
+    found["deviation"] = float(numbers.std(ddof=1))
+  return found
+
+
+def summary(study: Study) -> dict[str, Any]:
+  """The contents of `study.json`."""
+  of = lambda values: {
+    path: statistics(found) for path in _paths(study) if (found := values(path))
+  }
+  return {
+    "title": study.title,
+    "cells_unfinished": study.unfinished,
+    "measures": study.measures,
+    "arms": {
+      name: {
+        "changes": arm.changes,
+        "measured": of(lambda path, name=name: study.values(name, path)),
+        "published": {
+          what: by_arm[name]
+          for what, by_arm in study.published.items()
+          if name in by_arm
+        },
+        "cells": {str(seed): x for seed, x in arm.records.items()},
+      }
+      for name, arm in study.arms.items()
+    },
+    "compared": [
+      {
+        "arms": pair,
+        study.compare: of(lambda path, pair=pair: study.between(pair, path)),
+      }
+      for pair in study.compared
+    ],
+    "base": study.base,
+  }
+
+
+def _paths(study: Study) -> list[str]:
+  """Of the measures, and of their floors."""
+  paths = study.measures.values()
+  return [*paths, *(floor for path in paths if (floor := _floor_of(path)))]
+
+
+def _floor_of(path: str) -> str:
+  if not path.startswith(_OURS):
+    return ""
+  return _THEIRS + path.removeprefix(_OURS)
+
+
+def _column(path: str) -> metrics_table.Column | None:
+  return metrics_table.columns().get(path.rpartition("/")[-1])
+
+
+def _heading(name: str, path: str) -> str:
+  """Of a measure, with an arrow that says which way is better."""
+  column = _column(path)
+  return name + (column.arrow if column else "")
+
+
+def _text(path: str, value: float) -> str:
+  column = _column(path)
+  return column.text(value) if column else f"{value:.4g}"
+
+
+def _cell(values: Mapping[int, float], text: Callable[[float], str]) -> str:
+  """Mean and range."""
+  found = statistics(values)
+  if not found:
+    return "absent"
+  if found["seeds"] == 1:
+    return text(found["mean"])
+  mean, least, most = (text(found[x]) for x in ("mean", "least", "most"))
+  return f"{mean} ({least} to {most})"
+
+
+def table(study: Study) -> list[list[str]]:
+  """Of the arms, below a row of heads; what is published is marked as such."""
+  headings = [_heading(*measure) for measure in study.measures.items()]
+  published = [f"published: {what}" for what in study.published]
+  rows = [["arm", "seeds", *headings, *published]]
+  for name, arm in study.arms.items():
+    cells = [
+      _cell(study.values(name, path), lambda x, path=path: _text(path, x))
+      for path in study.measures.values()
+    ]
+    theirs = [
+      f"{by_arm[name]:.4g}" if name in by_arm else ""
+      for by_arm in study.published.values()
+    ]
+    rows.append([name, str(len(arm.results)), *cells, *theirs])
+  for name in next(iter(study.lines.values())):
+    floors = {path: _floor_of(path) for path in study.measures.values()}
+    values = {path: study.values(name, floor) for path, floor in floors.items()}
+    if any(values.values()):
+      cells = [
+        _cell(found, lambda x, path=path: _text(path, x)) if found else ""
+        for path, found in values.items()
+      ]
+      rows.append(
+        [f"{_FLOOR}, {name}", "", *cells, *("" for _ in study.published)]
+      )
+  return rows
+
+
+def table_of_pairs(study: Study) -> list[list[str]]:
+  """Of arms compared seed by seed, below a row of heads."""
+  sign, symbol = {"difference": ("+", "-"), "ratio": ("", "/")}[study.compare]
+  rows = [[study.compare, "seeds", *study.measures]]
+  for pair in study.compared:
+    between = {
+      path: study.between(pair, path) for path in study.measures.values()
+    }
+    cells = [
+      _cell(values, lambda x: f"{x:{sign}.3g}") for values in between.values()
+    ]
+    seeds = max(map(len, between.values()))
+    rows.append([f" {symbol} ".join(pair), str(seeds), *cells])
+  return rows
+
+
+def write_figure(study: Study) -> bytes:
+  """A PNG with a panel for each measure, and for what is published."""
+  panels = {}
+  for name, path in study.measures.items():
+    lines = {
+      line: figures.Line(_points(study, arms, path))
+      for line, arms in study.lines.items()
+    }
+    arms = next(iter(study.lines.values()))
+    floor = _points(study, arms, _floor_of(path))
+    lines[_FLOOR] = figures.Line(floor, "--", "grey")
+    panels[_heading(name, path)] = lines
+  for what, by_arm in study.published.items():
+    panels[f"published: {what}"] = {
+      line: figures.Line(
+        [
+          (place, *3 * (by_arm[arm],))
+          for place, arm in enumerate(arms)
+          if arm in by_arm
+        ],
+        ":",
+      )
+      for line, arms in study.lines.items()
+    }
+  ticks = study.figure.ticks or next(iter(study.lines.values()))
+  return figures.ranges(panels, study.figure.x_label, ticks)
+
+
+def _points(
+  study: Study, arms: Sequence[str], path: str
+) -> list[tuple[float, float, float, float]]:
+  """Place, mean, least and most of each arm that has any."""
+  points = []
+  for place, arm in enumerate(arms):
+    if found := statistics(study.values(arm, path)):
+      points.append((place, found["mean"], found["least"], found["most"]))
+  return points
+
+
+def write_curves(study: Study) -> bytes:
+  """A PNG with a panel for each measure that is shown over steps."""
+  panels = {}
+  for name in study.figure.over_steps:
+    path = study.measures[name]
+    panels[_heading(name, path)] = {
+      arm: figures.Line(_over_steps(found.lines.values(), path))
+      for arm, found in study.arms.items()
+    }
+  return figures.ranges(panels, "step")
+
+
+def _over_steps(
+  lines: Sequence[Sequence[Mapping[str, float]]], path: str
+) -> list[tuple[float, float, float, float]]:
+  """Step, mean, least and most over seeds."""
+  values: dict[int, list[float]] = {}
+  for of_seed in lines:
+    for line in of_seed:
+      if path in line:
+        values.setdefault(int(line["step"]), []).append(line[path])
+  return [
+    (step, float(np.mean(found)), min(found), max(found))
+    for step, found in sorted(values.items())
+  ]
+
+
+def _conditions(study: Study) -> list[str]:
+  """Sentences on what was computed, and by what."""
+  records = [x for arm in study.arms.values() for x in arm.records.values()]
+  if not records:
+    return ["No cell is finished."]
+  hours = sum(record["seconds"] for record in records) / 3600
+  computed = dict.fromkeys(
+    f"dcae_jax {x['dcae_jax']}, jax {x['jax']}, {x['devices']}"
+    for record in records
+    for x in (record["versions"],)
+  )
+  sentences = [
+    "Means over seeds, with the least and the most.",
+    f"{len(records)} cells took {hours:.2f} hours in all, by the clock of each "
+    f"({'; '.join(computed)}).",
+  ]
+  if study.unfinished:
+    sentences.append(f"{study.unfinished} cells are not finished.")
+  return sentences
+
+
+def markdown(study: Study) -> str:
+  """The contents of `study.md`."""
+  parts = [
+    f"# {study.title or 'Study'}",
+    " ".join(_conditions(study)),
+    text_table.markdown(table(study)),
+  ]
+  if study.compared:
+    parts += ["Seed by seed:", text_table.markdown(table_of_pairs(study))]
+  parts.append(f"![measures of each arm]({FIGURE})")
+  if study.figure.over_steps:
+    parts.append(f"![measures over steps]({CURVES})")
+  differing = [
+    f"- {name}: `{json.dumps(arm.changes)}`"
+    for name, arm in study.arms.items()
+    if arm.changes
+  ]
+  parts += ["What differs between arms:", "\n".join(differing)]
+  return "\n\n".join(parts) + "\n"
+
+
+def write_page(study: Study) -> str:
+  """The HTML report."""
+  notes = html.escape(" ".join(_conditions(study)))
+  body = [
+    f"<h1>{html.escape(study.title or 'Study')}</h1>",
+    f"<p class=notes>{notes}</p>",
+    page.table(table(study)),
+    page.image(FIGURE, "measures of each arm", "curves"),
+  ]
+  if study.compared:
+    body += ["<h2>Seed by seed</h2>", page.table(table_of_pairs(study))]
+  if study.figure.over_steps:
+    curves = page.image(CURVES, "measures over steps", "curves")
+    body += ["<h2>Over steps</h2>", curves]
+  body.append("<h2>What differs between arms</h2>")
+  described = {name: arm.changes for name, arm in study.arms.items()}
+  for name, config in (described | {"all arms": study.base}).items():
+    text = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
+    body.append(
+      f"<details><summary>{html.escape(name)}</summary><pre>{text}</pre>"
+      "</details>"
+    )
+  return page.document(study.title or "Study", body)

@@ -1,0 +1,254 @@
+"""The cells of a study: the configs of its arms, with each seed."""
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from dcae_jax import errors
+from dcae_jax.evaluation.report import study_report
+from dcae_jax.runs import differences, metrics_writer
+from dcae_jax.setup import autoencoder_training, keys, models
+
+TASKS = (
+  "train_autoencoder", "train_phases", "train_diffusion", "export_and_diffuse",
+  "throughput",
+)  # fmt: skip
+_RECORD = "cell.json"  # of a finished cell, written last
+_NAME = r"[\w+-]+"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """An arm with a seed: a run in a work directory of its own.
+
+  Attributes:
+    arm: its name.
+    seed: of the run.
+    config: of the run.
+    workdir: of the run.
+    before: names of the cells of the same study that it starts from.
+  """
+
+  arm: str
+  seed: int
+  config: ConfigDict
+  workdir: epath.Path
+  before: frozenset[str]
+
+  @property
+  def name(self) -> str:
+    return f"{self.arm}/{self.seed}"
+
+  def record(self) -> dict[str, Any] | None:
+    """What `finish` has kept; None for a cell that is not finished."""
+    path = self.workdir / _RECORD
+    if not path.exists():
+      return None
+    record = json.loads(path.read_text())
+    return record if record["config"] == self._fingerprint() else None
+
+  def finish(self, **facts: Any) -> None:
+    """Keeps facts about the finished run."""
+    facts["config"] = self._fingerprint()
+    metrics_writer.write_json(self.workdir / _RECORD, facts)
+
+  def _fingerprint(self) -> str:
+    text = json.dumps(keys.resolved(self.config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cells(config: ConfigDict, workdir: epath.Path) -> list[Cell]:
+  """All cells, seed by seed, in the order of the arms.
+
+  Raises UserError for what cannot be run.
+  """
+  _check(config)
+  study = epath.Path(config.start_from or workdir).expanduser()
+  made = []
+  for seed in config.seeds:
+    for arm, changes in config.arms.items():
+      filled = _changed(config.base, changes, f"config.arms.{arm}")
+      _fill(filled, seed, str(study))
+      own = workdir / "cells" / arm / str(seed)
+      before = _cells_within(filled, study)
+      made.append(Cell(arm, seed, filled, own, frozenset(before)))
+  if config.start_from:
+    for name in sorted(set().union(*(cell.before for cell in made))):
+      if not (study / "cells" / name / _RECORD).exists():
+        raise errors.UserError(
+          f"cell {name} of the study {study}, which cells of this one start "
+          "from, is not finished; run that study first"
+        )
+    made = [dataclasses.replace(cell, before=frozenset()) for cell in made]
+  names = {cell.name for cell in made}
+  for cell in made:
+    if unknown := cell.before - names:
+      raise errors.UserError(
+        f"cell {cell.name} starts from {sorted(unknown)[0]}, which is no cell "
+        "of this study; set config.start_from to the study that has it"
+      )
+    keys.check(cell.config)
+    if cell.seed == config.seeds[0] and not cell.before:
+      _check_run(cell)
+  return made
+
+
+def _check(config: ConfigDict) -> None:
+  """Raises UserError for arms, seeds and pairs that cannot be."""
+  task = config.base.get("task")
+  if task not in TASKS:
+    raise errors.UserError(
+      f"config.base is of the task {task!r}; studies are of {', '.join(TASKS)}"
+    )
+  if not config.arms or not config.measures:
+    raise errors.UserError(
+      "config.arms and config.measures must not be empty; name what is "
+      "compared, and the numbers of result.json that are compared"
+    )
+  for arm in config.arms:
+    if not re.fullmatch(_NAME, arm):
+      raise errors.UserError(
+        f"config.arms names {arm!r}; use letters, digits, _, + and -"
+      )
+  seeds = config.seeds
+  if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+    raise errors.UserError(
+      f"config.seeds={seeds} are not different numbers from 0 on"
+    )
+  named = {
+    "pairs": sum(map(tuple, config.pairs), ()),
+    "figure.lines": sum(map(tuple, config.figure.lines.values()), ()),
+    "published": {arm for x in config.published.values() for arm in x},
+  }
+  for key, arms in named.items():
+    if unknown := set(arms) - set(config.arms):
+      raise errors.UserError(
+        f"config.{key} names {sorted(unknown)[0]!r}, which is no arm; they are "
+        f"{', '.join(config.arms)}"
+      )
+  if unknown := set(config.figure.over_steps) - set(config.measures):
+    raise errors.UserError(
+      f"config.figure.over_steps names {sorted(unknown)[0]!r}, which is no "
+      f"measure; they are {', '.join(config.measures)}"
+    )
+  if config.compare not in study_report.COMPARISONS:
+    raise errors.UserError(
+      f"config.compare={config.compare!r} is unknown; known are "
+      f"{', '.join(study_report.COMPARISONS)}"
+    )
+
+
+def _check_run(cell: Cell) -> None:
+  """Builds what can be built before other cells are there."""
+  if cell.config.task == "train_autoencoder":
+    config = keys.for_device(cell.config, jax.default_backend())
+    try:
+      autoencoder_training.build(models.with_model(config))
+    except errors.UserError as error:
+      raise errors.UserError(f"arm {cell.arm}: {error}") from error
+
+
+def _changed(config: ConfigDict, changes: ConfigDict, name: str) -> ConfigDict:
+  """A copy with other values; UserError for a key that is not there.
+
+  What is empty there, as `model.architecture`, may get any keys.
+  """
+  config = copy.deepcopy(config)
+  _change(config, changes, name)
+  return config.copy_and_resolve_references()
+
+
+def _change(group: ConfigDict, changes: Mapping[str, Any], name: str) -> None:
+  is_free = not group
+  with group.unlocked():
+    for key, value in changes.items():
+      if key not in group and not is_free:
+        near = difflib.get_close_matches(key, group)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise errors.UserError(f"{name}.{key} is no key of the run{hint}")
+      if key in group and isinstance(group[key], ConfigDict):
+        if not isinstance(value, ConfigDict):
+          raise errors.UserError(f"{name}.{key}={value!r} is no group of keys")
+        _change(group[key], value, f"{name}.{key}")
+        continue
+      try:
+        group[key] = value
+      except TypeError as error:
+        raise errors.UserError(f"{name}.{key}: {error}") from error
+
+
+def _fill(config: ConfigDict, seed: int, study: str) -> None:
+  """Puts the seed, and the work directory to start from, where they belong."""
+  texts = {"{seed}": str(seed), "{study}": study}
+
+  def filled(value):
+    if isinstance(value, str):
+      for name, text in texts.items():
+        value = value.replace(name, text)
+    if isinstance(value, tuple):
+      return tuple(map(filled, value))
+    return value
+
+  with config.unlocked():
+    for key, value in config.items():
+      if isinstance(value, ConfigDict):
+        _fill(value, seed, study)
+      else:
+        config[key] = seed if key == "seed" else filled(value)
+
+
+def _cells_within(config: ConfigDict, study: epath.Path) -> Iterator[str]:
+  """Names of the cells of a study that texts of a config are paths of."""
+  cell = re.compile(rf"{re.escape(str(study))}/cells/({_NAME}/\d+)(/|$)")
+  for value in differences.flat(config.to_dict()).values():
+    for text in value if isinstance(value, tuple) else (value,):
+      if isinstance(text, str) and (match := cell.match(text)):
+        yield match[1]
+
+
+def report(config: ConfigDict, all_cells: list[Cell]) -> study_report.Study:
+  """The study with what its finished cells have reached."""
+  arms = {
+    arm: study_report.Arm(changes.to_dict(), {}, {}, {})
+    for arm, changes in config.arms.items()
+  }
+  for cell in all_cells:
+    record = cell.record()
+    if record is not None:
+      arm = arms[cell.arm]
+      arm.records[cell.seed] = record
+      arm.results[cell.seed] = _result(cell.workdir)
+      arm.lines[cell.seed] = metrics_writer.read_lines(
+        cell.workdir / "metrics.jsonl"
+      )
+  plain = keys.resolved(config)
+  return study_report.Study(
+    config.title,
+    arms,
+    tuple(config.seeds),
+    plain["measures"],
+    tuple(map(tuple, config.pairs)),
+    config.compare,
+    study_report.Figure(**config.figure),
+    plain["published"],
+    plain["base"],
+  )
+
+
+def _result(workdir: epath.Path) -> dict[str, float]:
+  """The numbers of `result.json`, by path."""
+  result = json.loads((workdir / "result.json").read_text())
+  return {
+    path: float(value)
+    for path, value in differences.flat(result, separator="/").items()
+    if isinstance(value, int | float)
+  }
