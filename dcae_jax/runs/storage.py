@@ -72,13 +72,29 @@ class Storage:
 
   def read(self, key: str) -> bytes | None:
     """An object; None where there is none."""
+    return self.read_version(key)[0]
+
+  def read_version(self, key: str) -> tuple[bytes | None, bytes]:
+    """An object, or None, and its generation: what `replace` asks for."""
     with self.errors():
       entry = self._objects().read(key).result()
-    return entry.value if entry.state == "value" else None
+    data = entry.value if entry.state == "value" else None
+    return data, entry.stamp.generation
 
   def write(self, key: str, data: bytes) -> None:
     with self.errors():
       self._objects().write(key, data).result()
+
+  def replace(self, key: str, data: bytes | None, generation: bytes) -> bool:
+    """Writes an object, or deletes it, if it still has that generation.
+
+    Whether it is now what it should be. A request whose answer was lost is
+    sent again, and refused if the first was heeded: data that nobody else
+    writes are recognised then.
+    """
+    with self.errors():
+      stamp = self._objects().write(key, data, if_equal=generation).result()
+    return bool(stamp.generation) or self.read(key) == data
 
   def delete(self, prefix: str) -> None:
     """All objects whose keys begin so; a local folder of that name, too."""
