@@ -475,10 +475,11 @@ def _measured_images() -> ConfigDict:
 def reference_statistics() -> ConfigDict:
   """Mean and covariance of Inception features of images, for FID."""
   c = _measured_images()
-  # Also "efficientnet_lite0", for frechet_efficientnet_lite0 of samples.
+  # Also "efficientnet_lite0", for the metrics that have it in their names.
   c.networks = ("inception",)
   # Images whose features are kept, for precision and recall; evenly spaced.
   c.features = Key(10_000, 0)
+  c.min_size = Key(0, 0)  # images with a smaller side are left out; 0: none
   c.weights = ""  # of the FID Inception; "": the cache
   return c
 
@@ -771,8 +772,9 @@ def evaluate_diffusion() -> ConfigDict:
   # reads them; "": none.
   c.images = "png"
   # --- what is measured ----------------------------------------------------
-  # Without the Inception: "frechet_efficientnet_lite0". Of prompts, with CLIP
-  # ViT-L/14: "clip_score".
+  # Without the Inception: "frechet_efficientnet_lite0" and
+  # "precision_recall_efficientnet_lite0". Of prompts, with CLIP ViT-L/14:
+  # "clip_score".
   c.metrics = ("gfid", "inception_score", "precision_recall")
   c.weights = ""  # of the FID Inception; "": the cache
   c.clip_weights = ""  # of CLIP, for "clip_score" of prompts; "": the cache
@@ -796,12 +798,14 @@ def export_and_diffuse() -> ConfigDict:
 
   The store, the run and the evaluation of samples are `latents`, `training` and
   `samples` in the work directory. Of models of captions, `captions` there are
-  states that the encoder `training.text` makes.
+  states that the encoder `training.text` makes. Without `samples.reference`,
+  metrics compare with `reference` there: centre crops of the exported images.
   """
   c = ConfigDict()
   c.task = "export_and_diffuse"
   c.export = export_latents()
   c.captions = encode_captions()
+  c.reference = reference_statistics()
   c.training = latent_diffusion()
   c.samples = evaluate_diffusion()
   return c

@@ -4,19 +4,23 @@ import pathlib
 import shutil
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
 from configs import base
 from dcae_jax import main
+from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.setup import (
   autoencoder_training,
+  denoising,
   image_sources,
   keys,
   start,
 )
 from dcae_jax.tasks import evaluate_autoencoder, train_autoencoder, train_phases
+from dcae_jax.training import freezing
 
 DIRECTORY = pathlib.Path(__file__).parent.parent / "configs"
 NAMES = sorted(
@@ -103,6 +107,23 @@ def test_recipe_is_the_papers(variant, number):
   assert config.model.variant.startswith(variant + "c")
   low, high = config.resolution, config.evaluation.resolutions
   assert (low == 256) == (number != 2) and (256 in high)
+
+
+def test_whoever_compresses_the_denoiser_is_the_same():
+  """Tokens, parameters and matrix products, at equal size of the latents."""
+  config = importlib.import_module("configs.studies.compression").get_config()
+  found = set()
+  for compression in (8, 16, 32, 64):
+    side, c = config.export.resolution // compression, config.training
+    c.model.patch_size = 64 // compression
+    shape = (side, side, compression**2 // 16)
+    c = denoising.with_numbers(c, "", shape, np.zeros(1, np.int32), ["all"])
+    denoiser = denoising.create(c.model, c.objective, c.sampler).denoiser
+    params = denoisers.abstract_variables(denoiser)["params"]
+    tokens = len(params["positions"]) - 2  # besides the class and the time
+    found.add((tokens, freezing.count(params), denoiser.forward_macs))
+  ((tokens, _, _),) = found
+  assert tokens == 16
 
 
 def test_unknown_keys_fail_with_a_suggestion():

@@ -177,6 +177,13 @@ LPIPS = Network("lpips_alexnet", functools.partial(lpips.load, "alexnet"))
 
 _LITE = "Fréchet EfficientNet-Lite0"
 _FRECHET = OfSets(_frechet, moments=True, least=2, fewest=fid.FEWEST_IMAGES)
+_PRECISION_RECALL = OfSets(
+  lambda images, reference: sample_metrics.precision_recall(
+    reference.features, images.features
+  ),
+  rows=("features",),
+  least=sample_metrics.NEIGHBOURS + 1,
+)
 METRICS: dict[str, Metric] = {
   "rfid": Metric(
     "rFID",
@@ -240,13 +247,18 @@ METRICS: dict[str, Metric] = {
       "recall": Column("recall", 4, "higher"),
     },
     INCEPTION,
-    of_sets=OfSets(
-      lambda images, reference: sample_metrics.precision_recall(
-        reference.features, images.features
-      ),
-      rows=("features",),
-      least=sample_metrics.NEIGHBOURS + 1,
-    ),
+    of_sets=_PRECISION_RECALL,
+  ),
+  "precision_recall_efficientnet_lite0": Metric(
+    "precision and recall, EfficientNet-Lite0",
+    {
+      f"{name}_efficientnet_lite0": Column(
+        f"{name}, EfficientNet-Lite0", 4, "higher"
+      )
+      for name in ("precision", "recall")
+    },
+    EFFICIENTNET,
+    of_sets=_PRECISION_RECALL,
   ),
   "clip_score": Metric(
     "CLIP score",

@@ -1,5 +1,6 @@
 """Metrics of generated images, as a network sees them: Inception Score,
-precision and recall with the FID Inception, the CLIP score with CLIP.
+precision and recall with the FID Inception or EfficientNet-Lite0, the CLIP
+score with CLIP.
 """
 
 from collections.abc import Iterator

@@ -141,7 +141,8 @@ def _open(
     config, workdir, ("parts", "images", _PICTURE, _PLOT, "manifest.json")
   )
   store = _open_store(config)
-  metrics, references = open_metrics(config)
+  metrics = open_metrics(config)
+  references = open_references(config, metrics)
   advice = "name it with config.autoencoder"
   ae = decode.load_autoencoder(
     description, config.autoencoder, advice, config.compute_dtype
@@ -293,26 +294,32 @@ def _open_store(config: ConfigDict) -> reader.Latents | None:
   return store
 
 
-def open_metrics(
-  config: ConfigDict,
-) -> tuple[metric_networks.Opened, dict[str, fid.Statistics]]:
-  """The metrics, and what they compare with by the network's key.
+def open_metrics(config: ConfigDict) -> metric_networks.Opened:
+  """The metrics, with their weights.
 
-  Raises:
-    UserError: no metric has its weights, or a file has other contents: samples
-      that could not be measured are not drawn.
+  Raises UserError if none of them has its weights: samples that could not be
+  measured are not drawn.
   """
   weights = {"gfid": config.weights, "clip_score": config.clip_weights}
   metrics = metric_networks.open_all(config.metrics, weights, "samples")
   if metrics.absent and not metrics.metrics:
     raise errors.UserError("; ".join(dict.fromkeys(metrics.absent.values())))
-  references = {
+  return metrics
+
+
+def open_references(
+  config: ConfigDict, metrics: metric_networks.Opened
+) -> dict[str, fid.Statistics]:
+  """What the metrics compare with, by the network's key.
+
+  Raises UserError for a file that is not there, or has other contents.
+  """
+  return {
     key: metric_networks.load_reference(
       _reference(config, key), network, metrics.metrics
     )
     for key, network in metric_networks.compared(metrics.metrics).items()
   }
-  return metrics, references
 
 
 def _reference(config: ConfigDict, network: str) -> str:

@@ -1,6 +1,8 @@
 """Exports latents, trains a diffusion model on them, and draws samples.
 
 A model of captions learns from states of a text encoder, which are kept first.
+Samples are compared with the images that were exported, unless the config names
+other statistics.
 """
 
 import jax
@@ -9,11 +11,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
+from dcae_jax.runs import metrics_writer, work_directory
 from dcae_jax.setup import (
   denoising,
   diffusion_training,
   exporting,
+  image_sources,
   keys,
+  metric_networks,
   models,
   start,
 )
@@ -21,40 +26,63 @@ from dcae_jax.tasks import (
   encode_captions,
   evaluate_diffusion,
   export_latents,
+  reference_statistics,
   train_diffusion,
 )
 from dcae_jax.training import loop
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> bool:
+def run(
+  config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm | None = None
+) -> bool:
   """Runs, or goes on with, the stages; False if SIGTERM ended it early.
 
   Each has its own work directory below `workdir`. All are checked before the
-  first starts.
+  first starts. The `result.json` of the last one is this one's, too.
   """
-  config = chained(config, workdir)
+  sigterm = sigterm or loop.Sigterm(each_alone=True)
+  metrics = evaluate_diffusion.open_metrics(config.samples)
+  config = chained(config, workdir, metrics)
   config.training = keys.for_device(config.training, jax.default_backend())
-  trained = check(config)
+  trained = check(config, metrics)
   start.check_work_directory(config, workdir)
+  work_directory.check_nothing_foreign(workdir, ())
   start.check_work_directory(trained, workdir / "training")
   start.write_config(config, workdir)
-  sigterm = loop.Sigterm(each_alone=True)
-  stages = [
-    (export_latents.run, config.export, "export"),
-    (encode_captions.run, config.captions, "encoding"),
-    (train_diffusion.run, config.training, "training"),
-    (evaluate_diffusion.run, config.samples, "samples"),
-  ]
+  stages = {
+    "export": (export_latents.run, config.export),
+    "reference": (_describe_reference, config.reference),
+    "encoding": (encode_captions.run, config.captions),
+    "training": (train_diffusion.run, config.training),
+    "samples": (evaluate_diffusion.run, config.samples),
+  }
+  if not config.reference.networks:
+    del stages["reference"]
   if not denoising.conditioning_of(config.training.model).is_text:
-    del stages[1]
-  for run_stage, stage, name in stages:
+    del stages["encoding"]
+  for name, (run_stage, stage) in stages.items():
     finished = run_stage(stage, workdir / name, sigterm)
     if not finished or sigterm.received:
       return False
+  result = (workdir / "samples" / "result.json").read_bytes()
+  metrics_writer.write_whole(workdir / "result.json", result)
   return True
 
 
-def check(config: ConfigDict) -> ConfigDict:
+def _describe_reference(
+  config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm
+) -> bool:
+  """Once: statistics with the same config are kept."""
+  before, result = workdir / "config.json", workdir / "result.json"
+  if before.exists():
+    is_same = work_directory.read_config(before) == keys.resolved(config)
+    if is_same and result.exists():
+      return True
+    result.unlink(missing_ok=True)
+  return reference_statistics.run(config, workdir, sigterm)
+
+
+def check(config: ConfigDict, metrics: metric_networks.Opened) -> ConfigDict:
   """The training's config, with the numbers that latents will have."""
   if jax.process_count() > 1:
     raise errors.UserError(
@@ -75,11 +103,27 @@ def check(config: ConfigDict) -> ConfigDict:
     if path:
       models.identity_of(path)
   evaluate_diffusion.open_model(config.samples, keys.resolved(trained))
-  evaluate_diffusion.open_metrics(config.samples)
+  if config.reference.networks:
+    _check_reference(config)
+  else:
+    evaluate_diffusion.open_references(config.samples, metrics)
   return trained
 
 
-def chained(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+def _check_reference(config: ConfigDict) -> None:
+  """Raises UserError if samples cannot be compared with what is exported."""
+  if config.export.source.kind == "npy":
+    raise errors.UserError(
+      f"config.samples.metrics={config.samples.metrics} compare with images, "
+      "and config.export.source is of latents; name config.samples.reference"
+    )
+  reference_statistics.check(config.reference)
+  image_sources.single_source(config.reference.source)
+
+
+def chained(
+  config: ConfigDict, workdir: epath.Path, metrics: metric_networks.Opened
+) -> ConfigDict:
   """The config with each stage starting from the one before."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -92,6 +136,17 @@ def chained(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
       config.captions.text = {
         key: config.training.text[key] for key in config.captions.text
       }
+    own = metric_networks.compared(metrics.metrics)
+    if config.samples.reference:
+      own = {}
+    elif own:
+      name = f"{{network}}_{config.export.resolution}px.npz"
+      config.samples.reference = str(workdir / "reference" / name)
+    config.reference.networks = tuple(own)
+    config.reference.resolutions = (config.export.resolution,)
+    config.reference.weights = config.samples.weights
+    for key in ("source", "max_images", "min_size", "max_megapixels"):
+      config.reference[key] = config.export[key]
     config.samples.init_from = str(workdir / "training")
     config.samples.picture.latents = store
   return config

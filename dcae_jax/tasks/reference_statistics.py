@@ -6,6 +6,7 @@ precision and recall of samples.
 """
 
 import logging
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from dcae_jax.evaluation import fid
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.runs import metrics_writer, progress_lines
 from dcae_jax.setup import image_sources, keys, measuring, start
-from dcae_jax.training import sharding
+from dcae_jax.training import loop, sharding
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,8 +39,13 @@ def check(config: ConfigDict) -> None:
       )
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> bool:
-  """Writes an `.npz` for each network and resolution, and `result.json`."""
+def run(
+  config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm | None = None
+) -> bool:
+  """Writes an `.npz` for each network and resolution, and `result.json`.
+
+  False if SIGTERM, which the caller listens to, stopped it.
+  """
   check(config)
   names = {
     (key, side): f"{key}_{side}px.npz"
@@ -48,7 +54,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   }
   start.begin(config, workdir, tuple(names.values()))
   source = image_sources.single_source(config.source)
-  decoding = images.Decoding(max_megapixels=config.max_megapixels)
+  decoding = images.Decoding(
+    min_size=config.min_size, max_megapixels=config.max_megapixels
+  )
   images.check_not_empty(source, decoding)
   known, weights = metrics_table.describing_networks(), {}
   for key in config.networks:
@@ -67,9 +75,14 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   counts = {}
   for (key, side), name in names.items():
     network, parameters = known[key], weights[key].parameters
-    moments, features = _features(
-      network, parameters, reader, side, chosen, mesh
-    )
+    described = _described(network, parameters, reader, side, mesh)
+    moments, kept = streaming_moments.Moments(network.features), []
+    for rows, indices in described:
+      if sigterm and sigterm.received:
+        return False
+      moments.update(rows)
+      kept.append(rows[np.isin(indices, chosen)])
+    features = np.concatenate(kept)
     covariance = moments.covariance  # refuses fewer than two images
     if moments.count < fid.FEWEST_IMAGES:
       _LOG.warning(
@@ -95,15 +108,14 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   return True
 
 
-def _features(
+def _described(
   network: metrics_table.Network,
   parameters: dict[str, np.ndarray],
   reader: measuring.EvaluationImages,
   resolution: int,
-  chosen: np.ndarray,
   mesh: Mesh,
-) -> tuple[streaming_moments.Moments, np.ndarray]:
-  """The moments of all images, and the features of the chosen ones."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Features [n, d] of all images, batch by batch, and their indices [n]."""
   whole = sharding.replicated(mesh)
 
   def describe(parameters, batch):
@@ -114,11 +126,8 @@ def _features(
   described = jax.jit(describe, out_shardings=whole)
   parameters = jax.device_put(parameters, whole)
   progress = progress_lines.Progress(reader.total)
-  moments, kept = streaming_moments.Moments(network.features), []
   for batch in reader.batches(resolution):
     rows, mask, indices = jax.device_get(described(parameters, batch))
-    kept.append(rows[mask & np.isin(indices, chosen)])
-    moments.update(rows[mask])
+    yield rows[mask], indices[mask]
     progress.add(int(np.sum(mask)))
   progress.finish()
-  return moments, np.concatenate(kept)

@@ -13,13 +13,15 @@ from dcae_jax.training import loop
 _PHASES = ("phase1", "phase2", "phase3")
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> bool:
+def run(
+  config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm | None = None
+) -> bool:
   """Runs, or goes on with, the phases; False if SIGTERM ended it early.
 
   Each phase has its own work directory below `workdir`, and starts from the one
   before. All configs are checked before the first phase starts.
   """
-  sigterm = loop.Sigterm()
+  sigterm = sigterm or loop.Sigterm()
   config = chained(config, workdir)
   for name in _PHASES:
     config[name] = keys.for_device(config[name], jax.default_backend())

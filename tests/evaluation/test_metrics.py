@@ -138,7 +138,8 @@ def test_samples_are_measured_without_the_inception(
   fid.save_statistics(tmp_path / "mean_colours.npz", np.zeros(3), np.eye(3))
   c.reference = str(tmp_path / "{network}.npz")
   c.metrics = ("gfid", "colours")
-  opened, references = evaluate_diffusion.open_metrics(c)
+  opened = evaluate_diffusion.open_metrics(c)
+  references = evaluate_diffusion.open_references(c, opened)
   assert list(opened.metrics) == ["colours"]
   assert list(references) == ["mean_colours"]
   assert "curl" in opened.absent["gfid"]

@@ -1,15 +1,23 @@
 """Latents, a diffusion model and samples, one after the other."""
 
 import json
+import math
 import os
 import signal
 
+import numpy as np
 import pytest
 from etils import epath
 
 from configs import base
 from dcae_jax.latents import reader
 from dcae_jax.tasks import export_and_diffuse
+from dcae_jax.training import loop
+
+OF_EFFICIENTNET = (
+  "frechet_efficientnet_lite0",
+  "precision_recall_efficientnet_lite0",
+)
 
 
 @pytest.fixture
@@ -25,15 +33,24 @@ def config(tiny_autoencoder, photographs, tiny_diffusion, compilation_cache):
   c.samples.samples, c.samples.batch_size = 8, 8
   c.samples.guidance, c.samples.metrics = (1.0, 3.0), ()
   c.samples.picture.classes = 3
-  for part in (c.export, c.samples):
+  for part in (c.export, c.reference, c.samples):
     part.compilation_cache = compilation_cache
   return c
 
 
 def test_images_become_classes_and_samples_of_them(config, tmp_path):
-  """And again, with nothing left to do."""
+  """And again, with nothing left to do; samples are compared with the images.
+
+  Of two images in 12, features are not kept.
+  """
+  config.samples.metrics, config.reference.features = OF_EFFICIENTNET, 10
+  reference = tmp_path / "reference" / "efficientnet_lite0_16px.npz"
+  times = set()
   for _ in range(2):
     assert export_and_diffuse.run(config, epath.Path(tmp_path))
+    times.add(reference.stat().st_mtime_ns)
+  assert len(times) == 1
+  assert np.load(reference)["features"].shape == (10, 1280)
   store = reader.Latents(tmp_path / "latents")
   assert store.classes == store.keys()[::2] and len(store.classes) == 12
   assert store.condition("labels").tolist() == [
@@ -42,13 +59,19 @@ def test_images_become_classes_and_samples_of_them(config, tmp_path):
   model = json.loads((tmp_path / "training/config.json").read_text())["model"]
   assert model["num_classes"] == 12
   assert (tmp_path / "samples" / "samples.png").exists()
-  result = json.loads((tmp_path / "samples" / "result.json").read_text())
-  assert set(result["guidance"]) == {"1", "3"}
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert result == json.loads((tmp_path / "samples/result.json").read_text())
+  assert set(result["guidance"]) == {"1", "3"} and not result["absent"]
+  for measured in result["guidance"].values():
+    assert math.isfinite(measured["frechet_efficientnet_lite0"])
+    for name in ("precision", "recall"):
+      assert 0 <= measured[f"{name}_efficientnet_lite0"] <= 1
 
 
 def test_sigterm_stops_in_any_stage(config, tmp_path, monkeypatch):
   """The stage that gets it leaves, and no other starts."""
-  for stage in ("export_latents", "train_diffusion"):
+  config.samples.metrics = OF_EFFICIENTNET[:1]
+  for stage in ("export_latents", "reference_statistics", "train_diffusion"):
     task = getattr(export_and_diffuse, stage)
     run = task.run
 
@@ -60,8 +83,46 @@ def test_sigterm_stops_in_any_stage(config, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "run", interrupted)
     assert not export_and_diffuse.run(config, epath.Path(tmp_path))
     monkeypatch.undo()
+    reference = tmp_path / "reference" / "result.json"
+    assert reference.exists() == (stage == "train_diffusion")
     assert not (tmp_path / "samples").exists()
+    assert not (tmp_path / "result.json").exists()
+  config.reference.features = 5  # of the reference that is there: 12
   assert export_and_diffuse.run(config, epath.Path(tmp_path))
+  statistics = np.load(tmp_path / "reference" / "efficientnet_lite0_16px.npz")
+  assert statistics["features"].shape == (5, 1280)
+
+
+def test_whoever_runs_it_can_listen_to_sigterm(config, tmp_path):
+  sigterm = loop.Sigterm()
+  sigterm.received = True
+  assert not export_and_diffuse.run(config, epath.Path(tmp_path), sigterm)
+  assert not (tmp_path / "training" / "result.json").exists()
+
+
+def test_samples_are_compared_with_statistics_that_are_named(config, tmp_path):
+  config.samples.metrics = OF_EFFICIENTNET[:1]
+  config.samples.reference = str(tmp_path / "{network}.npz")
+  with pytest.raises(ValueError, match=r"no file .*efficientnet_lite0\.npz"):
+    export_and_diffuse.run(config, epath.Path(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_result_of_something_else_is_not_written_over(config, tmp_path):
+  (tmp_path / "result.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"holds result\.json of something else"):
+    export_and_diffuse.run(config, epath.Path(tmp_path))
+
+
+def test_without_images_there_is_no_reference_of_them(config, tmp_path):
+  config.samples.metrics = OF_EFFICIENTNET
+  config.export.source.kind = "npy"
+  config.export.crop, config.export.crops_per_image = "dm_crop", 1
+  config.export.scaling_factor = 1.0
+  np.save(tmp_path / "0.npy", np.zeros((16, 2, 2), "float32"))
+  config.export.source.path = str(tmp_path)
+  with pytest.raises(ValueError, match=r"name config\.samples\.reference"):
+    export_and_diffuse.run(config, epath.Path(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +136,11 @@ def test_sigterm_stops_in_any_stage(config, tmp_path, monkeypatch):
     ({"training.model.patch_size": 4}, "latent side 2 is not divisible"),
     ({"training.batch_size": 9}, "config.batch_size=9 is not divisible by 8"),
     ({"samples.classes": (12,)}, "class 12 is not from 0"),
-    ({"samples.metrics": ("gfid",)}, "config.reference is empty"),
+    ({"samples.metrics": ("fid",)}, "unknown metric 'fid'"),
+    (
+      {"samples.metrics": OF_EFFICIENTNET, "reference.features": -1},
+      "config.features=-1 is below 0",
+    ),
     ({"export.crop": "crop"}, "crop"),
   ],
 )
