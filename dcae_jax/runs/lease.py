@@ -134,10 +134,10 @@ class Leases:
     return Lease(self._storage, key, owner)
 
   def owner(self, key: str) -> str:
-    """Who has it: "host, process 123"; "nobody" where it is not taken."""
+    """Who has it: "host, process 123"; empty where it is not taken."""
     found, _ = self._storage.read_version(key)
     if found is None:
-      return "nobody"
+      return ""
     return str(_parsed(found) or "somebody unknown")
 
   def _is_free(self, key: str, found: bytes, generation: bytes) -> bool:

@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   work = _Work(config, cells, workdir)
   for cell, held in work.claimed(sigterm):
     with held:
-      finished = work.compute(cell, sigterm)
+      finished = work.compute(cell, held, sigterm)
     if not finished:
       _LOG.info("SIGTERM: stopped in cell %s; run again to go on", cell.name)
       return False
@@ -129,7 +129,9 @@ class _Work:
       held.release()  # finished since we looked
     return None
 
-  def compute(self, cell: study_lib.Cell, sigterm: loop.Sigterm) -> bool:
+  def compute(
+    self, cell: study_lib.Cell, held: lease.Lease, sigterm: loop.Sigterm
+  ) -> bool:
     """Runs a cell, or what is left of it; False if SIGTERM ended it early."""
     began = time.monotonic()
     task = importlib.import_module(f"dcae_jax.tasks.{cell.config.task}")
@@ -141,7 +143,7 @@ class _Work:
       return True
     finally:
       jax.clear_caches()  # else programs of all cells stay in memory
-    if finished:
+    if finished and not held.lost:
       cell.finish(
         seconds=time.monotonic() - began, versions=versions.versions()
       )
