@@ -108,13 +108,19 @@ def test_one_of_two_wins_and_one_takes_over_from_the_killed(storage, start):
 
 def test_a_number_that_is_used_again_is_another_process(storage):
   leases = lease.Leases(storage)
-  leases.take("a")
-  assert leases.take("a") is None
-  ours = storage.read_json("a")
+  with leases.take("a"):
+    ours = storage.read_json("a")
+    assert leases.take("a") is None
   storage.write_json("a", ours | {"kernel": "another", "started": "1"})
   assert leases.take("a") is None
   storage.write_json("a", ours | {"started": "1"})
-  assert leases.take("a")
+  with leases.take("a"):
+    pass
+  with subprocess.Popen(["true"]) as ended:
+    pass
+  storage.write_json("a", ours | {"pid": ended.pid})
+  with leases.take("a"):
+    pass
 
 
 @pytest.mark.parametrize("silent", ["elsewhere", "here", "damaged"])
@@ -133,7 +139,8 @@ def test_who_is_silent_is_replaced_after_a_while(silent, storage, monkeypatch):
   storage.write_json("a", found | {"beats": 1})
   assert leases.take("a") is None
   time.sleep(0.05)
-  assert leases.take("a")
+  with leases.take("a"):
+    pass
 
 
 def test_a_heartbeat_outlives_the_patience(storage, monkeypatch):
@@ -158,7 +165,7 @@ def test_what_is_released_is_free_and_nobodys(storage):
     assert not leases.owner("a") and not held.lost
   with leases.take("a"):
     held.release()  # a second time
-    assert leases.take("a") is None
+    assert leases.take("a") is None and not held.lost
 
 
 @pytest.mark.parametrize("by", [json.dumps(_ELSEWHERE).encode(), None])
