@@ -13,6 +13,7 @@ at once; set XLA_PYTHON_CLIENT_PREALLOCATE=false, so that they share its memory.
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import pathlib
 import statistics
@@ -63,13 +64,13 @@ def _lines(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 def seconds_and_psnr(workdir: pathlib.Path) -> tuple[list[float], list[float]]:
   """Of each evaluation: seconds of training before it, and its PSNR."""
-  seconds, before, found = 0.0, 0, []
-  for line in _lines(workdir):
-    if "train/steps_per_second" in line:
-      steps, before = line["step"] - before, line["step"]
-      seconds += steps / line["train/steps_per_second"]
-    if "eval/psnr" in line:
-      found.append((seconds, line["eval/psnr"]))
+  lines = _lines(workdir)
+  seconds = metrics_writer.seconds_of_training(lines)
+  found = [
+    (before, line["eval/psnr"])
+    for before, line in zip(itertools.accumulate(seconds), lines, strict=True)
+    if "eval/psnr" in line
+  ]
   return tuple(zip(*found, strict=True))
 
 

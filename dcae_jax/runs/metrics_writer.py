@@ -7,13 +7,18 @@ are dropped, so that the file reads as if the run had never stopped.
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorboardX
 from etils import epath
 from PIL import Image, PngImagePlugin
+
+_SPEED = "train/steps_per_second"
+_RATES = (
+  _SPEED, "train/images_per_second", "train/model_flops_utilization",
+)  # fmt: skip
 
 
 class MetricsWriter:
@@ -89,6 +94,43 @@ def last_values(path: epath.Path, step: int | None = None) -> dict[str, float]:
   for line in read_lines(path):
     if step in (None, line["step"]):
       values |= line
+  return values
+
+
+def seconds_of_training(lines: Iterable[Mapping[str, float]]) -> list[float]:
+  """What the steps of each line took, without evaluations and checkpoints.
+
+  0 for a line without a speed. Steps whose own line was lost, because a run was
+  stopped after them, count as the steps after them.
+  """
+  found, before = [], 0
+  for line in lines:
+    found.append(0.0)
+    if _SPEED in line:
+      found[-1] = (line["step"] - before) / line[_SPEED]
+      before = line["step"]
+  return found
+
+
+def final_values(path: epath.Path) -> dict[str, float]:
+  """The last value of each metric, with the speeds of the whole training.
+
+  `train/seconds` are those of all steps, also before restarts; the rates are
+  means over these seconds: steps per second are all steps over all seconds.
+  """
+  lines, values = read_lines(path), last_values(path)
+  seconds = seconds_of_training(lines)
+  for key in _RATES:
+    of_lines = [
+      (s, line[key])
+      for s, line in zip(seconds, lines, strict=True)
+      if key in line
+    ]
+    if of_lines:
+      total = sum(s for s, _ in of_lines)
+      values[key] = sum(s * rate for s, rate in of_lines) / total
+  if any(seconds):
+    values["train/seconds"] = sum(seconds)
   return values
 
 

@@ -65,24 +65,31 @@ class Training(training_run.Training):
       return jax.jit(create, out_shardings=self.shardings)(
         jax.random.fold_in(key, _INITIAL)
       )
-    abstract = self.abstract.variables
-    placed = sharding.shardings(abstract, self.mesh)
+    first = "ema" if self.config.start_from_averages else "params"
+    variables, ema = self._predecessor(first), None  # starts as a copy
     if work_directory.is_run(self.config.init_from):
-      first = "ema" if self.config.start_from_averages else "params"
-      (_, variables), (_, ema) = (
-        checkpoint.restore_variables(
-          self.config.init_from, item, abstract, placed
-        )
-        for item in (first, "ema")
-      )
-    else:
-      weights = released.find(self.config.init_from)
-      variables, _ = conversion.read(weights.entries, weights.files, placed)
-      ema = None  # starts as a copy
+      ema = self._predecessor("ema")
     create = jax.jit(
       self._state, out_shardings=self.shardings, donate_argnums=(0, 1)
     )
     return create(variables, ema)
+
+  def averages_before(self) -> Any:
+    """The averages that the run started from, those of `init_from`.
+
+    Raises UserError if they are no longer there, or of another model.
+    """
+    _check_predecessor(self.config, self.phase)
+    return self._predecessor("ema")
+
+  def _predecessor(self, item: str) -> Any:
+    """Variables of `init_from`; the item "params" or "ema" if it is a run."""
+    source, abstract = self.config.init_from, self.abstract.variables
+    placed = sharding.shardings(abstract, self.mesh)
+    if work_directory.is_run(source):
+      return checkpoint.restore_variables(source, item, abstract, placed)[1]
+    weights = released.find(source)
+    return conversion.read(weights.entries, weights.files, placed)[0]
 
   def _initial_variables(self, key: jax.Array) -> Any:
     variables = network.initial_variables(

@@ -26,11 +26,13 @@ from dcae_jax.training import (
   optimizer,
   overview,
   profiler,
+  program_cost,
   sharding,
 )
 from dcae_jax.training import state as state_lib
 
 _LOG = logging.getLogger(__name__)
+_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Work(NamedTuple):
     constants: what the step is called with after the batch.
     evaluate: `(step, state, writer) -> metrics`.
     evaluate_every: steps; 0: at the beginning and at the end only.
-    finish: called with the last step, on every process.
+    finish: called with the last step and its state, on every process.
   """
 
   batches: sharding.Batches
@@ -126,7 +128,7 @@ class Work(NamedTuple):
     [int, state_lib.TrainState, metrics_writer.MetricsWriter], dict[str, float]
   ]
   evaluate_every: int
-  finish: Callable[[int], None]
+  finish: Callable[[int, state_lib.TrainState], None]
 
 
 def run(
@@ -161,9 +163,12 @@ def run(
     if first_step < last_step:
       params, placed = training.abstract.params, training.shardings.params
       _LOG.info(overview.table(params, training.learning.mask, placed))
+      program, needed = _compiled(training)
+      if needed:
+        writer.scalars(first_step, {"step_gib": needed / _GIB})
       state, step = loop.run(
         loop.Program(
-          _compiled(training, work.constants),
+          lambda state, batch: program(state, batch, *work.constants),
           evaluate,
           config.batch_size,
           _peak_rate(training),
@@ -188,7 +193,7 @@ def run(
       )
     checkpoints.wait()
     if step == last_step:
-      work.finish(step)
+      work.finish(step, state)
   finally:
     work.batches.close()
     writer.close()
@@ -203,12 +208,12 @@ def _peak_rate(training: Training) -> float:
   return chip.flops * jax.device_count() / flops if flops else 0.0
 
 
-def _compiled(
-  training: Training, constants: tuple[Any, ...]
-) -> Callable[[Any, Any], Any]:
-  """The step as a program; says how long that took."""
+def _compiled(training: Training) -> tuple[jax.stages.Compiled, int]:
+  """The step as a program, and the bytes that it needs; says so."""
   _LOG.info("compiling the training step")
   began = time.perf_counter()
   program = training.jitted().lower(*training.arguments()).compile()
-  _LOG.info("compiled in %.1f s", time.perf_counter() - began)
-  return lambda state, batch: program(state, batch, *constants)
+  needed = program_cost.memory(program)
+  memory = f"; needs {needed / _GIB:.3g} GiB a device" if needed else ""
+  _LOG.info("compiled in %.1f s%s", time.perf_counter() - began, memory)
+  return program, needed

@@ -244,7 +244,7 @@ def measure(
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes
     program = memory.generated_code_size_in_bytes
-    needed = float(memory.peak_memory_in_bytes + program)
+    needed = float(program_cost.memory(compiled))
     cost = program_cost.cost(compiled.as_text())
   chips = training.mesh.size
   flops = training.flops(remat=True) / chips

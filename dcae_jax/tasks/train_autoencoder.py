@@ -4,6 +4,7 @@ Everything that can be wrong with the config, the data, the weights or the disk
 is found before anything is compiled or written.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from dcae_jax import errors
 from dcae_jax.autoencoder import families
 from dcae_jax.data import batches as batches_lib
 from dcae_jax.data import images, sources
+from dcae_jax.evaluation import latent_change
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.networks import lpips, pretrained
 from dcae_jax.evaluation.report import figures, text_table
@@ -101,14 +103,15 @@ def run(
     config.data.threads,
   )
 
-  def finish(step):
+  def finish(step, state):
     is_first = jax.process_index() == 0
     result = _finished(workdir, step) if is_first else {}
     if not processes.total(len(result)):
-      of_floor = _floor(training, inputs, held_out)
+      others = _floor(training, inputs, held_out)
+      others |= _latent_change(training, state.ema, held_out)
       skipped = processes.total(len(batches.skipped) + len(held_out.skipped))
       if is_first:
-        result = of_floor | _result(workdir, step, skipped, training)
+        result = others | _result(workdir, step, skipped, training)
     if is_first:
       _finish(config, workdir, result)
 
@@ -217,6 +220,29 @@ def _floor(
   return values
 
 
+def _latent_change(
+  training: autoencoder_training.Training,
+  averages: Any,
+  held_out: measuring.EvaluationImages,
+) -> dict[str, float]:
+  """Since `init_from`; nothing without it, or where it is no longer there."""
+  if not training.config.init_from:
+    return {}
+  try:
+    before = training.averages_before()
+  except (errors.UserError, OSError) as error:
+    _LOG.warning("the change of the latents is not known: %s", error)
+    return {}
+  change = latent_change.relative(
+    functools.partial(training.autoencoder.apply, method="encode"),
+    before,
+    averages,
+    held_out.batches(training.config.evaluation.resolutions[0]),
+    sharding.replicated(training.mesh),
+  )
+  return {"latent_change": change}
+
+
 def _finished(workdir: epath.Path, step: int) -> dict[str, float]:
   """The result of a run that had ended at this step before; else nothing."""
   path = workdir / "result.json"
@@ -232,11 +258,11 @@ def _result(
   skipped: int,
   training: autoencoder_training.Training,
 ) -> dict[str, float]:
-  """The last of each metric, and what the run is."""
+  """The final value of each metric, and what the run is."""
   params = training.abstract.params
   learning, _ = freezing.partition(params, training.learning.mask)
   result = {"images_skipped": skipped}
-  result |= metrics_writer.last_values(workdir / "metrics.jsonl")
+  result |= metrics_writer.final_values(workdir / "metrics.jsonl")
   return result | {
     "step": step,
     "scaling_factor": 1 / result["eval/latent_rms"],

@@ -83,7 +83,7 @@ def run(
     told.constants,
     _sample(training, store, told.examples, titles, ae),
     config.samples.every,
-    lambda step: _finish(workdir, step, training),
+    lambda step, _: _finish(workdir, step, training),
   )
   return training_run.run(training, work, workdir, sigterm)
 
@@ -152,10 +152,10 @@ def _sample(
 def _finish(
   workdir: epath.Path, step: int, training: diffusion_training.Training
 ) -> None:
-  """Writes `result.json`: the last of each metric."""
+  """Writes `result.json`: the last of each metric, and what the model is."""
   if jax.process_index():
     return
-  result = metrics_writer.last_values(workdir / "metrics.jsonl") | {
+  result = metrics_writer.final_values(workdir / "metrics.jsonl") | {
     "step": step,
     "parameters": freezing.count(training.abstract.params),
     "forward_macs": training.model.denoiser.forward_macs,

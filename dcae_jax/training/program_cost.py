@@ -1,7 +1,8 @@
-"""What a compiled program moves: bytes of memory, and between devices.
+"""What a compiled program needs and moves: memory, and between devices.
 
-Read from its text, because XLA's own cost analysis counts the body of a loop
-once: here it counts as often as it runs. FLOPs are not counted here.
+What it moves is read from its text, because XLA's own cost analysis counts the
+body of a loop once: here it counts as often as it runs. FLOPs are not counted
+here.
 """
 
 import functools
@@ -9,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+
+import jax
 
 COLLECTIVES = (
   "all-reduce", "all-gather", "reduce-scatter", "collective-permute",
@@ -61,6 +64,20 @@ class Cost(NamedTuple):
 class _Program(NamedTuple):
   computations: dict[str, dict[str, Instruction]]
   entry: str
+
+
+def memory(program: jax.stages.Compiled) -> int:
+  """Bytes that it needs on a device; 0 where its compiler does not say."""
+  m = program.memory_analysis()
+  if m is None:
+    return 0
+  held = m.argument_size_in_bytes + m.output_size_in_bytes
+  # The CPU's compiler leaves temporaries out of its peak.
+  peak = max(
+    m.peak_memory_in_bytes,
+    held - m.alias_size_in_bytes + m.temp_size_in_bytes,
+  )
+  return peak + m.generated_code_size_in_bytes
 
 
 def cost(text: str) -> Cost:

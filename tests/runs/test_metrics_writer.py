@@ -34,6 +34,27 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
   assert _steps(tmp_path) == [1, 2, 4]
 
 
+def test_speeds_are_those_of_the_whole_training(tmp_path):
+  """Step 3 took place, and its line was lost with a process."""
+  writer = metrics_writer.MetricsWriter(epath.Path(tmp_path), 0, True)
+  writer.scalars(0, {"eval/psnr": 10.0})
+  for step, rate in ((2, 1.0), (4, 4.0)):
+    speeds = {"steps_per_second": rate, "images_per_second": 8 * rate}
+    writer.scalars(step, {f"train/{k}": v for k, v in speeds.items()})
+  writer.scalars(4, {"eval/psnr": 20.0})
+  writer.close()
+  path = epath.Path(tmp_path / "metrics.jsonl")
+  lines = metrics_writer.read_lines(path)
+  assert metrics_writer.seconds_of_training(lines) == [0.0, 2.0, 0.5, 0.0]
+  assert metrics_writer.final_values(path) == {
+    "step": 4,
+    "train/seconds": 2.5,
+    "train/steps_per_second": 1.6,
+    "train/images_per_second": 12.8,
+    "eval/psnr": 20.0,
+  }
+
+
 def test_images_are_saved_as_png(tmp_path):
   writer = metrics_writer.MetricsWriter(epath.Path(tmp_path), 0, True)
   pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)

@@ -19,7 +19,8 @@ import dcae_jax
 from dcae_jax.autoencoder import families
 from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.autoencoder.weights import conversion
-from dcae_jax.setup import autoencoder_training
+from dcae_jax.data import batches, images
+from dcae_jax.setup import autoencoder_training, measuring
 from dcae_jax.tasks import train_autoencoder
 from dcae_jax.training import checkpoint, hardware
 
@@ -68,14 +69,19 @@ def phase_1(tiny_config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def phase_2(tiny_config, phase_1, tmp_path_factory):
+def config_2(tiny_config, phase_1):
   """From the parameters of phase 1, with Muon, where few kernels learn."""
-  workdir = tmp_path_factory.mktemp("runs") / "phase2"
   changes = {
     "init_from": str(phase_1), "optimizer.kind": "muon", "steps": 2,
     "resolution": 64, "evaluation.resolutions": (64, 32),
   }  # fmt: skip
-  assert _run(tiny_config(2, **changes), workdir)
+  return tiny_config(2, **changes)
+
+
+@pytest.fixture(scope="module")
+def phase_2(config_2, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("runs") / "phase2"
+  assert _run(config_2, workdir)
   return workdir
 
 
@@ -141,6 +147,7 @@ def test_work_directory_holds_what_the_contract_says(phase_1):
   assert result["eval/psnr"] == evaluated[1]["eval/psnr"]
   assert result["parameters"] == result["parameters_trained"] == 64_839
   assert result["floor/psnr"] > result["eval/psnr"] and "floor/ssim" in result
+  assert "latent_change" not in result  # it began with initial values
   samples = sorted(p.name for p in (phase_1 / "samples").iterdir())
   assert samples == [f"reconstructions_32px_0000000{i}.png" for i in (0, 4)]
   assert list(phase_1.glob("events.out.tfevents.*"))
@@ -215,6 +222,95 @@ def test_fine_tuning_begins_with_the_evaluation_of_what_it_starts_from(
   result = json.loads((phase_2 / "result.json").read_text())
   assert {"eval/psnr", "eval/32px/psnr", "eval/32px/ssim"} <= result.keys()
   assert result["floor/psnr"] != result["floor/32px/psnr"]
+
+
+def test_the_change_of_the_latents_is_that_of_the_averages(
+  config_2, phase_1, phase_2
+):
+  inputs = train_autoencoder.open_inputs(config_2)
+  (batch,) = images.evaluation_batches(
+    inputs.held_out,
+    inputs.held_out_decoding,
+    64,
+    batches.Reading(12),
+    max_images=12,
+    skipped=images.Skipped(),
+  )
+  before, after = (
+    np.asarray(dcae_jax.load(run).encode(batch["images"] / 127.5 - 1))
+    for run in (phase_1, phase_2)
+  )
+  change = np.linalg.norm(after - before) / np.linalg.norm(before)
+  assert 1e-3 < change < 1
+  result = json.loads((phase_2 / "result.json").read_text())
+  assert result["latent_change"] == pytest.approx(change, rel=1e-4)
+
+
+def test_phase_3_does_not_change_the_latents(phase_3):
+  result = json.loads((phase_3 / "result.json").read_text())
+  assert result["latent_change"] == 0.0
+
+
+def test_a_result_that_was_lost_is_made_again(config_2, phase_2, tmp_path):
+  """From what the run has written, without another step."""
+  shutil.copytree(phase_2, tmp_path / "run")
+  (tmp_path / "run" / "result.json").unlink()
+  assert _run(config_2, tmp_path / "run")
+  again, before = (
+    json.loads((run / "result.json").read_text())
+    for run in (tmp_path / "run", phase_2)
+  )
+  assert again == pytest.approx(before, rel=1e-5)
+
+
+def test_the_change_of_the_latents_is_left_out_where_its_origin_is_gone(
+  tiny_config, phase_1, tmp_path, caplog
+):
+  """Or is another model by now."""
+  origin = tmp_path / "origin"
+  shutil.copytree(phase_1, origin)
+  config = tiny_config(3, init_from=str(origin))
+  training = autoencoder_training.build(config)
+  inputs = train_autoencoder.open_inputs(config)
+  held_out = measuring.EvaluationImages(
+    inputs.held_out, inputs.held_out_decoding, training.mesh,
+    config.evaluation, 2,
+  )  # fmt: skip
+  change = lambda: train_autoencoder._latent_change(training, None, held_out)
+  config = json.loads((origin / "config.json").read_text())
+  config["model"] |= {"variant": "tiny-f32", "architecture": {}}
+  (origin / "config.json").write_text(json.dumps(config))
+  assert change() == {}
+  shutil.copy(phase_1 / "config.json", origin)
+  shutil.rmtree(origin / "checkpoints")
+  assert change() == {}
+  shutil.rmtree(origin)
+  assert change() == {}
+  lines = [x for x in caplog.messages if "latents is not known" in x]
+  assert len(lines) == 3 and "tiny-f32" in lines[0]
+
+
+def test_the_seconds_of_a_run_are_those_before_and_after_it_was_resumed(
+  resumed,
+):
+  result = json.loads((resumed / "result.json").read_text())
+  rates = [
+    x["train/steps_per_second"]
+    for x in _lines(resumed)
+    if "train/steps_per_second" in x
+  ]
+  seconds = sum(1 / rate for rate in rates)
+  assert len(rates) == 4
+  assert result["train/seconds"] == pytest.approx(seconds)
+  assert result["train/steps_per_second"] == pytest.approx(4 / seconds)
+  assert result["train/images_per_second"] == pytest.approx(8 * 4 / seconds)
+
+
+def test_the_memory_of_a_step_is_more_than_its_state(phase_1, resumed):
+  state = sum(x.nbytes for x in _saved(phase_1).values())
+  for run in (phase_1, resumed):
+    result = json.loads((run / "result.json").read_text())
+    assert 1.2 * state < result["step_gib"] * 2**30 < 1e9
 
 
 def test_the_discriminator_learns_at_its_own_rate(tiny_config):

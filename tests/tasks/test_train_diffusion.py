@@ -70,6 +70,8 @@ def test_interrupted_training_goes_on_bit_for_bit(whole, config, tmp_path):
   assert found == (2, 16, 3)
   result = json.loads((whole / "result.json").read_text())
   assert result["step"] == 4 and result["parameters"] > 100_000
+  assert result["train/seconds"] > 0
+  assert result["step_gib"] * 2**30 > 4 * result["parameters"]
 
 
 def test_muon_learns_dense_layers(whole, config, tmp_path):

@@ -48,6 +48,16 @@ def test_kinds_and_bytes_of_collectives(split):
   assert _cost(lambda x: x * 2, x).collectives == {}
 
 
+def test_memory_is_that_of_arguments_results_and_temporaries():
+  """Those arguments that are donated count once."""
+  side = 512
+  x = jax.ShapeDtypeStruct((side, side), jnp.float32)
+  function = lambda x, y: jnp.sin(x @ y) @ (y @ x)
+  program = jax.jit(function, donate_argnums=0).lower(x, x).compile()
+  arrays = program_cost.memory(program) / (4 * side**2)
+  assert 4 <= arrays < 5
+
+
 def test_bytes_are_those_of_operands_and_results():
   x = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
   moved = _cost(lambda x: jnp.sin(x) + 1, x).bytes_accessed
