@@ -811,6 +811,37 @@ def export_and_diffuse() -> ConfigDict:
   return c
 
 
+@_task("throughput", begins_anew=True)
+def throughput() -> ConfigDict:
+  """How fast a denoiser learns and draws on the latents of an autoencoder."""
+  c = ConfigDict()
+  c.seed = Key(0, 0)  # of the numbers that all arrays are filled with
+  c.resolution = Key(512, 1, 2**14)  # [paper] side of the images, in pixels
+  # As `model.variant` of an autoencoder; "sd-vae-f8c4": the paper's baseline.
+  c.autoencoder = "f64c128"
+  # The denoiser, what it learns, how it is drawn; a batch is one of what is
+  # counted. The numbers of latents, classes and captions are filled in.
+  c.training = uvit("UViT-H")
+  c.guidance = Key(1.5, 0)  # of samples; all scales but 1 cost the same
+  # Of denoisers that are told classes; or states of captions as of T5-XXL,
+  # which is left out: it costs the same on all latents.
+  c.classes = Key(1000, 1)
+  c.caption_tokens, c.caption_width = Key(120, 1), Key(4096, 1)
+  # --- what is measured, on one device -------------------------------------
+  c.measured = ConfigDict()
+  c.measured.rounds = Key(3, 0)  # of which the fastest counts; 0: only counted
+  # Of the denoiser, where the real one takes too long; 0: the real ones.
+  c.measured.depth = c.measured.hidden = Key(0, 0)
+  c.measured.dtype = "bfloat16"  # of layers of the denoiser and the decoder
+  c.measured.training_batch = Key(32, 1)
+  c.measured.training_steps = Key(4, 1)  # in a round
+  c.measured.sampling_batch = Key(8, 1)  # in a round; also of decoding
+  c.measured.decoding = True  # by the real decoder
+  c.compilation_cache = _CACHE
+  c.on_accelerator = ()  # as in a training run
+  return c
+
+
 def sampler() -> ConfigDict:
   """How samples are drawn."""
   c = ConfigDict()

@@ -20,7 +20,7 @@ TASKS = (
   "train_autoencoder", "train_phases", "report", "reconstruct",
   "evaluate_autoencoder", "reference_statistics", "export_latents",
   "inspect_latents", "encode_captions", "train_diffusion", "evaluate_diffusion",
-  "export_and_diffuse", "study", "plan",
+  "export_and_diffuse", "study", "plan", "throughput",
 )  # fmt: skip
 _WITHOUT_WORKDIR = ("plan",)  # they can do without
 

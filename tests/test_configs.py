@@ -42,6 +42,7 @@ DEFAULTS = {
   "evaluate_diffusion": base.evaluate_diffusion,
   "export_and_diffuse": base.export_and_diffuse,
   "plan": base.plan,
+  "throughput": base.throughput,
 }
 
 

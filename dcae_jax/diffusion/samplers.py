@@ -50,10 +50,12 @@ class Sampler(abc.ABC):
   Attributes:
     fits: the kind of objective whose networks it samples.
     least_steps: without which it cannot work.
+    calls: of the network in a step.
   """
 
   fits: ClassVar[type]
   least_steps: ClassVar[int]
+  calls: ClassVar[int] = 1
 
   def sample(
     self,
@@ -262,7 +264,7 @@ class Euler(Sampler):
 class Heun(Sampler):
   """Heun's method (second order, two calls a step) at Euler's times."""
 
-  fits, least_steps = objectives.FlowMatching, 1
+  fits, least_steps, calls = objectives.FlowMatching, 1, 2
 
   def _drawn(self, process: Process, z: Latents, steps: int) -> Latents:
     def step(z, index, row):
@@ -308,7 +310,7 @@ class Dopri5(Sampler):
 
   atol: float = 1e-6
   rtol: float = 1e-3
-  fits, least_steps = objectives.FlowMatching, 3
+  fits, least_steps, calls = objectives.FlowMatching, 3, 6
 
   def __post_init__(self):
     if not (0 < self.atol < np.inf and 0 <= self.rtol < np.inf):

@@ -28,34 +28,40 @@ class LatentDiffusion:
   def conditioning(self) -> conditioning.Conditioning:
     return self.denoiser.conditioning
 
+  def guided(
+    self, variables: Any, condition: Any, scale: float, null: Any = None
+  ) -> objectives.ModelFunction:
+    """The network, told a condition and led away from `null`.
+
+    That is another condition of the same shapes, such as negative prompts, or
+    None, the null one.
+    """
+    return guidance.guided(
+      lambda *inputs: self.denoiser.apply(variables, *inputs),
+      condition,
+      self.conditioning.null(condition) if null is None else null,
+      scale,
+      self.interval,
+    )
+
   def sample_function(
     self, scale: float, sharding: jax.sharding.Sharding
   ) -> Callable[..., jax.Array]:
     """`(variables, key, condition, null=None) -> z_0 [b, h, w, c]`, scaled.
 
-    It is not jitted. `scale` is that of guidance, away from `null`: another
-    condition of the same shapes, such as negative prompts, or the null one.
-    Values do not depend on the `sharding`, that of the latents while they are
-    drawn.
+    It is not jitted. `scale` and `null` are those of `guided`. Values do not
+    depend on the `sharding`, that of the latents while they are drawn.
     """
     shape = (*self.denoiser.latent_size, self.denoiser.latent_channels)
 
     def sample(
       variables: Any, key: jax.Array, condition: Any, null: Any = None
     ) -> jax.Array:
-      if null is None:
-        null = self.conditioning.null(condition)
       noise_key, sampler_key = jax.random.split(key)
       rows = len(jax.tree.leaves(condition)[0])
       z = jax.random.normal(noise_key, (rows, *shape), jnp.float32)
       z = jax.lax.with_sharding_constraint(z, sharding)
-      model_fn = guidance.guided(
-        lambda *inputs: self.denoiser.apply(variables, *inputs),
-        condition,
-        null,
-        scale,
-        self.interval,
-      )
+      model_fn = self.guided(variables, condition, scale, null)
       return self.sampler.sample(
         self.objective, model_fn, sampler_key, z, self.steps
       )

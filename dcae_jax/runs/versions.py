@@ -1,6 +1,8 @@
 """What computed a result: versions of packages, and the devices."""
 
 import importlib.metadata
+import os
+import pathlib
 import platform
 
 import jax
@@ -23,3 +25,14 @@ def versions() -> dict[str, str]:
     "python": platform.python_version(),
     "devices": f"{jax.device_count()} {device.device_kind}",
   }
+
+
+def hardware() -> str:
+  """The first device in words; of a CPU, its name and cores."""
+  device, file = jax.devices()[0], pathlib.Path("/proc/cpuinfo")
+  if device.platform != "cpu":
+    return device.device_kind
+  lines = file.read_text().splitlines() if file.exists() else ()
+  names = [x.partition(":")[2] for x in lines if x.startswith("model name")]
+  name = names[0].strip() if names else platform.machine()
+  return f"{name}, {os.cpu_count()} cores"

@@ -33,6 +33,7 @@ from dcae_jax.training import (
   freezing,
   optimizer,
   overview,
+  program_cost,
   sharding,
 )
 from dcae_jax.training import state as state_lib
@@ -156,15 +157,8 @@ class Training(training_run.Training):
     unrolled = dataclasses.replace(
       self, config=config, autoencoder=models.create(config.model)
     )
-    arguments = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.arguments()
-    )
-    try:  # the CPU's compiler counts for all: others cannot before compiling
-      with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        traced = jax.jit(unrolled.step()).trace(*arguments)
-        # Without the CPU's own convolutions, which save multiplications.
-        lowered = traced.lower(lowering_platforms=("tpu",))
-        return lowered.cost_analysis()["flops"]
+    try:
+      return program_cost.counted(unrolled.step(), *self.arguments()).flops
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
       return 0.0
 

@@ -175,10 +175,14 @@ def numbers_of_latents(config: ConfigDict) -> tuple[str, ...]:
 
 
 def create(
-  model: ConfigDict, objective: ConfigDict, sampler: ConfigDict
+  model: ConfigDict,
+  objective: ConfigDict,
+  sampler: ConfigDict,
+  variant: denoisers.Variant | None = None,
 ) -> sampling.LatentDiffusion:
   """The model of a config whose numbers are filled in.
 
+  Its denoiser has the sizes of the `variant`, or of the one that it names.
   Raises UserError for a sampler or steps that do not fit the objective, or an
   interval of guidance that is none.
   """
@@ -190,7 +194,7 @@ def create(
   kind, channels = conditioning_of(model), model.latent_channels
   fields = dataclasses.fields(kind)
   denoiser = denoisers.create(
-    model.variant,
+    variant or model.variant,
     conditioning=kind(**{field.name: model[field.name] for field in fields}),
     latent_size=model.latent_size,
     latent_channels=channels,

@@ -114,12 +114,14 @@ def check(config: ConfigDict) -> None:
 
 
 def build(
-  config: ConfigDict, devices: list[jax.Device] | None = None
+  config: ConfigDict,
+  devices: list[jax.Device] | None = None,
+  variant: denoisers.Variant | None = None,
 ) -> Training:
   """The training of a config that has the numbers of its latents.
 
-  The devices need not be there; None: all that are. Raises UserError if it
-  cannot be run.
+  The devices need not be there; None: all that are. The variant is that of
+  `denoising.create`. Raises UserError if it cannot be run.
   """
   check(config)
   numbers = denoising.numbers_of_latents(config.model)
@@ -129,7 +131,9 @@ def build(
         f"config.model.{key}=0 is filled in from the latents, and config."
         f"latents is empty; name a store, or set {', '.join(numbers)}"
       )
-  model = denoising.create(config.model, config.objective, config.sampler)
+  model = denoising.create(
+    config.model, config.objective, config.sampler, variant
+  )
   if config.channel_candidates:
     objectives.random_channel_mask(
       jax.random.key(0), 1, config.model.latent_channels,

@@ -1,15 +1,15 @@
-"""What a compiled program needs and moves: memory, and between devices.
+"""What a program computes, needs and moves: in memory, and between devices.
 
-What it moves is read from its text, because XLA's own cost analysis counts the
-body of a loop once: here it counts as often as it runs. FLOPs are not counted
-here.
+Before it is compiled, as XLA counts it: FLOPs and bytes, where the body of a
+loop counts once. Of a compiled one: memory, and, read from its text, bytes and
+collectives, where it counts as often as it runs.
 """
 
 import functools
 import math
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 
@@ -61,6 +61,13 @@ class Cost(NamedTuple):
   collectives: dict[str, tuple[int, float]]
 
 
+class Counted(NamedTuple):
+  """Of one run of a program, before operations are fused."""
+
+  flops: float
+  bytes_accessed: float
+
+
 class _Program(NamedTuple):
   computations: dict[str, dict[str, Instruction]]
   entry: str
@@ -78,6 +85,22 @@ def memory(program: jax.stages.Compiled) -> int:
     held - m.alias_size_in_bytes + m.temp_size_in_bytes,
   )
   return peak + m.generated_code_size_in_bytes
+
+
+def counted(function: Callable[..., Any], *arguments: Any) -> Counted:
+  """Of a function of arrays, or of their shapes; nothing is compiled.
+
+  As a TPU would get it, without the CPU's own convolutions, which are loops and
+  save multiplications. Raises RuntimeError where JAX_PLATFORMS leaves out the
+  CPU, whose compiler counts for all: others cannot before compiling.
+  """
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments
+  )
+  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    traced = jax.jit(function).trace(*shapes)
+    found = traced.lower(lowering_platforms=("tpu",)).cost_analysis()
+  return Counted(found["flops"], found["bytes accessed"])
 
 
 def cost(text: str) -> Cost:

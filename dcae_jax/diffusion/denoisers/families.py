@@ -85,6 +85,25 @@ def find(name: str) -> Variant:
   return known[name]
 
 
+def resized(name: str, depth: int = 0, hidden: int = 0) -> Variant:
+  """The variant of that name with other sizes, 0: its own; heads are as wide.
+
+  Raises UserError for an unknown one, or a width that they do not divide.
+  """
+  variant = find(name)
+  fields = dict(variant.fields)
+  width = fields["hidden"] // fields["heads"]
+  if hidden % width:
+    raise errors.UserError(
+      f"hidden={hidden} is not a multiple of {width}, the width of a head of "
+      f"{name}"
+    )
+  fields["depth"] = depth or fields["depth"]
+  fields["hidden"] = hidden or fields["hidden"]
+  fields["heads"] = fields["hidden"] // width
+  return Variant(variant.family, fields)
+
+
 def family_of(model: Module) -> str:
   """The key of `DENOISERS` whose module it is."""
   return next(
