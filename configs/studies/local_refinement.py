@@ -2,8 +2,7 @@ r"""Local refinement, phase 3 (section 3.2, figure 5): where the GAN may act.
 
   python -m dcae_jax.main --config=configs/studies/local_refinement.py \
     --workdir=runs/studies/local_refinement \
-    --config.start_from=runs/studies/resolution_adaptation \
-    --config.base.data.source.path=FOLDER
+    --config.start_from=runs/studies/resolution_adaptation
 
 Starts from the models of resolution_adaptation.py. What was measured is in
 docs/results.md.

@@ -1,11 +1,17 @@
 """What the studies of autoencoders share: data, optimizer, sizes, measures.
 
-Photographs are cut into tiles by `python -m benchmarks.photo_tiles`; a tenth of
-any folder of images is held out, unless `evaluation.source` is another one.
+Tiles of photographs, made by
+
+  python -m benchmarks.photo_tiles --photos=FOLDER --output=data/tiles
+
+Other images: --config.base.data.source.path=... and
+--config.base.evaluation.source.path=..., or any other kind of source.
 """
 
 from configs import base
 
+TRAINING = "data/tiles/training"
+_HELD_OUT = "data/tiles/held_out"
 _METRICS = {
   "PSNR": "psnr",
   "LPIPS": "lpips",
@@ -19,11 +25,14 @@ def _shared(c):
   c.lpips.weight = 0.1
   c.optimizer.kind = "muon"
   c.optimizer.weight_decay = c.optimizer.clip_norm = 0.0
+  c.data.source = base.source("folder", TRAINING)
+  c.evaluation.source = base.source("folder", _HELD_OUT)
   c.data.shorter_side = 0
   c.evaluation.resolutions = (64, 128, 256)
   c.evaluation.metrics = ("lpips", "frechet_efficientnet_lite0")
   c.evaluation.max_images, c.evaluation.batch_size = 256, 32
   c.on_accelerator = ()
+  base.on_accelerator(c, {"batch_size": 32})
   return c
 
 

@@ -1,10 +1,9 @@
 r"""Residual autoencoding (section 3.2): with and without, at every compression.
 
   python -m dcae_jax.main --config=configs/studies/residual_autoencoding.py \
-    --workdir=runs/studies/residual_autoencoding \
-    --config.base.data.source.path=FOLDER
+    --workdir=runs/studies/residual_autoencoding
 
-What was measured is in docs/results.md.
+Data: see recipe.py. What was measured is in docs/results.md.
 """
 
 from configs import base

@@ -1,9 +1,8 @@
-r"""Generalisation to higher resolution, and phase 2 (section 3.2, figures 3b, 6).
+r"""Phase 2 against the penalty of higher resolution (figures 3b, 6).
 
   python -m dcae_jax.main --config=configs/studies/resolution_adaptation.py \
     --workdir=runs/studies/resolution_adaptation \
-    --config.start_from=runs/studies/residual_autoencoding \
-    --config.base.data.source.path=FOLDER
+    --config.start_from=runs/studies/residual_autoencoding
 
 Starts from the models of residual_autoencoding.py, trained at 64 px. What was
 measured is in docs/results.md.

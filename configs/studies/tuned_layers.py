@@ -2,8 +2,7 @@ r"""How many layers phases 2 and 3 tune: the projections, and one or two stages.
 
   python -m dcae_jax.main --config=configs/studies/tuned_layers.py:2 \
     --workdir=runs/studies/tuned_layers_2 \
-    --config.start_from=runs/studies/residual_autoencoding \
-    --config.base.data.source.path=FOLDER
+    --config.start_from=runs/studies/residual_autoencoding
 
 And `tuned_layers.py:3` from runs/studies/resolution_adaptation. The paper has
 such a study in its appendix; what it chose is not published. What was measured
