@@ -1,6 +1,7 @@
 """Fake devices, strict JAX, shape checks, and a small world to train in."""
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -10,14 +11,15 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The last three make compiling five times faster; subprocesses inherit them.
 # Programs for one device and for eight then differ in the last bits.
-os.environ["XLA_FLAGS"] = " ".join(
-  [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
-  ]
-)
+_XLA_FLAGS = [
+  "--xla_force_host_platform_device_count=8",
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+]
+# XLA ends a process that sets a flag which it does not know.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  _XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(_XLA_FLAGS)
 # Workers and subprocesses inherit them, too, and compile nothing twice. Who
 # names a directory keeps what is in it for the next session.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
