@@ -71,6 +71,7 @@ def test_images_become_classes_and_samples_of_them(config, tmp_path):
 def test_sigterm_stops_in_any_stage(config, tmp_path, monkeypatch):
   """The stage that gets it leaves, and no other starts."""
   config.samples.metrics = OF_EFFICIENTNET[:1]
+  config.export.min_size = 70  # but for two images, which are no reference
   for stage in ("export_latents", "reference_statistics", "train_diffusion"):
     task = getattr(export_and_diffuse, stage)
     run = task.run
@@ -87,10 +88,12 @@ def test_sigterm_stops_in_any_stage(config, tmp_path, monkeypatch):
     assert reference.exists() == (stage == "train_diffusion")
     assert not (tmp_path / "samples").exists()
     assert not (tmp_path / "result.json").exists()
-  config.reference.features = 5  # of the reference that is there: 12
+  config.reference.features = 5  # of 12, with one of the two
   assert export_and_diffuse.run(config, epath.Path(tmp_path))
   statistics = np.load(tmp_path / "reference" / "efficientnet_lite0_16px.npz")
-  assert statistics["features"].shape == (5, 1280)
+  assert statistics["features"].shape == (4, 1280)
+  found = json.loads((tmp_path / "reference" / "result.json").read_text())
+  assert found["images"] == {"16": 10}
 
 
 def test_whoever_runs_it_can_listen_to_sigterm(config, tmp_path):

@@ -14,6 +14,7 @@ import dcae_jax
 from configs import base, quickstart
 from dcae_jax.setup import floor
 from dcae_jax.tasks import report, train_phases
+from dcae_jax.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,9 @@ def test_sigterm_between_phases_starts_no_other(tmp_path, monkeypatch):
   config = quickstart.get_config()
   assert not train_phases.run(config, epath.Path(tmp_path / "run"))
   assert started == ["phase1"]
+  sigterm = loop.Sigterm()  # of whoever runs all of them
+  assert not train_phases.run(config, epath.Path(tmp_path / "run"), sigterm)
+  assert sigterm.received
 
 
 @pytest.mark.parametrize(
