@@ -39,10 +39,10 @@ def _shared(c):
 def phase1():
   """What docs/learning.md found best, at 64 px."""
   c = _shared(base.phase1(""))
-  c.resolution, c.steps = 64, 2_000
+  c.resolution, c.steps = 64, 1_000
   c.initial_branch_scale = 0.0
   c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 0.01, 2e-3
-  c.optimizer.schedule, c.optimizer.decay_steps = "wsd", 1_000
+  c.optimizer.schedule, c.optimizer.decay_steps = "wsd", 500
   c.optimizer.weight_decay = 0.1
   c.evaluation.every = c.checkpoint.every = 500
   return c
