@@ -32,19 +32,18 @@ def _shared(c):
   c.evaluation.metrics = ("lpips", "frechet_efficientnet_lite0")
   c.evaluation.max_images, c.evaluation.batch_size = 256, 32
   c.on_accelerator = ()
-  base.on_accelerator(c, {"batch_size": 32})
   return c
 
 
 def phase1():
   """What docs/learning.md found best, at 64 px."""
   c = _shared(base.phase1(""))
-  c.resolution, c.steps = 64, 1_000
+  c.resolution, c.steps = 64, 600
   c.initial_branch_scale = 0.0
   c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 0.01, 2e-3
-  c.optimizer.schedule, c.optimizer.decay_steps = "wsd", 500
+  c.optimizer.schedule, c.optimizer.decay_steps = "wsd", 300
   c.optimizer.weight_decay = 0.1
-  c.evaluation.every = c.checkpoint.every = 500
+  c.evaluation.every = c.checkpoint.every = 200
   return c
 
 
@@ -64,7 +63,7 @@ def phase3():
   """The decoder's head with a GAN, at 64 px."""
   c = _shared(base.phase3(""))
   c.start_from_averages = True
-  c.resolution, c.steps = 64, 1_000
+  c.resolution, c.steps = 64, 600
   c.optimizer.kind, c.optimizer.learning_rate = "adamw", 3e-4
   c.optimizer.warmup_steps = 50
   c.discriminator.width, c.discriminator.learning_rate = 16, 1e-4

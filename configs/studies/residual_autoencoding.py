@@ -10,10 +10,10 @@ from configs import base
 from configs.studies import recipe
 
 _VARIANTS = {
-  "f8": "small-f8c4",
-  "f16": "small-f16c16",
-  "f32": "small-f32c64",
-  "f64": "small-f64c256",
+  "f8": "small-f8c2",
+  "f16": "small-f16c8",
+  "f32": "small-f32c32",
+  "f64": "small-f64c128",
 }
 
 

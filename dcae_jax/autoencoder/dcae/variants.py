@@ -135,8 +135,8 @@ def _with_rms_norm(architecture: Architecture) -> Architecture:
 
 
 def _small(latent_channels: int, stages: int) -> Architecture:
-  """Of studies: latents of equal size, at every compression."""
-  widths = (16, 32, 64, 128, 256, 256, 256)[:stages]
+  """Of studies: latents of the size of f32c32's, at every compression."""
+  widths = (16, 32, 64, 128, 128, 128, 128)[:stages]
   return _with_rms_norm(_tiny(latent_channels, widths))
 
 
@@ -168,10 +168,10 @@ VARIANTS: dict[str, Architecture] = {
   "tiny-f8-rms": _with_rms_norm(_tiny(16, (16, 32, 64, 128))),
   "tiny-f32": _tiny(32, (16, 32, 64, 64, 128, 128)),
   "tiny-f64": _tiny(64, (16, 32, 64, 64, 128, 128, 256)),
-  "small-f8c4": _small(4, 4),
-  "small-f16c16": _small(16, 5),
-  "small-f32c64": _small(64, 6),
-  "small-f64c256": _small(256, 7),
+  "small-f8c2": _small(2, 4),
+  "small-f16c8": _small(8, 5),
+  "small-f32c32": _small(32, 6),
+  "small-f64c128": _small(128, 7),
 }
 
 
