@@ -310,7 +310,8 @@ def training_machine() -> ConfigDict:
 def plan() -> ConfigDict:
   """What a training step needs of chips that need not be there."""
   c = ConfigDict()
-  c.of = ""  # config files of training runs, separated by commas
+  # Config files or work directories of training runs, separated by commas.
+  c.of = ""
   # TPU slices, separated by commas: "v5e:4x4,v5p:2x2x4"; v4, v5e, v5p, v6e.
   # "": the devices that are here.
   c.topology = ""

@@ -21,7 +21,7 @@ _METRICS = {
 
 def _shared(c):
   c = base.small(c)
-  c.batch_size, c.log_every = 16, 50
+  c.batch_size, c.log_every = 8, 50
   c.lpips.weight = 0.1
   c.optimizer.kind = "muon"
   c.optimizer.weight_decay = c.optimizer.clip_norm = 0.0

@@ -145,7 +145,7 @@ def write_whole(path: epath.Path, text: str | bytes) -> None:
   if "://" in str(path):  # objects appear whole
     path.write_bytes(data)
     return
-  temporary = path.with_name(f".{path.name}.tmp")
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   temporary.write_bytes(data)
   os.replace(temporary, path)
 

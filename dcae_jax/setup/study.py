@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -75,8 +75,8 @@ def cells(config: ConfigDict, workdir: epath.Path) -> list[Cell]:
   study = epath.Path(config.start_from or workdir).expanduser()
   made = []
   for seed in config.seeds:
-    for arm, changes in config.arms.items():
-      filled = _changed(config.base, changes, f"config.arms.{arm}")
+    for arm in keys.resolved(config)["arms"]:  # ConfigDict sorts them
+      filled = _changed(config.base, config.arms[arm], f"config.arms.{arm}")
       _fill(filled, seed, str(study))
       own = workdir / "cells" / arm / str(seed)
       before = _cells_within(filled, study)
@@ -167,7 +167,7 @@ def _changed(config: ConfigDict, changes: ConfigDict, name: str) -> ConfigDict:
   return config.copy_and_resolve_references()
 
 
-def _change(group: ConfigDict, changes: Mapping[str, Any], name: str) -> None:
+def _change(group: ConfigDict, changes: ConfigDict, name: str) -> None:
   is_free = not group
   with group.unlocked():
     for key, value in changes.items():
@@ -217,9 +217,10 @@ def _cells_within(config: ConfigDict, study: epath.Path) -> Iterator[str]:
 
 def report(config: ConfigDict, all_cells: list[Cell]) -> study_report.Study:
   """The study with what its finished cells have reached."""
+  plain = keys.resolved(config)  # in the order of the config file
   arms = {
-    arm: study_report.Arm(changes.to_dict(), {}, {}, {})
-    for arm, changes in config.arms.items()
+    arm: study_report.Arm(changes, {}, {}, {})
+    for arm, changes in plain["arms"].items()
   }
   for cell in all_cells:
     record = cell.record()
@@ -230,7 +231,6 @@ def report(config: ConfigDict, all_cells: list[Cell]) -> study_report.Study:
       arm.lines[cell.seed] = metrics_writer.read_lines(
         cell.workdir / "metrics.jsonl"
       )
-  plain = keys.resolved(config)
   return study_report.Study(
     config.title,
     arms,
@@ -238,7 +238,7 @@ def report(config: ConfigDict, all_cells: list[Cell]) -> study_report.Study:
     plain["measures"],
     tuple(map(tuple, config.pairs)),
     config.compare,
-    study_report.Figure(**config.figure),
+    study_report.Figure(**plain["figure"]),
     plain["published"],
     plain["base"],
   )

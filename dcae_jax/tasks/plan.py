@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, work_directory
 from dcae_jax.setup import (
   autoencoder_training,
   denoising,
@@ -176,14 +176,21 @@ def devices_of(topology: str) -> list[jax.Device]:
 
 
 def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
-  """The training runs of a config file, by what tells them apart.
+  """The training runs of a config file or work directory, by their parts.
 
   With changes of keys, such as {"mesh": {"spatial": 4}}. Raises UserError if
-  there is no such file, no training run in it, or an unknown key.
+  there is neither, no training run in it, or an unknown key.
   """
-  if not pathlib.Path(path).is_file():
-    raise errors.UserError(f"config.of={path!r} is not a file; see configs/")
-  config = runpy.run_path(path).get("get_config", ConfigDict)()
+  if work_directory.is_run(path):
+    run = epath.Path(path).expanduser() / "config.json"
+    config = keys.completed(work_directory.read_config(run))
+  elif pathlib.Path(path).is_file():
+    config = runpy.run_path(path).get("get_config", ConfigDict)()
+  else:
+    raise errors.UserError(
+      f"config.of={path!r} is neither a config file, see configs/, nor the "
+      "work directory of a run"
+    )
   task = config.get("task", "nothing")
   if task == "train_phases":
     runs = {f" phase {i}": config[f"phase{i}"] for i in (1, 2, 3)}

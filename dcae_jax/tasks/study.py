@@ -51,10 +51,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     if not finished:
       _LOG.info("SIGTERM: stopped in cell %s; run again to go on", cell.name)
       return False
-    work.report(only_if_free=True)
+    work.report(waits=False)
   if sigterm.received:
     return False
-  work.report()
+  _LOG.info("%s\n\npage: %s", work.report(), workdir / "index.html")
   if work.failed:
     failures = "; ".join(f"{x}: {why}" for x, why in work.failed.items())
     raise errors.UserError(
@@ -149,12 +149,15 @@ class _Work:
       )
     return finished
 
-  def report(self, only_if_free: bool = False) -> None:
-    """Writes what finished cells have reached; one process at a time."""
+  def report(self, waits: bool = True) -> str:
+    """Writes what finished cells have reached; returns the table.
+
+    One process at a time does so; others wait, or leave it to that one.
+    """
     held = self._leases.take(_REPORT)
     while held is None:
-      if only_if_free:
-        return
+      if not waits:
+        return ""
       time.sleep(_PATIENCE)
       held = self._leases.take(_REPORT)
     with held:
@@ -171,11 +174,7 @@ class _Work:
       metrics_writer.write_json(
         self._workdir / "study.json", study_report.summary(study)
       )
-    _LOG.info(
-      "%s\n\npage: %s",
-      text_table.markdown(study_report.table(study)),
-      self._workdir / "index.html",
-    )
+    return text_table.markdown(study_report.table(study))
 
   def _progress(self, running: int) -> str:
     """Cells done, running and left, and the time that these will take."""

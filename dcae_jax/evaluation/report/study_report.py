@@ -7,7 +7,7 @@ import dataclasses
 import html
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,10 +43,10 @@ class Arm(NamedTuple):
 class Figure(NamedTuple):
   """As `config.figure` of a study."""
 
-  lines: Mapping[str, tuple[str, ...]]
-  ticks: tuple[str, ...]
+  lines: Mapping[str, Sequence[str]]
+  ticks: Sequence[str]
   x_label: str
-  over_steps: tuple[str, ...]
+  over_steps: Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Study:
     return self.pairs or tuple((arm, first) for arm in others)
 
   @property
-  def lines(self) -> Mapping[str, tuple[str, ...]]:
+  def lines(self) -> Mapping[str, Sequence[str]]:
     """Arms from left to right, by the name of what joins them."""
     return self.figure.lines or {"": tuple(self.arms)}
 
@@ -288,7 +288,7 @@ def write_curves(study: Study) -> bytes:
 
 
 def _over_steps(
-  lines: Sequence[Sequence[Mapping[str, float]]], path: str
+  lines: Iterable[Sequence[Mapping[str, float]]], path: str
 ) -> list[tuple[float, float, float, float]]:
   """Step, mean, least and most over seeds."""
   values: dict[int, list[float]] = {}
