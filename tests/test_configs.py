@@ -18,6 +18,7 @@ from dcae_jax.setup import (
   image_sources,
   keys,
   start,
+  study,
 )
 from dcae_jax.tasks import evaluate_autoencoder, train_autoencoder, train_phases
 from dcae_jax.training import freezing
@@ -28,6 +29,16 @@ NAMES = sorted(
   for path in DIRECTORY.glob("*.py")
   if path.stem not in ("__init__", "base")
 )
+# By the arguments that their configs take.
+STUDIES = {
+  "residual_autoencoding": [()],
+  "resolution_adaptation": [()],
+  "local_refinement": [()],
+  "tuned_layers": [("2",), ("3",)],
+  "compression": [()],
+  "throughput": [()],
+  "learning": [("1",), ("3",)],
+}
 DEFAULTS = {
   "train_autoencoder": base.autoencoder,
   "train_phases": lambda: base.three_phases("f32c32"),
@@ -42,6 +53,7 @@ DEFAULTS = {
   "evaluate_diffusion": base.evaluate_diffusion,
   "export_and_diffuse": base.export_and_diffuse,
   "plan": base.plan,
+  "study": base.study,
   "throughput": base.throughput,
 }
 
@@ -72,6 +84,24 @@ def test_config_has_the_keys_of_base_and_builds(name):
       phase, jax.devices()[:1], predecessor_is_pending=True
     )
     assert training.abstract.params
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_arms_of_studies_are_configs_of_runs(name):
+  create = importlib.import_module(f"configs.studies.{name}").get_config
+  for arguments in STUDIES[name]:
+    config = create(*arguments)
+    assert set(config) == set(base.study())
+    assert config.title and config.seeds == (0, 1, 2)
+    study.check(config)
+    for arm in config.arms:
+      run = study.of_arm(config, arm)
+      assert run.task in study.TASKS
+      keys.check(run)
+      if run.task == "train_autoencoder" and run.model.variant:
+        autoencoder_training.build(run, predecessor_is_pending=True)
+  text = (DIRECTORY / "studies" / f"{name}.py").read_text()
+  assert f"--config=configs/studies/{name}.py" in text
 
 
 @pytest.mark.parametrize("variant", ["f32", "f64", "f128"])

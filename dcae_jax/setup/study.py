@@ -71,12 +71,12 @@ def cells(config: ConfigDict, workdir: epath.Path) -> list[Cell]:
 
   Raises UserError for what cannot be run.
   """
-  _check(config)
+  check(config)
   study = epath.Path(config.start_from or workdir).expanduser()
   made = []
   for seed in config.seeds:
     for arm in keys.resolved(config)["arms"]:  # ConfigDict sorts them
-      filled = _changed(config.base, config.arms[arm], f"config.arms.{arm}")
+      filled = of_arm(config, arm)
       _fill(filled, seed, str(study))
       own = workdir / "cells" / arm / str(seed)
       before = _cells_within(filled, study)
@@ -102,7 +102,7 @@ def cells(config: ConfigDict, workdir: epath.Path) -> list[Cell]:
   return made
 
 
-def _check(config: ConfigDict) -> None:
+def check(config: ConfigDict) -> None:
   """Raises UserError for arms, seeds and pairs that cannot be."""
   task = config.base.get("task")
   if task not in TASKS:
@@ -157,14 +157,14 @@ def _check_run(cell: Cell) -> None:
       raise errors.UserError(f"arm {cell.arm}: {error}") from error
 
 
-def _changed(config: ConfigDict, changes: ConfigDict, name: str) -> ConfigDict:
-  """A copy with other values; UserError for a key that is not there.
+def of_arm(config: ConfigDict, arm: str) -> ConfigDict:
+  """The config of its runs; UserError for a change of a key that is not there.
 
-  What is empty there, as `model.architecture`, may get any keys.
+  What is empty in the base, as `model.architecture`, may get any keys.
   """
-  config = copy.deepcopy(config)
-  _change(config, changes, name)
-  return config.copy_and_resolve_references()
+  changed = copy.deepcopy(config.base)
+  _change(changed, config.arms[arm], f"config.arms.{arm}")
+  return changed.copy_and_resolve_references()
 
 
 def _change(group: ConfigDict, changes: ConfigDict, name: str) -> None:

@@ -180,7 +180,7 @@ class _Work:
     """Cells done, running and left, and the time that these will take."""
     done, total = len(self._seconds), len(self._cells)
     left = total - done - running
-    text = f"{done} of {total} cells are done, {running} run, {left} are left"
+    text = f"{done} of {total} cells done, {running} running, {left} left"
     if not done:
       return text
     mean = sum(self._seconds.values()) / done

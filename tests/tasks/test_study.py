@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,22 +173,22 @@ def test_killed_and_shared_by_two_it_ends_as_the_whole(
   )
   killed = _Process(file, workdir)
   end = time.monotonic() + 240
-  while not list(
-    workdir.glob("cells/slow/0/checkpoints/*/_CHECKPOINT_METADATA")
-  ):
+  while not list(workdir.glob("cells/*/*/checkpoints/4/commit_success.txt")):
     assert time.monotonic() < end and killed.process.poll() is None
     time.sleep(0.01)
   killed.process.send_signal(signal.SIGKILL)
   assert killed.finish()[0] == -signal.SIGKILL
-  two = [_Process(file, workdir) for _ in range(2)]
-  outputs = []
-  for worker in two:
+  left = {"slow/0", "slow/3", "fast/0", "fast/3"} - {
+    f"{path.parent.parent.name}/{path.parent.name}"
+    for path in workdir.glob("cells/*/*/cell.json")
+  }
+  workers = [_Process(file, workdir) for _ in range(2)]
+  said = ""
+  for worker in workers:
     code, output = worker.finish()
     assert code == 0, output
-    outputs.append(output)
-  said = "".join(outputs)
-  for cell in ("slow/0", "slow/3", "fast/0", "fast/3"):
-    assert said.count(f"; now {cell}\n") == 1, said
+    said += output
+  assert sorted(re.findall(r"; now (\S+)", said)) == sorted(left)
   assert "4 cells took" in (workdir / "study.md").read_text()
   expected = _psnr(whole[1])
   for cell, value in _psnr(workdir).items():
@@ -221,7 +222,8 @@ def held_by():
 
 def test_a_cell_that_fails_is_named_and_the_others_go_on(tiny_study, tmp_path):
   config = tiny_study(seeds=(0,))
-  config.arms.slow = {"optimizer": {"learning_rate": 1e30, "warmup_steps": 0}}
+  optimizer = {"learning_rate": 2e9, "clip_norm": 0.0, "warmup_steps": 0}
+  config.arms.slow = {"optimizer": optimizer, "steps": 50}
   config.arms.late = {"init_from": "{study}/cells/slow/{seed}"}
   with pytest.raises(
     ValueError, match=r"2 of 3 cells failed \(slow/0: .* at step"
