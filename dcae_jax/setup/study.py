@@ -120,10 +120,24 @@ def check(config: ConfigDict) -> None:
         f"config.arms names {arm!r}; use letters, digits, _, + and -"
       )
   seeds = config.seeds
-  if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+  are_numbers = all(type(seed) is int and seed >= 0 for seed in seeds)
+  if not seeds or not are_numbers or len(set(seeds)) < len(seeds):
     raise errors.UserError(
-      f"config.seeds={seeds} are not different numbers from 0 on"
+      f"config.seeds={seeds} are not different whole numbers from 0 on"
     )
+  for name, path in config.measures.items():
+    if not isinstance(path, str):
+      raise errors.UserError(
+        f"config.measures.{name}={path!r} is no path of result.json"
+      )
+  for pair in config.pairs:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+      raise errors.UserError(f"config.pairs has {pair!r}, which is no two arms")
+  for name, by_arm in config.published.items():
+    if not isinstance(by_arm, ConfigDict):
+      raise errors.UserError(
+        f"config.published.{name}={by_arm!r} has no numbers by arm"
+      )
   named = {
     "pairs": sum(map(tuple, config.pairs), ()),
     "figure.lines": sum(map(tuple, config.figure.lines.values()), ()),
@@ -167,7 +181,9 @@ def of_arm(config: ConfigDict, arm: str) -> ConfigDict:
   return changed.copy_and_resolve_references()
 
 
-def _change(group: ConfigDict, changes: ConfigDict, name: str) -> None:
+def _change(group: ConfigDict, changes: Any, name: str) -> None:
+  if not isinstance(changes, ConfigDict):
+    raise errors.UserError(f"{name}={changes!r} is no group of keys")
   is_free = not group
   with group.unlocked():
     for key, value in changes.items():
@@ -176,8 +192,6 @@ def _change(group: ConfigDict, changes: ConfigDict, name: str) -> None:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise errors.UserError(f"{name}.{key} is no key of the run{hint}")
       if key in group and isinstance(group[key], ConfigDict):
-        if not isinstance(value, ConfigDict):
-          raise errors.UserError(f"{name}.{key}={value!r} is no group of keys")
         _change(group[key], value, f"{name}.{key}")
         continue
       try:

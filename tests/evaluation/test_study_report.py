@@ -96,7 +96,7 @@ def test_a_measure_that_no_cell_has_is_absent():
 
 @pytest.mark.parametrize("lines", [{}, {"both": ("a", "b<i>")}])
 def test_figures_have_a_panel_for_each_measure(lines):
-  study = _study(figure=study_report.Figure(lines, (), "x", ("PSNR",)))
+  study = _study(figure=study_report.Figure(lines, (8, 16), "x", ("PSNR",)))
   for data in (
     study_report.write_figure(study),
     study_report.write_curves(study),

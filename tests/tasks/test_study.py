@@ -216,17 +216,31 @@ def test_a_cell_of_somebody_else_is_left_alone(whole, monkeypatch, caplog):
   assert "now fast/3" not in caplog.text
 
 
+@pytest.fixture
+def computed(tmp_path):
+  """A study whose cells are finished, without computing any: b, by 0 and 1."""
+  c = base.study()
+  c.base = base.throughput()
+  c.arms, c.seeds = {"a": {}, "b": {}}, (0, 1)
+  c.measures = {"x": "measured/x"}
+  for cell in study.study_lib.cells(c, epath.Path(tmp_path)):
+    measured = {"x": cell.seed if cell.arm == "b" else 0}
+    cell.finish(seconds=1.0, versions=study.versions.versions())
+    (cell.workdir / "result.json").write_text(json.dumps({"measured": measured}))
+  return c, tmp_path
+
+
 def test_a_cell_that_others_finish_meanwhile_has_not_failed(
-  whole, monkeypatch
+  computed, monkeypatch
 ):
-  config, workdir = whole
-  record = workdir / "cells/fast/3/cell.json"
+  config, workdir = computed
+  record = workdir / "cells/b/1/cell.json"
   kept = record.read_text()
   record.unlink()
   take = lease.Leases.take
 
   def take_late(leases, key):
-    if key == "fast/3":
+    if key == "b/1":
       record.write_text(kept)
     return take(leases, key)
 
@@ -263,7 +277,15 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(tiny_study, tmp_path):
     ({"arms": {"a": {"data": 3}}}, "arms.a.data=3 is no group"),
     ({"arms": {"a/b": {}}}, "'a/b'; use letters"),
     ({"arms": {}}, "must not be empty"),
-    ({"seeds": (1, 1)}, "different numbers"),
+    ({"arms": {"a": 3}}, "arms.a=3 is no group"),
+    ({"arms": {"a": {"steps": None}}}, "steps=None is below 1"),
+    ({"seeds": (1, 1)}, "different whole numbers"),
+    ({"seeds": ("a", "b")}, "different whole numbers"),
+    ({"seeds": (0, 0.5)}, "different whole numbers"),
+    ({"measures": {"PSNR": 3}}, "measures.PSNR=3 is no path"),
+    ({"pairs": ("slow", "fast")}, "'slow', which is no two arms"),
+    ({"pairs": (("slow",),)}, "which is no two arms"),
+    ({"published": {"rFID": 3.0}}, "rFID=3.0 has no numbers by arm"),
     ({"pairs": (("slow", "quick"),)}, "'quick', which is no arm"),
     ({"compare": "sum"}, "known are difference, ratio"),
     ({"published": {"rFID": {"quick": 1.0}}}, "'quick', which is no arm"),

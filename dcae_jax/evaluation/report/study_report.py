@@ -261,7 +261,7 @@ def write_figure(study: Study) -> bytes:
       for line, arms in study.lines.items()
     }
   ticks = study.figure.ticks or next(iter(study.lines.values()))
-  return figures.ranges(panels, study.figure.x_label, ticks)
+  return figures.ranges(panels, study.figure.x_label, list(map(str, ticks)))
 
 
 def _points(
