@@ -1,5 +1,6 @@
 """The cells of a study: the configs of its arms, with each seed."""
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -53,8 +54,10 @@ class Cell:
     path = self.workdir / _RECORD
     if not path.exists():
       return None
-    record = json.loads(path.read_text())
-    return record if record["config"] == self._fingerprint() else None
+    record = {}
+    with contextlib.suppress(ValueError):  # damaged, it says nothing
+      record = json.loads(path.read_text())
+    return record if record.get("config") == self._fingerprint() else None
 
   def finish(self, **facts: Any) -> None:
     """Keeps facts about the finished run."""
@@ -260,7 +263,13 @@ def report(config: ConfigDict, all_cells: list[Cell]) -> study_report.Study:
 
 def _result(workdir: epath.Path) -> dict[str, float]:
   """The numbers of `result.json`, by path."""
-  result = json.loads((workdir / "result.json").read_text())
+  path = workdir / "result.json"
+  try:
+    result = json.loads(path.read_text())
+  except ValueError as error:
+    raise errors.UserError(
+      f"{path} is damaged ({error}); delete {workdir} and run again"
+    ) from error
   return {
     path: float(value)
     for path, value in differences.flat(result, separator="/").items()

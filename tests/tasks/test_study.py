@@ -249,6 +249,16 @@ def test_a_cell_that_others_finish_meanwhile_has_not_failed(
   assert _run(config, workdir)
 
 
+def test_damaged_files_of_computed_cells_are_not_believed(computed):
+  config, workdir = computed
+  cells = study.study_lib.cells(config, workdir)
+  (workdir / "cells/a/1/cell.json").write_text("")
+  assert [x.name for x in cells if x.record() is None] == ["a/1"]
+  (workdir / "cells/b/0/result.json").write_text("")
+  with pytest.raises(ValueError, match="b/0/result.json is damaged"):
+    study.study_lib.report(config, cells)
+
+
 def held_by():
   return f"{os.uname().nodename}, process {os.getpid()}"
 
