@@ -76,6 +76,13 @@ def test_ratios_are_of_the_same_seed():
   assert found["values"] == {"0": a[0] / b[0], "2": a[2] / b[2]}
 
 
+def test_a_ratio_to_nothing_is_no_number():
+  study = _study(compare="ratio")
+  study.arms["a"].results[2][_PATH] = 0.0
+  found = study_report.summary(study)["compared"][0]["ratio"][_PATH]
+  assert np.isnan(found["values"]["2"]) and np.isnan(found["mean"])
+
+
 def test_tables_mark_what_is_published_and_the_floor():
   header, a, b, floor = study_report.table(_study())
   assert header == ["arm", "seeds", "PSNR ↑", "published: rFID"]

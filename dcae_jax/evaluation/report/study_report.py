@@ -6,6 +6,7 @@ Reads nothing: what the cells of the study have reached comes as plain numbers.
 import dataclasses
 import html
 import json
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,9 +19,15 @@ from dcae_jax.evaluation.report import figures, page, text_table
 FIGURE, CURVES = "figure.png", "over_steps.png"
 _FLOOR = "block PCA"
 _OURS, _THEIRS = "eval/", "floor/"  # where a run measures itself, and its floor
+
+
+def _ratio(first: float, second: float) -> float:
+  return first / second if second else math.nan
+
+
 COMPARISONS: dict[str, Callable[[float, float], float]] = {
   "difference": operator.sub,
-  "ratio": operator.truediv,
+  "ratio": _ratio,
 }
 
 
