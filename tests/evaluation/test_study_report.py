@@ -101,6 +101,13 @@ def test_a_measure_that_no_cell_has_is_absent():
   assert study_report.table(study)[1][2] == "absent"
 
 
+def test_tables_say_of_how_many_seeds_a_number_is():
+  study = _study(measures={"PSNR": _PATH, "floor": _FLOOR})
+  del study.arms["a"].results[1][_FLOOR]
+  row = study_report.table(study)[1]
+  assert row[1] == "3" and row[3] == "15.00 (15.00 to 15.00), 2 of 3"
+
+
 @pytest.mark.parametrize("lines", [{}, {"both": ("a", "b<i>")}])
 def test_figures_have_a_panel_for_each_measure(lines):
   study = _study(figure=study_report.Figure(lines, (8, 16), "x", ("PSNR",)))
