@@ -16,13 +16,14 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.evaluation.report import study_report
-from dcae_jax.runs import differences, metrics_writer
+from dcae_jax.runs import differences, metrics_writer, work_directory
 from dcae_jax.setup import autoencoder_training, keys, models
 
 TASKS = (
   "train_autoencoder", "train_phases", "train_diffusion", "export_and_diffuse",
   "throughput",
 )  # fmt: skip
+_TRAININGS = ("train_autoencoder", "train_diffusion")
 _RECORD = "cell.json"  # of a finished cell, written last
 _NAME = r"[\w+-]+"
 
@@ -58,6 +59,32 @@ class Cell:
     with contextlib.suppress(ValueError):  # damaged, it says nothing
       record = json.loads(path.read_text())
     return record if record.get("config") == self._fingerprint() else None
+
+  def check_goes_on(self) -> None:
+    """Raises UserError where a training would keep what is not of its config.
+
+    It does not take steps back, and what is finished is not evaluated again.
+    """
+    path = self.workdir / "config.json"
+    if self.config.task not in _TRAININGS or not path.exists():
+      return
+    before = work_directory.read_config(path)
+    config = keys.for_device(self.config, jax.default_backend())
+    kept = [
+      text
+      for key, text in differences.differences(
+        before, keys.resolved(config)
+      ).items()
+      if key == "steps" or key.startswith("evaluation.")
+    ]
+    is_finished = (self.workdir / "result.json").exists()
+    is_longer = config.steps > before["steps"]
+    is_shorter = config.steps < before["steps"]
+    if kept and not is_longer and (is_shorter or is_finished):
+      raise errors.UserError(
+        f"{self.workdir} has results of another config ({'; '.join(kept)}); "
+        "delete it, or take the same config"
+      )
 
   def finish(self, **facts: Any) -> None:
     """Keeps facts about the finished run."""

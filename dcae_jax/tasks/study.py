@@ -139,6 +139,7 @@ class _Work:
     began = time.monotonic()
     task = importlib.import_module(f"dcae_jax.tasks.{cell.config.task}")
     try:
+      cell.check_goes_on()
       finished = task.run(cell.config, cell.workdir, sigterm)
     except (errors.UserError, FloatingPointError) as error:
       self.failed[cell.name] = errors.first_line(error)

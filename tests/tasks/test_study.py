@@ -259,6 +259,28 @@ def test_damaged_files_of_computed_cells_are_not_believed(computed):
     study.study_lib.report(config, cells)
 
 
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"steps": 3}, "steps: 4 there, 3 now"),
+    ({"evaluation": {"max_images": 1}}, "max_images: . there, 1 now"),
+  ],
+)  # fmt: skip
+def test_results_of_another_config_are_not_taken_for_its_own(
+  changes, message, tiny_study, tmp_path
+):
+  config = tiny_study(arms={"a": {}}, seeds=(0,))
+  before = study.study_lib.cells(config, epath.Path(tmp_path))[0]
+  study.start.write_config(before.config, before.workdir)
+  (before.workdir / "result.json").write_text("{}")
+  before.check_goes_on()
+  config.arms.a = changes
+  with pytest.raises(ValueError, match=message):
+    _run(config, tmp_path)
+  config.arms.a = {"steps": 5}
+  study.study_lib.cells(config, epath.Path(tmp_path))[0].check_goes_on()
+
+
 def held_by():
   return f"{os.uname().nodename}, process {os.getpid()}"
 
