@@ -41,7 +41,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       "--workdir, to compute several cells at once"
     )
   cells = study_lib.cells(config, workdir)
-  start.begin(config, workdir, ("study.json", "study.md", "index.html"))
+  written = ("study.json", "study.md", "index.html")
+  figures = (study_report.FIGURE, study_report.CURVES)
+  start.begin(config, workdir, written + figures)
   start.write_config(config, workdir)
   sigterm = loop.Sigterm()
   work = _Work(config, cells, workdir)

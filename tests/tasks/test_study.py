@@ -281,6 +281,13 @@ def test_results_of_another_config_are_not_taken_for_its_own(
   study.study_lib.cells(config, epath.Path(tmp_path))[0].check_goes_on()
 
 
+def test_pictures_of_something_else_are_not_written_over(computed):
+  config, workdir = computed
+  (workdir / "figure.png").write_text("mine")
+  with pytest.raises(ValueError, match="holds figure.png of something else"):
+    _run(config, workdir)
+
+
 def held_by():
   return f"{os.uname().nodename}, process {os.getpid()}"
 
