@@ -143,7 +143,11 @@ class _Work:
     try:
       cell.check_goes_on()
       finished = task.run(cell.config, cell.workdir, sigterm)
-    except (errors.UserError, FloatingPointError) as error:
+    except (
+      errors.UserError,
+      FloatingPointError,
+      jax.errors.JaxRuntimeError,  # such as too little memory
+    ) as error:
       self.failed[cell.name] = errors.first_line(error)
       _LOG.error("cell %s failed: %s", cell.name, error)
       return True

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY
@@ -17,7 +18,7 @@ import dcae_jax
 from configs import base
 from dcae_jax.autoencoder import families
 from dcae_jax.runs import lease
-from dcae_jax.tasks import plan, study
+from dcae_jax.tasks import plan, study, throughput
 
 _PATH = "eval/psnr"
 
@@ -286,6 +287,21 @@ def test_pictures_of_something_else_are_not_written_over(computed):
   (workdir / "figure.png").write_text("mine")
   with pytest.raises(ValueError, match="holds figure.png of something else"):
     _run(config, workdir)
+
+
+def test_a_cell_without_enough_memory_does_not_end_the_study(
+  computed, monkeypatch
+):
+  config, workdir = computed
+  (workdir / "cells/a/0/cell.json").unlink()
+
+  def allocate(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  monkeypatch.setattr(throughput, "run", allocate)
+  with pytest.raises(ValueError, match="1 of 4 cells failed .a/0: RESOURCE"):
+    _run(config, workdir)
+  assert "3 cells took" in (workdir / "study.md").read_text()
 
 
 def held_by():
