@@ -7,7 +7,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, work_directory
 from dcae_jax.setup import autoencoder_training, keys, models, start
 from dcae_jax.tasks import report, train_autoencoder
 from dcae_jax.training import loop
@@ -35,6 +35,7 @@ def run(
       if not config[name].model.variant:
         config[name].model.update(model._asdict())
   start.check_work_directory(config, workdir)
+  work_directory.check_nothing_foreign(workdir, ())
   for name in _PHASES:
     is_first = name == _PHASES[0]
     autoencoder_training.build(

@@ -133,7 +133,7 @@ def test_other_studies_start_from_its_cells(whole, tiny_study, tmp_path):
   changes = {"init_from": "{study}/cells/slow/{seed}"}
   config = tiny_study(arms={"next": changes}, start_from=str(workdir))
   config.seeds = (0, 5)
-  with pytest.raises(ValueError, match="cell slow/5 of the study .* finished"):
+  with pytest.raises(ValueError, match=r"cell slow/5 of the study .* finished"):
     _run(config, tmp_path)
   config.seeds = (3,)
   config.base.steps = 1
@@ -227,7 +227,9 @@ def computed(tmp_path):
   for cell in study.study_lib.cells(c, epath.Path(tmp_path)):
     measured = {"x": cell.seed if cell.arm == "b" else 0}
     cell.finish(seconds=1.0, versions=study.versions.versions())
-    (cell.workdir / "result.json").write_text(json.dumps({"measured": measured}))
+    (cell.workdir / "result.json").write_text(
+      json.dumps({"measured": measured})
+    )
   return c, tmp_path
 
 
@@ -256,7 +258,7 @@ def test_damaged_files_of_computed_cells_are_not_believed(computed):
   (workdir / "cells/a/1/cell.json").write_text("")
   assert [x.name for x in cells if x.record() is None] == ["a/1"]
   (workdir / "cells/b/0/result.json").write_text("")
-  with pytest.raises(ValueError, match="b/0/result.json is damaged"):
+  with pytest.raises(ValueError, match=r"b/0/result\.json is damaged"):
     study.study_lib.report(config, cells)
 
 
@@ -285,7 +287,7 @@ def test_results_of_another_config_are_not_taken_for_its_own(
 def test_pictures_of_something_else_are_not_written_over(computed):
   config, workdir = computed
   (workdir / "figure.png").write_text("mine")
-  with pytest.raises(ValueError, match="holds figure.png of something else"):
+  with pytest.raises(ValueError, match=r"holds figure\.png of something else"):
     _run(config, workdir)
 
 
@@ -299,7 +301,7 @@ def test_a_cell_without_enough_memory_does_not_end_the_study(
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
   monkeypatch.setattr(throughput, "run", allocate)
-  with pytest.raises(ValueError, match="1 of 4 cells failed .a/0: RESOURCE"):
+  with pytest.raises(ValueError, match=r"1 of 4 cells failed \(a/0: RESOURCE"):
     _run(config, workdir)
   assert "3 cells took" in (workdir / "study.md").read_text()
 
