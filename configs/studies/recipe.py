@@ -64,7 +64,7 @@ def phase3():
   c = _shared(base.phase3(""))
   c.start_from_averages = True
   c.resolution, c.steps = 64, 600
-  c.evaluation.resolutions = (64,)
+  c.evaluation.resolutions = (64, 128)
   c.optimizer.kind, c.optimizer.learning_rate = "adamw", 3e-4
   c.optimizer.warmup_steps = 50
   c.discriminator.width, c.discriminator.learning_rate = 16, 1e-4
