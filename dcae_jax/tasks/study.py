@@ -86,18 +86,23 @@ class _Work:
     """
     said = ""
     while not sigterm.received and (open_cells := self._open()):
-      taken = self._take(open_cells)
-      running = [name for name in open_cells if self._leases.owner(name)]
-      if taken is None and not running:
+      ready = [
+        name
+        for name in open_cells
+        if self._cells[name].before <= self._seconds.keys()
+      ]
+      if not ready:
         for name in open_cells:
           self.failed[name] = "what it starts from failed"
         return
+      taken = self._take(ready)
+      running = [name for name in ready if self._leases.owner(name)]
       progress = self._progress(len(running))
       if taken is not None:
         _LOG.info("%s; now %s", progress, taken[0].name)
         yield taken
       else:
-        if progress != said:
+        if running and progress != said:
           _LOG.info("%s; waiting for %s", progress, self._owners(running))
         said = progress
         time.sleep(_PATIENCE)
@@ -119,8 +124,6 @@ class _Work:
   ) -> tuple[study_lib.Cell, lease.Lease] | None:
     for name in names:
       cell = self._cells[name]
-      if not all(before in self._seconds for before in cell.before):
-        continue
       held = self._leases.take(name)
       if held is None:
         continue

@@ -109,3 +109,10 @@ def test_figures_have_a_panel_for_each_measure(lines):
     for x in (study, narrow)
   ]
   assert widths[0] == 2 * widths[1]
+
+
+def test_numbers_that_are_the_same_with_each_seed_are_drawn():
+  study = _study()
+  for result in study.arms["a"].results.values():
+    result[_FLOOR] = 0.1  # of which the mean of three is more
+  assert study_report.write_figure(study)

@@ -216,6 +216,25 @@ def test_a_cell_of_somebody_else_is_left_alone(whole, monkeypatch, caplog):
   assert "now fast/3" not in caplog.text
 
 
+def test_a_cell_that_others_finish_meanwhile_has_not_failed(
+  whole, monkeypatch
+):
+  config, workdir = whole
+  record = workdir / "cells/fast/3/cell.json"
+  kept = record.read_text()
+  record.unlink()
+  take = lease.Leases.take
+
+  def take_late(leases, key):
+    if key == "fast/3":
+      record.write_text(kept)
+    return take(leases, key)
+
+  monkeypatch.setattr(lease.Leases, "take", take_late)
+  monkeypatch.setattr(study, "_PATIENCE", 0.1)
+  assert _run(config, workdir)
+
+
 def held_by():
   return f"{os.uname().nodename}, process {os.getpid()}"
 

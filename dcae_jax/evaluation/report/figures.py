@@ -211,7 +211,8 @@ def ranges(
         "linestyle": line.style if name else "none",
       }
       if ticks:
-        bars = (means - least, most - means)
+        # A mean of equal numbers may be rounded to beyond them.
+        bars = np.maximum((means - least, most - means), 0)
         panel.errorbar(xs, means, bars, marker="o", ms=4, capsize=4, **style)
       else:
         panel.plot(xs, means, linewidth=1, **style)
