@@ -35,7 +35,7 @@ def check(config: ConfigDict) -> None:
     value = values.get(path)
     if key.least is None:
       continue
-    if not value >= key.least:  # also for NaN
+    if value is None or not value >= key.least:  # also for NaN
       raise errors.UserError(f"config.{path}={value} is below {key.least}")
     if value > key.most:
       raise errors.UserError(f"config.{path}={value} is above {key.most}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 
 import jax
 from etils import epath
@@ -46,7 +47,7 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
   """
   if "://" in str(workdir):
     place = storage.Storage(os.fspath(workdir))
-    place.check_writable(f"probe_{jax.process_index()}")
+    place.check_writable(f"probe_{secrets.token_hex(8)}")
   path = workdir / "config.json"
   if workdir.exists() and not workdir.is_dir():
     raise errors.UserError(

@@ -1,5 +1,6 @@
 """The cells of a study: the configs of its arms, with each seed."""
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -15,13 +16,14 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.evaluation.report import study_report
-from dcae_jax.runs import differences, metrics_writer
+from dcae_jax.runs import differences, metrics_writer, work_directory
 from dcae_jax.setup import autoencoder_training, keys, models
 
 TASKS = (
   "train_autoencoder", "train_phases", "train_diffusion", "export_and_diffuse",
   "throughput",
 )  # fmt: skip
+_TRAININGS = ("train_autoencoder", "train_diffusion")
 _RECORD = "cell.json"  # of a finished cell, written last
 _NAME = r"[\w+-]+"
 
@@ -53,8 +55,36 @@ class Cell:
     path = self.workdir / _RECORD
     if not path.exists():
       return None
-    record = json.loads(path.read_text())
-    return record if record["config"] == self._fingerprint() else None
+    record = {}
+    with contextlib.suppress(ValueError):  # damaged, it says nothing
+      record = json.loads(path.read_text())
+    return record if record.get("config") == self._fingerprint() else None
+
+  def check_goes_on(self) -> None:
+    """Raises UserError where a training would keep what is not of its config.
+
+    It does not take steps back, and what is finished is not evaluated again.
+    """
+    path = self.workdir / "config.json"
+    if self.config.task not in _TRAININGS or not path.exists():
+      return
+    before = work_directory.read_config(path)
+    config = keys.for_device(self.config, jax.default_backend())
+    kept = [
+      text
+      for key, text in differences.differences(
+        before, keys.resolved(config)
+      ).items()
+      if key == "steps" or key.startswith("evaluation.")
+    ]
+    is_finished = (self.workdir / "result.json").exists()
+    is_longer = config.steps > before["steps"]
+    is_shorter = config.steps < before["steps"]
+    if kept and not is_longer and (is_shorter or is_finished):
+      raise errors.UserError(
+        f"{self.workdir} has results of another config ({'; '.join(kept)}); "
+        "delete it, or take the same config"
+      )
 
   def finish(self, **facts: Any) -> None:
     """Keeps facts about the finished run."""
@@ -120,10 +150,24 @@ def check(config: ConfigDict) -> None:
         f"config.arms names {arm!r}; use letters, digits, _, + and -"
       )
   seeds = config.seeds
-  if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+  are_numbers = all(type(seed) is int and seed >= 0 for seed in seeds)
+  if not seeds or not are_numbers or len(set(seeds)) < len(seeds):
     raise errors.UserError(
-      f"config.seeds={seeds} are not different numbers from 0 on"
+      f"config.seeds={seeds} are not different whole numbers from 0 on"
     )
+  for name, path in config.measures.items():
+    if not isinstance(path, str):
+      raise errors.UserError(
+        f"config.measures.{name}={path!r} is no path of result.json"
+      )
+  for pair in config.pairs:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+      raise errors.UserError(f"config.pairs has {pair!r}, which is no two arms")
+  for name, by_arm in config.published.items():
+    if not isinstance(by_arm, ConfigDict):
+      raise errors.UserError(
+        f"config.published.{name}={by_arm!r} has no numbers by arm"
+      )
   named = {
     "pairs": sum(map(tuple, config.pairs), ()),
     "figure.lines": sum(map(tuple, config.figure.lines.values()), ()),
@@ -167,7 +211,9 @@ def of_arm(config: ConfigDict, arm: str) -> ConfigDict:
   return changed.copy_and_resolve_references()
 
 
-def _change(group: ConfigDict, changes: ConfigDict, name: str) -> None:
+def _change(group: ConfigDict, changes: Any, name: str) -> None:
+  if not isinstance(changes, ConfigDict):
+    raise errors.UserError(f"{name}={changes!r} is no group of keys")
   is_free = not group
   with group.unlocked():
     for key, value in changes.items():
@@ -176,8 +222,6 @@ def _change(group: ConfigDict, changes: ConfigDict, name: str) -> None:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise errors.UserError(f"{name}.{key} is no key of the run{hint}")
       if key in group and isinstance(group[key], ConfigDict):
-        if not isinstance(value, ConfigDict):
-          raise errors.UserError(f"{name}.{key}={value!r} is no group of keys")
         _change(group[key], value, f"{name}.{key}")
         continue
       try:
@@ -246,7 +290,13 @@ def report(config: ConfigDict, all_cells: list[Cell]) -> study_report.Study:
 
 def _result(workdir: epath.Path) -> dict[str, float]:
   """The numbers of `result.json`, by path."""
-  result = json.loads((workdir / "result.json").read_text())
+  path = workdir / "result.json"
+  try:
+    result = json.loads(path.read_text())
+  except ValueError as error:
+    raise errors.UserError(
+      f"{path} is damaged ({error}); delete {workdir} and run again"
+    ) from error
   return {
     path: float(value)
     for path, value in differences.flat(result, separator="/").items()

@@ -41,7 +41,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       "--workdir, to compute several cells at once"
     )
   cells = study_lib.cells(config, workdir)
-  start.begin(config, workdir, ("study.json", "study.md", "index.html"))
+  written = ("study.json", "study.md", "index.html")
+  figures = (study_report.FIGURE, study_report.CURVES)
+  start.begin(config, workdir, written + figures)
   start.write_config(config, workdir)
   sigterm = loop.Sigterm()
   work = _Work(config, cells, workdir)
@@ -139,8 +141,13 @@ class _Work:
     began = time.monotonic()
     task = importlib.import_module(f"dcae_jax.tasks.{cell.config.task}")
     try:
+      cell.check_goes_on()
       finished = task.run(cell.config, cell.workdir, sigterm)
-    except (errors.UserError, FloatingPointError) as error:
+    except (
+      errors.UserError,
+      FloatingPointError,
+      jax.errors.JaxRuntimeError,  # such as too little memory
+    ) as error:
       self.failed[cell.name] = errors.first_line(error)
       _LOG.error("cell %s failed: %s", cell.name, error)
       return True

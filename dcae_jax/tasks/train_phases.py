@@ -1,11 +1,13 @@
 """Trains all three phases, one after the other, and reports on them."""
 
 import itertools
+import json
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax.runs import metrics_writer, work_directory
 from dcae_jax.setup import autoencoder_training, keys, models, start
 from dcae_jax.tasks import report, train_autoencoder
 from dcae_jax.training import loop
@@ -19,7 +21,8 @@ def run(
   """Runs, or goes on with, the phases; False if SIGTERM ended it early.
 
   Each phase has its own work directory below `workdir`, and starts from the one
-  before. All configs are checked before the first phase starts.
+  before. All configs are checked before the first phase starts. `result.json`
+  holds those of the phases, by name.
   """
   sigterm = sigterm or loop.Sigterm()
   config = chained(config, workdir)
@@ -32,6 +35,7 @@ def run(
       if not config[name].model.variant:
         config[name].model.update(model._asdict())
   start.check_work_directory(config, workdir)
+  work_directory.check_nothing_foreign(workdir, ())
   for name in _PHASES:
     is_first = name == _PHASES[0]
     autoencoder_training.build(
@@ -49,6 +53,11 @@ def run(
     if not finished or sigterm.received:
       return False
   report.run(config.report, workdir / "report")
+  results = {
+    name: json.loads((workdir / name / "result.json").read_text())
+    for name in _PHASES
+  }
+  metrics_writer.write_json(workdir / "result.json", results)
   return True
 
 

@@ -76,6 +76,13 @@ def test_ratios_are_of_the_same_seed():
   assert found["values"] == {"0": a[0] / b[0], "2": a[2] / b[2]}
 
 
+def test_a_ratio_to_nothing_is_no_number():
+  study = _study(compare="ratio")
+  study.arms["a"].results[2][_PATH] = 0.0
+  found = study_report.summary(study)["compared"][0]["ratio"][_PATH]
+  assert np.isnan(found["values"]["2"]) and np.isnan(found["mean"])
+
+
 def test_tables_mark_what_is_published_and_the_floor():
   header, a, b, floor = study_report.table(_study())
   assert header == ["arm", "seeds", "PSNR ↑", "published: rFID"]
@@ -94,9 +101,16 @@ def test_a_measure_that_no_cell_has_is_absent():
   assert study_report.table(study)[1][2] == "absent"
 
 
+def test_tables_say_of_how_many_seeds_a_number_is():
+  study = _study(measures={"PSNR": _PATH, "floor": _FLOOR})
+  del study.arms["a"].results[1][_FLOOR]
+  row = study_report.table(study)[1]
+  assert row[1] == "3" and row[3] == "15.00 (15.00 to 15.00), 2 of 3"
+
+
 @pytest.mark.parametrize("lines", [{}, {"both": ("a", "b<i>")}])
 def test_figures_have_a_panel_for_each_measure(lines):
-  study = _study(figure=study_report.Figure(lines, (), "x", ("PSNR",)))
+  study = _study(figure=study_report.Figure(lines, (8, 16), "x", ("PSNR",)))
   for data in (
     study_report.write_figure(study),
     study_report.write_curves(study),

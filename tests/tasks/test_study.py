@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY
@@ -17,7 +18,7 @@ import dcae_jax
 from configs import base
 from dcae_jax.autoencoder import families
 from dcae_jax.runs import lease
-from dcae_jax.tasks import plan, study
+from dcae_jax.tasks import plan, study, throughput
 
 _PATH = "eval/psnr"
 
@@ -132,7 +133,7 @@ def test_other_studies_start_from_its_cells(whole, tiny_study, tmp_path):
   changes = {"init_from": "{study}/cells/slow/{seed}"}
   config = tiny_study(arms={"next": changes}, start_from=str(workdir))
   config.seeds = (0, 5)
-  with pytest.raises(ValueError, match="cell slow/5 of the study .* finished"):
+  with pytest.raises(ValueError, match=r"cell slow/5 of the study .* finished"):
     _run(config, tmp_path)
   config.seeds = (3,)
   config.base.steps = 1
@@ -216,23 +217,93 @@ def test_a_cell_of_somebody_else_is_left_alone(whole, monkeypatch, caplog):
   assert "now fast/3" not in caplog.text
 
 
+@pytest.fixture
+def computed(tmp_path):
+  """A study whose cells are finished, without computing any: b, by 0 and 1."""
+  c = base.study()
+  c.base = base.throughput()
+  c.arms, c.seeds = {"a": {}, "b": {}}, (0, 1)
+  c.measures = {"x": "measured/x"}
+  for cell in study.study_lib.cells(c, epath.Path(tmp_path)):
+    measured = {"x": cell.seed if cell.arm == "b" else 0}
+    cell.finish(seconds=1.0, versions=study.versions.versions())
+    (cell.workdir / "result.json").write_text(
+      json.dumps({"measured": measured})
+    )
+  return c, tmp_path
+
+
 def test_a_cell_that_others_finish_meanwhile_has_not_failed(
-  whole, monkeypatch
+  computed, monkeypatch
 ):
-  config, workdir = whole
-  record = workdir / "cells/fast/3/cell.json"
+  config, workdir = computed
+  record = workdir / "cells/b/1/cell.json"
   kept = record.read_text()
   record.unlink()
   take = lease.Leases.take
 
   def take_late(leases, key):
-    if key == "fast/3":
+    if key == "b/1":
       record.write_text(kept)
     return take(leases, key)
 
   monkeypatch.setattr(lease.Leases, "take", take_late)
   monkeypatch.setattr(study, "_PATIENCE", 0.1)
   assert _run(config, workdir)
+
+
+def test_damaged_files_of_computed_cells_are_not_believed(computed):
+  config, workdir = computed
+  cells = study.study_lib.cells(config, workdir)
+  (workdir / "cells/a/1/cell.json").write_text("")
+  assert [x.name for x in cells if x.record() is None] == ["a/1"]
+  (workdir / "cells/b/0/result.json").write_text("")
+  with pytest.raises(ValueError, match=r"b/0/result\.json is damaged"):
+    study.study_lib.report(config, cells)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"steps": 3}, "steps: 4 there, 3 now"),
+    ({"evaluation": {"max_images": 1}}, "max_images: . there, 1 now"),
+  ],
+)  # fmt: skip
+def test_results_of_another_config_are_not_taken_for_its_own(
+  changes, message, tiny_study, tmp_path
+):
+  config = tiny_study(arms={"a": {}}, seeds=(0,))
+  before = study.study_lib.cells(config, epath.Path(tmp_path))[0]
+  study.start.write_config(before.config, before.workdir)
+  (before.workdir / "result.json").write_text("{}")
+  before.check_goes_on()
+  config.arms.a = changes
+  with pytest.raises(ValueError, match=message):
+    _run(config, tmp_path)
+  config.arms.a = {"steps": 5}
+  study.study_lib.cells(config, epath.Path(tmp_path))[0].check_goes_on()
+
+
+def test_pictures_of_something_else_are_not_written_over(computed):
+  config, workdir = computed
+  (workdir / "figure.png").write_text("mine")
+  with pytest.raises(ValueError, match=r"holds figure\.png of something else"):
+    _run(config, workdir)
+
+
+def test_a_cell_without_enough_memory_does_not_end_the_study(
+  computed, monkeypatch
+):
+  config, workdir = computed
+  (workdir / "cells/a/0/cell.json").unlink()
+
+  def allocate(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  monkeypatch.setattr(throughput, "run", allocate)
+  with pytest.raises(ValueError, match=r"1 of 4 cells failed \(a/0: RESOURCE"):
+    _run(config, workdir)
+  assert "3 cells took" in (workdir / "study.md").read_text()
 
 
 def held_by():
@@ -263,7 +334,15 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(tiny_study, tmp_path):
     ({"arms": {"a": {"data": 3}}}, "arms.a.data=3 is no group"),
     ({"arms": {"a/b": {}}}, "'a/b'; use letters"),
     ({"arms": {}}, "must not be empty"),
-    ({"seeds": (1, 1)}, "different numbers"),
+    ({"arms": {"a": 3}}, "arms.a=3 is no group"),
+    ({"arms": {"a": {"steps": None}}}, "steps=None is below 1"),
+    ({"seeds": (1, 1)}, "different whole numbers"),
+    ({"seeds": ("a", "b")}, "different whole numbers"),
+    ({"seeds": (0, 0.5)}, "different whole numbers"),
+    ({"measures": {"PSNR": 3}}, "measures.PSNR=3 is no path"),
+    ({"pairs": ("slow", "fast")}, "'slow', which is no two arms"),
+    ({"pairs": (("slow",),)}, "which is no two arms"),
+    ({"published": {"rFID": 3.0}}, "rFID=3.0 has no numbers by arm"),
     ({"pairs": (("slow", "quick"),)}, "'quick', which is no arm"),
     ({"compare": "sum"}, "known are difference, ratio"),
     ({"published": {"rFID": {"quick": 1.0}}}, "'quick', which is no arm"),

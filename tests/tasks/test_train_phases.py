@@ -91,8 +91,10 @@ def test_the_report_is_a_page_with_curves_and_the_floor(workdir):
 def test_report_agrees_with_the_runs_own_evaluation(workdir):
   numbers = json.loads((workdir / "report" / "report.json").read_text())
   del numbers[floor.NAME]
+  of_phases = json.loads((workdir / "result.json").read_text())
   for phase, found in numbers.items():
     result = json.loads((workdir / phase / "result.json").read_text())
+    assert result == of_phases[phase]
     for metric in ("psnr", "ssim", "lpips"):
       assert abs(found["64"][metric] - result[f"eval/{metric}"]) < 1e-3
 

@@ -4,8 +4,10 @@ Reads nothing: what the cells of the study have reached comes as plain numbers.
 """
 
 import dataclasses
+import functools
 import html
 import json
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,9 +20,15 @@ from dcae_jax.evaluation.report import figures, page, text_table
 FIGURE, CURVES = "figure.png", "over_steps.png"
 _FLOOR = "block PCA"
 _OURS, _THEIRS = "eval/", "floor/"  # where a run measures itself, and its floor
+
+
+def _ratio(first: float, second: float) -> float:
+  return first / second if second else math.nan
+
+
 COMPARISONS: dict[str, Callable[[float, float], float]] = {
   "difference": operator.sub,
-  "ratio": operator.truediv,
+  "ratio": _ratio,
 }
 
 
@@ -180,15 +188,18 @@ def _text(path: str, value: float) -> str:
   return column.text(value) if column else f"{value:.4g}"
 
 
-def _cell(values: Mapping[int, float], text: Callable[[float], str]) -> str:
-  """Mean and range."""
+def _cell(
+  values: Mapping[int, float], text: Callable[[float], str], seeds: int
+) -> str:
+  """Mean and range; says so if some of the seeds have no such number."""
   found = statistics(values)
   if not found:
     return "absent"
-  if found["seeds"] == 1:
-    return text(found["mean"])
+  some = "" if found["seeds"] == seeds else f", {found['seeds']} of {seeds}"
   mean, least, most = (text(found[x]) for x in ("mean", "least", "most"))
-  return f"{mean} ({least} to {most})"
+  if found["seeds"] == 1:
+    return f"{mean}{some}"
+  return f"{mean} ({least} to {most}){some}"
 
 
 def table(study: Study) -> list[list[str]]:
@@ -197,21 +208,24 @@ def table(study: Study) -> list[list[str]]:
   published = [f"published: {what}" for what in study.published]
   rows = [["arm", "seeds", *headings, *published]]
   for name, arm in study.arms.items():
+    seeds = len(arm.results)
     cells = [
-      _cell(study.values(name, path), lambda x, path=path: _text(path, x))
+      _cell(study.values(name, path), functools.partial(_text, path), seeds)
       for path in study.measures.values()
     ]
     theirs = [
       f"{by_arm[name]:.4g}" if name in by_arm else ""
       for by_arm in study.published.values()
     ]
-    rows.append([name, str(len(arm.results)), *cells, *theirs])
+    rows.append([name, str(seeds), *cells, *theirs])
   for name in next(iter(study.lines.values())):
     floors = {path: _floor_of(path) for path in study.measures.values()}
     values = {path: study.values(name, floor) for path, floor in floors.items()}
     if any(values.values()):
       cells = [
-        _cell(found, lambda x, path=path: _text(path, x)) if found else ""
+        _cell(found, functools.partial(_text, path), len(found))
+        if found
+        else ""
         for path, found in values.items()
       ]
       rows.append(
@@ -228,10 +242,11 @@ def table_of_pairs(study: Study) -> list[list[str]]:
     between = {
       path: study.between(pair, path) for path in study.measures.values()
     }
-    cells = [
-      _cell(values, lambda x: f"{x:{sign}.3g}") for values in between.values()
-    ]
     seeds = max(map(len, between.values()))
+    cells = [
+      _cell(values, lambda x: f"{x:{sign}.3g}", seeds)
+      for values in between.values()
+    ]
     rows.append([f" {symbol} ".join(pair), str(seeds), *cells])
   return rows
 
@@ -261,7 +276,7 @@ def write_figure(study: Study) -> bytes:
       for line, arms in study.lines.items()
     }
   ticks = study.figure.ticks or next(iter(study.lines.values()))
-  return figures.ranges(panels, study.figure.x_label, ticks)
+  return figures.ranges(panels, study.figure.x_label, list(map(str, ticks)))
 
 
 def _points(
@@ -316,7 +331,7 @@ def _conditions(study: Study) -> list[str]:
   sentences = [
     "Means over seeds, with the least and the most.",
     f"{len(records)} cells took {hours:.2f} hours in all, by the clock of each "
-    f"({'; '.join(computed)}).",
+    f"since its last start ({'; '.join(computed)}).",
   ]
   if study.unfinished:
     sentences.append(f"{study.unfinished} cells are not finished.")
