@@ -23,7 +23,7 @@ def get_config():
     "head": {},
     "whole-model": {"trainable": ("*",)},
   }
-  c.measures = recipe.measures(64, 128, 256) | {
+  c.measures = recipe.measures(64, 128) | {
     "change of latents": "latent_change",
     "steps per second": "train/steps_per_second",
     "GiB of a step": "step_gib",

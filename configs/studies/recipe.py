@@ -28,7 +28,6 @@ def _shared(c):
   c.data.source = base.source("folder", TRAINING)
   c.evaluation.source = base.source("folder", _HELD_OUT)
   c.data.shorter_side = 0
-  c.evaluation.resolutions = (64, 128, 256)
   c.evaluation.metrics = ("lpips", "frechet_efficientnet_lite0")
   c.evaluation.max_images, c.evaluation.batch_size = 256, 32
   c.on_accelerator = ()
@@ -39,6 +38,7 @@ def phase1():
   """What docs/learning.md found best, at 64 px."""
   c = _shared(base.phase1(""))
   c.resolution, c.steps = 64, 600
+  c.evaluation.resolutions = (64,)
   c.initial_branch_scale = 0.0
   c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 0.01, 2e-3
   c.optimizer.schedule, c.optimizer.decay_steps = "wsd", 300
@@ -51,7 +51,7 @@ def phase2():
   """The middle layers, at 128 px."""
   c = _shared(base.phase2(""))
   c.start_from_averages = True
-  c.resolution, c.steps = 128, 400
+  c.resolution, c.steps = 128, 300
   c.data.min_size = 0
   c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 1e-3, 2e-4
   c.optimizer.schedule, c.optimizer.warmup_steps = "cosine", 50
@@ -64,6 +64,7 @@ def phase3():
   c = _shared(base.phase3(""))
   c.start_from_averages = True
   c.resolution, c.steps = 64, 600
+  c.evaluation.resolutions = (64, 128)
   c.optimizer.kind, c.optimizer.learning_rate = "adamw", 3e-4
   c.optimizer.warmup_steps = 50
   c.discriminator.width, c.discriminator.learning_rate = 16, 1e-4

@@ -24,7 +24,7 @@ def get_config(phase: str):
     c.base.init_from = "{study}/cells/f32/{seed}"
     deeper = [(f"encoder/stage_{i}", f"decoder/stage_{i}") for i in (5, 4)]
   else:
-    c.base, first, resolutions = recipe.phase3(), _HEAD, (64, 128, 256)
+    c.base, first, resolutions = recipe.phase3(), _HEAD, (64, 128)
     c.base.init_from = "{study}/cells/f32-middle/{seed}"
     deeper = [("decoder/stage_1",), ("decoder/stage_2",)]
   c.arms = {

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import subprocess
 
 import jax
 
@@ -19,15 +20,27 @@ def versions() -> dict[str, str]:
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      found[name] = "not installed: run from a clone"
-  device = jax.devices()[0]
+      found[name] = _clone()
   return found | {
     "python": platform.python_version(),
-    "devices": f"{jax.device_count()} {device.device_kind}",
+    "devices": f"{jax.device_count()} {_hardware()}",
   }
 
 
-def hardware() -> str:
+def _clone() -> str:
+  """The commit of a clone that runs as it is; "+": with other changes."""
+  command = ["git", "describe", "--always", "--dirty=+"]
+  folder = pathlib.Path(__file__).parent
+  try:
+    output = subprocess.check_output(
+      command, cwd=folder, stderr=subprocess.DEVNULL, text=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return "not installed"
+  return f"a clone at {output.strip()}"
+
+
+def _hardware() -> str:
   """The first device in words; of a CPU, its name and cores."""
   device, file = jax.devices()[0], pathlib.Path("/proc/cpuinfo")
   if device.platform != "cpu":
@@ -35,4 +48,4 @@ def hardware() -> str:
   lines = file.read_text().splitlines() if file.exists() else ()
   names = [x.partition(":")[2] for x in lines if x.startswith("model name")]
   name = names[0].strip() if names else platform.machine()
-  return f"{name}, {os.cpu_count()} cores"
+  return f"{name} ({os.cpu_count()} cores)"

@@ -52,13 +52,16 @@ class Cell:
 
   def record(self) -> dict[str, Any] | None:
     """What `finish` has kept; None for a cell that is not finished."""
+    kept = self._kept()
+    return kept if kept.get("config") == self._fingerprint() else None
+
+  def _kept(self) -> dict[str, Any]:
+    """The record, maybe of an earlier config; empty if there is none."""
     path = self.workdir / _RECORD
-    if not path.exists():
-      return None
-    record = {}
-    with contextlib.suppress(ValueError):  # damaged, it says nothing
-      record = json.loads(path.read_text())
-    return record if record.get("config") == self._fingerprint() else None
+    if path.exists():
+      with contextlib.suppress(ValueError):  # damaged, it says nothing
+        return json.loads(path.read_text())
+    return {}
 
   def check_goes_on(self) -> None:
     """Raises UserError where a training would keep what is not of its config.
@@ -86,8 +89,9 @@ class Cell:
         "delete it, or take the same config"
       )
 
-  def finish(self, **facts: Any) -> None:
-    """Keeps facts about the finished run."""
+  def finish(self, seconds: float, **facts: Any) -> None:
+    """Keeps facts about the finished run; seconds add to those before."""
+    facts["seconds"] = seconds + self._kept().get("seconds", 0.0)
     facts["config"] = self._fingerprint()
     metrics_writer.write_json(self.workdir / _RECORD, facts)
 

@@ -33,12 +33,12 @@ def run(
   whole, reduced = throughput.whole(config), throughput.reduced(config)
   start.begin(config, workdir)
   start.write_config(config, workdir)
-  result = {"hardware": versions.hardware(), "versions": versions.versions()}
+  result = {"versions": versions.versions()}
   result["counted"] = throughput.counted(whole)
   _LOG.info("counted, for an image: %s", _plain(result["counted"]))
   m = config.measured
   if m.rounds:
-    _LOG.info("measuring on %s", result["hardware"])
+    _LOG.info("measuring on %s", result["versions"]["devices"])
     result["measured"] = throughput.measured(
       reduced,
       rounds=m.rounds,

@@ -115,7 +115,7 @@ def test_a_smaller_denoiser_is_measured_and_the_real_one_counted(tmp_path):
     "decoding_seconds",
   }
   assert all(value > 0 for value in found["measured"].values())
-  assert found["hardware"].endswith(" cores")
+  assert found["versions"]["devices"].endswith(" cores)")
   denoiser = setup.reduced(config).training.model.denoiser
   assert (denoiser.depth, denoiser.hidden, denoiser.heads) == (2, 64, 2)
 
