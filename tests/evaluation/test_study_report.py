@@ -91,7 +91,7 @@ def test_tables_mark_what_is_published_and_the_floor():
   assert floor == ["block PCA, a", "", "15.00 (15.00 to 15.00)", ""]
   text = study_report.markdown(_study())
   assert "5 cells took 2.50 hours" in text
-  assert "1 cells are not finished" in text
+  assert "not finished: 1." in text
   page = study_report.write_page(_study())
   assert "b&lt;i&gt;" in page and "b<i>" not in page
 

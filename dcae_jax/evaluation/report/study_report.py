@@ -334,7 +334,7 @@ def _conditions(study: Study) -> list[str]:
     f"since its last start ({'; '.join(computed)}).",
   ]
   if study.unfinished:
-    sentences.append(f"{study.unfinished} cells are not finished.")
+    sentences.append(f"Cells that are not finished: {study.unfinished}.")
   return sentences
 
 
