@@ -1,6 +1,7 @@
 import importlib
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -104,6 +105,15 @@ def test_arms_of_studies_are_configs_of_runs(name):
   assert f"--config=configs/studies/{name}.py" in text
 
 
+def test_the_study_of_the_guide_can_be_run():
+  page = (DIRECTORY.parent / "docs" / "studies.md").read_text()
+  names = {}
+  exec(re.search(r"```python\n(.*?)```", page, re.S)[1], names)
+  config = names["get_config"]()
+  study.check(config)
+  keys.check(study.of_arm(config, "from-1"))
+
+
 @pytest.mark.parametrize("variant", ["f32", "f64", "f128"])
 def test_evaluations_suit_their_variant(variant):
   config = importlib.import_module(f"configs.{variant}_evaluate").get_config()
@@ -144,10 +154,11 @@ def test_whoever_compresses_the_denoiser_is_the_same():
   """Tokens, parameters and matrix products, at equal size of the latents."""
   config = importlib.import_module("configs.studies.compression").get_config()
   found = set()
-  for compression in (8, 16, 32, 64):
-    side, c = config.export.resolution // compression, config.training
-    c.model.patch_size = 64 // compression
-    shape = (side, side, compression**2 // 16)
+  for arm in config.arms:
+    run = study.of_arm(config, arm)
+    compression = int(re.match(r"f(\d+)-", arm)[1])
+    side, c = run.export.resolution // compression, run.training
+    shape = (side, side, compression**2 // 32)
     c = denoising.with_numbers(c, "", shape, np.zeros(1, np.int32), ["all"])
     denoiser = denoising.create(c.model, c.objective, c.sampler).denoiser
     params = denoisers.abstract_variables(denoiser)["params"]

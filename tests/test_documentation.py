@@ -31,7 +31,7 @@ OTHER_FLAGS = re.findall(
   r'DEFINE_\w+\(\s*"(\w+)"', (REPOSITORY / "dcae_jax/main.py").read_text()
 )
 # Where a file that is mentioned may be, and its name: `f32_phase{1,2,3}.py`.
-PLACES = ("", "dcae_jax", "configs")
+PLACES = ("", "dcae_jax", "configs", "configs/studies")
 FILE = re.compile(
   r"(?<![\w./-])(?:(?:benchmarks|configs|dcae_jax|docs|launch|tests)/"
   r"[\w./{},*-]*\w|[\w./{},*-]+\.(?:py|sh)\b)"
@@ -66,18 +66,23 @@ def _sections(text):
 
 
 def _commands(lines):
-  """The arguments of each run of `dcae_jax.main`, whatever starts it."""
+  """The arguments of each run of `dcae_jax.main`, whatever starts it.
+
+  Those of configs that readers write, `my_...`, are left out.
+  """
   joined = re.sub(r"\\\n\s*", " ", lines)
   for line in joined.splitlines():
     words = shlex.split(line, comments=True)
-    if any(word.startswith("--config=") for word in words):
+    if any(re.match("--config=(?!my_)", word) for word in words):
       yield [word for word in words if re.match("--[a-z]", word)]
 
 
 @functools.cache
 def _defaults(file):
-  name = file.removesuffix(".py").replace("/", ".")
-  return importlib.import_module(name).get_config()
+  path, _, argument = file.partition(":")
+  name = path.removesuffix(".py").replace("/", ".")
+  create = importlib.import_module(name).get_config
+  return create(argument) if argument else create()
 
 
 def _check_tuples(config, defaults):

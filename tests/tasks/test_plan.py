@@ -189,7 +189,7 @@ def test_images_per_second_are_of_the_roofline():
   "changes, message",
   [
     ({"of": ""}, "config.of is empty"),
-    ({"of": "configs/none.py"}, "is not a file"),
+    ({"of": "configs/none.py"}, "is neither a config file"),
     ({"of": "configs/f64_export.py"}, "is of the task 'export_latents'"),
     ({"of": "configs/f64_uvit_h.py"}, "config.model.latent_size=0"),
     ({"of": "configs/finetune_phase2.py"}, "config.model.variant is empty"),

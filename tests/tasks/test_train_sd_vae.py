@@ -283,7 +283,7 @@ def test_any_architecture_is_trained_from_its_weights(own, phase_1):
   before, found = dcae_jax.load(own), dcae_jax.load(phase_1)
   assert found.variant == "custom"
   assert found.architecture == before.architecture
-  assert [line["step"] for line in _lines(phase_1)][:2] == [0, 1]
+  assert sorted({line["step"] for line in _lines(phase_1)})[:2] == [0, 1]
   for a, b in zip(
     jax.tree.leaves(before.variables["params"]),
     jax.tree.leaves(found.variables["params"]),
