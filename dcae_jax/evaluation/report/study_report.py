@@ -330,8 +330,8 @@ def _conditions(study: Study) -> list[str]:
   )
   sentences = [
     "Means over seeds, with the least and the most.",
-    f"{len(records)} cells took {hours:.2f} hours in all, by the clock of each, "
-    f"without starts that were stopped ({'; '.join(computed)}).",
+    f"{len(records)} cells took {hours:.2f} hours in all, by the clock of "
+    f"each, without starts that were stopped ({'; '.join(computed)}).",
   ]
   if study.unfinished:
     sentences.append(f"Cells that are not finished: {study.unfinished}.")
