@@ -5,8 +5,7 @@ r"""How many layers phases 2 and 3 tune: the projections, and one or two stages.
     --config.start_from=runs/studies/residual_autoencoding
 
 And `tuned_layers.py:3` from runs/studies/resolution_adaptation. The paper has
-such a study in its appendix; what it chose is not published. What was measured
-is in docs/results.md.
+such a study in its appendix; what it chose is not published. Expected numbers: not yet measured.
 """
 
 from configs import base
