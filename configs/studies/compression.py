@@ -6,7 +6,8 @@ r"""Who should compress, the autoencoder or the denoiser? (Table 1.)
 
 Images of 256 px are 16 tokens for f8 with patches of 8, f16 with 4, f32 with 2
 and f64 with 1, and have latents of the same size: the denoisers are the same.
-Samples are measured against the tiles that they learned. Expected numbers: not yet measured.
+Samples are measured against the tiles that they learned.
+Expected numbers: not yet measured.
 """
 
 from configs import base

@@ -4,7 +4,8 @@ r"""Local refinement, phase 3 (section 3.2, figure 5): where the GAN may act.
     --workdir=runs/studies/local_refinement \
     --config.start_from=runs/studies/resolution_adaptation
 
-Starts from the models of resolution_adaptation.py. Expected numbers: not yet measured.
+Starts from the models of resolution_adaptation.py.
+Expected numbers: not yet measured.
 """
 
 from configs import base

@@ -4,7 +4,8 @@ r"""Phase 2 against the penalty of higher resolution (figures 3b, 6).
     --workdir=runs/studies/resolution_adaptation \
     --config.start_from=runs/studies/residual_autoencoding
 
-Starts from the models of residual_autoencoding.py, trained at 64 px. Expected numbers: not yet measured.
+Starts from the models of residual_autoencoding.py, trained at 64 px.
+Expected numbers: not yet measured.
 """
 
 from configs import base

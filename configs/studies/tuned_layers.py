@@ -5,7 +5,8 @@ r"""How many layers phases 2 and 3 tune: the projections, and one or two stages.
     --config.start_from=runs/studies/residual_autoencoding
 
 And `tuned_layers.py:3` from runs/studies/resolution_adaptation. The paper has
-such a study in its appendix; what it chose is not published. Expected numbers: not yet measured.
+such a study in its appendix; what it chose is not published.
+Expected numbers: not yet measured.
 """
 
 from configs import base
