@@ -51,7 +51,7 @@ def phase2():
   """The middle layers, at 128 px."""
   c = _shared(base.phase2(""))
   c.start_from_averages = True
-  c.resolution, c.steps = 128, 300
+  c.resolution, c.steps = 128, 200
   c.data.min_size = 0
   c.optimizer.learning_rate, c.optimizer.adam_learning_rate = 1e-3, 2e-4
   c.optimizer.schedule, c.optimizer.warmup_steps = "cosine", 50
@@ -63,7 +63,7 @@ def phase3():
   """The decoder's head with a GAN, at 64 px."""
   c = _shared(base.phase3(""))
   c.start_from_averages = True
-  c.resolution, c.steps = 64, 600
+  c.resolution, c.steps = 64, 400
   c.evaluation.resolutions = (64, 128)
   c.optimizer.kind, c.optimizer.learning_rate = "adamw", 3e-4
   c.optimizer.warmup_steps = 50

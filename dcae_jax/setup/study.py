@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -148,11 +149,6 @@ def check(config: ConfigDict) -> None:
       "config.arms and config.measures must not be empty; name what is "
       "compared, and the numbers of result.json that are compared"
     )
-  for arm in config.arms:
-    if not re.fullmatch(_NAME, arm):
-      raise errors.UserError(
-        f"config.arms names {arm!r}; use letters, digits, _, + and -"
-      )
   seeds = config.seeds
   are_numbers = all(type(seed) is int and seed >= 0 for seed in seeds)
   if not seeds or not are_numbers or len(set(seeds)) < len(seeds):
@@ -164,6 +160,21 @@ def check(config: ConfigDict) -> None:
       raise errors.UserError(
         f"config.measures.{name}={path!r} is no path of result.json"
       )
+  if config.compare not in study_report.COMPARISONS:
+    raise errors.UserError(
+      f"config.compare={config.compare!r} is unknown; known are "
+      f"{', '.join(study_report.COMPARISONS)}"
+    )
+  _check_names(config)
+
+
+def _check_names(config: ConfigDict) -> None:
+  """Of arms and measures, wherever they stand."""
+  for arm in config.arms:
+    if not re.fullmatch(_NAME, arm):
+      raise errors.UserError(
+        f"config.arms names {arm!r}; use letters, digits, _, + and -"
+      )
   for pair in config.pairs:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
       raise errors.UserError(f"config.pairs has {pair!r}, which is no two arms")
@@ -172,27 +183,23 @@ def check(config: ConfigDict) -> None:
       raise errors.UserError(
         f"config.published.{name}={by_arm!r} has no numbers by arm"
       )
-  named = {
-    "pairs": sum(map(tuple, config.pairs), ()),
-    "figure.lines": sum(map(tuple, config.figure.lines.values()), ()),
-    "published": {arm for x in config.published.values() for arm in x},
+  of_arms = {
+    "pairs": itertools.chain(*config.pairs),
+    "figure.lines": itertools.chain(*config.figure.lines.values()),
+    "published": itertools.chain(*config.published.values()),
   }
-  for key, arms in named.items():
-    if unknown := set(arms) - set(config.arms):
-      raise errors.UserError(
-        f"config.{key} names {sorted(unknown)[0]!r}, which is no arm; they are "
-        f"{', '.join(config.arms)}"
-      )
-  if unknown := set(config.figure.over_steps) - set(config.measures):
-    raise errors.UserError(
-      f"config.figure.over_steps names {sorted(unknown)[0]!r}, which is no "
-      f"measure; they are {', '.join(config.measures)}"
-    )
-  if config.compare not in study_report.COMPARISONS:
-    raise errors.UserError(
-      f"config.compare={config.compare!r} is unknown; known are "
-      f"{', '.join(study_report.COMPARISONS)}"
-    )
+  of_measures = {"figure.over_steps": config.figure.over_steps}
+  for known, what, uses in (
+    (config.arms, "arm", of_arms),
+    (config.measures, "measure", of_measures),
+  ):
+    for key, names in uses.items():
+      for name in names:
+        if name not in known:
+          raise errors.UserError(
+            f"config.{key} names {name!r}, which is no {what}; they are "
+            f"{', '.join(known)}"
+          )
 
 
 def _check_run(cell: Cell) -> None:
