@@ -22,7 +22,6 @@ SIZES = {
   "L": {"depth": 20, "hidden": 1024, "heads": 16},
   "H": {"depth": 28, "hidden": 1152, "heads": 16},
   "2B": {"depth": 28, "hidden": 2048, "heads": 32},
-  "XS": {"depth": 8, "hidden": 256, "heads": 4},
   "tiny": {"depth": 4, "hidden": 128, "heads": 4},
 }
 _EPSILON = 1e-5
