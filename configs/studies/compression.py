@@ -2,11 +2,12 @@ r"""Who should compress, the autoencoder or the denoiser? (Table 1.)
 
   python -m dcae_jax.main --config=configs/studies/compression.py \
     --workdir=runs/studies/compression \
-    --config.start_from=runs/studies/residual_autoencoding
+    --config.start_from=runs/studies/resolution_adaptation
 
-Images of 256 px are 16 tokens for f8 with patches of 8, f16 with 4, f32 with 2
+Images of 128 px are 4 tokens for f8 with patches of 8, f16 with 4, f32 with 2
 and f64 with 1, and have latents of the same size: the denoisers are the same.
-Samples are measured against the tiles that they learned.
+The autoencoders are those whose middle layers were adapted to 128 px. Samples
+are measured against the tiles that they learned.
 Expected numbers: not yet measured.
 """
 
@@ -18,19 +19,19 @@ def _run():
   config = base.export_and_diffuse()
   c = config.export
   c.source = base.source("folder", recipe.TRAINING)
-  c.resolution, c.flip = 256, True
+  c.resolution, c.flip = 128, True
   c.crop, c.min_area, c.crops_per_image = "random_resized_crop", 0.5, 4
   c = config.training
   c.model.variant, c.model.dtype = "UViT-tiny", "float32"
   c.objective.kind = "flow"
   c.objective.logit_normal = (0.0, 1.0)
-  c.batch_size, c.steps = 64, 3_000
+  c.batch_size, c.steps = 64, 6_000
   c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-3, 100
   c.ema.decay, c.ema.ramp_steps = 0.998, 500
   c.data.threads = 1
   c.sampler.kind, c.sampler.steps = "heun", 25
   c.samples.every, c.samples.guidance = 0, (1.0,)
-  c.checkpoint.every, c.log_every = 1_000, 100
+  c.checkpoint.every, c.log_every = 2_000, 100
   c = config.samples
   c.samples, c.images = 512, ""
   c.metrics = (
@@ -46,7 +47,7 @@ def get_config():
   c.base = _run()
   for f, patch_size in {"f8": 8, "f16": 4, "f32": 2, "f64": 1}.items():
     c.arms[f"{f}-p{patch_size}"] = {
-      "export": {"init_from": f"{{study}}/cells/{f}/{{seed}}"},
+      "export": {"init_from": f"{{study}}/cells/{f}-middle/{{seed}}"},
       "training": {"model": {"patch_size": patch_size}},
     }
   of_samples = "guidance/1"
