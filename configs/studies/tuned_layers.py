@@ -28,7 +28,6 @@ def get_config(phase: str):
     c.base.init_from = "{study}/cells/f32-middle/{seed}"
     deeper = [("decoder/stage_1",), ("decoder/stage_2",)]
   c.arms = {
-    "unchanged": recipe.UNCHANGED,
     "projections": {"trainable": first},
     "one-stage": {"trainable": first + deeper[0]},
     "two-stages": {"trainable": first + deeper[0] + deeper[1]},
