@@ -75,6 +75,7 @@ class _Work:
     self._config, self._workdir = config, workdir
     self._cells = {cell.name: cell for cell in cells}
     self._leases = lease.Leases(storage.Storage(f"{workdir}/leases"))
+    self._versions = versions.versions()  # of the code that runs here
     self._seconds: dict[str, float] = {}  # of finished cells
     self.failed: dict[str, str] = {}  # why, by cell
 
@@ -154,9 +155,7 @@ class _Work:
     finally:
       jax.clear_caches()  # else programs of all cells stay in memory
     if finished and not held.lost:
-      cell.finish(
-        seconds=time.monotonic() - began, versions=versions.versions()
-      )
+      cell.finish(seconds=time.monotonic() - began, versions=self._versions)
     return finished
 
   def report(self, waits: bool = True) -> str:
