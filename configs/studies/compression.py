@@ -8,7 +8,7 @@ Images of 128 px are 4 tokens for f8 with patches of 8, f16 with 4, f32 with 2
 and f64 with 1, and have latents of the same size: the denoisers are the same.
 The autoencoders are those whose middle layers were adapted to 128 px. Samples
 are measured against the tiles that they learned.
-Expected numbers: not yet measured.
+What was measured is in docs/results.md.
 """
 
 from configs import base

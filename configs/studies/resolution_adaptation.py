@@ -5,7 +5,7 @@ r"""Phase 2 against the penalty of higher resolution (figures 3b, 6).
     --config.start_from=runs/studies/residual_autoencoding
 
 Starts from the models of residual_autoencoding.py, trained at 64 px.
-Expected numbers: not yet measured.
+What was measured is in docs/results.md.
 """
 
 from configs import base
