@@ -5,7 +5,7 @@ r"""Local refinement, phase 3 (section 3.2, figure 5): where the GAN may act.
     --config.start_from=runs/studies/resolution_adaptation
 
 Starts from the models of resolution_adaptation.py.
-Expected numbers: not yet measured.
+What was measured is in docs/results.md.
 """
 
 from configs import base

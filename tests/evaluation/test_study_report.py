@@ -88,12 +88,21 @@ def test_tables_mark_what_is_published_and_the_floor():
   assert header == ["arm", "seeds", "PSNR ↑", "published: rFID"]
   assert a[:2] == ["a", "3"] and a[3] == "0.5"
   assert b[:2] == ["b<i>", "2"] and b[3] == ""
-  assert floor == ["block PCA, a", "", "15.00 (15.00 to 15.00)", ""]
+  assert floor == ["block PCA", "", "15.00 (15.00 to 15.00)", ""]
   text = study_report.markdown(_study())
   assert "5 cells took 2.50 hours" in text
   assert "not finished: 1." in text
   page = study_report.write_page(_study())
   assert "b&lt;i&gt;" in page and "b<i>" not in page
+
+
+def test_floors_that_differ_name_their_arms():
+  study = _study()
+  for results in study.arms["b<i>"].results.values():
+    results[_FLOOR] = 16.0
+  *_, first, second = study_report.table(study)
+  assert first[0] == "block PCA, a" and first[2].startswith("15.00")
+  assert second[0] == "block PCA, b<i>" and second[2].startswith("16.00")
 
 
 def test_a_measure_that_no_cell_has_is_absent():

@@ -218,20 +218,28 @@ def table(study: Study) -> list[list[str]]:
       for by_arm in study.published.values()
     ]
     rows.append([name, str(seeds), *cells, *theirs])
-  for name in next(iter(study.lines.values())):
-    floors = {path: _floor_of(path) for path in study.measures.values()}
-    values = {path: study.values(name, floor) for path, floor in floors.items()}
-    if any(values.values()):
-      cells = [
-        _cell(found, functools.partial(_text, path), len(found))
-        if found
-        else ""
-        for path, found in values.items()
-      ]
-      rows.append(
-        [f"{_FLOOR}, {name}", "", *cells, *("" for _ in study.published)]
-      )
+  for names, cells in _floors(study).items():
+    rows.append([names, "", *cells, *("" for _ in study.published)])
   return rows
+
+
+def _floors(study: Study) -> dict[str, list[str]]:
+  """Cells of each floor, by what it is called: with the arms that have it."""
+  arms: dict[tuple[str, ...], list[str]] = {}
+  for name in next(iter(study.lines.values())):
+    cells = []
+    for path in study.measures.values():
+      values = study.values(name, _floor_of(path))
+      text = functools.partial(_text, path)
+      cells.append(_cell(values, text, len(values)) if values else "")
+    if any(cells):
+      arms.setdefault(tuple(cells), []).append(name)
+  if len(arms) == 1:
+    return {_FLOOR: list(*arms)}
+  return {
+    f"{_FLOOR}, {', '.join(names)}": list(cells)
+    for cells, names in arms.items()
+  }
 
 
 def table_of_pairs(study: Study) -> list[list[str]]:
