@@ -218,8 +218,8 @@ def table(study: Study) -> list[list[str]]:
       for by_arm in study.published.values()
     ]
     rows.append([name, str(seeds), *cells, *theirs])
-  for names, cells in _floors(study).items():
-    rows.append([names, "", *cells, *("" for _ in study.published)])
+  for label, cells in _floors(study).items():
+    rows.append([label, "", *cells, *("" for _ in study.published)])
   return rows
 
 
