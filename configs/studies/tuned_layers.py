@@ -6,7 +6,7 @@ r"""How many layers phases 2 and 3 tune: the projections, and one or two stages.
 
 And `tuned_layers.py:3` from runs/studies/resolution_adaptation. The paper has
 such a study in its appendix; what it chose is not published.
-What was measured is in docs/results.md; phase 3: not yet measured.
+What was measured is in docs/results.md.
 """
 
 from configs import base
