@@ -165,7 +165,7 @@ def test_whoever_compresses_the_denoiser_is_the_same():
     tokens = len(params["positions"]) - 2  # besides the class and the time
     found.add((tokens, freezing.count(params), denoiser.forward_macs))
   ((tokens, _, _),) = found
-  assert tokens == 16
+  assert tokens == 4
 
 
 def test_unknown_keys_fail_with_a_suggestion():
