@@ -244,6 +244,9 @@ def _loading(workers: int) -> ConfigDict:
   c.workers = Key(workers, 0, 1000)  # processes; 0: threads of this one
   c.threads = Key(4, 1, 1000)  # of each process
   c.prefetch = Key(2, 1, 100)  # batches ahead, on the devices
+  # Of data that have changed since the last checkpoint, to go on with them all
+  # the same: their order is another from there on.
+  c.fingerprint = ""
   return _may_change(c)
 
 

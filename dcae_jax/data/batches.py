@@ -15,6 +15,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from dcae_jax import errors
+
 Batch = dict[str, np.ndarray]
 
 
@@ -43,8 +45,16 @@ class Batches:
   Its workers, as in `Reading`, start with the first batch.
   """
 
-  def __init__(self, dataset: grain.MapDataset, *, workers: int, threads: int):
-    self._dataset = dataset
+  def __init__(
+    self,
+    dataset: grain.MapDataset,
+    *,
+    workers: int,
+    threads: int,
+    fingerprint: str,
+  ):
+    """`fingerprint` changes when what is read does, or its order."""
+    self._dataset, self._fingerprint = dataset, fingerprint
     self._options = grain.ReadOptions(
       num_threads=threads, prefetch_buffer_size=max(threads, 2)
     )
@@ -62,19 +72,44 @@ class Batches:
       rest = self._dataset[self._next_batch :].to_iter_dataset(self._options)
       if self._workers:
         options = grain.MultiprocessingOptions(num_workers=self._workers)
+        # Through pipes: shared memory would outlive a process that is killed.
+        piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        rest = grain.experimental.WithOptionsIterDataset(rest, piped)
         rest = rest.mp_prefetch(
           options, worker_init_fn=_follow_the_main_process
         )
       self._iterator = iter(rest)
-    batch = next(self._iterator)
+    try:
+      batch = next(self._iterator)
+    except RuntimeError as error:
+      if "terminated unexpectedly" not in str(error):
+        raise
+      raise errors.UserError(
+        f"a loader process was killed ({errors.first_line(error)}), maybe for "
+        "want of memory; run again, with fewer config.data.workers if it was: "
+        "it goes on from what is saved"
+      ) from error
     self._next_batch += 1
     return batch
 
-  def get_state(self) -> dict[str, int]:
+  def get_state(self) -> dict[str, Any]:
     """The position after the last batch: plain JSON, for any worker count."""
-    return {"next_batch": self._next_batch}
+    return {"next_batch": self._next_batch, "fingerprint": self._fingerprint}
 
-  def set_state(self, state: dict[str, int]) -> None:
+  def set_state(self, state: dict[str, Any], accepts: str = "") -> None:
+    """Goes on from a state of `get_state`.
+
+    Raises UserError if what is read has changed since, unless the fingerprint
+    that it has now begins with what the caller `accepts`.
+    """
+    before, now = state.get("fingerprint"), self._fingerprint  # once had none
+    if before not in (None, now) and not (accepts and now.startswith(accepts)):
+      raise errors.UserError(
+        f"what this run reads has changed since its last checkpoint (its "
+        f"fingerprint was {before[:12]} and is {now[:12]}): its order would be "
+        "another; bring back what it was, start another --workdir, or accept "
+        f"it with --config.data.fingerprint={now[:12]}"
+      )
     self.close()
     self._next_batch = state["next_batch"]
 

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator
 
@@ -59,30 +60,42 @@ class Cropping:
 
 
 class UnusableError(Exception):
-  """A file that cannot be read, now and later, or is no image."""
+  """A file that is no image, now and later."""
 
 
-# Of files that cannot be read later, either.
-_UNUSABLE = (
-  errno.EACCES, errno.EPERM, errno.EFBIG, errno.ELOOP, errno.ENXIO,
-)  # fmt: skip
+_UNUSABLE = (errno.EFBIG, errno.ELOOP, errno.ENXIO)  # of files, for ever
+_DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before storage is asked again
 
 
 def read_record(source: sources.Source, index: int) -> sources.Record:
   """A file as it is.
 
-  Raises UnusableError if it must not be read, or is a link to nothing, and any
-  other exception if it cannot be read now, or is gone.
+  What storage refuses is asked for again, ever later, for a minute: a passing
+  fault must not change the data.
+
+  Raises:
+    UnusableError: it is no regular file, or a link to nothing.
+    OSError: storage still refuses it, or it is gone.
   """
-  try:
-    return source[index]
-  except OSError as error:
-    is_broken_link = os.path.islink(source.name(index)) and isinstance(
-      error, FileNotFoundError
-    )
-    if not is_broken_link and error.errno not in _UNUSABLE:
-      raise
-    raise UnusableError(error.strerror) from error
+  for delay in (*_DELAYS, None):
+    try:
+      return source[index]
+    except Exception as error:  # clients of storage have their own kinds
+      name = source.name(index)
+      is_broken_link = os.path.islink(name) and not os.path.exists(name)
+      number = getattr(error, "errno", None)
+      if is_broken_link or number in _UNUSABLE:
+        raise UnusableError(errors.first_line(error)) from error
+      reason = getattr(error, "strerror", None) or errors.first_line(error)
+      if delay is None:
+        raise OSError(
+          number or errno.EIO,
+          f"{reason}, for {sum(_DELAYS)} s; bring it back and run again: it "
+          "goes on from what is saved",
+          name,
+        ) from error
+      _LOG.warning("%s: %s; again in %d s", name, reason, delay)
+    time.sleep(delay)
 
 
 def open_image(
@@ -93,7 +106,7 @@ def open_image(
   Raises:
     decoding.TooSmallError: it is left out on purpose.
     UnusableError: the image is at fault, now and later.
-    Exception: any other, of a network or a disk.
+    OSError: storage is at fault.
   """
   record = read_record(source, index)
   try:
@@ -146,15 +159,14 @@ class Skipped:
   def __setstate__(self, directory):
     self._directory = directory
 
-  def add(self, name: str, reason: Exception) -> None:
+  def add(self, name: str, reason: UnusableError) -> None:
     digest = hashlib.sha1(name.encode(errors="replace")).hexdigest()
     flags = os.O_CREAT | os.O_EXCL
     try:
       os.close(os.open(os.path.join(self._directory, digest), flags))
     except FileExistsError:
       return
-    summary = " ".join(str(reason).split()) or type(reason).__name__
-    _LOG.warning("skipped image %s: %s", name, summary)
+    _LOG.warning("skipped image %s: %s", name, reason)
 
   def __len__(self) -> int:
     return len(os.listdir(self._directory))
@@ -181,9 +193,11 @@ class _Load:
       return self._cache[index]
     try:
       image, record = open_image(self._source, index, self._decoding)
-    except Exception as error:  # also what storage refuses
-      if not isinstance(error, image_decoding.TooSmallError):
-        self._skipped.add(self._source.name(index), error)
+    except image_decoding.TooSmallError:
+      self._cache[index] = None
+      return None
+    except UnusableError as error:
+      self._skipped.add(self._source.name(index), error)
       self._cache[index] = None
       return None
     size = image.width * image.height * len(image.getbands())
@@ -229,11 +243,14 @@ def check_not_empty(source: sources.Source, decoding: Decoding) -> None:
   reasons = []
   for index in range(len(source)):
     try:
-      image_decoding.decode(source[index].encoded, decoding)
+      open_image(source, index, decoding)
       return
-    except Exception as error:
-      if len(reasons) < 3:
-        reasons.append(f"{source.name(index)}: {type(error).__name__} {error}")
+    except image_decoding.TooSmallError as error:
+      reason = f"only {error} pixels"
+    except UnusableError as error:
+      reason = str(error)
+    if len(reasons) < 3:
+      reasons.append(f"{source.name(index)}: {reason}")
   raise errors.UserError(
     f"none of the {len(source)} images can be used (min_size "
     f"{decoding.min_size}); {'; '.join(reasons)}"
@@ -284,7 +301,13 @@ class TrainingImages(batches.Batches):
     dataset = dataset[reading.process_index :: reading.process_count].batch(
       reading.batch_size, drop_remainder=True
     )
-    super().__init__(dataset, workers=reading.workers, threads=reading.threads)
+    fingerprints = [source.fingerprint() for source, _ in weighted_sources]
+    super().__init__(
+      dataset,
+      workers=reading.workers,
+      threads=reading.threads,
+      fingerprint=hashlib.sha256(repr(fingerprints).encode()).hexdigest(),
+    )
 
 
 def evaluation_batches(

@@ -15,6 +15,7 @@ A shard is an object of each array.
 
 import dataclasses
 import hashlib
+import json
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -198,6 +199,12 @@ def read_manifest(
     raise errors.UserError(f"{path} is damaged: dtype or views")
   # Older stores have labels, and do not say so.
   return {"conditions": list(LABELS)} | manifest
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+  """Changes when a row of the store does."""
+  text = json.dumps(manifest["shards"], sort_keys=True)
+  return sha256(text.encode())
 
 
 def check_keys(path: str, values: dict[str, Any], needed: Sequence[str]):

@@ -120,15 +120,34 @@ class Latents:
     return latents
 
   def condition(self, name: str) -> np.ndarray:
-    """An array of `conditions`, a row for each image [count, ...]."""
+    """An array of `conditions`, a row for each image [count, ...].
+
+    Raises UserError unless it is that of the manifest.
+    """
     if name not in self._columns:
       if layout.is_of_strings(self._place, name):
         dtype = np.dtypes.StringDType()
         self._columns[name] = np.array(self._strings(name), dtype)
       else:
         with self._place.errors():
-          self._columns[name] = self._open(name).read().result()
+          column = self._open(name).read().result()
+        start = 0
+        for shard, record in enumerate(self.manifest["shards"]):
+          stop = start + record["rows"]
+          self._check_shard(name, shard, column[start:stop])
+          start = stop
+        self._columns[name] = column
     return self._columns[name]
+
+  def _check_shard(
+    self, name: str, shard: int, part: np.ndarray | bytes
+  ) -> None:
+    checksum = self.manifest["shards"][shard]["sha256"].get(name)
+    if checksum != layout.sha256(part):
+      raise errors.UserError(
+        f"{self.path} is damaged: shard {shard} of {name} does not have the "
+        "checksum of the manifest"
+      )
 
   def keys(self) -> list[str]:
     """File names or ids of all images."""
@@ -137,11 +156,11 @@ class Latents:
   def _strings(self, name: str) -> list[str]:
     shards = self.manifest["shards"]
     keys = [f"{name}/c/{i}" for i in range(len(shards))]
-    return [
-      text
-      for data, shard in zip(self._place.read_all(keys), shards, strict=True)
-      for text in layout.decode_strings(data)[: shard["rows"]]
-    ]
+    texts = []
+    for shard, data in enumerate(self._place.read_all(keys)):
+      self._check_shard(name, shard, data)
+      texts += layout.decode_strings(data)[: shards[shard]["rows"]]
+    return texts
 
   def check(self) -> None:
     """Raises UserError unless the arrays are those of the manifest."""
@@ -212,7 +231,12 @@ class LatentBatches(batches.Batches):
     part = slice(process_index * batch_size, (process_index + 1) * batch_size)
     read = functools.partial(_read, latents, order, part, dict(prepare))
     dataset = grain.MapDataset.range(_Order.batches).map(read)
-    super().__init__(dataset, workers=workers, threads=threads)
+    super().__init__(
+      dataset,
+      workers=workers,
+      threads=threads,
+      fingerprint=layout.fingerprint(latents.manifest),
+    )
 
 
 def _read(

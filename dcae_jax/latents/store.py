@@ -15,7 +15,7 @@ from dcae_jax import errors
 from dcae_jax.latents import layout as store_layout
 from dcae_jax.runs import differences, storage
 
-_OF_SHARD = ("rows", "sha256")  # a record
+_OF_SHARD = ("rows", "sha256", "first_sha256")  # a record, in the manifest
 
 
 class LatentStore:
@@ -188,9 +188,15 @@ class LatentStore:
       texts = keys if name == "keys" else list(arrays[name])
       parts[name] = store_layout.encode_strings(texts, layout.shard_rows)
       self.storage.write(f"{name}/c/{shard}", parts[name])
-    checksums = {name: store_layout.sha256(x) for name, x in parts.items()}
+    checksums = {
+      "sha256": {name: store_layout.sha256(x) for name, x in parts.items()},
+      "first_sha256": {
+        view: store_layout.sha256(parts[view][: store_layout.CHUNK_ROWS])
+        for view in layout.views
+      },
+    }
     self.storage.write_json(
-      _record_key(shard), record | {"rows": rows, "sha256": checksums}
+      _record_key(shard), record | {"rows": rows} | checksums
     )
 
   def records(self, shards: int) -> list[dict[str, Any]]:
@@ -219,7 +225,7 @@ class LatentStore:
         "conditions": list(layout.conditions),
         "shard_rows": layout.shard_rows,
         "shards": [
-          {"rows": record["rows"], "sha256": record["sha256"]}
+          {key: record[key] for key in _OF_SHARD}
           for record in self.records(layout.shards)
         ],
         "metadata_sha256": {

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from dcae_jax import errors
 from dcae_jax.autoencoder import block_pca
-from dcae_jax.data import crops, images, sources
+from dcae_jax.data import crops, decoding, images, sources
 from dcae_jax.runs import work_directory
 from dcae_jax.setup import image_sources, keys
 
@@ -89,7 +89,7 @@ def _batches(
     rng = np.random.default_rng(number)
     try:
       image, _ = images.open_image(source, index, material.decoding)
-    except Exception:  # too small or unusable; training names them
+    except (decoding.TooSmallError, images.UnusableError):  # training names it
       return None
     seen = [crops.dm_resize(image, side) for side in resolutions]
     pixels = [np.asarray(x).reshape(*x.size[::-1], -1) for x in seen]

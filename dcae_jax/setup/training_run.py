@@ -143,7 +143,7 @@ def run(
     state, data_state = checkpoints.restore(
       first_step, training.abstract, training.shardings
     )
-    work.batches.set_state(data_state)
+    work.batches.set_state(data_state, accepts=config.data.fingerprint)
     _LOG.info("resuming from step %d in %s", first_step, workdir)
   else:
     state = training.begin()

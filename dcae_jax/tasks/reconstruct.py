@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   for i, name in enumerate(names):
     try:
       image, _ = images.open_image(pictures, i, how)
-    except Exception as error:  # whatever a damaged file makes of Pillow
+    except images.UnusableError as error:
       skipped.append(f"{originals[i]}: {error}")
       _LOG.warning("skipped %s", skipped[-1])
       continue

@@ -1,7 +1,13 @@
 import dataclasses
+import errno
 import io
 import json
 import logging
+import multiprocessing
+import os
+import re
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -131,6 +137,102 @@ def test_bad_images_are_replaced_and_named_once(
   text = caplog.text + capfd.readouterr().err
   for name in ("truncated.jpg", "empty.png", "text.jpg", "bomb.png"):
     assert text.count(f"/{name}: ") == 1
+
+
+class _Failing:
+  """A source of which storage refuses one image, for a number of times."""
+
+  def __init__(self, source, refusals, error):
+    self._source, self._refusals, self._error = source, refusals, error
+    self.classes, self.name = source.classes, source.name
+    self.key, self.fingerprint = source.key, source.fingerprint
+
+  def __setstate__(self, state):
+    self.__dict__ = state
+    images._DELAYS = ()  # in a worker, which begins anew
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    if index == 3 and self._refusals:
+      self._refusals -= 1
+      raise self._error
+    return self._source[index]
+
+
+_REFUSALS = (
+  PermissionError(errno.EACCES, "Permission denied"),
+  FileNotFoundError(errno.ENOENT, "No such file or directory"),
+  RuntimeError("503, the storage's own kind of error"),
+)
+
+
+@pytest.mark.parametrize("error", _REFUSALS, ids=lambda x: type(x).__name__)
+def test_what_storage_refuses_for_a_while_changes_nothing(
+  folder, error, monkeypatch
+):
+  monkeypatch.setattr(images, "_DELAYS", (0, 0))
+  expected = _take(_training([(folder, 1.0)]), 6)
+  found = _take(_training([(_Failing(folder, 2, error), 1.0)]), 6)
+  np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("error", _REFUSALS, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_storage_refuses_for_long_stops_the_run(
+  folder, error, workers, monkeypatch
+):
+  monkeypatch.setattr(images, "_DELAYS", ())
+  failing = _Failing(folder, 10**9, error)
+  text = getattr(error, "strerror", None) or "503"
+  with pytest.raises(OSError, match=rf"{text}.* run again"):
+    _take(_training([(failing, 1.0)], workers=workers), 6)
+  with pytest.raises(OSError, match=text):
+    list(
+      images.evaluation_batches(
+        failing,
+        images.Decoding(),
+        16,
+        batches.Reading(4),
+        skipped=images.Skipped(),
+      )
+    )
+
+
+def test_a_changed_source_is_refused_until_it_is_accepted(photographs):
+  before = _training([(sources.folder(str(photographs)), 1.0)])
+  state = before.get_state()
+  before.set_state(state)
+  files = sorted(map(str, photographs.rglob("*.png")))
+  after = _training([(sources.Files(files, [0] * 12, files, [""]), 1.0)])
+  with pytest.raises(ValueError, match="has changed since") as refused:
+    after.set_state(state)
+  accepted = re.search(r"data.fingerprint=(\w+)", str(refused.value))[1]
+  after.set_state(state, accepted)
+  with pytest.raises(ValueError, match="has changed since"):
+    after.set_state(state, "0123")
+  after.set_state({"next_batch": 3})  # of a run that did not know it
+
+
+def test_worker_processes_share_no_memory_that_could_be_left(folder):
+  before = set(os.listdir("/dev/shm"))
+  iterator = _training([(folder, 1.0)], workers=2)
+  next(iterator)
+  time.sleep(0.2)  # they read ahead
+  left = set(os.listdir("/dev/shm")) - before
+  iterator.close()
+  # Semaphores have names for a moment only.
+  assert not [name for name in left if name.startswith("psm_")]
+
+
+def test_a_killed_worker_is_one_line(folder):
+  iterator = _training([(folder, 1.0)], workers=1)
+  next(iterator)
+  for child in multiprocessing.active_children():
+    os.kill(child.pid, signal.SIGKILL)
+  with pytest.raises(ValueError, match=r"loader process was killed .*-9"):
+    _take(iterator, 100)
 
 
 def test_small_images_are_left_out_without_a_warning(folder, caplog):

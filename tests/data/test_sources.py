@@ -1,3 +1,4 @@
+import errno
 import importlib.resources
 import importlib.util
 import json
@@ -99,12 +100,29 @@ def test_folder_is_sorted_with_a_class_per_sub_folder(tmp_path):
 
 @pytest.mark.parametrize("path", ["", "/nowhere/at/all", __file__])
 def test_folders_that_do_not_exist_are_refused(path):
-  with pytest.raises(ValueError, match="not a directory"):
+  reason = "No such file|Not a directory"
+  with pytest.raises(ValueError, match=f"cannot be listed .({reason})"):
     sources.folder(path)
 
 
 def _texts(record):
   return [caption.text for caption in record.captions]
+
+
+def test_a_class_whose_folder_cannot_be_listed_is_not_left_out(
+  photographs, monkeypatch
+):
+  """As root may list anything, the system refuses by our word."""
+  scandir = os.scandir
+
+  def refuse(path):
+    if os.path.basename(path) == "animals":
+      raise PermissionError(errno.EACCES, "Permission denied", path)
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  with pytest.raises(ValueError, match=r"animals cannot be listed .Permission"):
+    sources.folder(str(photographs))
 
 
 def test_captions_of_a_folder_are_in_files_beside_images(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -173,7 +174,7 @@ def test_batches_go_on_where_they_were_with_any_number_of_workers(path):
       found = next(batches)
       for name, values in batch.items():
         np.testing.assert_array_equal(found[name], values)
-    assert batches.get_state() == {"next_batch": 7}
+    assert batches.get_state()["next_batch"] == 7
     batches.close()
 
 
@@ -388,3 +389,18 @@ def test_deleting_leaves_neighbours_alone(gs, emulator, tmp_path):
 def test_shards_suit_the_number_of_rows():
   sizes = {n: store_layout.block_size(n) for n in (1, 170, 2000, 10**5, 10**7)}
   assert sizes == {1: 16, 170: 16, 2000: 32, 10**5: 1024, 10**7: 1024}
+
+
+def test_training_notices_exchanged_shards(path, tmp_path):
+  """Each is whole, and its checksums fit; it is another one's place."""
+  for name in ("latents", "labels"):
+    copy = tmp_path / name
+    shutil.copytree(path, copy)
+    shards = sorted(x for x in (copy / name / "c").rglob("*") if x.is_file())
+    first, last = shards[0].read_bytes(), shards[-2].read_bytes()
+    shards[0].write_bytes(last)
+    shards[-2].write_bytes(first)
+    store = reader.Latents(str(copy))
+    with pytest.raises(ValueError, match=f"shard 0 of {name} does not have"):
+      store.check()
+      store.condition("labels")

@@ -499,7 +499,7 @@ def test_reference_statistics_are_computed_saved_and_read(
     ({"init_from": "", "compare": ("block_pca",)}, "set one of them"),
     (
       {"compare": ("block_pca",), "fit_source.kind": "folder"},
-      "image folder '' does not exist",
+      "image folder ''",
     ),
     ({"weights.rfid": "no.pth", "metrics": ("rfid",)}, "no.pth"),
     ({"reference": "x.npz"}, "rfid, which is not among"),

@@ -161,7 +161,7 @@ def test_phases_are_trained_with_the_losses_of_the_paper(workdir):
       "phase1 has .*'tiny-f8-rms'.*'tiny-f32'",
     ),
     ("phase2.lpips.path", "/nowhere.npz", "no file /nowhere"),
-    ("phase3.data.source.kind", "folder", "image folder '' does not exist"),
+    ("phase3.data.source.kind", "folder", "image folder ''"),
     ("report.resolutions", (64, 65), "side 65 is not divisible"),
   ],
 )

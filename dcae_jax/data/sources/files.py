@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import stat
-import time
+from typing import NoReturn
 
 import fsspec
 from etils import epath
@@ -20,7 +20,6 @@ SUFFIXES = (
   ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
 )  # fmt: skip
 _LARGEST_FILE = 2**31  # bytes
-_ATTEMPTS = 5  # to read a remote file
 _METADATA = "metadata.jsonl"  # captions of the images of a directory
 
 
@@ -140,15 +139,10 @@ def _read_local(path: str) -> bytes:
 
 
 def _read_remote(path: str) -> bytes:
-  """Tries again, ever later: a passing fault must not change the data."""
-  for attempt in range(_ATTEMPTS):
-    try:
-      return epath.Path(path).read_bytes()
-    except Exception as error:  # the client's own kinds among them
-      if attempt == _ATTEMPTS - 1 or isinstance(error, FileNotFoundError):
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(errno.EIO, f"cannot be read: {text}", path) from error
-      time.sleep(2**attempt)
+  try:
+    return epath.Path(path).read_bytes()
+  except Exception as error:  # the client's own kinds among them
+    raise OSError(errno.EIO, errors.first_line(error), path) from error
 
 
 def folder(path: str, captions: bool = False) -> Files:
@@ -172,16 +166,17 @@ def latent_files(path: str, captions: bool = False) -> Files:
 def _tree(
   path: str, suffixes: tuple[str, ...], what: str, captions: bool
 ) -> Files:
-  root = epath.Path(path).expanduser()
-  if not path or not root.is_dir():
-    raise errors.UserError(
-      f"{what} folder {path!r} does not exist or is not a directory; name a "
-      f"tree of {what}s (config.source.path; for a training run, "
-      "config.data.source.path and config.evaluation.source.path)"
-    )
-  root = os.fspath(root)
+  root = os.path.expanduser(path)
   walk = _remote_files if "://" in path else _local_files
-  sizes = walk(root)
+  try:
+    sizes = walk(root)
+  except OSError as error:  # without it, labels would be others
+    reason = error.strerror or errors.first_line(error)
+    raise errors.UserError(
+      f"{what} folder {path!r}: {error.filename or path} cannot be listed "
+      f"({reason}); name a tree of {what}s (config.source.path; for a training "
+      "run, config.data.source.path and config.evaluation.source.path)"
+    ) from error
   paths = sorted(
     name
     for name in sizes
@@ -288,8 +283,14 @@ def unlabelled(
 
 def _local_files(root: str) -> dict[str, int | None]:
   """Paths, without their sizes, which would have to be asked for."""
+
+  def fail(error: OSError) -> NoReturn:
+    raise error
+
   files, visited = {}, set()
-  for directory, subdirectories, names in os.walk(root, followlinks=True):
+  for directory, subdirectories, names in os.walk(
+    root, onerror=fail, followlinks=True
+  ):
     real = os.path.realpath(directory)
     if real in visited:  # a link back to a directory above it
       subdirectories.clear()
@@ -302,7 +303,11 @@ def _local_files(root: str) -> dict[str, int | None]:
 def _remote_files(root: str) -> dict[str, int | None]:
   """Paths and sizes, which come with the listing."""
   system, prefix = fsspec.core.url_to_fs(root)
-  files = system.find(prefix, detail=True)
+  try:
+    files = system.find(prefix, detail=True)
+  except FileNotFoundError as error:
+    bucket = prefix.partition("/")[0]
+    raise OSError(errno.ENOENT, "there is no such bucket", bucket) from error
   return {
     system.unstrip_protocol(name): info["size"] for name, info in files.items()
   }

@@ -34,9 +34,9 @@ def limited(source: "Source", most: int) -> int:
 class Source(Protocol):
   """A random-access sequence of records.
 
-  Reading one raises OSError if it cannot be read: with EACCES, EPERM, EFBIG,
-  ELOOP or ENXIO for ever, so that it is skipped. With any other number it may
-  be readable later: training skips it, an export stops.
+  Reading one raises OSError with EFBIG, ELOOP or ENXIO if it is no image for
+  ever, so that it is left out. Whatever else is raised may pass: it is read
+  again, and then stops the run.
 
   Attributes:
     classes: names, by label.
