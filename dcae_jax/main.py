@@ -3,13 +3,20 @@
 Flags, the work directory, and the task that the config names; nothing else.
 """
 
+from dcae_jax.runs import signals  # isort: split
+
+if __name__ == "__main__":
+  signals.listen()  # before what takes time: the imports below
+
 import ast
+import atexit
 import errno
 import importlib
 import logging
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -39,10 +46,7 @@ def main(argv: list[str]) -> int:
     advice = ""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
       advice = "; make room and run again: it goes on from what is saved"
-    status = _fail(f"{error}{advice}")
-    if _is_one_of_many():
-      _leave(status)
-    return status
+    _leave(_fail(f"{error}{advice}"))
   except RuntimeError as error:
     if not _is_one_of_many():
       raise
@@ -64,14 +68,20 @@ def _is_one_of_many() -> bool:
   )
 
 
-def _leave(status: int) -> None:
-  """Without waiting for the others, for which jax would wait for minutes."""
-  import jax
+def _leave(status: int) -> NoReturn:
+  """At once: jax would wait for other processes for minutes, and so would a
+  thread of a checkpoint that cannot be written.
+  """
+  if _is_one_of_many():
+    import jax
 
-  if jax.distributed.is_initialized():
-    from dcae_jax.runs import processes
+    if jax.distributed.is_initialized():
+      from dcae_jax.runs import processes
 
-    processes.leave(status)
+      processes.leave(status)
+  else:
+    atexit._run_exitfuncs()  # such as removing temporary directories
+  sys.stdout.flush()
   sys.stderr.flush()
   os._exit(status)
 
@@ -79,6 +89,10 @@ def _leave(status: int) -> None:
 def _run(config, workdir: str | None) -> None:
   logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
   logging.getLogger("dcae_jax").setLevel(logging.INFO)
+  # What fails in other packages' threads and callbacks fails the run, too,
+  # which says it in one line.
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  sys.unraisablehook = lambda _: None
   if config.task not in TASKS:
     raise errors.UserError(
       f"unknown config.task {config.task!r}; known are {', '.join(TASKS)}"

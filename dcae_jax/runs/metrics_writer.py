@@ -4,17 +4,25 @@ Only the first process writes. After a resume the lines beyond the restored step
 are dropped, so that the file reads as if the run had never stopped.
 """
 
+import contextlib
 import io
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from etils import epath
 from PIL import Image, PngImagePlugin
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2, summary_pb2
 
+from dcae_jax import errors
+
+_LOG = logging.getLogger(__name__)
+_SECONDS_BETWEEN_FLUSHES = 120  # of events: in a bucket all of them are written
 _SPEED = "train/steps_per_second"
 _RATES = (
   _SPEED, "train/images_per_second", "train/model_flops_utilization",
@@ -24,11 +32,18 @@ _RATES = (
 class MetricsWriter:
   """Writes below one work directory, local or `gs://`."""
 
-  def __init__(self, workdir: epath.Path, first_step: int, enabled: bool):
+  def __init__(
+    self,
+    workdir: epath.Path,
+    first_step: int,
+    evaluates_first: bool,
+    enabled: bool,
+  ):
     """Goes on with the directory's files, or starts them.
 
-    Lines after the restored `first_step` are dropped. Unless `enabled`, as on
-    all processes but the first, nothing is written.
+    Lines after the restored `first_step` are dropped, and its evaluation, if it
+    is made again. Unless `enabled`, as on all processes but the first, nothing
+    is written.
     """
     self._enabled = enabled
     if not enabled:
@@ -37,15 +52,16 @@ class MetricsWriter:
     self._samples = workdir / "samples"
     self._samples.mkdir(parents=True, exist_ok=True)
     self._lines = []
-    if first_step:  # else step 0 is evaluated again, too
-      lines = read_lines(self._path)
-      self._lines = [line for line in lines if line["step"] <= first_step]
+    for line in read_lines(self._path):
+      is_last = line["step"] == first_step
+      if is_last and evaluates_first and is_evaluation(line):
+        continue
+      if first_step and line["step"] <= first_step:
+        self._lines.append(line)
     text = "".join(json.dumps(line) + "\n" for line in self._lines)
     write_whole(self._path, text)
     self._is_local = "://" not in str(workdir)
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir), purge_step=first_step + 1 if first_step else None
-    )
+    self._events = _Events(workdir, first_step)
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Adds one line; remote files are written whole, since they only are so."""
@@ -59,18 +75,69 @@ class MetricsWriter:
       self._lines.append(line)
       self._path.write_text("".join(json.dumps(x) + "\n" for x in self._lines))
     for name, value in values.items():
-      self._board.add_scalar(name, float(value), step)
+      self._events.add(step, summary.scalar(name, float(value)))
 
   def image(self, step: int, name: str, pixels: np.ndarray) -> None:
     """Saves uint8 [h, w, c] as `samples/<name>_<step>.png` and an event."""
     if not self._enabled:
       return
     write_png(self._samples / f"{name}_{step:08d}.png", pixels)
-    self._board.add_image(name, pixels, step, dataformats="HWC")
+    event = summary.image(name, pixels, dataformats="HWC")
+    self._events.add(step, event)
 
   def close(self) -> None:
     if self._enabled:
-      self._board.close()
+      self._events.close()
+
+
+class _Events:
+  """TensorBoard events; where they cannot be written, a run does without.
+
+  tensorboardX's own writer has a thread, which would end with a traceback.
+  """
+
+  def __init__(self, workdir: epath.Path, first_step: int):
+    """After a resume, what other files have after `first_step` is hidden."""
+    self._prefix = f"{workdir}/events"
+    self._writer: event_file_writer.EventsWriter | None = None
+    self._flushed = time.monotonic()
+    self._failed = False
+    if first_step:
+      status = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._add(event_pb2.Event(step=first_step + 1, session_log=status))
+
+  def add(self, step: int, values: summary_pb2.Summary) -> None:
+    self._add(event_pb2.Event(step=step, summary=values))
+
+  def _add(self, event: event_pb2.Event) -> None:
+    event.wall_time = time.time()
+    if self._failed:
+      return
+    with self._attempt():
+      if self._writer is None:
+        self._writer = event_file_writer.EventsWriter(self._prefix)
+      self._writer.write_event(event)
+      if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+  def close(self) -> None:
+    if self._writer is not None and not self._failed:
+      with self._attempt():
+        self._writer.close()
+
+  @contextlib.contextmanager
+  def _attempt(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # clients of buckets have their own kinds
+      self._failed = True
+      _LOG.warning("no more TensorBoard events: %s", errors.first_line(error))
+
+
+def is_evaluation(line: Mapping[str, float]) -> bool:
+  """Whether a line of a metrics.jsonl is of an evaluation."""
+  return any(key.startswith("eval/") for key in line)
 
 
 def read_lines(path: epath.Path) -> list[dict[str, float]]:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,6 +19,15 @@ def total(number: int) -> int:
   if jax.process_count() == 1:
     return number
   return int(multihost_utils.process_allgather(np.array(number)).sum())
+
+
+def sums(numbers: Sequence[int]) -> list[int]:
+  """Of each of several numbers over all processes, modulo 2**64."""
+  if jax.process_count() == 1:
+    return list(numbers)
+  halves = np.array(numbers, np.uint64).view(np.uint32)  # jax has no 64 bits
+  gathered = np.asarray(multihost_utils.process_allgather(halves))
+  return gathered.view(np.uint64).sum(axis=0, dtype=np.uint64).tolist()
 
 
 def wait_for_all(name: str) -> None:

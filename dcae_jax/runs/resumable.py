@@ -53,7 +53,7 @@ class Work:
   def all_done(self, stage: str) -> bool:
     """Waits for all processes to do their part; False where this one stops."""
     if self.stopped():
-      _LOG.info("SIGTERM: stopped; run again to go on")
+      _LOG.info("stopped; run again to go on")
       if jax.process_count() > 1:
         processes.leave(0)
       return False

@@ -4,11 +4,12 @@ The same for every model; what differs comes as `Training` and `Work`.
 """
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -16,7 +17,8 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dcae_jax.runs import metrics_writer
+from dcae_jax import errors
+from dcae_jax.runs import metrics_writer, processes
 from dcae_jax.setup import start
 from dcae_jax.training import (
   checkpoint,
@@ -137,30 +139,38 @@ def run(
   """Trains to `config.steps`; False if SIGTERM ended it early."""
   config = training.config
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  first_step, measured = checkpoints.latest_step() or 0, {}
-  if first_step:
-    measured = checkpoint.measured(str(workdir), first_step)
-    state, data_state = checkpoints.restore(
-      first_step, training.abstract, training.shardings
-    )
+  restored = checkpoints.restore(training.abstract, training.shardings)
+  if restored is not None:
+    first_step, state, data_state = restored
     work.batches.set_state(data_state, accepts=config.data.fingerprint)
     _LOG.info("resuming from step %d in %s", first_step, workdir)
   else:
-    state = training.begin()
+    first_step, state = 0, training.begin()
   start.write_config(config, workdir)
+  step = last_step = max(config.steps, first_step)
+  every = work.evaluate_every
+  evaluates = first_step in (0, last_step) or (
+    every and first_step % every == 0
+  )
+  measured = {}
+  if first_step:
+    measured, is_whole = _last_evaluation(workdir, first_step)
+    evaluates = bool(evaluates and not is_whole)
   writer = metrics_writer.MetricsWriter(
-    workdir, first_step, enabled=jax.process_index() == 0
+    workdir, first_step, evaluates, enabled=jax.process_index() == 0
   )
 
   def evaluate(step, state):
     nonlocal measured
     values = work.evaluate(step, state, writer)
-    measured = {"step": step} | values if values else measured
+    _check_as_many_images(measured, {"step": step} | values)
+    measured = {"step": step} | values
+    checkpoints.add_evaluation(step, measured)
     return values
 
-  step = last_step = max(config.steps, first_step)
-  try:
-    if first_step < last_step:
+  with _closing(work.batches.close, writer.close, checkpoints.close):
+    if first_step < last_step or evaluates:
+      sigterm.promise = f"will save after step {first_step + 1}"
       params, placed = training.abstract.params, training.shardings.params
       _LOG.info(overview.table(params, training.learning.mask, placed))
       program, needed = _compiled(training)
@@ -176,6 +186,7 @@ def run(
         state,
         sharding.Prefetch(work.batches, work.put, config.data.prefetch),
         range(first_step + 1, last_step + 1),
+        evaluates,
         loop.Cadence(
           log=config.log_every,
           evaluate=work.evaluate_every,
@@ -194,11 +205,56 @@ def run(
     checkpoints.wait()
     if step == last_step:
       work.finish(step, state)
-  finally:
-    work.batches.close()
-    writer.close()
-    checkpoints.close()
   return step == last_step
+
+
+def _last_evaluation(
+  workdir: epath.Path, step: int
+) -> tuple[dict[str, float], bool]:
+  """The last one up to the checkpoint of a step, and whether it is of that step
+  and whole: a kill may come between a checkpoint and its evaluation.
+  """
+  try:
+    found = checkpoint.measured(str(workdir), step)
+  except errors.UserError as error:
+    _LOG.warning("%s", error)
+    return {}, False
+  is_written = not metrics_writer.is_evaluation(found)
+  if jax.process_index() == 0 and not is_written:
+    lines = metrics_writer.read_lines(workdir / "metrics.jsonl")
+    is_written = any(
+      line["step"] == step and metrics_writer.is_evaluation(line)
+      for line in lines
+    )
+  is_whole = processes.total(is_written) > 0 and found.get("step") == step
+  return found, is_whole
+
+
+def _check_as_many_images(
+  before: dict[str, float], now: dict[str, float]
+) -> None:
+  """Raises UserError where an evaluation is of fewer images than the last."""
+  for key, count in now.items():
+    if key.endswith("/images") and count < before.get(key, 0):
+      raise errors.UserError(
+        f"{key} is {count:.0f} at step {now['step']}, and was "
+        f"{before[key]:.0f} at step {before['step']}: they cannot be compared; "
+        "bring the missing images back, and run again"
+      )
+
+
+@contextlib.contextmanager
+def _closing(*closes: Callable[[], None]) -> Iterator[None]:
+  """Calls all at the end; after an error, none of theirs takes its place."""
+  try:
+    yield
+  except BaseException:
+    for close in closes:
+      with contextlib.suppress(Exception):
+        close()
+    raise
+  for close in closes:
+    close()
 
 
 def _peak_rate(training: Training) -> float:

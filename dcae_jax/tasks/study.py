@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     with held:
       finished = work.compute(cell, held, sigterm)
     if not finished:
-      _LOG.info("SIGTERM: stopped in cell %s; run again to go on", cell.name)
+      _LOG.info("stopped in cell %s; run again to go on", cell.name)
       return False
     work.report(waits=False)
   if sigterm.received:

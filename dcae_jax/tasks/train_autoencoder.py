@@ -172,6 +172,7 @@ def _evaluate(
       batches = held_out.batches(resolution)
       measured = measurement.measure(state.ema, batches)
       values |= {f"{prefix}/{k}": v for k, v in measured.metrics.items()}
+      values[f"{prefix}/images"] = measured.count
       picture = figures.grid(measured.rows)
       writer.image(step, f"reconstructions_{resolution}px", picture)
     return values

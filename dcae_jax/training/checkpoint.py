@@ -2,14 +2,17 @@
 
 The items are separate, so that a later stage restores parameters alone:
 `params` and `ema` (each with `params` and `batch_stats`), `optimizer` (the rest
-of the state), `data` (the position of the data iterator) and `measured` (the
-last evaluation, with its step). Local or `gs://`.
+of the state), `data` (the position of the data iterator), `measured` (the last
+evaluation before, with its step) and `digests` of all of these, which tell a
+damaged checkpoint: then the one before it counts. Local or `gs://`.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,10 +20,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dcae_jax import errors
-from dcae_jax.runs import metrics_writer
-from dcae_jax.training import sharding
+from dcae_jax.runs import metrics_writer, processes
+from dcae_jax.training import digests, sharding
 from dcae_jax.training import state as state_lib
 
+_LOG = logging.getLogger(__name__)
+_EVALUATION = "evaluation.json"  # in a checkpoint: made after it was written
+# Of tensorstore's errors, those that say nothing about what is stored.
+_OF_STORAGE = (
+  "ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED",
+  "UNAUTHENTICATED", "UNAVAILABLE",
+)  # fmt: skip
 Tree = Any
 
 
@@ -47,7 +57,7 @@ def _absolute(path: epath.Path) -> epath.Path:
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-  """One line for what orbax raises: a full disk, a damaged file."""
+  """One line for what orbax raises: a full disk, say."""
   try:
     yield
   except Exception as error:
@@ -55,9 +65,84 @@ def _explained(what: str) -> Iterator[None]:
     others = "if another process has ended, see its log; " if several else ""
     raise errors.UserError(
       f"{what} failed: {errors.first_line(error)}; other checkpoints are as "
-      f"they were: {others}make room on a full disk, remove a damaged "
-      "checkpoint, and run again"
+      f"they were: {others}make room on a full disk, and run again"
     ) from error
+
+
+def _is_of_storage(error: Exception) -> bool:
+  """Whether it is no sign of damage: what is stored may well be whole."""
+  if isinstance(error, OSError):
+    absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    return not isinstance(error, absent)
+  return any(status in str(error)[:500] for status in _OF_STORAGE)
+
+
+def _of_json(value: Any) -> str:
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _last_whole(
+  directory: epath.Path,
+  steps: Iterable[int],
+  restore: Callable[[int, dict[str, Any]], Any],
+  arguments: dict[str, Any],
+) -> tuple[int | None, dict[str, Any], list[int]]:
+  """The last step whose items are whole, they, and the damaged ones after it.
+
+  None if there is no step at all. `arguments` are for orbax, by item; `restore`
+  takes a step and all arguments. Raises UserError if no step is whole, and for
+  storage that refuses.
+  """
+  damaged = {}
+  for step in sorted(steps, reverse=True):
+    items, reason = {}, ""
+    has_digests = (directory / str(step) / "digests").exists()  # once not
+    more = {"digests": ocp.args.JsonRestore()} if has_digests else {}
+    try:
+      items = dict(restore(step, arguments | more).items())
+    except Exception as error:  # whatever damaged files make of orbax
+      if _is_of_storage(error):
+        raise errors.UserError(
+          f"reading {directory / str(step)} failed: {errors.first_line(error)}"
+        ) from error
+      reason = f"{type(error).__name__}: {errors.first_line(error)}"
+    if processes.total(bool(reason)):
+      reason = reason or "another process cannot read it"
+    else:
+      reason = _damage(items)
+    if not reason:
+      if damaged:
+        _LOG.warning("%s; going back to step %d", _named(damaged), step)
+      return step, items, list(damaged)
+    damaged[step] = f"{directory / str(step)} is damaged ({reason})"
+  if damaged:
+    raise errors.UserError(
+      f"{_named(damaged)}; there is no whole checkpoint: bring one back, or "
+      "begin in another --workdir"
+    )
+  return None, {}, []
+
+
+def _named(damaged: dict[int, str]) -> str:
+  return "; ".join(damaged.values())
+
+
+def _damage(items: dict[str, Any]) -> str:
+  """What is wrong with restored items; "" where nothing is."""
+  expected = items.get("digests")
+  trees = {
+    k: x for k, x in items.items() if k in ("params", "ema", "optimizer")
+  }
+  if expected is not None:
+    found = digests.digests(trees)
+    found |= {k: _of_json(items[k]) for k in ("data", "measured") if k in items}
+    wrong = [key for key, value in found.items() if expected.get(key) != value]
+    if wrong:
+      return f"{len(wrong)} of its parts are not what was saved: {wrong[0]}"
+  if digests.not_finite(trees):
+    return "it has values that are not finite"
+  return ""
 
 
 class Checkpoints:
@@ -77,11 +162,9 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=True
       ),
-      item_names=("params", "ema", "optimizer", "data", "measured"),
+      item_names=("params", "ema", "optimizer", "data", "measured", "digests"),
     )
-
-  def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+    self._saved: int | None = None
 
   def save(
     self,
@@ -91,26 +174,59 @@ class Checkpoints:
     measured: dict[str, float],
   ) -> None:
     """Starts a save; returns when the arrays may be overwritten."""
-    items = {
-      name: ocp.args.StandardSave(item) for name, item in _items(state).items()
+    trees = _items(state)
+    of_json = {"data": data_state, "measured": measured}
+    expected = digests.digests(trees)
+    expected |= {name: _of_json(value) for name, value in of_json.items()}
+    items = {k: ocp.args.StandardSave(x) for k, x in trees.items()} | {
+      k: ocp.args.JsonSave(x)
+      for k, x in (of_json | {"digests": expected}).items()
     }
-    items["data"] = ocp.args.JsonSave(data_state)
-    items["measured"] = ocp.args.JsonSave(measured)
     with _explained(f"writing a checkpoint of step {step}"):
       self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+    self._saved = step
+
+  def add_evaluation(self, step: int, measured: dict[str, float]) -> None:
+    """Writes an evaluation into the checkpoint of its step, if it has one."""
+    if step != self._saved:
+      return
+    self.wait()
+    if jax.process_index() == 0:
+      path = self._manager.directory / str(step) / _EVALUATION
+      value = {"measured": measured, "digest": _of_json(measured)}
+      metrics_writer.write_json(path, value)
 
   def restore(
-    self, step: int, abstract: state_lib.TrainState, shardings: Tree
-  ) -> tuple[state_lib.TrainState, dict[str, Any]]:
-    """The state, placed by `shardings`, and the position of the data."""
+    self, abstract: state_lib.TrainState, shardings: Tree
+  ) -> tuple[int, state_lib.TrainState, dict[str, Any]] | None:
+    """Step, state and position of the data of the last whole checkpoint.
+
+    The state is placed by `shardings`. None where there is no checkpoint.
+    Damaged ones after it are put aside, as `damaged_STEP`.
+    """
     targets = _items(sharding.placed(abstract, shardings))
-    items = {
-      name: ocp.args.StandardRestore(item) for name, item in targets.items()
-    }
-    items["data"] = ocp.args.JsonRestore()
-    with _explained(f"reading {self._manager.directory / str(step)}"):
-      items = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return _state({name: items[name] for name in targets}), items["data"]
+    arguments = {k: ocp.args.StandardRestore(x) for k, x in targets.items()}
+    arguments["data"] = ocp.args.JsonRestore()
+    directory = self._manager.directory
+    step, items, damaged = _last_whole(
+      directory,
+      self._manager.all_steps(),
+      lambda step, x: self._manager.restore(step, args=ocp.args.Composite(**x)),
+      arguments,
+    )
+    if damaged and jax.process_index() == 0:
+      for other in damaged:
+        aside = directory / f"damaged_{other}"
+        if aside.exists():
+          aside.rmtree()
+        (directory / str(other)).rename(aside)
+    if damaged:
+      processes.wait_for_all("damaged checkpoints are put aside")
+      self._manager.reload()
+    if step is None:
+      return None
+    self._saved = step
+    return step, _state({k: items[k] for k in targets}), items["data"]
 
   def wait(self) -> None:
     """Returns when the last save is complete; raises what it raised."""
@@ -124,7 +240,7 @@ class Checkpoints:
 def restore_variables(
   run: str, item: str, abstract: Tree, shardings: Tree
 ) -> tuple[int, Tree]:
-  """Step, and the item "params" or "ema", of a run's last checkpoint.
+  """Step, and the item "params" or "ema", of a run's last whole checkpoint.
 
   Args:
     run: its work directory.
@@ -135,27 +251,49 @@ def restore_variables(
   with ocp.CheckpointManager(
     _absolute(epath.Path(run)) / "checkpoints",
     options=ocp.CheckpointManagerOptions(create=False),
-    item_names=(item,),
+    item_names=(item, "digests"),
   ) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise errors.UserError(
-        f"{run!r} has no finished checkpoint; let that run go on"
-      )
     target = ocp.args.StandardRestore(sharding.placed(abstract, shardings))
-    with _explained(f"reading {manager.directory / str(step)}"):
-      items = manager.restore(step, args=ocp.args.Composite(**{item: target}))
+    step, items, _ = _last_whole(
+      manager.directory,
+      manager.all_steps(),
+      lambda step, x: manager.restore(step, args=ocp.args.Composite(**x)),
+      {item: target},
+    )
+  if step is None:
+    raise errors.UserError(
+      f"{run!r} has no finished checkpoint; let that run go on"
+    )
   return step, items[item]
 
 
 def measured(run: str, step: int) -> dict[str, float]:
-  """The last evaluation, with its step, before a checkpoint of a run."""
-  path = _absolute(epath.Path(run)) / "checkpoints" / str(step)
-  if (path / "measured").exists():
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-      return checkpointer.restore(path / "measured")
-  # Written before checkpoints had it.
-  return metrics_writer.last_values(epath.Path(run) / "metrics.jsonl", step)
+  """The last evaluation of a run, with its step, up to that checkpoint.
+
+  Raises UserError if it is damaged.
+  """
+  directory = _absolute(epath.Path(run)) / "checkpoints" / str(step)
+  if not (directory / "measured").exists():  # written before there was one
+    return metrics_writer.last_values(epath.Path(run) / "metrics.jsonl", step)
+  try:
+    if (directory / _EVALUATION).exists():
+      found = json.loads((directory / _EVALUATION).read_bytes())
+      value, digest = found["measured"], found["digest"]
+    else:
+      with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        value = checkpointer.restore(directory / "measured")
+        digest = _of_json(value)
+        if (directory / "digests").exists():
+          digest = checkpointer.restore(directory / "digests")["measured"]
+    if _of_json(value) == digest:
+      return value
+    reason = "it is not what was written"
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    reason = errors.first_line(error)
+  raise errors.UserError(
+    f"the evaluation in {directory} is damaged ({reason}); train from there to "
+    "make it again, or remove that checkpoint"
+  )
 
 
 def check_space(workdir: epath.Path, abstract: Tree, keep: int) -> None:

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ import numpy as np
 from clu import metrics as clu_metrics
 from jax.experimental import multihost_utils
 
+from dcae_jax.runs import signals
 from dcae_jax.training import profiler as profiler_lib
 from dcae_jax.training import watchdog as watchdog_lib
 
@@ -44,19 +46,26 @@ class Writer(Protocol):
 
 
 class Sigterm:
-  """Remembers SIGTERM, so that a loop can save and leave.
+  """Remembers SIGTERM or SIGINT, so that a loop can save and leave.
 
   Attributes:
     received: by this process.
+    promise: what it is answered with, "will save after step 12".
   """
 
   def __init__(self, *, each_alone: bool = False):
     """Listens; `each_alone` where processes need not stop together."""
     self.received = False
-    is_main = threading.current_thread() is threading.main_thread()
-    # Of many processes, jax's own notifier listens, and all agree on a step.
-    if (each_alone or jax.process_count() == 1) and is_main:
+    self.promise = "will stop where it can go on"
+    if threading.current_thread() is not threading.main_thread():
+      return
+    # Of many processes, jax's own notifier hears SIGTERM, and all agree on a
+    # step.
+    is_alone = each_alone or jax.process_count() == 1
+    if is_alone:
       signal.signal(signal.SIGTERM, self._receive)
+    signal.signal(signal.SIGINT, self._receive if is_alone else _terminate)
+    signals.promise(lambda: self.promise)
 
   def _receive(self, *_) -> None:
     self.received = True
@@ -66,6 +75,11 @@ class Sigterm:
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
     return self.received
+
+
+def _terminate(*_) -> None:
+  """SIGINT to one of many processes: as SIGTERM, of which all learn."""
+  os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Program(NamedTuple):
@@ -89,7 +103,7 @@ class Cadence(NamedTuple):
 
   Attributes:
     log: of the written metrics, each with a line on the terminal.
-    evaluate: also before the first step of a run, and after the last one.
+    evaluate: also after the last step.
     checkpoint: also after the last step.
     seconds: after which a step has a line on the terminal in any case.
   """
@@ -117,6 +131,7 @@ def run(
   state: State,
   batches: DeviceBatches,
   steps: range,
+  evaluates_first: bool,
   cadence: Cadence,
   outlets: Outlets,
 ) -> tuple[State, int]:
@@ -127,6 +142,8 @@ def run(
     state: before the first of the steps; donated.
     batches: on the devices.
     steps: to be done, counted from 1.
+    evaluates_first: before the first of them: what training changes is seen
+      beside it.
     cadence: of logs, evaluations and checkpoints.
     outlets: for metrics and checkpoints.
 
@@ -165,12 +182,13 @@ def run(
       _LOG.info("evaluated  %s", text)
 
   try:
-    if done == 0:  # what training changes is seen beside it
+    if evaluates_first:
       with log.part("pause"):
-        evaluate(0)
+        evaluate(done)
     for step in steps:
       with waiting_for("data", f"the batch of step {step} to be loaded"):
         batch = next(batches)
+      outlets.sigterm.promise = f"will save after step {step}"
       outlets.profiler.before(step)
       with waiting_for("step", f"the devices to begin step {step}"):
         state, metrics = program.step(state, batch)
@@ -184,12 +202,12 @@ def run(
       if evaluates or saves:
         settle()
         with log.part("pause"):
+          if saves:  # first: an evaluation that fails loses nothing
+            outlets.save(step, state, batches.get_state())
           if evaluates:
             evaluate(step)
-          if saves:
-            outlets.save(step, state, batches.get_state())
       if stop and step < last_step:
-        _LOG.info("SIGTERM: saved step %d of %d", step, last_step)
+        _LOG.info("stopped: saved step %d of %d", step, last_step)
         break
     settle()
   finally:

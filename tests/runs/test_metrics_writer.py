@@ -8,7 +8,9 @@ from dcae_jax.runs import metrics_writer
 
 
 def _write(workdir, first_step, steps):
-  writer = metrics_writer.MetricsWriter(epath.Path(workdir), first_step, True)
+  writer = metrics_writer.MetricsWriter(
+    epath.Path(workdir), first_step, False, True
+  )
   for step in steps:
     writer.scalars(step, {"train/loss/l1": step / 10})
   writer.close()
@@ -36,7 +38,7 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
 
 def test_speeds_are_those_of_the_whole_training(tmp_path):
   """Step 3 took place, and its line was lost with a process."""
-  writer = metrics_writer.MetricsWriter(epath.Path(tmp_path), 0, True)
+  writer = metrics_writer.MetricsWriter(epath.Path(tmp_path), 0, False, True)
   writer.scalars(0, {"eval/psnr": 10.0})
   for step, rate in ((2, 1.0), (4, 4.0)):
     speeds = {"steps_per_second": rate, "images_per_second": 8 * rate}
@@ -56,7 +58,7 @@ def test_speeds_are_those_of_the_whole_training(tmp_path):
 
 
 def test_images_are_saved_as_png(tmp_path):
-  writer = metrics_writer.MetricsWriter(epath.Path(tmp_path), 0, True)
+  writer = metrics_writer.MetricsWriter(epath.Path(tmp_path), 0, False, True)
   pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
   writer.image(7, "grid", pixels)
   writer.image(8, "grey", pixels[..., :1])
@@ -70,7 +72,7 @@ def test_images_are_saved_as_png(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path):
-  writer = metrics_writer.MetricsWriter(epath.Path(tmp_path), 0, False)
+  writer = metrics_writer.MetricsWriter(epath.Path(tmp_path), 0, False, False)
   writer.scalars(1, {"a": 1.0})
   writer.image(1, "grid", np.zeros((2, 2, 3), np.uint8))
   writer.close()

@@ -534,7 +534,7 @@ def test_sigterm_finishes_what_is_begun_and_leaves(whole, config, tmp_path):
   output = str(tmp_path / "store")
   driver = _KILL.format(n=1, signal="SIGTERM")
   process = _start(config(output=output), tmp_path / "out", driver=driver)
-  assert "SIGTERM: stopped; run again" in _end(process)
+  assert "stopped; run again" in _end(process)
   store = latent_store.LatentStore(output)
   finished = store.finished(LAYOUT)
   assert store.manifest() is None and finished

@@ -491,7 +491,7 @@ def test_a_work_directory_of_another_config_is_refused_and_untouched(
     ({"data.shorter_side": 16}, "shorter_side=16 is below .*resolution=32"),
     ({"data.min_size": 16}, "min_size=16 is below .*resolution=32"),
     ({"data.min_size": 4000}, "none of the 12 images can be used"),
-    ({"data.source.path": "/nowhere"}, "'/nowhere' does not exist"),
+    ({"data.source.path": "/nowhere"}, "image folder '/nowhere'"),
     ({"data.source.kind": "webdataset"}, "unknown source kind"),
     ({"data.source.kind": "mixture"}, "at least one member"),
     ({"lpips.weight": 0.25, "lpips.path": "/nowhere.npz"}, "no file /nowhere"),
@@ -544,7 +544,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(
     if path.is_file():
       path.write_bytes(b"damaged")
   with pytest.raises(
-    ValueError, match=r"reading .*checkpoints/4 failed: .*rem"
+    ValueError, match=r"checkpoints/4 is damaged .*no whole checkpoint"
   ):
     _run(tiny_config(1, steps=5), tmp_path)
 
@@ -614,7 +614,7 @@ def test_kill_and_sigterm_lose_nothing(tiny_config, tmp_path):
   run.wait_for_step(12)
   run.process.send_signal(signal.SIGTERM)
   code, output = run.finish()
-  assert code == 0 and "SIGTERM: saved step" in output, output
+  assert code == 0 and "stopped: saved step" in output, output
   assert not (tmp_path / "killed" / "result.json").exists()
   # It was stopped between two evaluations, and has the factor of the first.
   assert dcae_jax.load(tmp_path / "killed").scaling_factor > 0

@@ -61,6 +61,7 @@ class _World:
       first,
       self,
       range(first + 1, last + 1),
+      first == 0,
       loop.Cadence(log, evaluate, checkpoint, seconds),
       loop.Outlets(
         save=self.save,
@@ -184,6 +185,7 @@ def test_the_time_of_a_step_is_told_apart():
     0,
     batches,
     range(1, 5),
+    True,
     loop.Cadence(4, 0, 0, 1e9),
     loop.Outlets(
       world.save,
