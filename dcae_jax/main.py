@@ -10,11 +10,13 @@ if __name__ == "__main__":
 
 import ast
 import atexit
+import contextlib
 import errno
 import importlib
 import logging
 import os
 import sys
+import threading
 import traceback
 from typing import NoReturn
 
@@ -30,6 +32,7 @@ TASKS = (
   "export_and_diffuse", "study", "plan", "throughput",
 )  # fmt: skip
 _WITHOUT_WORKDIR = ("plan",)  # they can do without
+_SHARING = ("study",)  # several processes work in the directory
 
 
 def main(argv: list[str]) -> int:
@@ -92,7 +95,7 @@ def _run(config, workdir: str | None) -> None:
   # What fails in other packages' threads and callbacks fails the run, too,
   # which says it in one line.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-  sys.unraisablehook = lambda _: None
+  threading.excepthook = sys.unraisablehook = lambda _: None
   if config.task not in TASKS:
     raise errors.UserError(
       f"unknown config.task {config.task!r}; known are {', '.join(TASKS)}"
@@ -108,8 +111,18 @@ def _run(config, workdir: str | None) -> None:
 
   host_memory.keep_freed()
   _join_processes()
+  from dcae_jax.runs import exclusive
+
   task = importlib.import_module(f"dcae_jax.tasks.{config.task}")
-  task.run(config, workdir and epath.Path(workdir).expanduser())
+  if workdir is None:
+    task.run(config, None)
+    return
+  workdir = os.path.expanduser(workdir)
+  alone = contextlib.nullcontext()
+  if config.task not in _SHARING:
+    alone = exclusive.held(workdir)
+  with alone:
+    task.run(config, epath.Path(workdir))
 
 
 def _join_processes() -> None:

@@ -13,8 +13,12 @@ import numpy as np
 
 from dcae_jax import errors
 from dcae_jax.latents import layout as store_layout
-from dcae_jax.runs import differences, storage
+from dcae_jax.runs import differences, lease, storage
 
+_PROBE = "progress.probe_"
+_PROGRESS = (
+  _PROBE, "progress/survey/", "progress/shards/", store_layout.IDENTITY,
+)  # fmt: skip
 _OF_SHARD = ("rows", "sha256", "first_sha256")  # a record, in the manifest
 
 
@@ -41,13 +45,14 @@ class LatentStore:
     """
     if self._described() is None:
       keys = self.storage.list_keys()
-      foreign = [key for key in keys if not key.startswith("progress")]
+      own = (*_PROGRESS, lease.DIRECTORY)
+      foreign = [key for key in keys if not key.startswith(own)]
       if foreign:
         raise errors.UserError(
           f"{self.storage.path} holds {min(foreign)} of something else; choose "
           "another config.output"
         )
-    self.storage.check_writable(f"progress.probe_{process_index}")
+    self.storage.check_writable(f"{_PROBE}{process_index}")
 
   def _described(self) -> dict[str, Any] | None:
     manifest = self.manifest()
@@ -91,8 +96,9 @@ class LatentStore:
     if before is None or ("count" not in before and before != identity):
       arrays = self.storage.list_keys()
       arrays = {k.partition("/")[0] for k in arrays if k.endswith("/zarr.json")}
-      for name in (*sorted(arrays), "progress"):
+      for name in sorted(arrays):
         self.storage.delete(f"{name}/")
+      self.remove_progress()
       self.storage.write_json(store_layout.IDENTITY, identity)
 
   def manifest(self) -> dict[str, Any] | None:
@@ -237,7 +243,10 @@ class LatentStore:
 
   def remove_progress(self) -> None:
     """Once more, where the last process was killed before it could."""
-    self.storage.delete("progress/")
+    for prefix in _PROGRESS:
+      self.storage.delete(prefix)
+    if not self.storage.list_keys("progress/"):
+      self.storage.delete("progress/")  # a local folder, if it is empty
 
 
 def _survey_key(block: int) -> str:

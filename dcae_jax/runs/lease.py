@@ -14,9 +14,11 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from dcae_jax.runs import storage as storages
 
+DIRECTORY = "lease.json"  # of who works in a directory
 SECONDS_BETWEEN_BEATS = 10
 SECONDS_OF_PATIENCE = 60  # with an owner of whom nothing is heard
 
@@ -29,6 +31,7 @@ class _Owner:
     kernel: a boot of a machine, and the name space of its process numbers;
       empty where the system does not tell.
     started: when, in ticks: a number that is used again is another process.
+    place: a local path, as that machine knows it; empty for a bucket.
     token: of this lease alone.
   """
 
@@ -37,6 +40,7 @@ class _Owner:
   pid: int
   started: str
   token: str
+  place: str = ""
   beats: int = 0
 
   def __str__(self) -> str:
@@ -45,10 +49,19 @@ class _Owner:
   def data(self) -> bytes:
     return json.dumps(dataclasses.asdict(self)).encode()
 
-  def is_gone(self) -> bool:
-    """Whether it was a process of this machine, and is no more."""
-    if not self.kernel or self.kernel != _kernel():
+  def is_here(self) -> bool:
+    """Whether it is, or was, a process of this machine."""
+    return bool(self.kernel) and self.kernel == _kernel()
+
+  def is_gone(self, place: str) -> bool:
+    """Whether it was a process of this machine, and is no more.
+
+    Or is, but for another place, of which this is a copy.
+    """
+    if not self.is_here():
       return False
+    if self.place != place:
+      return True
     try:
       os.kill(self.pid, 0)  # asks only, even of processes that /proc hides
     except ProcessLookupError:
@@ -61,9 +74,15 @@ class _Owner:
 class Lease:
   """A lease that was taken; as a context manager, until its end."""
 
-  def __init__(self, storage: storages.Storage, key: str, owner: _Owner):
+  def __init__(
+    self,
+    storage: storages.Storage,
+    key: str,
+    owner: _Owner,
+    on_loss: Callable[[], None],
+  ):
     self._storage, self._key, self._owner = storage, key, owner
-    self._lost = False
+    self._on_loss, self._lost = on_loss, False
     self._ended = threading.Event()
     self._heart = threading.Thread(target=self._live, daemon=True)
     self._heart.start()
@@ -94,6 +113,8 @@ class Lease:
       beats = self._owner.beats + 1
       self._owner = dataclasses.replace(self._owner, beats=beats)
       self._update(self._owner.data())
+    if self._lost:
+      self._on_loss()
 
   def _update(self, data: bytes | None) -> None:
     """Writes or deletes it if it is still there; what fails is left to time."""
@@ -111,9 +132,14 @@ class Leases:
 
   def __init__(self, storage: storages.Storage):
     self._storage = storage
+    path = storage.path
+    self._place = "" if "://" in path else os.path.realpath(path)
     self._seen: dict[str, tuple[bytes, float]] = {}
+    self._renewed: set[str] = set()
 
-  def take(self, key: str) -> Lease | None:
+  def take(
+    self, key: str, on_loss: Callable[[], None] = lambda: None
+  ) -> Lease | None:
     """None, at once, where somebody else has it.
 
     It is free when its owner has died: at once if that was a process of this
@@ -127,11 +153,12 @@ class Leases:
       kernel=_kernel(),
       pid=os.getpid(),
       started=_started(os.getpid()) or "",
+      place=self._place,
       token=secrets.token_hex(8),
     )
     if not self._storage.replace(key, owner.data(), generation):
       return None
-    return Lease(self._storage, key, owner)
+    return Lease(self._storage, key, owner, on_loss)
 
   def owner(self, key: str) -> str:
     """Who has it: "host, process 123"; empty where it is not taken."""
@@ -140,13 +167,22 @@ class Leases:
       return ""
     return str(_parsed(found) or "somebody unknown")
 
+  def is_alive(self, key: str) -> bool:
+    """Whether its owner lives here, or renews it while `take` is called."""
+    owner = _parsed(self._storage.read_version(key)[0])
+    if owner is not None and owner.is_here():
+      return not owner.is_gone(self._place)
+    return key in self._renewed
+
   def _is_free(self, key: str, found: bytes, generation: bytes) -> bool:
     owner = _parsed(found)
-    if owner is not None and owner.is_gone():
+    if owner is not None and owner.is_gone(self._place):
       return True
     now = time.monotonic()
     seen, since = self._seen.get(key, (None, now))
     if seen != generation:
+      if seen is not None:
+        self._renewed.add(key)
       self._seen[key] = generation, now
       return False
     return now - since >= SECONDS_OF_PATIENCE

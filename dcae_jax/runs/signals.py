@@ -15,6 +15,7 @@ from collections.abc import Callable
 STOPS = (signal.SIGTERM, signal.SIGINT)
 _SECONDS_OF_ONE = 0.1  # what comes again sooner was sent twice: to a group, say
 
+trace_asked = threading.Event()
 _promise: Callable[[], str] | None = None
 _thread: threading.Thread | None = None
 
@@ -25,14 +26,20 @@ def listen() -> None:
   Called by the main thread; again does no harm.
   """
   global _thread
-  for number in (*STOPS, signal.SIGUSR1):
+  for number in STOPS:
     signal.signal(number, lambda *_: None)
+  listen_for_traces()
   if _thread is None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     _thread = threading.Thread(target=_hear, args=(reading,), daemon=True)
     _thread.start()
+
+
+def listen_for_traces() -> None:
+  """SIGUSR1 sets `trace_asked`; called by the main thread."""
+  signal.signal(signal.SIGUSR1, lambda *_: trace_asked.set())
 
 
 def promise(words: Callable[[], str]) -> None:

@@ -78,14 +78,20 @@ def open_source(config: ConfigDict) -> sources.Source:
   return source
 
 
+def output(config: ConfigDict, workdir: epath.Path) -> str:
+  """Where the latents go; UserError if that is where the run is."""
+  path = config.output or os.fspath(workdir / "latents")
+  if epath.Path(path).expanduser() == workdir:
+    raise errors.UserError(
+      f"config.output={path} is --workdir; use a place of its own"
+    )
+  return path
+
+
 def open_store(config: ConfigDict, workdir: epath.Path) -> store.LatentStore:
   """The store that the latents go to, after a test that it can be written."""
-  output = config.output or os.fspath(workdir / "latents")
-  if epath.Path(output).expanduser() == workdir:
-    raise errors.UserError(
-      f"config.output={output} is --workdir; use a place of its own"
-    )
-  place = store.LatentStore(output, retries=config.retries)
+  path = output(config, workdir)
+  place = store.LatentStore(path, retries=config.retries)
   place.check_writable(jax.process_index())
   return place
 

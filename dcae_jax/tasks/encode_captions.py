@@ -14,6 +14,7 @@ from dcae_jax import errors
 from dcae_jax.diffusion.text import encoders
 from dcae_jax.latents import captions, reader
 from dcae_jax.runs import (
+  exclusive,
   metrics_writer,
   progress_lines,
   resumable,
@@ -40,17 +41,24 @@ def run(
   config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm | None = None
 ) -> bool:
   """Fills the store, and writes `result.json`; False if SIGTERM stopped it."""
-  watch, is_first = stopwatch.Stopwatch(), jax.process_index() == 0
+  check(config)
   sigterm = sigterm or loop.Sigterm(each_alone=True)
+  output = config.output or os.fspath(workdir / "captions")
+  with exclusive.held(output):
+    return _fill(config, workdir, output, sigterm)
+
+
+def _fill(
+  config: ConfigDict, workdir: epath.Path, output: str, sigterm: loop.Sigterm
+) -> bool:
+  watch, is_first = stopwatch.Stopwatch(), jax.process_index() == 0
   work = resumable.Work("captions", lambda: sigterm.received)
   with watch.measure("start"):
-    check(config)
     start.begin(config, workdir)
     latents = reader.Latents(
       config.latents, conditions=("captions",), retries=config.retries
     )
     rows = latents.condition("captions")
-    output = config.output or os.fspath(workdir / "captions")
     store = captions.store_of(output, config.retries)
     store.check_writable(jax.process_index())
     mesh = sharding.create_mesh(1, -1, 1, jax.local_devices())

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.runs import metrics_writer, work_directory
+from dcae_jax.runs import exclusive, metrics_writer, work_directory
 from dcae_jax.setup import (
   denoising,
   diffusion_training,
@@ -61,7 +61,8 @@ def run(
   if not denoising.conditioning_of(config.training.model).is_text:
     del stages["encoding"]
   for name, (run_stage, stage) in stages.items():
-    finished = run_stage(stage, workdir / name, sigterm)
+    with exclusive.held(str(workdir / name)):
+      finished = run_stage(stage, workdir / name, sigterm)
     if not finished or sigterm.received:
       return False
   result = (workdir / "samples" / "result.json").read_bytes()

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax.latents import store as latent_store
-from dcae_jax.runs import metrics_writer, resumable, stopwatch
+from dcae_jax.runs import exclusive, metrics_writer, resumable, stopwatch
 from dcae_jax.setup import exporting, start
 from dcae_jax.training import loop
 
@@ -21,11 +21,18 @@ def run(
   config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm | None = None
 ) -> bool:
   """Fills the store, and writes `result.json`; False if SIGTERM stopped it."""
-  watch, is_first = stopwatch.Stopwatch(), jax.process_index() == 0
+  exporting.check(config)
   sigterm = sigterm or loop.Sigterm(each_alone=True)
+  with exclusive.held(exporting.output(config, workdir)):
+    return _fill(config, workdir, sigterm)
+
+
+def _fill(
+  config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm
+) -> bool:
+  watch, is_first = stopwatch.Stopwatch(), jax.process_index() == 0
   work = resumable.Work("latents", lambda: sigterm.received)
   with watch.measure("start"):
-    exporting.check(config)
     start.begin(config, workdir)
     source = exporting.open_source(config)
     store = exporting.open_store(config, workdir)

@@ -16,7 +16,13 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.evaluation.report import study_report, text_table
-from dcae_jax.runs import lease, metrics_writer, storage, versions
+from dcae_jax.runs import (
+  exclusive,
+  lease,
+  metrics_writer,
+  storage,
+  versions,
+)
 from dcae_jax.setup import start
 from dcae_jax.setup import study as study_lib
 from dcae_jax.training import loop
@@ -143,7 +149,8 @@ class _Work:
     task = importlib.import_module(f"dcae_jax.tasks.{cell.config.task}")
     try:
       cell.check_goes_on()
-      finished = task.run(cell.config, cell.workdir, sigterm)
+      with exclusive.held(str(cell.workdir)):
+        finished = task.run(cell.config, cell.workdir, sigterm)
     except (
       errors.UserError,
       FloatingPointError,

@@ -88,7 +88,7 @@ def run(
   config = keys.for_device(config, jax.default_backend())
   config = models.with_model(config)
   training = autoencoder_training.build(config)
-  start.begin(config, workdir)
+  start.begin(config, workdir, ("metrics.jsonl", "checkpoints", "samples"))
   inputs = open_inputs(config)
   checkpoint.check_space(workdir, training.abstract, config.checkpoint.keep)
   _LOG.info(

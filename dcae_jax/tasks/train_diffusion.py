@@ -50,7 +50,8 @@ def run(
   training = diffusion_training.build(config)
   if config.init_from:
     denoising.check_same_model(config.init_from, config, training.model)
-  start.begin(config, workdir, ("manifest.json",))
+  written = ("manifest.json", "metrics.jsonl", "checkpoints", "samples")
+  start.begin(config, workdir, written)
   kind = training.model.conditioning
   rows = store.condition(kind.name)
   described = decode.description(store) | kind.describe_rows(rows)

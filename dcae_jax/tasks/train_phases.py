@@ -7,7 +7,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.runs import metrics_writer, work_directory
+from dcae_jax.runs import exclusive, metrics_writer, work_directory
 from dcae_jax.setup import autoencoder_training, keys, models, start
 from dcae_jax.tasks import report, train_autoencoder
 from dcae_jax.training import loop
@@ -49,7 +49,8 @@ def run(
     train_autoencoder.open_inputs(config[name])
   start.write_config(config, workdir)
   for name in _PHASES:
-    finished = train_autoencoder.run(config[name], workdir / name, sigterm)
+    with exclusive.held(str(workdir / name)):
+      finished = train_autoencoder.run(config[name], workdir / name, sigterm)
     if not finished or sigterm.received:
       return False
   report.run(config.report, workdir / "report")

@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -64,9 +66,17 @@ def _explained(what: str) -> Iterator[None]:
     several = jax.process_count() > 1
     others = "if another process has ended, see its log; " if several else ""
     raise errors.UserError(
-      f"{what} failed: {errors.first_line(error)}; other checkpoints are as "
+      f"{what} failed: {_reason(error)}; other checkpoints are as "
       f"they were: {others}make room on a full disk, and run again"
     ) from error
+
+
+def _reason(error: Exception) -> str:
+  """In a few words where the system has them for what tensorstore tells."""
+  number = re.search(r"os_error_code='(\d+)'", str(error))
+  if number:
+    return os.strerror(int(number[1]))
+  return getattr(error, "strerror", None) or errors.first_line(error)
 
 
 def _is_of_storage(error: Exception) -> bool:
@@ -104,7 +114,7 @@ def _last_whole(
     except Exception as error:  # whatever damaged files make of orbax
       if _is_of_storage(error):
         raise errors.UserError(
-          f"reading {directory / str(step)} failed: {errors.first_line(error)}"
+          f"reading {directory / str(step)} failed: {_reason(error)}"
         ) from error
       reason = f"{type(error).__name__}: {errors.first_line(error)}"
     if processes.total(bool(reason)):
@@ -150,7 +160,8 @@ class Checkpoints:
 
   def __init__(self, workdir: epath.Path, keep: int):
     """Removes what a killed process left half-written; keeps `keep`."""
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells it all
+    # orbax tells it all, errors with tracebacks: they are raised as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     # Cutting small arrays into a slice for each device takes longer, while the
     # training waits, than writing them whole.
     whole = ocp.type_handlers.ArrayHandler(

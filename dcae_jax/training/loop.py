@@ -188,7 +188,6 @@ def run(
     for step in steps:
       with waiting_for("data", f"the batch of step {step} to be loaded"):
         batch = next(batches)
-      outlets.sigterm.promise = f"will save after step {step}"
       outlets.profiler.before(step)
       with waiting_for("step", f"the devices to begin step {step}"):
         state, metrics = program.step(state, batch)
@@ -197,6 +196,8 @@ def run(
       outlets.profiler.after(step, metrics)
       done = step
       stop = outlets.sigterm.requested(step)
+      if step < last_step:
+        outlets.sigterm.promise = f"will save after step {step + 1}"
       evaluates = is_due(cadence.evaluate, step)
       saves = stop or is_due(cadence.checkpoint, step)
       if evaluates or saves:

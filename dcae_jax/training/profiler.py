@@ -1,10 +1,11 @@
 """Traces of a few steps, for xprof or TensorBoard: planned, or when asked."""
 
 import logging
-import signal
 import threading
 
 import jax
+
+from dcae_jax.runs import signals
 
 _LOG = logging.getLogger(__name__)
 
@@ -15,7 +16,7 @@ class Profiler:
   def __init__(
     self, first: int, directory: str, *, start: int, steps: int, on_signal: int
   ):
-    """Listens for SIGUSR1, and traces `on_signal` steps when it comes.
+    """Traces `on_signal` steps when SIGUSR1 comes, or has come before.
 
     Of a run that begins after the step `first`, `steps` steps are traced after
     `start` others; 0: none. The `directory` is local or gs://.
@@ -23,22 +24,18 @@ class Profiler:
     self._from = first + start + 1 if steps else None
     self._steps, self._on_signal = steps, on_signal
     self._directory = directory
-    self._asked = False
     self._last: int | None = None  # of the trace that runs
     if threading.current_thread() is threading.main_thread():
-      signal.signal(signal.SIGUSR1, self._ask)
-
-  def _ask(self, *_) -> None:
-    self._asked = True
+      signals.listen_for_traces()
 
   def before(self, step: int) -> None:
     """Begins a trace where one is due; call it before a step is dispatched."""
     if self._last is not None:
       return
     steps = self._steps if step == self._from else 0
-    if self._asked:
+    if signals.trace_asked.is_set():
+      signals.trace_asked.clear()
       steps = max(steps, self._on_signal)
-    self._asked = False
     if steps:
       self._last = step + steps - 1
       jax.profiler.start_trace(self._directory)
