@@ -362,14 +362,15 @@ class Autoencoder:
     """Writes weights, `config.json` and a model card.
 
     Args:
-      folder: a new one, or one that was saved to before.
+      folder: a new or empty one, or one that was saved to before, which is
+        replaced in one step: a kill leaves the old or the new one whole.
       layout: "diffusers" (`AutoencoderDC.from_pretrained(folder)`, or
         `AutoencoderKL` for an SD-VAE), or "original", DC-AE's alone.
 
     Raises:
       UserError: the scaling factor is not known, the architecture has no
         config there, space goes to channels, or the folder holds something
-        else.
+        else, is or is in the work directory of a run, or cannot be written.
     """
     if self.scaling_factor is None:
       raise errors.UserError(
