@@ -1,9 +1,11 @@
 """Images and latents as people pass them: checked, converted, padded."""
 
+import reprlib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from dcae_jax import errors
 from dcae_jax.autoencoder import network, quantisation
@@ -11,9 +13,14 @@ from dcae_jax.autoencoder import network, quantisation
 _TOLERANCE = 1e-3  # of [-1, 1]
 
 
-def checked_images(images: ArrayLike, image_channels: int) -> np.ndarray:
+def checked_images(images: Any, image_channels: int) -> np.ndarray:
   """uint8, or float32 in [-1, 1]; raises UserError for anything else."""
-  x = _array(images, "images", "images")
+  if hasattr(images, "getbands"):  # of an image of PIL
+    raise errors.UserError(
+      "images are one PIL image, not an array; pass "
+      f"{_of_pil('image', image_channels)}"
+    )
+  x = _array(images, "images", "images", image_channels)
   _check_channels(x, "images", "images", image_channels)
   if x.dtype == np.uint8:
     return x
@@ -30,14 +37,24 @@ def checked_images(images: ArrayLike, image_channels: int) -> np.ndarray:
   return x
 
 
+def may_be_from_zero(x: np.ndarray) -> bool:
+  """Whether images that are allowed may have been scaled to [0, 1] instead.
+
+  All of them are nowhere below 0, then, which is mid-grey; constant ones, such
+  as zeros to try something with, do not count.
+  """
+  return x.dtype != np.uint8 and bool(0 <= x.min() < x.max())
+
+
 def checked_latents(
-  latents: ArrayLike, latent_channels: int, channels: int | None
+  latents: Any, latent_channels: int, channels: int | None
 ) -> np.ndarray:
   """float32, all channels; those after the first `channels` are zero.
 
   Raises UserError for any other numbers, axes or channels.
   """
-  z = _checked_floats(_array(latents, "latents", "z"), "latents", "float")
+  z = _array(latents, "latents", "z", channels or latent_channels)
+  z = _checked_floats(z, "latents", "float, as encode returns them,")
   if channels is not None:
     if z.shape[-1] not in (channels, latent_channels):
       raise errors.UserError(
@@ -51,17 +68,36 @@ def checked_latents(
   return z
 
 
-def _array(x: ArrayLike, name: str, variable: str) -> np.ndarray:
-  if isinstance(x, jax.core.Tracer):
+def _of_pil(image: str, channels: int) -> str:
+  """What makes an array of an image of PIL, as code."""
+  mode, axes = ("L", "None, ..., None") if channels == 1 else ("RGB", "None")
+  return f'np.asarray({image}.convert("{mode}"))[{axes}]'
+
+
+def _array(given: Any, name: str, variable: str, channels: int) -> np.ndarray:
+  if isinstance(given, jax.core.Tracer):
     raise errors.UserError(
       "an Autoencoder cannot be used inside jit, vmap or grad; use "
       'ae.model.apply(ae.variables, x, method="encode") there'
     )
-  x = np.asarray(x)
-  if x.ndim != 4:
-    advice = f"; for a single one, {variable}[None]" if x.ndim == 3 else ""
+  try:
+    x = np.asarray(given)
+  except ValueError as error:
     raise errors.UserError(
-      f"{name} have {x.ndim} axes {list(x.shape)}, not 4, [b, h, w, c]{advice}"
+      f"{name} differ in size and are no one array "
+      f"({errors.first_line(error)}); pass those of each size in turn"
+    ) from error
+  if x.dtype.kind in "USO":
+    advice = "pass what encode returned"
+    if name == "images":
+      advice = f"read files first: {_of_pil('Image.open(path)', channels)}"
+    raise errors.UserError(
+      f"{name} are {reprlib.repr(given)}, no array of numbers; {advice}"
+    )
+  if x.ndim != 4:
+    raise errors.UserError(
+      f"{name} have {x.ndim} axes {list(x.shape)}, not 4, [b, h, w, c]"
+      f"{_advice(x, name, variable, channels)}"
     )
   if not x.size:
     raise errors.UserError(f"{name} are empty: {list(x.shape)}")
@@ -71,22 +107,52 @@ def _array(x: ArrayLike, name: str, variable: str) -> np.ndarray:
 def _check_channels(
   x: np.ndarray, name: str, variable: str, channels: int
 ) -> None:
-  if x.shape[-1] == channels:
-    return
-  advice = ""
-  if x.shape[1] == channels:
-    advice = f"; channels stand last here: {variable}.transpose(0, 2, 3, 1)"
-  elif x.shape[-1] == 4 and name == "images":
-    advice = "; composite the alpha channel over a colour first"
-  raise errors.UserError(
-    f"{name} have {x.shape[-1]} channels, and this autoencoder "
-    f"{channels}{advice}"
-  )
+  if x.shape[-1] != channels:
+    raise errors.UserError(
+      f"{name} have {x.shape[-1]} channels, and this autoencoder {channels}"
+      f"{_advice(x, name, variable, channels)}"
+    )
+
+
+def _advice(x: np.ndarray, name: str, variable: str, channels: int) -> str:
+  """How to make [b, h, w, channels] of it, if that can be told."""
+  is_one = x.ndim == 3
+  if is_one and x.shape[-1] == channels:
+    return f"; for a single one, {variable}[None]"
+  if x.ndim in (3, 4) and x.shape[-3] == channels:
+    order = "1, 2, 0)[None]" if is_one else "0, 2, 3, 1)"
+    return f"; channels stand last here: {variable}.transpose({order}"
+  if name != "images" or x.ndim not in (2, 3, 4):
+    return ""
+  if x.shape[-1] == 4:
+    return "; composite the alpha channel over a colour first"
+  if x.ndim == 2:
+    grey = "images[None, ..., None]"
+  elif is_one:
+    grey = "images[None]" if x.shape[-1] == 1 else "images[..., None]"
+  elif x.shape[-1] == 1:
+    grey = "images"
+  elif x.shape[1] == 1:
+    grey = "images.transpose(0, 2, 3, 1)"
+  else:
+    return ""
+  if channels > 1:
+    grey = f"np.repeat({grey}, {channels}, axis=-1)"
+  return f"; if they are grey, {grey}"
 
 
 def _checked_floats(x: np.ndarray, name: str, allowed: str) -> np.ndarray:
   if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise errors.UserError(f"{name} are {x.dtype}; {allowed} is allowed")
+    advice = ""
+    if (
+      name == "images"
+      and x.dtype.kind in "iu"
+      and 0 <= x.min() <= x.max() < 256
+    ):
+      advice = "; if these are pixels from 0 to 255, images.astype(np.uint8)"
+    raise errors.UserError(
+      f"{name} are {x.dtype}; {allowed} is allowed{advice}"
+    )
   x = x.astype(np.float32, copy=False)
   if not np.isfinite(x).all():
     raise errors.UserError(f"{name} have values that are not finite")

@@ -10,6 +10,7 @@ On one device; training and evaluation over many devices are tasks of their own.
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -137,7 +138,8 @@ class Autoencoder:
 
   Images are `[b, h, w, c]`, uint8 or float in [-1, 1], numpy or JAX arrays;
   latents are `[b, h / f, w / f, latent_channels]` and not scaled (of an SD-VAE
-  the means). Results are float32 JAX arrays.
+  the means). Results are float32 JAX arrays. What computes them is compiled
+  once for each size, and for up to five sizes of batches.
 
   Attributes:
     variant: a key of `dcae_jax.autoencoder.families.variants()`, or "custom".
@@ -186,6 +188,15 @@ class Autoencoder:
     self._provenance = provenance or model_card.Provenance()
     self._encode = jax.jit(functools.partial(self.apply, method="encode"))
     self._decode = jax.jit(functools.partial(self.apply, method="decode"))
+    self._has_warned = False
+
+  def __repr__(self) -> str:
+    parameters = sum(x.size for x in jax.tree.leaves(self.variables["params"]))
+    return (
+      f"Autoencoder({self.variant}: {self.spatial_compression}x spatial "
+      f"compression, {self.image_channels} image channels, "
+      f"{self.latent_channels} latent channels, {parameters:,} parameters)"
+    )
 
   def apply(self, variables: Any, x: jax.Array, *, method: str) -> jax.Array:
     """The network as a function, for your own `jax.jit`.
@@ -230,6 +241,9 @@ class Autoencoder:
   ) -> jax.Array:
     """Images to latents.
 
+    Floats that are nowhere below 0 are warned of once: they look like images in
+    [0, 1].
+
     Args:
       images: [b, h, w, c].
       pad: how to fill up sides that the compression does not divide, below and
@@ -248,6 +262,14 @@ class Autoencoder:
     """
     factor = self.spatial_compression
     x = arrays.checked_images(images, self.image_channels)
+    if not self._has_warned and arrays.may_be_from_zero(x):
+      self._has_warned = True
+      warnings.warn(
+        f"images have values from {x.min():.4g} to {x.max():.4g}, expected "
+        "[-1, 1], where 0 is mid-grey; if they are in [0, 1], pass "
+        "images * 2 - 1",
+        stacklevel=2,
+      )
     x = arrays.padded(x, factor, pad)
     self._check_channels(channels)
     tiles = tiling.Tiles.create(tile, stride, factor)
@@ -322,15 +344,19 @@ class Autoencoder:
     resolution: int = 256,
     max_images: int = 0,
   ) -> float:
-    """Sets and returns 1 / RMS of the latents over images, one batch at a time.
+    """Measures the scaling factor and sets it: `scaling_factor` is then this.
 
-    A `shift_factor` is subtracted from them first.
+    It is 1 / RMS of the latents over images, one batch at a time, from which a
+    `shift_factor` is subtracted first. What `save` writes has it, too.
 
     Args:
       source: a folder of images, whose centre crops are taken; or batches of
         images as `encode` takes them.
       resolution: side of the crops, in pixels.
       max_images: of the folder; 0: all.
+
+    Returns:
+      The new `scaling_factor`.
 
     Raises:
       UserError: no usable image, or latents that are all zero.
@@ -362,14 +388,15 @@ class Autoencoder:
     """Writes weights, `config.json` and a model card.
 
     Args:
-      folder: a new one, or one that was saved to before.
+      folder: a new or empty one, or one that was saved to before, which is
+        replaced in one step: a kill leaves the old or the new one whole.
       layout: "diffusers" (`AutoencoderDC.from_pretrained(folder)`, or
         `AutoencoderKL` for an SD-VAE), or "original", DC-AE's alone.
 
     Raises:
       UserError: the scaling factor is not known, the architecture has no
         config there, space goes to channels, or the folder holds something
-        else.
+        else, is or is in the work directory of a run, or cannot be written.
     """
     if self.scaling_factor is None:
       raise errors.UserError(

@@ -209,11 +209,13 @@ class Denoiser:
     """Writes weights and `config.json` as other libraries load them.
 
     Args:
-      folder: a new one, or one that was saved to before.
+      folder: a new or empty one, or one that was saved to before, which is
+        replaced in one step: a kill leaves the old or the new one whole.
       layout: "original" or, of PixArt and SANA, "diffusers".
 
     Raises:
-      UserError: a layout that there is not, or the folder holds something else.
+      UserError: a layout that there is not, or the folder holds something else,
+        is or is in the work directory of a run, or cannot be written.
     """
     released.save(
       folder,

@@ -1,4 +1,6 @@
 import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from PIL import Image
 import dcae_jax
 from autoencoder.weights.test_conversion import random_tensors
 from benchmarks import parity
+from dcae_jax.autoencoder import arrays
 from dcae_jax.autoencoder.weights import conversion
 
 
@@ -80,6 +83,45 @@ def test_kinds_of_arrays_give_the_same_latents(ae):
   np.testing.assert_array_equal(ae.encode(jnp.asarray(images)), expected)
 
 
+def test_a_size_is_traced_once_whatever_the_variables(ae):
+  again = dcae_jax.Autoencoder(ae.architecture, ae.variables)
+  images = _images(2, 64, 96)
+  z = again.encode(images)
+  again.decode(z)
+  again.encode(images[::-1])
+  again.variables = jax.tree.map(lambda x: x / 2, ae.variables)
+  assert np.abs(again.encode(images) - z).max() > 1e-3
+  again.reconstruct(np.tile(images, (1, 2, 2, 1)), tile=96)
+  assert again._encode._cache_size() == again._decode._cache_size() == 2
+  # Parameters are no constants of the program.
+  args = again.variables, jnp.zeros((2, 64, 96, 3))
+  assert len(again._encode.lower(*args).as_text()) < 1e6
+
+
+def test_its_text_tells_what_it_is(ae):
+  assert repr(ae) == (
+    "Autoencoder(custom: 32x spatial compression, 3 image channels, "
+    "8 latent channels, 4,045,460 parameters)"
+  )
+
+
+def test_floats_that_look_like_0_to_1_warn_once(ae):
+  ae = dcae_jax.Autoencoder(ae.architecture, ae.variables)
+  pixels = _images(2, 32, 32)
+  wrong = pixels / np.float32(255)
+  for fine in (
+    pixels,
+    wrong * 2 - 1,
+    np.stack([wrong[0], -wrong[1]]),  # one of them is dark
+    np.zeros((1, 32, 32, 3), "float32"),
+    np.ones((1, 32, 32, 3), "float32"),
+  ):
+    ae.encode(fine)  # a warning would be an error
+  with pytest.warns(UserWarning, match=r"expected \[-1, 1\].* images \* 2 - 1"):
+    z = ae.encode(wrong)
+  np.testing.assert_array_equal(ae.encode(wrong), z)
+
+
 def test_batches_share_few_compilations(ae):
   images = _images(19, 32, 32)
   together = ae.encode(images)
@@ -145,6 +187,18 @@ def test_tiles_reconstruct_images_larger_than_one(ae):
     (np.full((1, 32, 32, 3), np.inf, "float32"), "not finite"),
     (np.zeros((1, 32, 32, 3), "int64"), "int64; uint8, or float in"),
     (np.zeros((1, 32, 32, 3), bool), "bool; uint8, or float in"),
+    (_images(1, 32, 32).astype("int32"), r"images\.astype\(np\.uint8\)$"),
+    (np.zeros((1, 32, 32, 1), "uint8"), r"np\.repeat\(images, 3, axis=-1\)$"),
+    (
+      np.zeros((1, 1, 32, 32), "uint8"),
+      r"repeat\(images\.transpose\(0, 2, 3, 1\), 3, axis=-1\)$",
+    ),
+    (np.zeros((1, 32, 32), "uint8"), r"repeat\(images\[\.\.\., None\], 3"),
+    (np.zeros((32, 32, 1), "uint8"), r"np\.repeat\(images\[None\], 3, axis"),
+    (np.zeros((32, 32), "uint8"), r"repeat\(images\[None, \.\.\., None\], 3"),
+    (np.zeros((3, 32, 32), "uint8"), r"images\.transpose\(1, 2, 0\)\[None\]$"),
+    (np.zeros((32, 32, 4), "uint8"), "composite the alpha"),
+    (np.zeros((1, 1, 32, 32, 3), "uint8"), r"not 4, \[b, h, w, c\]$"),
   ],
 )
 def test_bad_images_are_refused(ae, images, message):
@@ -158,7 +212,8 @@ def test_bad_images_are_refused(ae, images, message):
     (np.zeros((1, 1, 8), "float32"), r"z\[None\]"),
     (np.zeros((1, 8, 2, 2), "float32"), r"transpose\(0, 2, 3, 1\)"),
     (np.zeros((1, 2, 2, 4), "float32"), "4 channels, and this autoencoder 8"),
-    (np.zeros((1, 2, 2, 8), "uint8"), "latents are uint8"),
+    (np.zeros((8, 2, 2), "float32"), r"z\.transpose\(1, 2, 0\)\[None\]"),
+    (np.zeros((1, 2, 2, 8), "uint8"), "latents are uint8; float, as encode"),
     (np.full((1, 2, 2, 8), np.nan, "float32"), "not finite"),
     (np.zeros((0, 2, 2, 8), "float32"), "empty"),
   ],
@@ -166,6 +221,39 @@ def test_bad_images_are_refused(ae, images, message):
 def test_bad_latents_are_refused(ae, z, message):
   with pytest.raises(ValueError, match=message):
     ae.decode(z)
+
+
+@pytest.mark.parametrize(
+  ("images", "message"),
+  [
+    ("photo.png", r"'photo\.png', no array.*open\(path\)\.convert\(\"RGB"),
+    (pathlib.Path("photo.png"), "Path.'photo.png'.*read files first"),
+    (["a.png", "b.png"], r"\['a\.png', 'b\.png'\], no array"),
+    (
+      Image.new("L", (32, 32)),
+      r'one PIL image.*np\.asarray\(image\.convert\("RGB"\)\)\[None\]$',
+    ),
+    ([_images(32, 32), _images(64, 32)], "differ in size.*each size in turn"),
+  ],
+)
+def test_what_is_no_array_is_refused(images, message):
+  with pytest.raises(ValueError, match=message):
+    arrays.checked_images(images, 3)
+  with pytest.raises(ValueError, match=r"'a', no array.*encode returned"):
+    arrays.checked_latents("a", 8, None)
+
+
+def test_what_is_said_of_grey_images_makes_them_fit():
+  """Of a network for grey ones, and of one for colours."""
+  for channels in (1, 3):
+    for shape in ((8, 9), (1, 8, 9), (5, 8, 9), (8, 9, 1), (5, 1, 8, 9)):
+      images = np.zeros(shape, "uint8")
+      with pytest.raises(ValueError, match="images") as caught:
+        arrays.checked_images(images, channels)
+      code = re.search(r"(?:np|images)[.\[]\S*(?: \S+)*$", str(caught.value))
+      fits = eval(code[0], {"np": np, "images": images})
+      assert fits.shape == (5 if 5 in shape else 1, 8, 9, channels)
+      arrays.checked_images(fits, channels)
 
 
 def test_tracers_are_sent_to_the_module(ae):

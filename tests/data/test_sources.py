@@ -221,6 +221,21 @@ def test_folders_without_images_are_refused(tmp_path):
     sources.folder(str(tmp_path))
 
 
+def test_pictures_of_other_kinds_are_counted_and_named_once(tmp_path, caplog):
+  names = "1.png", "a/2.HEIC", "b/3.heic", "b/4.jxl", "b/.5.heic", "notes.txt"
+  for name in names:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"no image")
+  for _ in range(2):
+    source = sources.folder(str(tmp_path))
+    assert len(source) == 1 and source.classes == [""]
+  (line,) = caplog.messages
+  assert "2 .heic, 1 .jxl left out" in line and "a/2.HEIC'; convert" in line
+  (tmp_path / "1.png").unlink()
+  with pytest.raises(ValueError, match=r"no images .*, but 2 \.heic, 1 \.jxl"):
+    sources.folder(str(tmp_path))
+
+
 def test_embedded_splits_share_no_photograph():
   contents = {}
   for split in ("train", "validation"):

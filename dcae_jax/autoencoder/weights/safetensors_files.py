@@ -5,11 +5,18 @@ Pickled checkpoints run code when they are read, so that they are refused, with
 the command that converts them.
 """
 
+import contextlib
+import ctypes
+import fcntl
+import glob
 import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import huggingface_hub
@@ -18,6 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from dcae_jax import errors
+from dcae_jax.runs import work_directory
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 _RECIPE = (
@@ -28,6 +36,8 @@ _RECIPE = (
 )
 _WANTED = ("*.safetensors", "*.json", "*.model")  # of a repository of the hub
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
+_NEW, _OLD = ".saving", ".replaced"  # folders beside one that is saved
+_CURRENT_DIRECTORY, _EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 def find(
@@ -40,7 +50,7 @@ def find(
   model is in the first of the folders `parts`, and the others are downloaded
   with it. Raises UserError if there is no such thing, or no safetensors in it.
   """
-  path = pathlib.Path(os.path.expanduser(source))
+  path = _settled(pathlib.Path(os.path.expanduser(source)))
   if not source or ":/" in source:
     raise errors.UserError(
       f"{source!r} is no local path and no hub id; copy released weights to a "
@@ -211,48 +221,137 @@ def save(
   *,
   config: dict[str, Any],
   model_card: str,
+  arrays: dict[str, np.ndarray] | None = None,
 ) -> None:
   """Writes a folder that diffusers, or the original code, loads as it is.
 
-  `file` is the one that the library looks for; `model_card` is the text of
-  README.md. Raises UserError if the folder holds something else, or cannot be
-  written.
+  It takes the place of one that was saved before in one step: whenever the
+  process is killed, the old or the new one is there, whole.
+
+  Args:
+    folder: a new or empty one, or one that holds these files alone.
+    file: the one that the library looks for.
+    tensors: what is in it.
+    config: of `config.json`.
+    model_card: the text of README.md.
+    arrays: what stands beside them, by the names of `.npy` files.
+
+  Raises:
+    UserError: the folder holds something else, is or is in the work directory
+      of a run, or cannot be written.
   """
   if not os.fspath(folder):
     raise errors.UserError("the folder to save to is empty; name one")
-  folder = pathlib.Path(os.path.expanduser(folder))
-  _check_folder(folder, file)
-  folder.mkdir(parents=True, exist_ok=True)
-  # Each file whole or not at all, and none before all could be written.
-  names = (file, "config.json", "README.md")
-  parts = [folder / f".{name}.part" for name in names]
+  # A link goes on leading to what is saved.
+  folder = pathlib.Path(os.path.realpath(os.path.expanduser(folder)))
+  arrays = arrays or {}
   try:
-    safetensors.numpy.save_file(tensors, parts[0], metadata={"format": "pt"})
-    parts[1].write_text(json.dumps(config, indent=2) + "\n")
-    parts[2].write_text(model_card)
-    for name, part in zip(names, parts, strict=True):
-      os.replace(part, folder / name)
-  except safetensors.SafetensorError as error:
+    _remove_leftovers(folder)
+    _check_folder(folder, file, ("config.json", "README.md", *arrays))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _new_beside(folder) as new:
+      (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+      (new / "README.md").write_text(model_card)
+      for name, x in arrays.items():
+        np.save(new / name, x)
+      safetensors.numpy.save_file(
+        tensors, new / file, metadata={"format": "pt"}
+      )
+      # It is readable by its owner alone, whatever the umask says.
+      shutil.copymode(new / "config.json", new / file)
+      _replace(folder, new)
+  except (safetensors.SafetensorError, OSError) as error:
     raise errors.UserError(f"writing {folder} failed: {error}") from error
-  finally:
-    for part in parts:
-      part.unlink(missing_ok=True)
 
 
-def _check_folder(folder: pathlib.Path, file: str) -> None:
+def _check_folder(
+  folder: pathlib.Path, file: str, beside: Sequence[str]
+) -> None:
   """Raises UserError if writing would destroy or confuse something."""
   problem = ""
-  weights = {path.name for path in folder.glob("*.safetensors*")}
-  beside = [x for x in ("config.json", "README.md") if (folder / x).exists()]
+  held = sorted(os.listdir(folder)) if folder.is_dir() else []
+  others = [name for name in held if name not in (file, *beside)]
+  runs = [x for x in (folder, *folder.parents) if work_directory.is_run(str(x))]
   if ":/" in str(folder):
     problem = "is not a local folder"
   elif folder.exists() and not folder.is_dir():
     problem = "is not a directory"
-  elif (folder / "checkpoints").exists():
+  elif runs and runs[0] == folder:
     problem = "is the work directory of a run"
-  elif weights - {file}:
-    problem = f"already holds {', '.join(sorted(weights - {file}))}"
-  elif beside and file not in weights:
-    problem = f"holds the {' and '.join(beside)} of something else"
+  elif runs:
+    problem = f"is inside {runs[0]}, the work directory of a run"
+  elif others:
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    problem = f"already holds {', '.join(others[:3])}{more}"
+  elif held and file not in held:
+    problem = f"holds the {' and '.join(held)} of something else"
+  elif os.path.ismount(folder) or folder == pathlib.Path.cwd():
+    problem = "cannot be replaced, being mounted or the current directory"
+  elif held and not os.access(folder, os.W_OK):
+    problem = "is write-protected"
   if problem:
     raise errors.UserError(f"{folder} {problem}; choose another folder")
+
+
+@contextlib.contextmanager
+def _new_beside(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A new directory, locked; what is there in the end is removed."""
+  new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_NEW}")
+  new.mkdir()
+  handle = os.open(new, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):  # not every file system has locks
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    yield new
+  finally:
+    os.close(handle)
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def _replace(folder: pathlib.Path, new: pathlib.Path) -> None:
+  """Swaps the two, or moves the new one to where nothing is."""
+  if not folder.exists():
+    os.rename(new, folder)
+    return
+  shutil.copymode(folder, new)
+  libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+  if hasattr(libc, "renameat2"):
+    paths = os.fsencode(new), os.fsencode(folder)
+    if not libc.renameat2(
+      _CURRENT_DIRECTORY, paths[0], _CURRENT_DIRECTORY, paths[1], _EXCHANGE
+    ):
+      return
+  # Where the system cannot swap: `_settled` knows what a kill leaves.
+  old = new.with_suffix(_OLD)
+  os.rename(folder, old)
+  os.rename(new, folder)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _settled(folder: pathlib.Path) -> pathlib.Path:
+  """The folder, or what it was if a kill hit a swap in two steps."""
+  if folder.exists():
+    return folder
+  real = pathlib.Path(os.path.realpath(folder))
+  return next(_leftovers(real, _OLD), folder)
+
+
+def _leftovers(folder: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
+  token = "[0-9a-f]" * 8
+  return folder.parent.glob(f".{glob.escape(folder.name)}.{token}{suffix}")
+
+
+def _remove_leftovers(folder: pathlib.Path) -> None:
+  """Of saves that were killed; others, which go on, have theirs locked."""
+  old = _settled(folder)
+  if old != folder:
+    os.rename(old, folder)
+  for suffix in (_NEW, _OLD):
+    for path in _leftovers(folder, suffix):
+      with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+          fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          shutil.rmtree(path)
+        finally:
+          os.close(handle)

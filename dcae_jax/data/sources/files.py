@@ -1,9 +1,12 @@
 """Files as a source: of a folder, local or remote, or matching a pattern."""
 
+import collections
 import errno
+import functools
 import glob
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import stat
@@ -16,8 +19,15 @@ from dcae_jax import errors
 from dcae_jax.data import captions as image_captions
 from dcae_jax.data.sources import protocol
 
+_LOG = logging.getLogger(__name__)
 SUFFIXES = (
   ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+)  # fmt: skip
+# Of pictures as well, but not read.
+_OTHER_SUFFIXES = (
+  ".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", ".apng", ".svg", ".psd",
+  ".tga", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf",
+  ".orf", ".rw2",
 )  # fmt: skip
 _LARGEST_FILE = 2**31  # bytes
 _METADATA = "metadata.jsonl"  # captions of the images of a directory
@@ -152,10 +162,11 @@ def folder(path: str, captions: bool = False) -> Files:
   or from the line of a `metadata.jsonl` in a directory above whose `file_name`
   is its path from there.
 
+  Images of kinds that are not read, such as HEIC, are left out with a warning.
   `path` is local or a `gs://` address. Raises UserError if it is no directory,
   holds no images, or captions that are none.
   """
-  return _tree(path, SUFFIXES, "image", captions)
+  return _tree(path, SUFFIXES, "image", captions, _OTHER_SUFFIXES)
 
 
 def latent_files(path: str, captions: bool = False) -> Files:
@@ -164,7 +175,11 @@ def latent_files(path: str, captions: bool = False) -> Files:
 
 
 def _tree(
-  path: str, suffixes: tuple[str, ...], what: str, captions: bool
+  path: str,
+  suffixes: tuple[str, ...],
+  what: str,
+  captions: bool,
+  left_out: tuple[str, ...] = (),
 ) -> Files:
   root = os.path.expanduser(path)
   walk = _remote_files if "://" in path else _local_files
@@ -177,15 +192,22 @@ def _tree(
       f"({reason}); name a tree of {what}s (config.source.path; for a training "
       "run, config.data.source.path and config.evaluation.source.path)"
     ) from error
-  paths = sorted(
-    name
-    for name in sizes
-    if name.lower().endswith(suffixes)
-    and not os.path.basename(name).startswith(".")
-  )
+  shown = sorted(x for x in sizes if not os.path.basename(x).startswith("."))
+  paths = [name for name in shown if name.lower().endswith(suffixes)]
+  others = [name for name in shown if name.lower().endswith(left_out)]
+  kinds = collections.Counter(os.path.splitext(x)[1].lower() for x in others)
+  counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
   if not paths:
+    found = (
+      f", but {counts}, which are not read: convert them" if others else ""
+    )
     raise errors.UserError(
-      f"{what} folder {path!r} holds no {what}s ({', '.join(suffixes)})"
+      f"{what} folder {path!r} holds no {what}s ({', '.join(suffixes)}){found}"
+    )
+  if others:
+    _warn_once(
+      f"{what} folder {path!r}: {counts} left out, which are not read, such as "
+      f"{others[0]!r}; convert them to .jpg or .png to use them"
     )
   keys = [
     os.path.relpath(name, root).encode("utf-8", "backslashreplace").decode()
@@ -204,6 +226,12 @@ def _tree(
     [sizes[name] for name in paths],
     _captions(paths, sizes) if captions else None,
   )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+  """A run opens a folder more than once."""
+  _LOG.warning("%s", message)
 
 
 def _captions(paths: list[str], files: dict[str, int | None]) -> Captions:

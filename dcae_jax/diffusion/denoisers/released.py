@@ -261,7 +261,7 @@ def save(
   diffusers does not look for.
 
   Args:
-    folder: a new one, or one that was saved to before.
+    folder: a new or empty one, or one that was saved to before.
     variables: `{"params": ...}`.
     model: their module.
     layout: "original", or "diffusers", PixArt's and SANA's alone.
@@ -271,8 +271,8 @@ def save(
     scaling_factor: of the latents, if it is known.
 
   Raises:
-    UserError: the family has no such layout, latents are not square, or the
-      folder holds something else.
+    UserError: the family has no such layout, latents are not square, or what
+      `safetensors_files.save` refuses.
   """
   family = families.family_of(model)
   entries = tensor_names.table(family, model, layout)
@@ -284,8 +284,11 @@ def save(
     )
   tensors = conversion.to_tensors(entries, variables, {})
   config: dict[str, Any] = {}
+  arrays = {}
   if layout == "diffusers":
     config = hub_config.to_config(family, model)
+    null = variables["params"][tensor_names.NULL_CAPTION]
+    arrays = {_NULL_FILE: np.asarray(null, np.float32)}
   else:
     positions = _positions(family, model)
     if positions is not None:
@@ -317,12 +320,8 @@ def save(
     tensors,
     config=config,
     model_card=_model_card(family, layout, config),
+    arrays=arrays,
   )
-  if layout == "diffusers":
-    null = np.asarray(
-      variables["params"][tensor_names.NULL_CAPTION], np.float32
-    )
-    np.save(pathlib.Path(os.path.expanduser(folder)) / _NULL_FILE, null)
 
 
 def _opened(
