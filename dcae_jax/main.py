@@ -49,17 +49,24 @@ def main(argv: list[str]) -> int:
     advice = ""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
       advice = "; make room and run again: it goes on from what is saved"
-    _leave(_fail(f"{error}{advice}"))
+    return _fail(f"{error}{advice}")
   except RuntimeError as error:
     if not _is_one_of_many():
       raise
     traceback.print_exc()
-    status = _fail(
+    return _fail(
       f"{errors.first_line(error)}; if another process has ended, see its log, "
       "and start all of them again: they go on from what is saved"
     )
-    _leave(status)
   return 0
+
+
+def _main(argv: list[str]) -> int:
+  """As `main`; after an error the process ends at once."""
+  status = main(argv)
+  if status:
+    _leave(status)
+  return status
 
 
 def _is_one_of_many() -> bool:
@@ -235,4 +242,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("num_processes", None, "Elsewhere: how many there are.")
   flags.DEFINE_integer("process_id", None, "Elsewhere: which one this is.")
   flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=_parse)
+  app.run(_main, flags_parser=_parse)
