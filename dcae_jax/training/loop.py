@@ -156,6 +156,7 @@ def run(
   )
   log = _Log(done, last_step, program, cadence.seconds, outlets.writer)
   pending = None  # (step, metrics) whose values are not fetched yet
+  has_checkpoint = done > 0
   watchdog = watchdog_lib.Watchdog()
 
   @contextlib.contextmanager
@@ -170,12 +171,13 @@ def run(
     (step, metrics), pending = pending, None
     with waiting_for("step", f"the devices to end step {step}"):
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    _check_finite(step, {f"train/{k}": v for k, v in metrics.items()})
+    named = {f"train/{k}": v for k, v in metrics.items()}
+    _check_finite(step, named, has_checkpoint)
     log.add(step, metrics, is_due(cadence.log, step))
 
   def evaluate(step: int) -> None:
     values = program.evaluate(step, state)
-    _check_finite(step, values)
+    _check_finite(step, values, has_checkpoint)
     if values:
       outlets.writer.scalars(step, values)
       text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
@@ -205,6 +207,7 @@ def run(
         with log.part("pause"):
           if saves:  # first: an evaluation that fails loses nothing
             outlets.save(step, state, batches.get_state())
+            has_checkpoint = True
           if evaluates:
             evaluate(step)
       if stop and step < last_step:
@@ -217,12 +220,19 @@ def run(
   return state, done
 
 
-def _check_finite(step: int, metrics: dict[str, float]) -> None:
+def _check_finite(
+  step: int, metrics: dict[str, float], has_checkpoint: bool
+) -> None:
+  advice = "start again, in another --workdir,"
+  if has_checkpoint:
+    advice = (
+      "the last good checkpoint is kept: start another --workdir from it, with "
+      "--config.init_from and"
+    )
   for name, value in metrics.items():
     if not math.isfinite(value):
       raise FloatingPointError(
-        f"{name} is {value} at step {step}; the last good checkpoint is kept: "
-        "start another --workdir from it, with --config.init_from and a lower "
+        f"{name} is {value} at step {step}; {advice} with a lower "
         "config.optimizer.learning_rate or a config.optimizer.clip_norm"
       )
 

@@ -20,6 +20,8 @@ from dcae_jax.autoencoder import families
 from dcae_jax.autoencoder.dcae import variants
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.data import batches, images
+from dcae_jax.evaluation import reconstruction
+from dcae_jax.runs import exclusive
 from dcae_jax.setup import autoencoder_training, measuring
 from dcae_jax.tasks import train_autoencoder
 from dcae_jax.training import checkpoint, hardware
@@ -600,8 +602,79 @@ class _Process:
     return self.process.returncode, output
 
 
+def test_an_evaluation_that_a_kill_prevented_is_made_again(
+  tiny_config, tmp_path, monkeypatch
+):
+  """After the checkpoint of its step is there, and before the next step."""
+  config = tiny_config(1, **{"checkpoint.every": 2, "evaluation.every": 2})
+  assert _run(config, tmp_path / "whole")
+  measure, calls = reconstruction.Measurement.measure, []
+
+  def killed(self, *arguments, **options):
+    calls.append(None)
+    if len(calls) == 2:  # of steps 0 and 2
+      raise KeyboardInterrupt
+    return measure(self, *arguments, **options)
+
+  monkeypatch.setattr(reconstruction.Measurement, "measure", killed)
+  with pytest.raises(KeyboardInterrupt):
+    _run(config, tmp_path / "killed")
+  assert dcae_jax.load(tmp_path / "killed").scaling_factor  # of step 0
+  assert _run(config, tmp_path / "killed")
+  _assert_same_bits(_saved(tmp_path / "whole"), _saved(tmp_path / "killed"))
+  kept = [
+    [
+      {k: x for k, x in line.items() if "eval" in k or k == "step"}
+      for line in x
+    ]
+    for x in (_lines(tmp_path / "whole"), _lines(tmp_path / "killed"))
+  ]
+  assert kept[0] == kept[1]
+  factors = [
+    dcae_jax.load(tmp_path / name).scaling_factor
+    for name in ("whole", "killed")
+  ]
+  assert factors[0] == factors[1]
+
+
+def test_an_evaluation_of_fewer_images_is_refused(
+  tiny_config, photographs, tmp_path
+):
+  """An image is gone between two starts."""
+  held_out = shutil.copytree(photographs / "animals", tmp_path / "held_out")
+  changes = {"evaluation.source.path": str(held_out), "steps": 2}
+  assert _run(tiny_config(1, **changes), tmp_path / "run")
+  next(held_out.iterdir()).unlink()
+  with pytest.raises(ValueError, match="images is 5 at step 4, and was 6 at"):
+    _run(tiny_config(1, **changes | {"steps": 4}), tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_a_run_at_once(
+  tiny_config, tmp_path
+):
+  """Files of at most 20 kB: as on a full disk, in one line."""
+  file = config_file(tmp_path / "run.py", tiny_config(1, steps=20))
+  limited = 'ulimit -f 20; exec "$0" "$@"'
+  begun = time.monotonic()
+  ended = subprocess.run(
+    [
+      "bash", "-c", limited, sys.executable, "-m", "dcae_jax.main",
+      f"--config={file}", f"--workdir={tmp_path / 'run'}",
+    ],
+    cwd=REPOSITORY,
+    env=os.environ | {"JAX_COMPILATION_CACHE_DIR": ""},
+    capture_output=True,
+    text=True,
+    check=False,
+  )  # fmt: skip
+  assert ended.returncode == 2 and time.monotonic() - begun < 120
+  last = ended.stderr.splitlines()[-1]
+  assert last.startswith("error: writing a checkpoint of step 20 failed: File")
+  assert "Traceback" not in ended.stderr
+
+
 def test_kill_and_sigterm_lose_nothing(tiny_config, tmp_path):
-  """One run to its end; another killed once and terminated once."""
+  """One run to its end; another killed once and interrupted once."""
   config = tiny_config(1, **{"checkpoint.every": 3, "steps": 20})
   assert _run(config, tmp_path / "whole")
   file = config_file(tmp_path / "run.py", config)
@@ -610,9 +683,12 @@ def test_kill_and_sigterm_lose_nothing(tiny_config, tmp_path):
   run.wait_for_step(5)
   run.process.send_signal(signal.SIGKILL)
   assert run.finish()[0] == -signal.SIGKILL
+  with exclusive.held(str(tmp_path / "killed")):  # by this process
+    code, output = start().finish()
+  assert code == 2 and "killed is worked in by" in output, output
   run = start()
   run.wait_for_step(12)
-  run.process.send_signal(signal.SIGTERM)
+  run.process.send_signal(signal.SIGINT)
   code, output = run.finish()
   assert code == 0 and "stopped: saved step" in output, output
   assert not (tmp_path / "killed" / "result.json").exists()

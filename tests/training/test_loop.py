@@ -154,6 +154,31 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved():
   assert world.of("save") == [2]
 
 
+def test_only_a_checkpoint_that_there_is_is_advised():
+  for checkpoint, advice in (
+    (2, "checkpoint is kept: .*init_from"),
+    (0, "again"),
+  ):
+    world = _World(lambda step: float("nan") if step == 4 else 1.0)
+    with pytest.raises(FloatingPointError, match=advice):
+      world.run(evaluate=0, checkpoint=checkpoint)
+
+
+def test_an_evaluation_that_fails_loses_no_checkpoint():
+  world = _World()
+  evaluate = world.evaluate
+
+  def fail(step, state):
+    if step == 3:
+      raise OSError(5, "an image is gone")
+    return evaluate(step, state)
+
+  world.evaluate = fail
+  with pytest.raises(OSError, match="an image is gone"):
+    world.run(evaluate=3, checkpoint=3)
+  assert world.of("save") == [3]
+
+
 def test_sigterm_saves_and_leaves():
   world = _World()
   sigterm = loop.Sigterm()
