@@ -6,6 +6,7 @@ next one needs.
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -83,3 +84,21 @@ def check_nothing_foreign(workdir: epath.Path, names: tuple[str, ...]) -> None:
         f"--workdir={workdir} holds {name} of something else; choose another "
         "directory"
       )
+
+
+def begin_anew(workdir: epath.Path, names: Sequence[str]) -> None:
+  """Removes the result of an earlier start, or what a kill has left of one.
+
+  `result.json` goes first, and is written last: without it, readers know that
+  what they see is unfinished. Names may be patterns; they go in their order.
+  """
+  (workdir / "result.json").unlink(missing_ok=True)
+  if not workdir.exists():
+    return
+  temporary = (f".{x}.*.tmp" for x in (*names, "config.json", "result.json"))
+  for name in (*names, *temporary):
+    for path in workdir.glob(name):
+      if path.is_dir():
+        path.rmtree()
+      else:
+        path.unlink()

@@ -242,14 +242,12 @@ def _finish(
     "metric_weights": inputs.metrics.used_weights,
     "versions": versions.versions(),
   }
-  for name in (_PICTURE, _PLOT):  # of an earlier start
-    (workdir / name).unlink(missing_ok=True)
-  metrics_writer.write_json(workdir / "result.json", result)
   if inputs.metrics.metrics:
     metrics_writer.write_whole(workdir / _PLOT, _plot(measured))
   if config.picture.classes:
     picture = _picture(config, inputs, drawing)
     metrics_writer.write_png(workdir / _PICTURE, picture)
+  metrics_writer.write_json(workdir / "result.json", result)
   _LOG.info("%s\nin %s", _table(measured), workdir)
 
 
@@ -422,6 +420,8 @@ def _check_identity(
 def _write_identity(
   config: ConfigDict, workdir: epath.Path, identity: dict[str, Any]
 ) -> None:
+  left = ("parts/.*.tmp", "parts/*/.*.tmp", "images/*/.*.tmp")  # by a kill
+  work_directory.begin_anew(workdir, (_PICTURE, _PLOT, *left))
   start.write_config(config, workdir)
   metrics_writer.write_json(workdir / _IDENTITY, identity)
 

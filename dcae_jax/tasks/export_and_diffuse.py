@@ -48,6 +48,7 @@ def run(
   start.check_work_directory(config, workdir)
   work_directory.check_nothing_foreign(workdir, ())
   start.check_work_directory(trained, workdir / "training")
+  work_directory.begin_anew(workdir, ())
   start.write_config(config, workdir)
   stages = {
     "export": (export_latents.run, config.export),

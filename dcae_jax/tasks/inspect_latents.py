@@ -12,7 +12,7 @@ from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder
 from dcae_jax.evaluation.report import figures
 from dcae_jax.latents import decode, reader
-from dcae_jax.runs import metrics_writer, progress_lines
+from dcae_jax.runs import metrics_writer, progress_lines, work_directory
 from dcae_jax.setup import keys, start
 
 _LOG = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       config.init_from,
       "name it with config.init_from, or decode nothing with config.samples=0",
     )
+  work_directory.begin_anew(workdir, ("samples/row_*.png", "samples/rows.png"))
   start.write_config(config, workdir)
   problems = _verify(store) if config.verify else []
   rows = _sample(config, len(store)) if not problems else []
@@ -128,8 +129,6 @@ def _write_samples(
 ) -> None:
   """A PNG for each row, and all of them in one with their names."""
   folder.mkdir(parents=True, exist_ok=True)
-  for old in folder.glob("row_*.png"):
-    old.unlink()
   keys, count, pictures = store.keys(), store.manifest["count"], []
   for row in rows:  # one at a time: they may be large
     (pixels,) = decode.to_pixels(ae, store.read_unscaled([row]))

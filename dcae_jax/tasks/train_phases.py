@@ -47,6 +47,8 @@ def run(
   models.check_resolutions(config.report.resolutions, config.phase1.model)
   for name in _PHASES:
     train_autoencoder.open_inputs(config[name])
+  if jax.process_index() == 0:
+    work_directory.begin_anew(workdir, ())
   start.write_config(config, workdir)
   for name in _PHASES:
     finished = train_autoencoder.run(config[name], workdir / name, sigterm)

@@ -9,6 +9,7 @@ import shutil
 import signal
 
 import jax
+import kills
 import numpy as np
 import pytest
 from conftest import MITE, fill_store, run_main, save_tiny_autoencoder
@@ -341,6 +342,29 @@ def test_more_samples_and_scales_draw_only_what_is_missing(
   assert len(after) == 2 * (20 + 3)
   assert len(_images(tmp_path, 1.0)) == len(_images(tmp_path, 2.5)) == 20
   assert set(result["guidance"]) == {"1", "2.5"}
+
+
+@pytest.mark.parametrize("number", [1, 12, -1])
+def test_an_evaluation_that_is_killed_has_no_result(
+  number, drawn, config, tmp_path
+):
+  """Nor has one that draws more; the next start finishes it."""
+  more = config(guidance=(2.5,), samples=16, **{"picture.classes": 1})
+  shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
+  if number < 0:  # from the last change of a file
+    most = 10**6
+    with kills.kill(tmp_path, most) as left:
+      _run(more, tmp_path)
+    number += most - left()
+    shutil.rmtree(tmp_path)
+    shutil.copytree(drawn, tmp_path)
+  with kills.kill(tmp_path, number) as left:
+    _run(more, tmp_path)
+  assert not left() and not (tmp_path / "result.json").exists()
+  assert _run(more, tmp_path)["samples"] == 16
+  assert len(_images(tmp_path, 2.5)) == 16
+  assert (tmp_path / "samples.png").exists()
+  assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_fewer_samples_are_refused(config, tmp_path):
