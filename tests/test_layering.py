@@ -62,6 +62,7 @@ OTHERS = {
   "nn": NETWORKS,
   "runs": set(),
   "runs/metrics_writer.py": {"PIL", "etils", "tensorboardX"},
+  "runs/places.py": {"etils"},
   "runs/processes.py": {"jax"},
   "runs/resumable.py": {"jax"},
   "runs/storage.py": {"tensorstore"},

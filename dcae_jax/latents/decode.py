@@ -5,7 +5,6 @@ A diffusion model's work directory keeps what is needed for that in
 """
 
 import json
-import os
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.latents import encode, layout, reader
-from dcae_jax.runs import differences, metrics_writer
+from dcae_jax.runs import differences, metrics_writer, places
 
 _FILE = "latents.json"
 # With other values of these, latents have another meaning,
@@ -101,7 +100,8 @@ def read_description(run: str) -> dict[str, Any]:
     described = json.loads(path.read_bytes())
     _parts(_SAME, described)
     made_with = described["autoencoder"]
-    _ = os.fspath(made_with["init_from"]), made_with["space_to_channel"]
+    made_with["init_from"] = places.found(made_with["init_from"], run)
+    _ = made_with["space_to_channel"]
     _, (_, _, _) = len(described["classes"]), described["shape"]
     return described
   except (OSError, ValueError, KeyError, TypeError) as error:

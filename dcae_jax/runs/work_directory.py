@@ -12,6 +12,9 @@ from typing import Any
 from etils import epath
 
 from dcae_jax import errors
+from dcae_jax.runs import places
+
+WRITTEN_IN = "workdir"  # a key of config.json
 
 
 def is_run(path: str) -> bool:
@@ -60,7 +63,23 @@ def read_run_config(
 
 
 def read_config(path: epath.Path) -> dict[str, Any]:
-  """The contents of a `config.json`; raises UserError if it is damaged."""
+  """The contents of a `config.json`; raises UserError if it is damaged.
+
+  Paths that have moved together with the run are where they are now.
+  """
+  config, written_in = _read(path)
+  workdir = os.fspath(path.parent)
+  return places.mapped(config, lambda x: places.found(x, workdir, written_in))
+
+
+def read_config_as_now(path: epath.Path, now: dict[str, Any]) -> dict[str, Any]:
+  """The same, with the paths of a config of now where they mean the same."""
+  config, written_in = _read(path)
+  return places.as_now(config, now, os.fspath(path.parent), written_in)
+
+
+def _read(path: epath.Path) -> tuple[dict[str, Any], str]:
+  """The config, and the work directory that it was written in, or ""."""
   try:
     config = json.loads(path.read_bytes())
   except ValueError as error:
@@ -71,7 +90,7 @@ def read_config(path: epath.Path) -> dict[str, Any]:
     raise errors.UserError(
       f"{path} is not the config of a run; choose another directory"
     )
-  return config
+  return config, config.pop(WRITTEN_IN, "")
 
 
 def check_nothing_foreign(workdir: epath.Path, names: tuple[str, ...]) -> None:

@@ -8,23 +8,49 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 import types
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs import base
 from dcae_jax import errors
-from dcae_jax.runs import differences
+from dcae_jax.runs import differences, places, work_directory
 
 _LOG = logging.getLogger(__name__)
 _NOTHING = types.MappingProxyType({})
+_PATHS = ("init_from", "latents", "path")  # of a run, which others read there
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
   """The config as JSON has it: tuples are lists."""
   return json.loads(config.to_json_best_effort())
+
+
+def recorded(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
+  """The same as `config.json` has it, for those who read it elsewhere.
+
+  Paths that are there are absolute. A run that goes on says where that was.
+  """
+
+  def named(values):
+    return {
+      name: named(value) if isinstance(value, dict) else absolute(name, value)
+      for name, value in values.items()
+    }
+
+  def absolute(name, value):
+    is_path = name in _PATHS or (name == "encoder" and "/" in value)
+    return places.absolute_if_there(value) if value and is_path else value
+
+  values, task = named(resolved(config)), base.KEYS.get(config.task)
+  if task is None or not task.begins_anew:
+    place = places.absolute(os.fspath(workdir))
+    values[work_directory.WRITTEN_IN] = place
+  return values
 
 
 def check(config: ConfigDict) -> None:

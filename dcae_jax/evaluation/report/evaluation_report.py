@@ -4,6 +4,7 @@ Pictures are copied, so that the report can be moved and opened anywhere.
 """
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from dcae_jax import errors
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import comparison, figures
 from dcae_jax.evaluation.report import page as html_page
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, places
 
 CURVES = "loss_curves.png"
 _LOSSES = (
@@ -93,7 +94,8 @@ def _write_curves(report: epath.Path, runs: Sequence[Run]) -> str:
   lines = {}
   for run in runs:
     init_from = run.result["autoencoder"]["init_from"]
-    file = epath.Path(init_from).expanduser() / "metrics.jsonl"
+    path = places.found(init_from, os.fspath(run.directory))
+    file = epath.Path(path).expanduser() / "metrics.jsonl"
     if init_from and file.exists():
       lines[run.name] = metrics_writer.read_lines(file)
   if not lines:
