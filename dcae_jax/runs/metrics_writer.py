@@ -15,6 +15,9 @@ import tensorboardX
 from etils import epath
 from PIL import Image, PngImagePlugin
 
+from dcae_jax.runs import json_types
+
+_LINE = {"step": int, "*": json_types.NUMBER}
 _SPEED = "train/steps_per_second"
 _RATES = (
   _SPEED, "train/images_per_second", "train/model_flops_utilization",
@@ -74,17 +77,21 @@ class MetricsWriter:
 
 
 def read_lines(path: epath.Path) -> list[dict[str, float]]:
-  """The complete lines of a metrics.jsonl; none if there is no file."""
+  """The complete lines of a metrics.jsonl; none if there is no file.
+
+  Raises UserError for lines that are no metrics of a step.
+  """
   if not path.exists():
     return []
   lines = []
-  for text in path.read_bytes().decode(errors="replace").splitlines():
+  texts = path.read_bytes().decode(errors="replace").splitlines()
+  for number, text in enumerate(texts, 1):
     try:
       line = json.loads(text)
-    except json.JSONDecodeError:  # cut off by a kill
+    except (ValueError, RecursionError):  # cut off by a kill
       continue
-    if isinstance(line, dict) and "step" in line:
-      lines.append(line)
+    json_types.check(f"line {number} of {path}", line, _LINE, "remove it")
+    lines.append(line)
   return lines
 
 

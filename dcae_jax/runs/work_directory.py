@@ -4,7 +4,6 @@ It is the interface between stages: what a run has left there is all that the
 next one needs.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +11,26 @@ from typing import Any
 from etils import epath
 
 from dcae_jax import errors
-from dcae_jax.runs import places
+from dcae_jax.runs import json_types, places
 
 WRITTEN_IN = "workdir"  # a key of config.json
+_TRAINING = {"steps": int, "evaluation?": dict}
+_OF_AUTOENCODER = _TRAINING | {
+  "model": {
+    "variant": str, "architecture?": dict, "image_channels": int,
+    "residual_autoencoding": bool, "dtype": str,
+  },
+}  # fmt: skip
+_OF_DIFFUSION = _TRAINING | {
+  "model": {"variant": str},
+  "objective": {"kind": str},
+}
+_TYPES = {  # of what is read of a config.json without `configs/base.py`
+  "train_autoencoder": _OF_AUTOENCODER,
+  "train_diffusion": _OF_DIFFUSION,
+  "train_phases": {f"phase{i}": _OF_AUTOENCODER for i in (1, 2, 3)},
+  "export_and_diffuse": {"training": _OF_DIFFUSION},
+}
 
 
 def is_run(path: str) -> bool:
@@ -80,17 +96,18 @@ def read_config_as_now(path: epath.Path, now: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: epath.Path) -> tuple[dict[str, Any], str]:
   """The config, and the work directory that it was written in, or ""."""
-  try:
-    config = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise errors.UserError(
-      f"{path} is damaged ({error}); bring it back"
-    ) from error
-  if not isinstance(config, dict) or "task" not in config:
-    raise errors.UserError(
-      f"{path} is not the config of a run; choose another directory"
-    )
+  name, advice = os.fspath(path), "bring it back, or choose another directory"
+  data = path.read_bytes()
+  config = json_types.parsed(name, data, {"task": str}, advice)
+  types = _TYPES.get(config["task"], {}) | {f"{WRITTEN_IN}?": str}
+  json_types.check(name, config, types, advice)
   return config, config.pop(WRITTEN_IN, "")
+
+
+def read_result(path: epath.Path, types: dict[str, Any]) -> dict[str, Any]:
+  """The contents of a `result.json`; UserError for what has other types."""
+  advice = "remove it, and run again what wrote it"
+  return json_types.parsed(os.fspath(path), path.read_bytes(), types, advice)
 
 
 def check_nothing_foreign(workdir: epath.Path, names: tuple[str, ...]) -> None:

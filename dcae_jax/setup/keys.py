@@ -18,10 +18,14 @@ from ml_collections import ConfigDict
 
 from configs import base
 from dcae_jax import errors
-from dcae_jax.runs import differences, places, work_directory
+from dcae_jax.runs import differences, json_types, places, work_directory
 
 _LOG = logging.getLogger(__name__)
 _NOTHING = types.MappingProxyType({})
+_KINDS = {  # of JSON, by those of defaults
+  str: str, bool: bool, int: json_types.NUMBER, float: json_types.NUMBER,
+  tuple: list,
+}  # fmt: skip
 _PATHS = ("init_from", "latents", "path")  # of a run, which others read there
 
 
@@ -67,8 +71,14 @@ def check(config: ConfigDict) -> None:
       raise errors.UserError(f"config.{path}={value} is above {key.most}")
 
 
-def completed(config: dict[str, Any]) -> ConfigDict:
-  """The config of an earlier run, with the defaults of keys added since."""
+def completed(config: dict[str, Any], run: str) -> ConfigDict:
+  """The config of an earlier run, with the defaults of keys added since.
+
+  Raises UserError, which names the run, for values of other types.
+  """
+  json_types.check(
+    f"config.json of {run}", config, _types_of_task(config), "bring it back"
+  )
   config = copy.deepcopy(config)
   known = differences.flat(config)
   for path, key in _keys(config).items():
@@ -137,3 +147,24 @@ def _keys(
       for path, key in known.items()
     }
   return known
+
+
+def _types_of_task(config: dict[str, Any]) -> dict[str, Any]:
+  """What the keys of a config must be, as `json_types` has it."""
+  if task := base.KEYS.get(config.get("task")):
+    return _types(task.keys().to_dict())
+  return {
+    f"{name}?": _types_of_task(value)
+    for name, value in config.items()
+    if isinstance(value, dict) and "task" in value
+  }
+
+
+def _types(keys: Mapping[str, Any]) -> dict[str, Any]:
+  expected = {}
+  for name, key in keys.items():
+    default = key.default if isinstance(key, base.Key) else key
+    kind = _KINDS.get(type(default), json_types.ANYTHING)
+    is_group = isinstance(default, dict)
+    expected[f"{name}?"] = _types(default) if is_group else kind
+  return expected

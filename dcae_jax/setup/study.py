@@ -311,12 +311,7 @@ def report(config: ConfigDict, all_cells: list[Cell]) -> study_report.Study:
 def _result(workdir: epath.Path) -> dict[str, float]:
   """The numbers of `result.json`, by path."""
   path = workdir / "result.json"
-  try:
-    result = json.loads(path.read_text())
-  except ValueError as error:
-    raise errors.UserError(
-      f"{path} is damaged ({error}); delete {workdir} and run again"
-    ) from error
+  result = work_directory.read_result(path, {})
   return {
     path: float(value)
     for path, value in differences.flat(result, separator="/").items()

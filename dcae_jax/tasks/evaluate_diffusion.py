@@ -153,7 +153,7 @@ def _open(
   told = text.Untold()
   if model.conditioning.is_text:
     mesh = sharding.create_mesh(1, -1, 1, jax.local_devices())
-    of_text = keys.completed(trained).text
+    of_text = keys.completed(trained, config.init_from).text
     encoder = text.of_run(of_text, description, config.text_encoder, mesh)
     told = text.Prompting(encoder, config.negative_prompt)
   return _Inputs(
@@ -256,7 +256,7 @@ def open_model(
 ) -> sampling.LatentDiffusion:
   """Of the config of a training run; UserError if the sampler does not fit."""
   try:
-    trained = keys.completed(trained)
+    trained = keys.completed(trained, config.init_from)
     given = {k: v for k, v in config.sampler.items() if v is not None}
     sampler = ConfigDict(trained.sampler.to_dict() | given)
     model = denoising.create(trained.model, trained.objective, sampler)

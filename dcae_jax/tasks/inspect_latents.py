@@ -11,11 +11,24 @@ from ml_collections import ConfigDict
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder
 from dcae_jax.evaluation.report import figures
-from dcae_jax.latents import decode, reader
-from dcae_jax.runs import metrics_writer, progress_lines, work_directory
+from dcae_jax.latents import decode, layout, reader
+from dcae_jax.runs import (
+  json_types,
+  metrics_writer,
+  progress_lines,
+  work_directory,
+)
 from dcae_jax.setup import keys, start
 
 _LOG = logging.getLogger(__name__)
+_SHOWN = {  # of the manifest, besides what is needed to read latents
+  "autoencoder": {
+    "variant": str, "spatial_compression": int, "latent_channels": int,
+    "weights_sha256": str,
+  },
+  "scaling_factor_origin": str, "statistics": dict, "resolution": int,
+  "crop": dict, "source": dict, "unreadable": list, "versions": dict,
+}  # fmt: skip
 
 
 def check(config: ConfigDict) -> None:
@@ -33,6 +46,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   check(config)
   start.begin(config, workdir, ("samples",))
   store = reader.Latents(config.latents, retries=config.retries)
+  path = f"{store.path}/{layout.MANIFEST}"
+  json_types.check(path, store.manifest, _SHOWN, "export it again")
   _LOG.info("%s\n%s", store.path, summary(store.manifest))
   ae = None
   if config.samples:

@@ -488,18 +488,30 @@ def test_a_run_that_lacks_what_it_learned_is_named(trained, config, tmp_path):
 @pytest.mark.parametrize(
   ("file", "text", "message"),
   [
-    ("latents.json", "[]", "latents.json.*cannot be read"),
-    ("latents.json", '{"shape": 1}', "latents.json.*cannot be read"),
+    (
+      "latents.json",
+      "[]",
+      r"latents\.json is damaged: it is \[\], where",
+    ),
+    ("latents.json", '{"shape": 1}', r"latents\.json is damaged: it has no"),
+    ("latents.json", {"shape": [1, 2]}, "shape has 2 items, not 3; bring it"),
+    ("latents.json", {"classes": 3}, "classes is 3, where a list is expected"),
+    ("latents.json", {"rows_of_shards": ["a"]}, r"rows_of_shards\[0\] is 'a'"),
+    ("latents.json", {"autoencoder": {}}, r"it has no autoencoder\.init_from"),
+    ("config.json", {"sampler": 1}, r"config\.json of .*: sampler is 1, where"),
+    ("config.json", {"samples": {"count": "a"}}, r"samples\.count is 'a'"),
     (
       "config.json",
       '{"task": "train_diffusion", "model": 1}',
-      "config.json of .* damaged",
+      r"config\.json is damaged: it has no steps",
     ),
   ],
 )
 def test_a_damaged_run_is_named(file, text, message, trained, config, tmp_path):
   run = tmp_path / "run"
   shutil.copytree(trained, run)
+  if isinstance(text, dict):
+    text = json.dumps(json.loads((run / file).read_text()) | text)
   (run / file).write_text(text)
   with pytest.raises(ValueError, match=message):
     evaluate_diffusion.run(

@@ -802,6 +802,15 @@ def test_an_inspection_that_is_killed_has_no_result(whole, tmp_path):
   assert not list((tmp_path / "samples").iterdir())
 
 
+def test_inspecting_names_a_manifest_that_lacks_what_it_shows(
+  tiny_latents, tmp_path
+):
+  """As that of a store filled by other means."""
+  with pytest.raises(ValueError, match=r"manifest\.json is damaged: it has no"):
+    _inspect(tiny_latents, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
 def test_inspecting_finds_damage_and_the_wrong_autoencoder(
   whole, config, tmp_path
 ):

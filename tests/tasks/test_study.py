@@ -289,8 +289,10 @@ def test_damaged_files_of_computed_cells_are_not_believed(computed):
   (workdir / "cells/a/1/cell.json").write_text("")
   assert [x.name for x in cells if x.record() is None] == ["a/1"]
   (workdir / "cells/b/0/result.json").write_text("")
-  with pytest.raises(ValueError, match=r"b/0/result\.json is damaged"):
-    study.study_lib.report(config, cells)
+  for text in ("", "[]", "3"):
+    (workdir / "cells/b/0/result.json").write_text(text)
+    with pytest.raises(ValueError, match=r"b/0/result\.json is damaged"):
+      study.study_lib.report(config, cells)
 
 
 @pytest.mark.parametrize(
