@@ -10,18 +10,26 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
+import dcae_jax
 from configs import base
-from dcae_jax import main
+from dcae_jax import errors, main
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.setup import (
   autoencoder_training,
   denoising,
+  floor,
   image_sources,
   keys,
+  models,
   start,
   study,
 )
-from dcae_jax.tasks import evaluate_autoencoder, train_autoencoder, train_phases
+from dcae_jax.tasks import (
+  evaluate_autoencoder,
+  plan,
+  train_autoencoder,
+  train_phases,
+)
 from dcae_jax.training import freezing
 
 DIRECTORY = pathlib.Path(__file__).parent.parent / "configs"
@@ -244,6 +252,47 @@ def test_runs_from_before_a_key_was_added_go_on_as_they_began(name, tmp_path):
     config.optimizer[key] = value
     with pytest.raises(ValueError, match=rf"optimizer\.{key}: {message}"):
       start.check_work_directory(config, directory)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ([], r"it is \[\], where a mapping is expected"),
+    ({"task": 3}, "task is 3, where text is expected"),
+    ({"workdir": 3}, "workdir is 3"),
+    ({"model": 1}, "model is 1, where a mapping is expected"),
+    ({"model": {"variant": "tiny-f8"}}, r"it has no model\.image_channels"),
+    ({"model": None}, "it has no model"),
+    ({"steps": "a"}, "steps is 'a', where a whole number is expected"),
+    ({"steps": True}, "steps is True"),
+    ({"data": {"source": []}}, r"data\.source is \[\]"),
+    ({"batch_size": "a"}, "batch_size is 'a', where a number is expected"),
+  ],
+)
+def test_a_config_with_other_types_is_named_by_whatever_reads_it(
+  changes, message, tmp_path
+):
+  config = base.phase1("tiny-f8")
+  found = keys.resolved(config)
+  found = changes if isinstance(changes, list) else found | changes
+  (tmp_path / "config.json").write_text(json.dumps(found))
+  (tmp_path / "checkpoints/1").mkdir(parents=True)
+  directory = epath.Path(tmp_path)
+  message = rf"config\.json.* is damaged: {message}"
+  run = str(tmp_path)
+  with pytest.raises(errors.UserError, match=message):
+    floor.of_run(run)
+  if found:  # else it is taken for no run
+    with pytest.raises(errors.UserError, match=message):
+      plan.load(run, {})
+  if "data" not in changes and "batch_size" not in changes:
+    for read in (
+      lambda: dcae_jax.load(run),
+      lambda: start.check_work_directory(config, directory),
+      lambda: models.identity_of(run),
+    ):
+      with pytest.raises(errors.UserError):
+        read()
 
 
 def test_keys_that_were_added_later_are_filled_in_for_each_phase(tmp_path):

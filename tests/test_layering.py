@@ -63,6 +63,7 @@ OTHERS = {
   "runs": set(),
   "runs/exclusive.py": {"jax"},
   "runs/metrics_writer.py": {"PIL", "etils", "tensorboardX"},
+  "runs/places.py": {"etils"},
   "runs/processes.py": {"jax"},
   "runs/resumable.py": {"jax"},
   "runs/storage.py": {"tensorstore"},

@@ -30,7 +30,10 @@ KIND = "captions"  # of a store
 _WHERE = ("images", "texts", "offsets")
 _SHARD_ROWS = 2**17
 _IN_FLIGHT = 2  # batches on the devices
-_NEEDED = ("count", "shape", "dtype", "captions", "encoder", "shards")
+_TYPES = {  # of what is read of the manifest
+  "count": int, "shape": [int], "dtype": str, "views": [str],
+  "captions": str, "encoder": dict, "shards": [dict],
+}  # fmt: skip
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
@@ -70,7 +73,7 @@ class States:
     self._place = storage.Storage(
       path, retries=retries, cache_megabytes=cache_megabytes
     )
-    self.manifest = layout.read_manifest(self._place, KIND, _NEEDED)
+    self.manifest = layout.read_manifest(self._place, KIND, _TYPES)
     self._tokens = tokens
     self._images, self._texts, self._offsets = map(self._read, _WHERE)
     self._array = None

@@ -4,7 +4,6 @@ A diffusion model's work directory keeps what is needed for that in
 `latents.json`, so that samples are decoded without the store.
 """
 
-import json
 import os
 from typing import Any
 
@@ -16,13 +15,24 @@ from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.latents import encode, layout, reader
-from dcae_jax.runs import differences, metrics_writer
+from dcae_jax.runs import (
+  differences,
+  json_types,
+  metrics_writer,
+  places,
+)
 
 _FILE = "latents.json"
 # With other values of these, latents have another meaning,
 _MEANING = ("encoder", "scaling_factor", "shift_factor", "shape", "classes")
 # or batches have other rows.
 _SAME = (*_MEANING, "count", "views", "rows_of_shards", "crop", "source")
+_TYPES = {
+  **{key: layout.TYPES[key] for key in _MEANING if key in layout.TYPES},
+  "autoencoder": layout.TYPES["autoencoder?"], "encoder": str, "count": int,
+  "views": [str], "rows_of_shards": [int], "crop": dict, "source": dict,
+  "text_encoder?": dict,
+}  # fmt: skip
 _OPTIONAL = ("text_encoder",)  # which must be the same where there is one
 
 
@@ -97,18 +107,15 @@ def read_description(run: str) -> dict[str, Any]:
     UserError: it is not there, or damaged.
   """
   path = epath.Path(run).expanduser() / _FILE
-  try:
-    described = json.loads(path.read_bytes())
-    _parts(_SAME, described)
-    made_with = described["autoencoder"]
-    _ = os.fspath(made_with["init_from"]), made_with["space_to_channel"]
-    _, (_, _, _) = len(described["classes"]), described["shape"]
-    return described
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise errors.UserError(
-      f"{path}, which a run of train_diffusion writes, cannot be read "
-      f"({type(error).__name__}); bring it back, or start that run again"
-    ) from error
+  advice = "bring it back, or start that run of train_diffusion again"
+  if not path.exists():
+    raise errors.UserError(f"{run} has no {_FILE}; {advice}")
+  described = json_types.parsed(
+    os.fspath(path), path.read_bytes(), _TYPES, advice
+  )
+  made_with = described["autoencoder"]
+  made_with["init_from"] = places.found(made_with["init_from"], run)
+  return described
 
 
 def check_same_latents(workdir: epath.Path, described: dict[str, Any]) -> None:

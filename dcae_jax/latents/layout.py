@@ -18,13 +18,14 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from dcae_jax import errors
-from dcae_jax.runs import storage
+from dcae_jax.runs import json_types, storage
 
 VIEWS = ("latents", "latents_flipped")
 DTYPES = {
@@ -36,10 +37,25 @@ CHUNK_ROWS = 16  # read at once
 MANIFEST, IDENTITY = "manifest.json", "progress/identity.json"
 _SHARD_ROWS = 1024  # written at once: 16 MB of f64c128 at 512 px
 _SHARD_BYTES = 2**26
-_NEEDED = (  # by readers, of the manifest
-  "count", "shape", "dtype", "views", "classes", "shards", "scaling_factor",
-  "shift_factor", "metadata_sha256",
-)  # fmt: skip
+_NUMBER = json_types.NUMBER
+_AUTOENCODER = {
+  "init_from": str, "encoder_sha256": str, "space_to_channel": int,
+  "variant?": str, "spatial_compression?": int, "latent_channels?": int,
+  "weights_sha256?": str,
+}  # fmt: skip
+_STATISTICS = {
+  "mean": _NUMBER, "std": _NUMBER, "rms": _NUMBER,
+  "channels": {"rms": [_NUMBER]},
+}  # fmt: skip
+TYPES = {  # of what is read of the manifest
+  "count": int, "shape": [int, int, int], "dtype": str, "views": [str],
+  "classes": [str], "shards": [{"rows": int, "sha256": dict}],
+  "scaling_factor": _NUMBER, "shift_factor": _NUMBER, "metadata_sha256": dict,
+  "conditions?": [str], "autoencoder?": _AUTOENCODER, "crop?": dict,
+  "statistics?": _STATISTICS, "source?": dict, "versions?": dict,
+  "unreadable?": [{"key": str, "reason": str}], "resolution?": int,
+  "scaling_factor_origin?": str,
+}  # fmt: skip
 
 
 def format_of(kind: str) -> dict[str, Any]:
@@ -175,7 +191,9 @@ def block_size(total: int, row_bytes: int = 1, most: int = _SHARD_ROWS) -> int:
 
 
 def read_manifest(
-  place: storage.Storage, kind: str = "latents", needed: Sequence[str] = _NEEDED
+  place: storage.Storage,
+  kind: str = "latents",
+  types: Mapping[str, Any] = MappingProxyType(TYPES),
 ) -> dict[str, Any]:
   """The manifest; UserError unless this is a finished store of that kind."""
   manifest, path = place.read_json(MANIFEST), f"{place.path}/{MANIFEST}"
@@ -194,8 +212,8 @@ def read_manifest(
       f"{path} is not of {expected['format']}, version "
       f"{expected['format_version']}"
     )
-  check_keys(path, manifest, needed)
-  if manifest["dtype"] not in DTYPES or not manifest["views"]:
+  json_types.check(path, manifest, dict(types), "export it again")
+  if manifest["dtype"] not in DTYPES or not manifest.get("views"):
     raise errors.UserError(f"{path} is damaged: dtype or views")
   # Older stores have labels, and do not say so.
   return {"conditions": list(LABELS)} | manifest

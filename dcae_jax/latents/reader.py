@@ -16,7 +16,7 @@ import numpy as np
 from dcae_jax import errors
 from dcae_jax.data import batches
 from dcae_jax.latents import layout, verification
-from dcae_jax.runs import storage
+from dcae_jax.runs import places, storage
 
 # `(rows of the store, number of their images, random numbers from [0, 1))`
 Prepare = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
@@ -62,6 +62,9 @@ class Latents:
       os.fspath(path), retries=retries, cache_megabytes=cache_megabytes
     )
     self.manifest = layout.read_manifest(self._place)
+    made_with = self.manifest.get("autoencoder", {})
+    if path := made_with.get("init_from"):
+      made_with["init_from"] = places.found(path, self.path)
     self.shape = tuple(self.manifest["shape"])
     known = self.manifest["conditions"]
     self.conditions = tuple(known if conditions is None else conditions)

@@ -20,9 +20,11 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from dcae_jax import errors
+from dcae_jax.runs import json_types
 
 _LOG = logging.getLogger(__name__)
 _SECONDS_BETWEEN_FLUSHES = 120  # of events: in a bucket all of them are written
+_LINE = {"step": int, "*": json_types.NUMBER}
 _SPEED = "train/steps_per_second"
 _RATES = (
   _SPEED, "train/images_per_second", "train/model_flops_utilization",
@@ -141,17 +143,21 @@ def is_evaluation(line: Mapping[str, float]) -> bool:
 
 
 def read_lines(path: epath.Path) -> list[dict[str, float]]:
-  """The complete lines of a metrics.jsonl; none if there is no file."""
+  """The complete lines of a metrics.jsonl; none if there is no file.
+
+  Raises UserError for lines that are no metrics of a step.
+  """
   if not path.exists():
     return []
   lines = []
-  for text in path.read_bytes().decode(errors="replace").splitlines():
+  texts = path.read_bytes().decode(errors="replace").splitlines()
+  for number, text in enumerate(texts, 1):
     try:
       line = json.loads(text)
-    except json.JSONDecodeError:  # cut off by a kill
+    except (ValueError, RecursionError):  # cut off by a kill
       continue
-    if isinstance(line, dict) and "step" in line:
-      lines.append(line)
+    json_types.check(f"line {number} of {path}", line, _LINE, "remove it")
+    lines.append(line)
   return lines
 
 

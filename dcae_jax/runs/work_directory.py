@@ -4,13 +4,33 @@ It is the interface between stages: what a run has left there is all that the
 next one needs.
 """
 
-import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from dcae_jax import errors
+from dcae_jax.runs import json_types, places
+
+WRITTEN_IN = "workdir"  # a key of config.json
+_TRAINING = {"steps": int, "evaluation?": dict}
+_OF_AUTOENCODER = _TRAINING | {
+  "model": {
+    "variant": str, "architecture?": dict, "image_channels": int,
+    "residual_autoencoding": bool, "dtype": str,
+  },
+}  # fmt: skip
+_OF_DIFFUSION = _TRAINING | {
+  "model": {"variant": str},
+  "objective": {"kind": str},
+}
+_TYPES = {  # of what is read of a config.json without `configs/base.py`
+  "train_autoencoder": _OF_AUTOENCODER,
+  "train_diffusion": _OF_DIFFUSION,
+  "train_phases": {f"phase{i}": _OF_AUTOENCODER for i in (1, 2, 3)},
+  "export_and_diffuse": {"training": _OF_DIFFUSION},
+}
 
 
 def is_run(path: str) -> bool:
@@ -59,18 +79,35 @@ def read_run_config(
 
 
 def read_config(path: epath.Path) -> dict[str, Any]:
-  """The contents of a `config.json`; raises UserError if it is damaged."""
-  try:
-    config = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise errors.UserError(
-      f"{path} is damaged ({error}); bring it back"
-    ) from error
-  if not isinstance(config, dict) or "task" not in config:
-    raise errors.UserError(
-      f"{path} is not the config of a run; choose another directory"
-    )
-  return config
+  """The contents of a `config.json`; raises UserError if it is damaged.
+
+  Paths that have moved together with the run are where they are now.
+  """
+  config, written_in = _read(path)
+  workdir = os.fspath(path.parent)
+  return places.mapped(config, lambda x: places.found(x, workdir, written_in))
+
+
+def read_config_as_now(path: epath.Path, now: dict[str, Any]) -> dict[str, Any]:
+  """The same, with the paths of a config of now where they mean the same."""
+  config, written_in = _read(path)
+  return places.as_now(config, now, os.fspath(path.parent), written_in)
+
+
+def _read(path: epath.Path) -> tuple[dict[str, Any], str]:
+  """The config, and the work directory that it was written in, or ""."""
+  name, advice = os.fspath(path), "bring it back, or choose another directory"
+  data = path.read_bytes()
+  config = json_types.parsed(name, data, {"task": str}, advice)
+  types = _TYPES.get(config["task"], {}) | {f"{WRITTEN_IN}?": str}
+  json_types.check(name, config, types, advice)
+  return config, config.pop(WRITTEN_IN, "")
+
+
+def read_result(path: epath.Path, types: dict[str, Any]) -> dict[str, Any]:
+  """The contents of a `result.json`; UserError for what has other types."""
+  advice = "remove it, and run again what wrote it"
+  return json_types.parsed(os.fspath(path), path.read_bytes(), types, advice)
 
 
 def check_nothing_foreign(workdir: epath.Path, names: tuple[str, ...]) -> None:
@@ -83,3 +120,21 @@ def check_nothing_foreign(workdir: epath.Path, names: tuple[str, ...]) -> None:
         f"--workdir={workdir} holds {name} of something else; choose another "
         "directory"
       )
+
+
+def begin_anew(workdir: epath.Path, names: Sequence[str]) -> None:
+  """Removes the result of an earlier start, or what a kill has left of one.
+
+  `result.json` goes first, and is written last: without it, readers know that
+  what they see is unfinished. Names may be patterns; they go in their order.
+  """
+  (workdir / "result.json").unlink(missing_ok=True)
+  if not workdir.exists():
+    return
+  temporary = (f".{x}.*.tmp" for x in (*names, "config.json", "result.json"))
+  for name in (*names, *temporary):
+    for path in workdir.glob(name):
+      if path.is_dir():
+        path.rmtree()
+      else:
+        path.unlink()

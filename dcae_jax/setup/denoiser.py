@@ -129,7 +129,7 @@ def _of_run(
   run: str, autoencoder: str, text_encoder: str, dtype: DTypeLike
 ) -> denoiser.Denoiser:
   config = keys.completed(
-    work_directory.read_run_config(run, "train_diffusion")
+    work_directory.read_run_config(run, "train_diffusion"), run
   )
   config.model.dtype = jnp.dtype(dtype).name
   diffusion = denoising.create(config.model, config.objective, config.sampler)

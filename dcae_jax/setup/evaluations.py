@@ -6,7 +6,7 @@ import contextlib
 import csv
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,12 @@ from dcae_jax.data import images, sources
 from dcae_jax.evaluation import fid, reconstruction
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import figures
-from dcae_jax.runs import metrics_writer, progress_lines, versions
+from dcae_jax.runs import (
+  metrics_writer,
+  progress_lines,
+  versions,
+  work_directory,
+)
 from dcae_jax.setup import (
   image_sources,
   keys,
@@ -207,19 +212,27 @@ def _write_pictures(
   return groups
 
 
-def publish(part: epath.Path, directory: epath.Path) -> None:
-  """Moves what was made aside, on the first process; `result.json` last."""
+def publish(
+  part: epath.Path, workdir: epath.Path, names: Sequence[str]
+) -> None:
+  """Moves what was made aside into its place, on the first process.
+
+  First, `names` of an earlier start are removed: a kill leaves the old result,
+  the new one, or neither its `result.json` nor its `index.html`.
+  """
   if jax.process_index():
     return
-  (directory / "result.json").unlink(missing_ok=True)
-  if directory.exists():
-    for table in directory.glob("images_*px.csv"):
-      table.unlink()
-  if (directory / "pictures").exists():
-    (directory / "pictures").rmtree()
+  work_directory.begin_anew(workdir, names)
+  # Without its config, the directory would be taken for somebody else's.
+  ranks = {"config.json": -1, "index.html": 1, "result.json": 2}
+
+  def order(file):
+    rank = ranks.get(file.name, 0)
+    return rank, -rank * len(file.parts)  # its own config and result: outermost
+
   files = [file for file in pathlib.Path(part).rglob("*") if file.is_file()]
-  for file in sorted(files, key=lambda file: file.name == "result.json"):
-    target = directory / file.relative_to(part).as_posix()
+  for file in sorted(files, key=order):
+    target = workdir / file.relative_to(part).as_posix()
     metrics_writer.write_whole(target, file.read_bytes())
 
 

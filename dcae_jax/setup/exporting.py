@@ -15,7 +15,7 @@ from dcae_jax.data import decoding, images, sources
 from dcae_jax.latents import encode, layout, rows, store
 from dcae_jax.latents import export as latent_export
 from dcae_jax.nn import precision
-from dcae_jax.runs import versions
+from dcae_jax.runs import places, versions
 from dcae_jax.setup import image_sources, keys, models
 
 
@@ -199,13 +199,7 @@ def description(
   """What the manifest says that is known before the export."""
   described = identity(config, export, ae)
   described["autoencoder"] |= {
-    "init_from": _absolute(config.init_from),
+    "init_from": places.absolute_if_there(config.init_from),
     "weights_sha256": conversion.fingerprint(ae.variables),
   }
   return described | {"versions": versions.versions()}
-
-
-def _absolute(path: str) -> str:
-  """A local path, as it is known from elsewhere; hub ids as they are."""
-  local = os.path.abspath(os.path.expanduser(path))
-  return local if "://" not in path and os.path.exists(local) else path

@@ -33,7 +33,7 @@ class Material(NamedTuple):
 
 def of_run(run: str) -> Material:
   """What a run of train_autoencoder sees; UserError if it is not here."""
-  config = keys.completed(work_directory.read_run_config(run))
+  config = keys.completed(work_directory.read_run_config(run), run)
   c = config.data
   return Material(
     image_sources.weighted_sources(c.source),

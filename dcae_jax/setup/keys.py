@@ -8,23 +8,53 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 import types
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs import base
 from dcae_jax import errors
-from dcae_jax.runs import differences
+from dcae_jax.runs import differences, json_types, places, work_directory
 
 _LOG = logging.getLogger(__name__)
 _NOTHING = types.MappingProxyType({})
+_KINDS = {  # of JSON, by those of defaults
+  str: str, bool: bool, int: json_types.NUMBER, float: json_types.NUMBER,
+  tuple: list,
+}  # fmt: skip
+_PATHS = ("init_from", "latents", "path")  # of a run, which others read there
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
   """The config as JSON has it: tuples are lists."""
   return json.loads(config.to_json_best_effort())
+
+
+def recorded(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
+  """The same as `config.json` has it, for those who read it elsewhere.
+
+  Paths that are there are absolute. A run that goes on says where that was.
+  """
+
+  def named(values):
+    return {
+      name: named(value) if isinstance(value, dict) else absolute(name, value)
+      for name, value in values.items()
+    }
+
+  def absolute(name, value):
+    is_path = name in _PATHS or (name == "encoder" and "/" in value)
+    return places.absolute_if_there(value) if value and is_path else value
+
+  values, task = named(resolved(config)), base.KEYS.get(config.task)
+  if task is None or not task.begins_anew:
+    place = places.absolute(os.fspath(workdir))
+    values[work_directory.WRITTEN_IN] = place
+  return values
 
 
 def check(config: ConfigDict) -> None:
@@ -41,8 +71,14 @@ def check(config: ConfigDict) -> None:
       raise errors.UserError(f"config.{path}={value} is above {key.most}")
 
 
-def completed(config: dict[str, Any]) -> ConfigDict:
-  """The config of an earlier run, with the defaults of keys added since."""
+def completed(config: dict[str, Any], run: str) -> ConfigDict:
+  """The config of an earlier run, with the defaults of keys added since.
+
+  Raises UserError, which names the run, for values of other types.
+  """
+  json_types.check(
+    f"config.json of {run}", config, _types_of_task(config), "bring it back"
+  )
   config = copy.deepcopy(config)
   known = differences.flat(config)
   for path, key in _keys(config).items():
@@ -111,3 +147,24 @@ def _keys(
       for path, key in known.items()
     }
   return known
+
+
+def _types_of_task(config: dict[str, Any]) -> dict[str, Any]:
+  """What the keys of a config must be, as `json_types` has it."""
+  if task := base.KEYS.get(config.get("task")):
+    return _types(task.keys().to_dict())
+  return {
+    f"{name}?": _types_of_task(value)
+    for name, value in config.items()
+    if isinstance(value, dict) and "task" in value
+  }
+
+
+def _types(keys: Mapping[str, Any]) -> dict[str, Any]:
+  expected = {}
+  for name, key in keys.items():
+    default = key.default if isinstance(key, base.Key) else key
+    kind = _KINDS.get(type(default), json_types.ANYTHING)
+    is_group = isinstance(default, dict)
+    expected[f"{name}?"] = _types(default) if is_group else kind
+  return expected

@@ -55,13 +55,13 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
     )
   if not path.exists():
     return
-  before = work_directory.read_config(path)
+  now = keys.resolved(config)
+  before = work_directory.read_config_as_now(path, now)
   if before["task"] != config.task:
     tasks = ({"task": task} for task in (before["task"], config.task))
     changes = differences.differences(*tasks).values()
   else:
-    now = models.in_whole(keys.resolved(config))
-    changes = keys.changes(models.in_whole(before), now)
+    changes = keys.changes(models.in_whole(before), models.in_whole(now))
   if changes:
     raise errors.UserError(
       f"--workdir={workdir} holds a run of another config ({'; '.join(changes)}"
@@ -72,5 +72,5 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
 def write_config(config: ConfigDict, workdir: epath.Path) -> None:
   """Writes `config.json`, on the first process; whole or not at all."""
   if jax.process_index() == 0:
-    text = json.dumps(keys.resolved(config), indent=2) + "\n"
+    text = json.dumps(keys.recorded(config, workdir), indent=2) + "\n"
     metrics_writer.write_whole(workdir / "config.json", text)

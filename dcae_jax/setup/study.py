@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,12 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.evaluation.report import study_report
-from dcae_jax.runs import differences, metrics_writer, work_directory
+from dcae_jax.runs import (
+  differences,
+  metrics_writer,
+  places,
+  work_directory,
+)
 from dcae_jax.setup import autoencoder_training, keys, models
 
 TASKS = (
@@ -72,13 +78,12 @@ class Cell:
     path = self.workdir / "config.json"
     if self.config.task not in _TRAININGS or not path.exists():
       return
-    before = work_directory.read_config(path)
     config = keys.for_device(self.config, jax.default_backend())
+    now = keys.resolved(config)
+    before = work_directory.read_config_as_now(path, now)
     kept = [
       text
-      for key, text in differences.differences(
-        before, keys.resolved(config)
-      ).items()
+      for key, text in differences.differences(before, now).items()
       if key == "steps" or key.startswith("evaluation.")
     ]
     is_finished = (self.workdir / "result.json").exists()
@@ -97,7 +102,10 @@ class Cell:
     metrics_writer.write_json(self.workdir / _RECORD, facts)
 
   def _fingerprint(self) -> str:
+    """Of the config, wherever the study lies."""
     text = json.dumps(keys.resolved(self.config), sort_keys=True)
+    study = places.absolute(os.fspath(self.workdir.parents[2]))
+    text = text.replace(f'"{study}/cells/', '"{study}/cells/')
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -107,7 +115,8 @@ def cells(config: ConfigDict, workdir: epath.Path) -> list[Cell]:
   Raises UserError for what cannot be run.
   """
   check(config)
-  study = epath.Path(config.start_from or workdir).expanduser()
+  path = places.absolute(config.start_from or os.fspath(workdir))
+  study = epath.Path(path)
   made = []
   for seed in config.seeds:
     for arm in keys.resolved(config)["arms"]:  # ConfigDict sorts them
@@ -302,12 +311,7 @@ def report(config: ConfigDict, all_cells: list[Cell]) -> study_report.Study:
 def _result(workdir: epath.Path) -> dict[str, float]:
   """The numbers of `result.json`, by path."""
   path = workdir / "result.json"
-  try:
-    result = json.loads(path.read_text())
-  except ValueError as error:
-    raise errors.UserError(
-      f"{path} is damaged ({error}); delete {workdir} and run again"
-    ) from error
+  result = work_directory.read_result(path, {})
   return {
     path: float(value)
     for path, value in differences.flat(result, separator="/").items()

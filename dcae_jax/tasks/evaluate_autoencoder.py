@@ -149,8 +149,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   for other in config.compare:
     if other == FLOOR:
       continue
-    path = pathlib.PurePath(os.path.abspath(os.path.expanduser(other)))
-    if path.is_relative_to(os.path.abspath(workdir)):
+    path = pathlib.PurePath(os.path.realpath(os.path.expanduser(other)))
+    if path.is_relative_to(os.path.realpath(workdir)):
       raise errors.UserError(
         f"config.compare={other} lies in --workdir={workdir}, which is written "
         "anew; choose another --workdir"
@@ -158,41 +158,44 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   check(config)
   tables = [f"images_{resolution}px.csv" for resolution in config.resolutions]
   start.begin(config, workdir, ("pictures", "report", "compared", *tables))
-  to_measure, directories = _plan(config, workdir)
-  inputs = evaluations.open_inputs(config) if to_measure else None
-  workdir.mkdir(parents=True, exist_ok=True)
   # Made aside: until all is there, an earlier evaluation stays as it is.
   with tempfile.TemporaryDirectory(prefix="dcae_jax_evaluation_") as aside:
-    for i, (own, directory) in enumerate(to_measure):
-      part = epath.Path(aside) / f"{i}"
-      part.mkdir()
+    made = epath.Path(aside)
+    to_measure, directories = _plan(config, made)
+    inputs = evaluations.open_inputs(config) if to_measure else None
+    workdir.mkdir(parents=True, exist_ok=True)
+    for own, part in to_measure:
+      part.mkdir(parents=True, exist_ok=True)
       subject = _fit(config) if own.init_from == FLOOR else _load(own)
       evaluations.record(subject, own, inputs, part)
-      evaluations.publish(part, directory)
-    start.write_config(config, workdir)
+    start.write_config(config, made)
     if jax.process_index():
       return True
-    part = epath.Path(aside) / "report"
-    page = evaluation_report.write(part, evaluation_report.read(directories))
-    evaluations.publish(part, workdir / "report")
+    runs = evaluation_report.read(directories)
+    page = evaluation_report.write(made / "report", runs)
+    evaluations.publish(
+      made,
+      workdir,
+      ("report/index.html", "report", "images_*px.csv", "pictures", "compared"),
+    )
   table = text_table.markdown(comparison.table(page.runs))
   _LOG.info("\n%s\n\nreport: %s", table, workdir / "report" / "index.html")
   return True
 
 
 def _plan(
-  config: ConfigDict, workdir: epath.Path
+  config: ConfigDict, made: epath.Path
 ) -> tuple[list[tuple[ConfigDict, epath.Path]], list[epath.Path]]:
   """What is to be measured, and where; and all that the report is about."""
   to_measure, directories = [], []
   if config.init_from or config.variant:
-    to_measure.append((config, workdir))
-    directories.append(workdir)
+    to_measure.append((config, made))
+    directories.append(made)
   for i, other in enumerate(config.compare):
     if is_evaluation(other):
       directories.append(epath.Path(other).expanduser())
       continue
-    directory = workdir / "compared" / f"{i}"
+    directory = made / "compared" / f"{i}"
     to_measure.append((_config_of_other(config, other), directory))
     directories.append(directory)
   return to_measure, directories

@@ -153,7 +153,7 @@ def _open(
   told = text.Untold()
   if model.conditioning.is_text:
     mesh = sharding.create_mesh(1, -1, 1, jax.local_devices())
-    of_text = keys.completed(trained).text
+    of_text = keys.completed(trained, config.init_from).text
     encoder = text.of_run(of_text, description, config.text_encoder, mesh)
     told = text.Prompting(encoder, config.negative_prompt)
   return _Inputs(
@@ -242,14 +242,12 @@ def _finish(
     "metric_weights": inputs.metrics.used_weights,
     "versions": versions.versions(),
   }
-  for name in (_PICTURE, _PLOT):  # of an earlier start
-    (workdir / name).unlink(missing_ok=True)
-  metrics_writer.write_json(workdir / "result.json", result)
   if inputs.metrics.metrics:
     metrics_writer.write_whole(workdir / _PLOT, _plot(measured))
   if config.picture.classes:
     picture = _picture(config, inputs, drawing)
     metrics_writer.write_png(workdir / _PICTURE, picture)
+  metrics_writer.write_json(workdir / "result.json", result)
   _LOG.info("%s\nin %s", _table(measured), workdir)
 
 
@@ -258,7 +256,7 @@ def open_model(
 ) -> sampling.LatentDiffusion:
   """Of the config of a training run; UserError if the sampler does not fit."""
   try:
-    trained = keys.completed(trained)
+    trained = keys.completed(trained, config.init_from)
     given = {k: v for k, v in config.sampler.items() if v is not None}
     sampler = ConfigDict(trained.sampler.to_dict() | given)
     model = denoising.create(trained.model, trained.objective, sampler)
@@ -422,6 +420,8 @@ def _check_identity(
 def _write_identity(
   config: ConfigDict, workdir: epath.Path, identity: dict[str, Any]
 ) -> None:
+  left = ("parts/.*.tmp", "parts/*/.*.tmp", "images/*/.*.tmp")  # by a kill
+  work_directory.begin_anew(workdir, (_PICTURE, _PLOT, *left))
   start.write_config(config, workdir)
   metrics_writer.write_json(workdir / _IDENTITY, identity)
 

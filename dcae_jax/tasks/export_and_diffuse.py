@@ -5,13 +5,15 @@ Samples are compared with the images that were exported, unless the config names
 other statistics.
 """
 
+import os
+
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.runs import exclusive, metrics_writer, work_directory
+from dcae_jax.runs import exclusive, metrics_writer, places, work_directory
 from dcae_jax.setup import (
   denoising,
   diffusion_training,
@@ -48,6 +50,7 @@ def run(
   start.check_work_directory(config, workdir)
   work_directory.check_nothing_foreign(workdir, ())
   start.check_work_directory(trained, workdir / "training")
+  work_directory.begin_anew(workdir, ())
   start.write_config(config, workdir)
   stages = {
     "export": (export_latents.run, config.export),
@@ -76,7 +79,8 @@ def _describe_reference(
   """Once: statistics with the same config are kept."""
   before, result = workdir / "config.json", workdir / "result.json"
   if before.exists():
-    is_same = work_directory.read_config(before) == keys.resolved(config)
+    now = keys.resolved(config)
+    is_same = work_directory.read_config_as_now(before, now) == now
     if is_same and result.exists():
       return True
     result.unlink(missing_ok=True)
@@ -127,6 +131,7 @@ def chained(
 ) -> ConfigDict:
   """The config with each stage starting from the one before."""
   config = config.copy_and_resolve_references()
+  workdir = epath.Path(places.absolute(os.fspath(workdir)))
   with config.unlocked():
     store = config.export.output or str(workdir / "latents")
     config.export.output = store

@@ -11,11 +11,24 @@ from ml_collections import ConfigDict
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder
 from dcae_jax.evaluation.report import figures
-from dcae_jax.latents import decode, reader
-from dcae_jax.runs import metrics_writer, progress_lines
+from dcae_jax.latents import decode, layout, reader
+from dcae_jax.runs import (
+  json_types,
+  metrics_writer,
+  progress_lines,
+  work_directory,
+)
 from dcae_jax.setup import keys, start
 
 _LOG = logging.getLogger(__name__)
+_SHOWN = {  # of the manifest, besides what is needed to read latents
+  "autoencoder": {
+    "variant": str, "spatial_compression": int, "latent_channels": int,
+    "weights_sha256": str,
+  },
+  "scaling_factor_origin": str, "statistics": dict, "resolution": int,
+  "crop": dict, "source": dict, "unreadable": list, "versions": dict,
+}  # fmt: skip
 
 
 def check(config: ConfigDict) -> None:
@@ -33,6 +46,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   check(config)
   start.begin(config, workdir, ("samples",))
   store = reader.Latents(config.latents, retries=config.retries)
+  path = f"{store.path}/{layout.MANIFEST}"
+  json_types.check(path, store.manifest, _SHOWN, "export it again")
   _LOG.info("%s\n%s", store.path, summary(store.manifest))
   ae = None
   if config.samples:
@@ -41,6 +56,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       config.init_from,
       "name it with config.init_from, or decode nothing with config.samples=0",
     )
+  work_directory.begin_anew(workdir, ("samples/row_*.png", "samples/rows.png"))
   start.write_config(config, workdir)
   problems = _verify(store) if config.verify else []
   rows = _sample(config, len(store)) if not problems else []
@@ -128,8 +144,6 @@ def _write_samples(
 ) -> None:
   """A PNG for each row, and all of them in one with their names."""
   folder.mkdir(parents=True, exist_ok=True)
-  for old in folder.glob("row_*.png"):
-    old.unlink()
   keys, count, pictures = store.keys(), store.manifest["count"], []
   for row in rows:  # one at a time: they may be large
     (pixels,) = decode.to_pixels(ae, store.read_unscaled([row]))

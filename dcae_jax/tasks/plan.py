@@ -183,7 +183,7 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
   """
   if work_directory.is_run(path):
     run = epath.Path(path).expanduser() / "config.json"
-    config = keys.completed(work_directory.read_config(run))
+    config = keys.completed(work_directory.read_config(run), path)
   elif pathlib.Path(path).is_file():
     config = runpy.run_path(path).get("get_config", ConfigDict)()
   else:

@@ -16,7 +16,7 @@ from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.data import decoding, images, sources
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.evaluation.report import figures
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, work_directory
 from dcae_jax.setup import keys, start
 
 _LOG = logging.getLogger(__name__)
@@ -44,8 +44,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   decoding.check_channels(ae.image_channels)
   originals = [pictures.name(i) for i in range(len(pictures))]
   names = _file_names(originals)
-  for original, name in zip(originals, names, strict=True):
-    if os.path.realpath(original) == os.path.realpath(workdir / name):
+  written = os.path.realpath(workdir / "pictures")
+  for original in originals:
+    if pathlib.Path(os.path.realpath(original)).is_relative_to(written):
       raise errors.UserError(
         f"{original} would be written over; choose another --workdir"
       )
@@ -56,8 +57,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     shorter_side=config.shorter_side,
   )
   images.check_not_empty(pictures, how)
+  work_directory.begin_anew(workdir, ("summary.md", "pictures"))
   start.write_config(config, workdir)
-  (workdir / "pictures").mkdir(parents=True, exist_ok=True)
+  (workdir / "pictures").mkdir(parents=True)
   rows, skipped, begun = [], [], time.monotonic()
   for i, name in enumerate(names):
     try:

@@ -34,7 +34,7 @@ from dcae_jax.setup import (
 )
 
 _LOG = logging.getLogger(__name__)
-_PICTURE = "reconstructions.png"
+_PICTURE, _CURVES = "reconstructions.png", evaluation_report.CURVES
 
 
 def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
@@ -66,7 +66,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   check(config)
   start.begin(config, workdir, ("index.html", "pictures"))
   inputs = evaluations.open_inputs(config)
-  start.write_config(config, workdir)
   directories, notes = [], []
   with tempfile.TemporaryDirectory(prefix="dcae_jax_report_") as aside:
     for own, subject in _subjects(config, notes):
@@ -88,7 +87,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     metrics_writer.write_whole(
       made / "report.md", _markdown(table, contents, config.resolutions[-1])
     )
-    evaluations.publish(made, workdir)
+    start.write_config(config, made)
+    evaluations.publish(
+      made,
+      workdir,
+      ("index.html", "report.md", "report.json", "pictures", _PICTURE, _CURVES),
+    )
   _LOG.info(
     "held-out images:\n\n%s\n\npicture: %s\npage: %s\nreport: %s",
     table, workdir / _PICTURE, workdir / "index.html", workdir / "report.md",

@@ -5,7 +5,6 @@ is found before anything is compiled or written.
 """
 
 import functools
-import json
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -22,7 +21,12 @@ from dcae_jax.evaluation import latent_change
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.networks import lpips, pretrained
 from dcae_jax.evaluation.report import figures, text_table
-from dcae_jax.runs import metrics_writer, processes
+from dcae_jax.runs import (
+  json_types,
+  metrics_writer,
+  processes,
+  work_directory,
+)
 from dcae_jax.setup import (
   autoencoder_training,
   floor,
@@ -37,6 +41,7 @@ from dcae_jax.setup import (
 from dcae_jax.training import checkpoint, freezing, loop, sharding
 
 _LOG = logging.getLogger(__name__)
+_RESULT = {"step": int, "images_skipped": int, "*": json_types.NUMBER}
 
 
 class Inputs(NamedTuple):
@@ -249,7 +254,7 @@ def _finished(workdir: epath.Path, step: int) -> dict[str, float]:
   path = workdir / "result.json"
   if not path.exists():
     return {}
-  result = json.loads(path.read_text())
+  result = work_directory.read_result(path, _RESULT)
   return result if result["step"] == step else {}
 
 

@@ -2,12 +2,13 @@
 
 import itertools
 import json
+import os
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.runs import exclusive, metrics_writer, work_directory
+from dcae_jax.runs import exclusive, metrics_writer, places, work_directory
 from dcae_jax.setup import autoencoder_training, keys, models, start
 from dcae_jax.tasks import report, train_autoencoder
 from dcae_jax.training import loop
@@ -47,6 +48,8 @@ def run(
   models.check_resolutions(config.report.resolutions, config.phase1.model)
   for name in _PHASES:
     train_autoencoder.open_inputs(config[name])
+  if jax.process_index() == 0:
+    work_directory.begin_anew(workdir, ())
   start.write_config(config, workdir)
   for name in _PHASES:
     with exclusive.held(str(workdir / name)):
@@ -65,6 +68,7 @@ def run(
 def chained(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
   """The config with each phase starting from the one before."""
   config = config.copy_and_resolve_references()
+  workdir = epath.Path(places.absolute(os.fspath(workdir)))
   with config.unlocked():
     for before, name in itertools.pairwise(_PHASES):
       config[name].init_from = str(workdir / before)

@@ -264,6 +264,32 @@ def test_what_is_no_finished_store_is_refused(tmp_path):
     reader.Latents(str(tmp_path / "store"))
 
 
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"count": "40"}, "count is '40', where a whole number is expected"),
+    ({"shape": [2, 2]}, "shape has 2 items, not 3"),
+    ({"shape": [2, 2, "a"]}, r"shape\[2\] is 'a'"),
+    ({"views": {}}, "views is {}, where a list is expected"),
+    ({"shards": [3]}, r"shards\[0\] is 3, where a mapping is expected"),
+    ({"shards": None, "classes": None}, "it has no classes, shards"),
+    ({"scaling_factor": "0.5"}, "scaling_factor is '0.5'"),
+    ({"conditions": "labels"}, "conditions is 'labels'"),
+    ({"autoencoder": []}, r"autoencoder is \[\]"),
+    ({"statistics": {}}, r"it has no statistics\.mean"),
+    ({"unreadable": [{"key": 1, "reason": ""}]}, r"unreadable\[0\]\.key is 1"),
+  ],
+)
+def test_a_manifest_with_other_types_is_named(changes, message, tmp_path):
+  make_store(tmp_path)
+  file = tmp_path / "manifest.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+  with pytest.raises(
+    ValueError, match=rf"manifest\.json is damaged: {message}.*; export it"
+  ):
+    reader.Latents(tmp_path)
+
+
 def test_rows_that_are_not_there_are_no_zeros(tmp_path):
   make_store(tmp_path)
   (tmp_path / "latents/c/0/0/0/0").unlink()

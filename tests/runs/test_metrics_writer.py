@@ -1,9 +1,11 @@
 import json
 
 import numpy as np
+import pytest
 from etils import epath
 from PIL import Image
 
+from dcae_jax import errors
 from dcae_jax.runs import metrics_writer
 
 
@@ -34,6 +36,21 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
   assert len(metrics_writer.read_lines(epath.Path(tmp_path / "metrics.jsonl")))
   _write(tmp_path, 3, [4])
   assert _steps(tmp_path) == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+  "line",
+  ["[]", "3", "{}", '{"step": "a"}', '{"step": 1.5}', '{"step": 1, "l1": "a"}',
+   '{"step": 1, "l1": {}}', '{"step": true}'],
+)  # fmt: skip
+def test_lines_of_another_kind_are_named(line, tmp_path):
+  _write(tmp_path, 0, [1, 2])
+  path = epath.Path(tmp_path / "metrics.jsonl")
+  path.write_text(f"{path.read_text()}{line}\n")
+  with pytest.raises(errors.UserError, match=r"line 3 of .*jsonl is damaged"):
+    metrics_writer.final_values(path)
+  with pytest.raises(errors.UserError, match="; remove it"):
+    _write(tmp_path, 2, [3])
 
 
 def test_speeds_are_those_of_the_whole_training(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import html.parser
+import itertools
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import kills
 import numpy as np
 import pytest
 import scipy.linalg
@@ -31,6 +33,8 @@ from configs import base
 from dcae_jax.data import crops
 from dcae_jax.evaluation import fid
 from dcae_jax.evaluation.networks import inception, lpips
+from dcae_jax.runs import work_directory
+from dcae_jax.setup import evaluations
 from dcae_jax.tasks import (
   evaluate_autoencoder,
   reference_statistics,
@@ -596,3 +600,72 @@ def test_an_evaluation_is_not_compared_with_what_it_replaces(
   for replaced in (of_two_images, of_two_images / "compared" / "0"):
     with pytest.raises(ValueError, match="written anew"):
       _run(config(compare=(str(replaced),)), of_two_images)
+
+
+def _files(folder):
+  return {
+    str(file.relative_to(folder)): file.read_bytes()
+    for file in sorted(pathlib.Path(folder).rglob("*"))
+    if file.is_file()
+  }
+
+
+def test_a_kill_at_any_moment_leaves_one_evaluation_or_none(
+  config, of_two_images, weights_folder, tmp_path, monkeypatch
+):
+  """At each change of a file in turn: old, new, or without its result."""
+  made = []
+  publish = evaluations.publish
+
+  def keep(part, workdir, names):
+    made.append(names)
+    shutil.copytree(part, tmp_path / "made")
+    publish(part, workdir, names)
+
+  monkeypatch.setattr(evaluations, "publish", keep)
+  compare = (str(weights_folder),)
+  _run(config(compare=compare, max_images=1, extremes=0), tmp_path / "new")
+  monkeypatch.undo()
+  (names,) = made
+  new, workdir = _files(tmp_path / "new"), epath.Path(tmp_path / "out")
+  for begun, step in ((True, 1), (False, 5)):
+    for number in itertools.count(step=step):
+      shutil.rmtree(workdir, ignore_errors=True)
+      workdir.mkdir()
+      if begun:
+        shutil.copytree(of_two_images, workdir, dirs_exist_ok=True)
+        (workdir / ".result.json.1.tmp").write_text("half")
+      old = _files(workdir)
+      with kills.kill(workdir, number) as left:
+        publish(epath.Path(tmp_path / "made"), workdir, names)
+      found = _files(workdir)
+      if left():
+        assert found == new
+        break
+      whole = found in (old, new)
+      assert whole or "result.json" not in found, number
+      if "report/index.html" in found and begun:
+        page = found["report/index.html"]
+        assert page in (old["report/index.html"], new["report/index.html"])
+      work_directory.check_nothing_foreign(
+        workdir, ("pictures", "report", "compared")
+      )
+      publish(epath.Path(tmp_path / "made"), workdir, names)
+      assert _files(workdir) == new
+    assert number > 20
+
+
+@pytest.mark.parametrize("number", [1, 40])
+def test_a_killed_evaluation_is_finished_by_the_next_start(
+  number, config, of_two_images, tmp_path
+):
+  shutil.copytree(of_two_images, tmp_path, dirs_exist_ok=True)
+  changes = config(max_images=1, samples=1, extremes=0)
+  with kills.kill(tmp_path, number) as left:
+    _run(changes, tmp_path)
+  assert not left() and not (tmp_path / "result.json").exists()
+  result = _run(changes, tmp_path)
+  assert result["resolutions"][str(RESOLUTION)]["images"] == 1
+  assert len(list((tmp_path / "pictures").rglob("*.png"))) == 3
+  assert not list(tmp_path.rglob("*.tmp"))
+  _check_page(tmp_path)

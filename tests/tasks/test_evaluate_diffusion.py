@@ -9,6 +9,7 @@ import shutil
 import signal
 
 import jax
+import kills
 import numpy as np
 import pytest
 from conftest import MITE, fill_store, run_main, save_tiny_autoencoder
@@ -343,6 +344,29 @@ def test_more_samples_and_scales_draw_only_what_is_missing(
   assert set(result["guidance"]) == {"1", "2.5"}
 
 
+@pytest.mark.parametrize("number", [1, 12, -1])
+def test_an_evaluation_that_is_killed_has_no_result(
+  number, drawn, config, tmp_path
+):
+  """Nor has one that draws more; the next start finishes it."""
+  more = config(guidance=(2.5,), samples=16, **{"picture.classes": 1})
+  shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
+  if number < 0:  # from the last change of a file
+    most = 10**6
+    with kills.kill(tmp_path, most) as left:
+      _run(more, tmp_path)
+    number += most - left()
+    shutil.rmtree(tmp_path)
+    shutil.copytree(drawn, tmp_path)
+  with kills.kill(tmp_path, number) as left:
+    _run(more, tmp_path)
+  assert not left() and not (tmp_path / "result.json").exists()
+  assert _run(more, tmp_path)["samples"] == 16
+  assert len(_images(tmp_path, 2.5)) == 16
+  assert (tmp_path / "samples.png").exists()
+  assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_fewer_samples_are_refused(config, tmp_path):
   """An outsider's tool would measure other images than ours."""
   _run(config(guidance=(2.5,), images="npz"), tmp_path)
@@ -464,18 +488,30 @@ def test_a_run_that_lacks_what_it_learned_is_named(trained, config, tmp_path):
 @pytest.mark.parametrize(
   ("file", "text", "message"),
   [
-    ("latents.json", "[]", "latents.json.*cannot be read"),
-    ("latents.json", '{"shape": 1}', "latents.json.*cannot be read"),
+    (
+      "latents.json",
+      "[]",
+      r"latents\.json is damaged: it is \[\], where",
+    ),
+    ("latents.json", '{"shape": 1}', r"latents\.json is damaged: it has no"),
+    ("latents.json", {"shape": [1, 2]}, "shape has 2 items, not 3; bring it"),
+    ("latents.json", {"classes": 3}, "classes is 3, where a list is expected"),
+    ("latents.json", {"rows_of_shards": ["a"]}, r"rows_of_shards\[0\] is 'a'"),
+    ("latents.json", {"autoencoder": {}}, r"it has no autoencoder\.init_from"),
+    ("config.json", {"sampler": 1}, r"config\.json of .*: sampler is 1, where"),
+    ("config.json", {"samples": {"count": "a"}}, r"samples\.count is 'a'"),
     (
       "config.json",
       '{"task": "train_diffusion", "model": 1}',
-      "config.json of .* damaged",
+      r"config\.json is damaged: it has no steps",
     ),
   ],
 )
 def test_a_damaged_run_is_named(file, text, message, trained, config, tmp_path):
   run = tmp_path / "run"
   shutil.copytree(trained, run)
+  if isinstance(text, dict):
+    text = json.dumps(json.loads((run / file).read_text()) | text)
   (run / file).write_text(text)
   with pytest.raises(ValueError, match=message):
     evaluate_diffusion.run(

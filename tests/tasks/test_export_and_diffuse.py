@@ -3,15 +3,18 @@
 import json
 import math
 import os
+import pathlib
+import shutil
 import signal
 
 import numpy as np
 import pytest
 from etils import epath
 
+import dcae_jax
 from configs import base
 from dcae_jax.latents import reader
-from dcae_jax.tasks import export_and_diffuse
+from dcae_jax.tasks import export_and_diffuse, plan
 from dcae_jax.training import loop
 
 OF_EFFICIENTNET = (
@@ -66,6 +69,31 @@ def test_images_become_classes_and_samples_of_them(config, tmp_path):
     assert math.isfinite(measured["frechet_efficientnet_lite0"])
     for name in ("precision", "recall"):
       assert 0 <= measured[f"{name}_efficientnet_lite0"] <= 1
+
+
+def test_a_run_that_has_moved_with_its_autoencoder_goes_on(
+  config, tiny_autoencoder, tmp_path, monkeypatch
+):
+  """And what reads its training finds the latents, and what decodes them."""
+  shutil.copytree(tiny_autoencoder, tmp_path / "old" / "weights")
+  monkeypatch.chdir(tmp_path / "old")
+  config.export.init_from = "weights"
+  config.samples.metrics = OF_EFFICIENTNET[:1]
+  config.samples.guidance, config.samples.picture.classes = (1.0,), 0
+  assert export_and_diffuse.run(config, epath.Path("run"))
+  (tmp_path / "old").rename(tmp_path / "new")
+  monkeypatch.chdir(tmp_path)
+  reference = pathlib.Path("new/run/reference/efficientnet_lite0_16px.npz")
+  before = reference.stat().st_mtime_ns
+  planned = plan.load("new/run/training", {})[""]
+  assert planned.latents == str(tmp_path / "new/run/latents")
+  assert dcae_jax.load_denoiser("new/run/training").autoencoder
+  config.export.init_from = "new/weights"
+  config.samples.guidance = (1.0, 2.0)
+  assert export_and_diffuse.run(config, epath.Path("new/run"))
+  assert reference.stat().st_mtime_ns == before
+  result = json.loads(pathlib.Path("new/run/result.json").read_text())
+  assert set(result["guidance"]) == {"1", "2"}
 
 
 def test_sigterm_stops_in_any_stage(config, tmp_path, monkeypatch):

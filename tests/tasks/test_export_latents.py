@@ -12,6 +12,7 @@ import sys
 import time
 
 import jax
+import kills
 import numpy as np
 import pytest
 from conftest import (
@@ -787,6 +788,33 @@ def test_inspecting_decodes_rows_as_they_are(
     assert np.abs(found - expected).max() <= 1
   result = json.loads((tmp_path / "result.json").read_text())
   assert result["count"] == 42 and result["problems"] == []
+
+
+def test_an_inspection_that_is_killed_has_no_result(whole, tmp_path):
+  """Nor are pictures of the one before beside those of another."""
+  _inspect(whole, tmp_path)
+  pictures = lambda: {x.name for x in (tmp_path / "samples").glob("row_*.png")}
+  before = pictures()
+  for number in (1, 3, 8):
+    with kills.kill(tmp_path, number) as left:
+      _inspect(whole, tmp_path, seed=1, samples=2)
+    assert not left() and not (tmp_path / "result.json").exists()
+  _inspect(whole, tmp_path, seed=1, samples=2)
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert pictures() == {f"row_{row:08d}.png" for row in result["samples"]}
+  assert len(pictures()) == 2 and pictures() != before
+  assert not list(tmp_path.rglob("*.tmp"))
+  _inspect(whole, tmp_path, samples=0)
+  assert not list((tmp_path / "samples").iterdir())
+
+
+def test_inspecting_names_a_manifest_that_lacks_what_it_shows(
+  tiny_latents, tmp_path
+):
+  """As that of a store filled by other means."""
+  with pytest.raises(ValueError, match=r"manifest\.json is damaged: it has no"):
+    _inspect(tiny_latents, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
 
 
 def test_inspecting_finds_damage_and_the_wrong_autoencoder(

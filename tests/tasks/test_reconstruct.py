@@ -1,7 +1,10 @@
 """Pictures through an autoencoder, as a user runs it."""
 
+import itertools
 import json
+import shutil
 
+import kills
 import numpy as np
 import pytest
 from conftest import run_main, save_tiny_autoencoder, smooth_image
@@ -123,6 +126,52 @@ def test_originals_are_never_written_over(weights_folder, tmp_path):
     reconstruct.run(config, epath.Path(tmp_path))
   assert not (tmp_path / "config.json").exists()
   assert picture.read_bytes() == before
+
+
+def test_originals_anywhere_among_the_pictures_are_kept(
+  weights_folder, tmp_path
+):
+  """What is there is removed at the next start."""
+  own = tmp_path / "out/pictures/own"
+  own.mkdir(parents=True)
+  Image.fromarray(smooth_image(0, 16, 16)).save(own / "a.png")
+  with pytest.raises(ValueError, match="would be written over"):
+    reconstruct.run(_config(weights_folder, own), epath.Path(tmp_path / "out"))
+  assert (own / "a.png").exists()
+
+
+def test_a_kill_leaves_one_result_or_none(
+  weights_folder, pictures, tmp_path, monkeypatch
+):
+  """At each change of a file in turn; the next start finishes it."""
+  ae = dcae_jax.load(weights_folder)  # once, since it compiles
+  monkeypatch.setattr(reconstruct.autoencoder, "load", lambda *_, **__: ae)
+
+  def run(name, workdir):
+    config = _config(weights_folder, pictures / name)
+    reconstruct.run(config, epath.Path(workdir))
+
+  def files(workdir):
+    found = sorted(x for x in workdir.rglob("*") if x.is_file())
+    return {str(x.relative_to(workdir)): x.read_bytes() for x in found}
+
+  run("a.png", tmp_path / "old")
+  run("b.png", tmp_path / "new")
+  old, new = files(tmp_path / "old"), files(tmp_path / "new")
+  for number in itertools.count():
+    workdir = tmp_path / f"{number}"
+    shutil.copytree(tmp_path / "old", workdir)
+    with kills.kill(workdir, number) as left:
+      run("b.png", workdir)
+    if left():
+      break
+    assert (
+      files(workdir) in (old, new) or not (workdir / "result.json").exists()
+    ), number
+    if number % 4 == 0:
+      run("b.png", workdir)
+      assert files(workdir) == new
+  assert number > 8 and files(workdir) == new
 
 
 def test_files_of_others_are_never_written_over(

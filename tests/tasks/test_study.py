@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,36 @@ def test_what_is_finished_is_not_run_again(whole, caplog):
   assert (workdir / "study.json").exists()
   assert before == {
     x: x.stat().st_mtime for x in workdir.rglob("metrics.jsonl")
+  }
+
+
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_a_study_that_has_moved_keeps_its_cells(
+  is_earlier, whole, tmp_path, monkeypatch
+):
+  """What was written by an earlier version is read once more, not computed."""
+  config, workdir = whole
+  shutil.copytree(workdir, tmp_path / "there" / "study")
+  (tmp_path / "link").symlink_to("there")
+  monkeypatch.chdir(tmp_path)
+  moved = epath.Path("link/study")
+  if is_earlier:
+    for file in moved.glob("cells/*/*/config.json"):
+      found = json.loads(file.read_text().replace(str(workdir), "/no/study"))
+      del found["workdir"]
+      file.write_text(json.dumps(found))
+    for file in moved.glob("cells/after/*/cell.json"):
+      found = json.loads(file.read_text()) | {"config": "of another place"}
+      file.write_text(json.dumps(found))
+  before = {x: x.read_bytes() for x in moved.glob("cells/*/*/metrics.jsonl")}
+  cells = study.study_lib.cells(config, moved)
+  finished = {cell.name for cell in cells if cell.record()}
+  kept = {cell.name for cell in cells if not is_earlier or not cell.before}
+  assert finished == kept and len(kept) == (4 if is_earlier else 6)
+  assert _run(config, moved)
+  assert all(cell.record() for cell in cells)
+  assert before == {
+    x: x.read_bytes() for x in moved.glob("cells/*/*/metrics.jsonl")
   }
 
 
@@ -258,8 +289,10 @@ def test_damaged_files_of_computed_cells_are_not_believed(computed):
   (workdir / "cells/a/1/cell.json").write_text("")
   assert [x.name for x in cells if x.record() is None] == ["a/1"]
   (workdir / "cells/b/0/result.json").write_text("")
-  with pytest.raises(ValueError, match=r"b/0/result\.json is damaged"):
-    study.study_lib.report(config, cells)
+  for text in ("", "[]", "3"):
+    (workdir / "cells/b/0/result.json").write_text(text)
+    with pytest.raises(ValueError, match=r"b/0/result\.json is damaged"):
+      study.study_lib.report(config, cells)
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,20 @@ def test_a_result_that_was_lost_is_made_again(config_2, phase_2, tmp_path):
   assert again == pytest.approx(before, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+  "changes", [{"step": "a"}, {"images_skipped": []}, {"eval/psnr": "a"}, None]
+)
+def test_a_result_with_other_types_is_named(
+  changes, config_2, phase_2, tmp_path
+):
+  shutil.copytree(phase_2, tmp_path / "run")
+  file = tmp_path / "run" / "result.json"
+  found = changes and json.loads(file.read_text()) | changes
+  file.write_text(json.dumps(found))
+  with pytest.raises(ValueError, match=r"result\.json is damaged: .*; remove"):
+    _run(config_2, tmp_path / "run")
+
+
 def test_the_change_of_the_latents_is_left_out_where_its_origin_is_gone(
   tiny_config, phase_1, tmp_path, caplog
 ):
@@ -669,7 +683,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_a_run_at_once(
   )  # fmt: skip
   assert ended.returncode == 2 and time.monotonic() - begun < 120
   last = ended.stderr.splitlines()[-1]
-  assert last.startswith("error: writing a checkpoint of step 20 failed: File")
+  assert last.startswith("error: writing a checkpoint failed: File too large")
   assert "Traceback" not in ended.stderr
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import dcae_jax
 from configs import base, quickstart
 from dcae_jax.setup import floor
-from dcae_jax.tasks import report, train_phases
+from dcae_jax.tasks import plan, report, train_phases
 from dcae_jax.training import loop
 
 
@@ -190,6 +190,108 @@ def test_sigterm_between_phases_starts_no_other(tmp_path, monkeypatch):
   sigterm = loop.Sigterm()  # of whoever runs all of them
   assert not train_phases.run(config, epath.Path(tmp_path / "run"), sigterm)
   assert sigterm.received
+
+
+@pytest.fixture(scope="module")
+def tiny_phases(tiny_config, compilation_cache):
+  """A function: the config of three phases of a step each, and their report."""
+
+  def create():
+    c = base.three_phases("f32c32")
+    for number in (1, 2, 3):
+      c[f"phase{number}"] = tiny_config(number, steps=1)
+    c.report.source = c.phase1.evaluation.source
+    c.report.resolutions, c.report.metrics = (32,), ()
+    c.report.max_images, c.report.samples = 1, 1
+    c.report.compilation_cache = compilation_cache
+    return c
+
+  return create
+
+
+@pytest.fixture(scope="module")
+def moved_phases(tiny_phases, tmp_path_factory):
+  """A finished run in `new`, which was `old` before; a link to it is `link`."""
+  root = tmp_path_factory.mktemp("moved")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(root)
+    assert train_phases.run(tiny_phases(), epath.Path("old"))
+  (root / "old").rename(root / "new")
+  (root / "link").symlink_to(root / "new")
+  return root
+
+
+def _check(config, workdir):
+  """As each of the runs does before it writes anything."""
+  config = train_phases.chained(config, workdir)
+  train_phases.start.check_work_directory(config, workdir)
+  for name in ("phase1", "phase2", "phase3"):
+    train_phases.start.check_work_directory(config[name], workdir / name)
+
+
+@pytest.mark.parametrize("place", ["new", "link", "{}/new", "../{}/link"])
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_phases_that_have_moved_or_have_another_name_go_on(
+  place, is_earlier, moved_phases, tiny_phases, tmp_path, monkeypatch
+):
+  shutil.copytree(moved_phases, tmp_path, dirs_exist_ok=True, symlinks=True)
+  (tmp_path / "link").unlink()
+  (tmp_path / "link").symlink_to("new")
+  monkeypatch.chdir(tmp_path)
+  if is_earlier:  # as it was written before paths were absolute
+    for file in tmp_path.glob("new/**/config.json"):
+      text = file.read_text().replace(f"{moved_phases}/old/", "quick/old/")
+      found = json.loads(text)
+      found.pop("workdir", None)
+      file.write_text(json.dumps(found))
+  place = place.replace("../{}", f"../{tmp_path.name}")
+  workdir = epath.Path(place.replace("{}", str(tmp_path)))
+  _check(tiny_phases(), workdir)
+  other = tiny_phases()
+  other.phase1.seed = 1
+  with pytest.raises(ValueError, match=r"phase1\.seed: 0 there, 1 now"):
+    _check(other, workdir)
+
+
+def test_moved_phases_are_trained_further_loaded_and_planned(
+  moved_phases, tiny_phases, tmp_path, monkeypatch
+):
+  shutil.copytree(moved_phases / "new", tmp_path / "runs" / "copy")
+  monkeypatch.chdir(tmp_path / "runs")
+  config = tiny_phases()
+  config.phase2.steps = 2
+  assert train_phases.run(config, epath.Path("copy"))
+  monkeypatch.chdir(tmp_path)
+  for name, steps in (("phase1", 1), ("phase2", 2), ("phase3", 1)):
+    run = f"runs/copy/{name}"
+    assert (
+      json.loads((tmp_path / run / "result.json").read_text())["step"] == steps
+    )
+    assert dcae_jax.load(run).variant == "tiny-f2"
+    assert plan.load(run, {})[""].steps == steps
+  planned = plan.load("runs/copy", {})
+  before = str(tmp_path / "runs/copy/phase1")
+  assert planned[" phase 2"].init_from == before
+  (tmp_path / "runs").rename(tmp_path / "elsewhere")
+  planned = plan.load("elsewhere/copy", {})
+  assert planned[" phase 2"].init_from == before.replace(
+    "/runs/", "/elsewhere/"
+  )
+
+
+def test_another_predecessor_is_still_another_config(
+  moved_phases, tiny_config, tmp_path
+):
+  """Though it lies where the one before lay, as seen from elsewhere."""
+  for name in ("a", "b"):
+    shutil.copytree(moved_phases / "new/phase1", tmp_path / name / "phase1")
+  config = tiny_config(2, init_from=str(tmp_path / "a/phase1"))
+  config = train_phases.models.with_model(config)
+  workdir = epath.Path(tmp_path / "b/phase2")
+  train_phases.start.write_config(config, workdir)
+  config.init_from = str(tmp_path / "b/phase1")
+  with pytest.raises(ValueError, match=r"another config \(init_from"):
+    train_phases.start.check_work_directory(config, workdir)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 Pictures are copied, so that the report can be moved and opened anywhere.
 """
 
-import json
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,10 @@ from dcae_jax import errors
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import comparison, figures
 from dcae_jax.evaluation.report import page as html_page
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, places, work_directory
 
 CURVES = "loss_curves.png"
+_RESULT = {"name": str, "autoencoder": {"init_from": str}, "resolutions": dict}
 _LOSSES = (
   "train/loss/l1", "train/loss/lpips", "train/loss/generator",
   "train/loss/discriminator",
@@ -93,7 +94,8 @@ def _write_curves(report: epath.Path, runs: Sequence[Run]) -> str:
   lines = {}
   for run in runs:
     init_from = run.result["autoencoder"]["init_from"]
-    file = epath.Path(init_from).expanduser() / "metrics.jsonl"
+    path = places.found(init_from, os.fspath(run.directory))
+    file = epath.Path(path).expanduser() / "metrics.jsonl"
     if init_from and file.exists():
       lines[run.name] = metrics_writer.read_lines(file)
   if not lines:
@@ -124,7 +126,8 @@ def read(directories: Sequence[epath.Path]) -> list[Run]:
   """Finished evaluations, with names that tell them apart."""
   runs = []
   for i, directory in enumerate(directories):
-    result = json.loads((directory / "result.json").read_text())
+    path = directory / "result.json"
+    result = work_directory.read_result(path, _RESULT)
     name, taken = result["name"], {run.name for run in runs}
     if name in taken:
       name = f"{name} ({i + 1})"
