@@ -16,7 +16,7 @@ from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.latents import encode, layout, reader
-from dcae_jax.runs import differences, metrics_writer
+from dcae_jax.runs import differences, metrics_writer, regular_files
 
 _FILE = "latents.json"
 # With other values of these, latents have another meaning,
@@ -96,7 +96,7 @@ def read_description(run: str) -> dict[str, Any]:
   Raises:
     UserError: it is not there, or damaged.
   """
-  path = epath.Path(run).expanduser() / _FILE
+  path = regular_files.checked(epath.Path(run).expanduser() / _FILE)
   try:
     described = json.loads(path.read_bytes())
     _parts(_SAME, described)

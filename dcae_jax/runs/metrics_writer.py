@@ -15,6 +15,8 @@ import tensorboardX
 from etils import epath
 from PIL import Image, PngImagePlugin
 
+from dcae_jax.runs import regular_files
+
 _SPEED = "train/steps_per_second"
 _RATES = (
   _SPEED, "train/images_per_second", "train/model_flops_utilization",
@@ -78,7 +80,8 @@ def read_lines(path: epath.Path) -> list[dict[str, float]]:
   if not path.exists():
     return []
   lines = []
-  for text in path.read_bytes().decode(errors="replace").splitlines():
+  data = regular_files.checked(path).read_bytes()
+  for text in data.decode(errors="replace").splitlines():
     try:
       line = json.loads(text)
     except json.JSONDecodeError:  # cut off by a kill
@@ -157,7 +160,9 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 def read_png(path: epath.Path) -> np.ndarray:
   """Inverse of `write_png`."""
-  with Image.open(io.BytesIO(path.read_bytes())) as image:
+  with Image.open(
+    io.BytesIO(regular_files.checked(path).read_bytes())
+  ) as image:
     pixels = np.asarray(image)
   return pixels if pixels.ndim == 3 else pixels[..., None]
 

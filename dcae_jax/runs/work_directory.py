@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from dcae_jax import errors
+from dcae_jax.runs import regular_files
 
 
 def is_run(path: str) -> bool:
@@ -18,7 +19,9 @@ def is_run(path: str) -> bool:
   if not path or (":/" in path and not path.startswith("gs://")):
     return False
   config = epath.Path(os.path.expanduser(path)) / "config.json"
-  return config.is_file() and b'"task"' in config.read_bytes()
+  return (
+    config.is_file() and b'"task"' in regular_files.checked(config).read_bytes()
+  )
 
 
 def read_run_config(
@@ -60,6 +63,7 @@ def read_run_config(
 
 def read_config(path: epath.Path) -> dict[str, Any]:
   """The contents of a `config.json`; raises UserError if it is damaged."""
+  regular_files.checked(path)
   try:
     config = json.loads(path.read_bytes())
   except ValueError as error:

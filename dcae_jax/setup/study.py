@@ -17,7 +17,12 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.evaluation.report import study_report
-from dcae_jax.runs import differences, metrics_writer, work_directory
+from dcae_jax.runs import (
+  differences,
+  metrics_writer,
+  regular_files,
+  work_directory,
+)
 from dcae_jax.setup import autoencoder_training, keys, models
 
 TASKS = (
@@ -61,7 +66,7 @@ class Cell:
     path = self.workdir / _RECORD
     if path.exists():
       with contextlib.suppress(ValueError):  # damaged, it says nothing
-        return json.loads(path.read_text())
+        return json.loads(regular_files.checked(path).read_text())
     return {}
 
   def check_goes_on(self) -> None:
@@ -303,7 +308,7 @@ def _result(workdir: epath.Path) -> dict[str, float]:
   """The numbers of `result.json`, by path."""
   path = workdir / "result.json"
   try:
-    result = json.loads(path.read_text())
+    result = json.loads(regular_files.checked(path).read_text())
   except ValueError as error:
     raise errors.UserError(
       f"{path} is damaged ({error}); delete {workdir} and run again"

@@ -16,7 +16,7 @@ from dcae_jax import errors
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import comparison, figures
 from dcae_jax.evaluation.report import page as html_page
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, regular_files
 
 CURVES = "loss_curves.png"
 _LOSSES = (
@@ -124,7 +124,8 @@ def read(directories: Sequence[epath.Path]) -> list[Run]:
   """Finished evaluations, with names that tell them apart."""
   runs = []
   for i, directory in enumerate(directories):
-    result = json.loads((directory / "result.json").read_text())
+    file = regular_files.checked(directory / "result.json")
+    result = json.loads(file.read_text())
     name, taken = result["name"], {run.name for run in runs}
     if name in taken:
       name = f"{name} ({i + 1})"
