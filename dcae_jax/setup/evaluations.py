@@ -20,7 +20,12 @@ from dcae_jax.data import images, sources
 from dcae_jax.evaluation import fid, reconstruction
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import figures
-from dcae_jax.runs import metrics_writer, progress_lines, versions
+from dcae_jax.runs import (
+  metrics_writer,
+  plain_text,
+  progress_lines,
+  versions,
+)
 from dcae_jax.setup import (
   image_sources,
   keys,
@@ -159,8 +164,7 @@ def _image_table(
 
     def add(rows):
       for row in rows:
-        name = inputs.source.name(row["index"])
-        name = name.encode("utf-8", "backslashreplace").decode()
+        name = plain_text.escaped(inputs.source.name(row["index"]))
         values = [row[column] for column in columns]
         writer.writerow((row["index"], name, *values))
 
