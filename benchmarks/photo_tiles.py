@@ -20,6 +20,7 @@ from PIL import Image
 
 from dcae_jax import errors
 from dcae_jax.data import decoding, sources
+from dcae_jax.runs import plain_text
 
 HELD_OUT = 0.1  # of the photographs, as in configs/base.py
 LEAST_TEXTURE = 12.0  # standard deviation of the luma, of 255
@@ -79,7 +80,8 @@ def cut(photos: str, output: pathlib.Path, side: int, most: int) -> list[tuple]:
     rows = sorted(row.result() for row in rows)
   with (output / "split.csv").open("w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerows([("photograph", "part", "tiles"), *rows])
+    writer.writerow(("photograph", "part", "tiles"))
+    writer.writerows((plain_text.escaped(key), *rest) for key, *rest in rows)
   return rows
 
 

@@ -24,6 +24,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from dcae_jax import errors
+from dcae_jax.runs import plain_text
 
 TASKS = (
   "train_autoencoder", "train_phases", "report", "reconstruct",
@@ -97,7 +98,9 @@ def _leave(status: int) -> NoReturn:
 
 
 def _run(config, workdir: str | None) -> None:
-  logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+  handler = logging.StreamHandler()
+  handler.setFormatter(_Formatter())
+  logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
   logging.getLogger("dcae_jax").setLevel(logging.INFO)
   # What fails in other packages' threads and callbacks fails the run, too,
   # which says it in one line.
@@ -191,8 +194,16 @@ def _is_tpu_host() -> bool:
   return (jax.config.jax_platforms or "").split(",")[0] == "tpu"
 
 
+class _Formatter(logging.Formatter):
+  """Messages alone; names in them do nothing to a terminal."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    return plain_text.escaped(super().format(record), kept="\n\t")
+
+
 def _fail(message: str) -> int:
-  print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+  line = plain_text.escaped(" ".join(message.split()))
+  print(f"error: {line}", file=sys.stderr, flush=True)
   return 2
 
 

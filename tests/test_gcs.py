@@ -95,3 +95,32 @@ def test_a_run_lives_in_a_bucket(
   shown = {name[:7] for name in found["pictures"] if name[0] == "0"}
   assert len(shown) <= 3  # the first, the worst and the best
   assert found["page"].count("<figure>") == 3
+
+
+def test_tfds_datasets_are_checked_in_a_bucket(emulator):
+  code = (
+    "import json, sys\n"
+    "import tensorflow_datasets as tfds\n"
+    "from etils import epath\n"
+    "from dcae_jax.data import sources\n"
+    "root = epath.Path(sys.argv[1])\n"
+    "split = {'name': 'train', 'shardLengths': ['7'], 'filepathTemplate':\n"
+    "  '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'}\n"
+    "info = {'name': 'one', 'version': '1.0.0', 'splits': [split],\n"
+    "  'fileFormat': 'array_record'}\n"
+    "(root / 'one/1.0.0/dataset_info.json').write_text(json.dumps(info))\n"
+    "features = tfds.features.FeaturesDict({'image': tfds.features.Image()})\n"
+    "features.save_config(str(root / 'one/1.0.0'))\n"
+    "print(len(sources.TensorFlowDataset('one', 'train', str(root))))\n"
+    "file = root / 'one/1.0.0/features.json'\n"
+    "text = file.read_text().replace('tensorflow_datasets', 'elsewhere')\n"
+    "file.write_text(text)\n"
+    "try:\n"
+    "  sources.TensorFlowDataset('one', 'train', str(root))\n"
+    "except ValueError as error:\n"
+    "  print(error)\n"
+  )
+  root = emulator.create("dcae-tfds")
+  first, second = _python(emulator.environment, "-c", code, root).splitlines()
+  assert first == "7"
+  assert "elsewhere.core" in second and "code that data name" in second

@@ -1,5 +1,6 @@
 """Which processes belong together: SLURM steps are found, others are named."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -103,3 +104,13 @@ def test_mistakes_of_users_have_a_line_and_bugs_a_traceback(
     return
   assert main.main(["main"]) == status
   assert capsys.readouterr().err.startswith(f"error: {raised}")
+
+
+def test_names_do_nothing_to_the_terminal(capsys):
+  assert main._fail("there is no a\x1b]0;title\x07\x9b2J\n b") == 2
+  line = r"error: there is no a\x1b]0;title\x07\x9b2J b"
+  assert capsys.readouterr().err == f"{line}\n"
+  record = logging.LogRecord(
+    "dcae_jax", logging.INFO, "", 0, "| a |\n|\t%s |", ("\x1b[8m\r",), None
+  )
+  assert main._Formatter().format(record) == "| a |\n|\t\\x1b[8m\\r |"

@@ -13,7 +13,7 @@ import scipy.linalg
 from etils import epath
 
 from dcae_jax import errors
-from dcae_jax.runs import metrics_writer
+from dcae_jax.runs import metrics_writer, regular_files
 
 # Of Inception's 2048 features; a covariance of fewer images is of low rank, and
 # the distance far too large.
@@ -108,7 +108,7 @@ def load_statistics(path: epath.PathLike, dimensions: int) -> Statistics:
   if not file.is_file():
     raise errors.UserError(f"{what} there is no file {path}")
   try:
-    data = file.read_bytes()
+    data = regular_files.checked(file).read_bytes()
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
       mean, covariance = (
         np.asarray(archive[name], np.float64) for name in ("mu", "sigma")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from dcae_jax import errors
+from dcae_jax.runs import regular_files
 
 
 class Prompt(NamedTuple):
@@ -34,7 +35,7 @@ def read(path: str | os.PathLike) -> list[Prompt]:
   """
   file = epath.Path(path).expanduser()
   try:
-    data = file.read_bytes().decode("utf-8-sig")
+    data = regular_files.checked(file).read_bytes().decode("utf-8-sig")
   except (OSError, UnicodeDecodeError) as error:
     raise errors.UserError(
       f"prompts of {path} cannot be read: {error}"

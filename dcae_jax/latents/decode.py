@@ -20,6 +20,7 @@ from dcae_jax.runs import (
   json_types,
   metrics_writer,
   places,
+  regular_files,
 )
 
 _FILE = "latents.json"
@@ -110,9 +111,8 @@ def read_description(run: str) -> dict[str, Any]:
   advice = "bring it back, or start that run of train_diffusion again"
   if not path.exists():
     raise errors.UserError(f"{run} has no {_FILE}; {advice}")
-  described = json_types.parsed(
-    os.fspath(path), path.read_bytes(), _TYPES, advice
-  )
+  data = regular_files.checked(path).read_bytes()
+  described = json_types.parsed(os.fspath(path), data, _TYPES, advice)
   made_with = described["autoencoder"]
   made_with["init_from"] = places.found(made_with["init_from"], run)
   return described

@@ -20,7 +20,7 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from dcae_jax import errors
-from dcae_jax.runs import json_types
+from dcae_jax.runs import json_types, regular_files
 
 _LOG = logging.getLogger(__name__)
 _SECONDS_BETWEEN_FLUSHES = 120  # of events: in a bucket all of them are written
@@ -150,7 +150,8 @@ def read_lines(path: epath.Path) -> list[dict[str, float]]:
   if not path.exists():
     return []
   lines = []
-  texts = path.read_bytes().decode(errors="replace").splitlines()
+  data = regular_files.checked(path).read_bytes()
+  texts = data.decode(errors="replace").splitlines()
   for number, text in enumerate(texts, 1):
     try:
       line = json.loads(text)
@@ -230,7 +231,9 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 def read_png(path: epath.Path) -> np.ndarray:
   """Inverse of `write_png`."""
-  with Image.open(io.BytesIO(path.read_bytes())) as image:
+  with Image.open(
+    io.BytesIO(regular_files.checked(path).read_bytes())
+  ) as image:
     pixels = np.asarray(image)
   return pixels if pixels.ndim == 3 else pixels[..., None]
 

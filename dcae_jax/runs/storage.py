@@ -18,6 +18,7 @@ import numpy as np
 import tensorstore as ts
 
 from dcae_jax import errors
+from dcae_jax.runs import regular_files
 
 RETRIES = 10  # of a request: about two minutes
 
@@ -26,7 +27,8 @@ class Storage:
   """Objects below one local or `gs://` path, by key.
 
   Everything raises OSError for what storage refuses: no such bucket, no
-  permission, no space, no connection after all retries.
+  permission, no space, no connection after all retries. What is read raises
+  UserError if it is a pipe or a device.
   """
 
   def __init__(
@@ -70,12 +72,17 @@ class Storage:
       ).result()
     return self._opened
 
+  def _check(self, keys: list[str]) -> None:
+    for key in () if self._is_remote else keys:
+      regular_files.checked(os.path.join(self.path, key))
+
   def read(self, key: str) -> bytes | None:
     """An object; None where there is none."""
     return self.read_version(key)[0]
 
   def read_version(self, key: str) -> tuple[bytes | None, bytes]:
     """An object, or None, and its generation: what `replace` asks for."""
+    self._check([key])
     with self.errors():
       entry = self._objects().read(key).result()
     data = entry.value if entry.state == "value" else None
@@ -112,6 +119,7 @@ class Storage:
 
   def read_all(self, keys: list[str]) -> list[bytes]:
     """Many at once; FileNotFoundError where one is missing."""
+    self._check(keys)
     with self.errors():
       futures = [self._objects().read(key) for key in keys]
       entries = [future.result() for future in futures]
@@ -177,6 +185,7 @@ class Storage:
       spec["metadata"] = metadata
     else:
       spec["fill_missing_data_reads"] = False
+    self._check([f"{name}/zarr.json"])
     with self.errors():
       return ts.open(
         spec, context=self._context, open=True, create=metadata is not None

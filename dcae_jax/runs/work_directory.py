@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from dcae_jax import errors
-from dcae_jax.runs import json_types, places
+from dcae_jax.runs import json_types, places, regular_files
 
 WRITTEN_IN = "workdir"  # a key of config.json
 _TRAINING = {"steps": int, "evaluation?": dict}
@@ -38,7 +38,9 @@ def is_run(path: str) -> bool:
   if not path or (":/" in path and not path.startswith("gs://")):
     return False
   config = epath.Path(os.path.expanduser(path)) / "config.json"
-  return config.is_file() and b'"task"' in config.read_bytes()
+  return (
+    config.is_file() and b'"task"' in regular_files.checked(config).read_bytes()
+  )
 
 
 def read_run_config(
@@ -97,7 +99,7 @@ def read_config_as_now(path: epath.Path, now: dict[str, Any]) -> dict[str, Any]:
 def _read(path: epath.Path) -> tuple[dict[str, Any], str]:
   """The config, and the work directory that it was written in, or ""."""
   name, advice = os.fspath(path), "bring it back, or choose another directory"
-  data = path.read_bytes()
+  data = regular_files.checked(path).read_bytes()
   config = json_types.parsed(name, data, {"task": str}, advice)
   types = _TYPES.get(config["task"], {}) | {f"{WRITTEN_IN}?": str}
   json_types.check(name, config, types, advice)
@@ -107,7 +109,8 @@ def _read(path: epath.Path) -> tuple[dict[str, Any], str]:
 def read_result(path: epath.Path, types: dict[str, Any]) -> dict[str, Any]:
   """The contents of a `result.json`; UserError for what has other types."""
   advice = "remove it, and run again what wrote it"
-  return json_types.parsed(os.fspath(path), path.read_bytes(), types, advice)
+  data = regular_files.checked(path).read_bytes()
+  return json_types.parsed(os.fspath(path), data, types, advice)
 
 
 def check_nothing_foreign(workdir: epath.Path, names: tuple[str, ...]) -> None:

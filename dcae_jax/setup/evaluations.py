@@ -22,6 +22,7 @@ from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import figures
 from dcae_jax.runs import (
   metrics_writer,
+  plain_text,
   progress_lines,
   versions,
   work_directory,
@@ -164,8 +165,7 @@ def _image_table(
 
     def add(rows):
       for row in rows:
-        name = inputs.source.name(row["index"])
-        name = name.encode("utf-8", "backslashreplace").decode()
+        name = plain_text.escaped(inputs.source.name(row["index"]))
         values = [row[column] for column in columns]
         writer.writerow((row["index"], name, *values))
 

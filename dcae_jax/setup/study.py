@@ -22,6 +22,7 @@ from dcae_jax.runs import (
   differences,
   metrics_writer,
   places,
+  regular_files,
   work_directory,
 )
 from dcae_jax.setup import autoencoder_training, keys, models
@@ -67,7 +68,7 @@ class Cell:
     path = self.workdir / _RECORD
     if path.exists():
       with contextlib.suppress(ValueError):  # damaged, it says nothing
-        return json.loads(path.read_text())
+        return json.loads(regular_files.checked(path).read_text())
     return {}
 
   def check_goes_on(self) -> None:

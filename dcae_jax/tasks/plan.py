@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.runs import metrics_writer, work_directory
+from dcae_jax.runs import metrics_writer, plain_text, work_directory
 from dcae_jax.setup import (
   autoencoder_training,
   denoising,
@@ -138,7 +138,7 @@ def _jobs(
           if batch is not None:
             set_batch_size(planned, batch, len(devices))
           training = build(planned, devices)
-          label = f"{pathlib.Path(name).stem}{part}"
+          label = plain_text.markdown(f"{pathlib.Path(name).stem}{part}")
           yield label, topology.strip(), training
 
 

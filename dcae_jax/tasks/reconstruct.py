@@ -16,7 +16,7 @@ from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.data import decoding, images, sources
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.evaluation.report import figures
-from dcae_jax.runs import metrics_writer, work_directory
+from dcae_jax.runs import metrics_writer, plain_text, work_directory
 from dcae_jax.setup import keys, start
 
 _LOG = logging.getLogger(__name__)
@@ -112,11 +112,6 @@ def _file_names(paths: list[str]) -> list[str]:
   return list(names.values())
 
 
-def _cell(text: str) -> str:
-  """For a table in Markdown."""
-  return " ".join(text.split()).replace("|", "\\|")
-
-
 def _write(
   workdir: epath.Path,
   init_from: str,
@@ -127,15 +122,18 @@ def _write(
   mean = float(np.mean([row["psnr"] for row in rows]))
   lines = ["| picture | size | PSNR | side by side |", "| --- " * 4 + "|"]
   lines += [
-    f"| {_cell(row['image'])} | {row['width']} x {row['height']} "
-    f"| {row['psnr']:.2f} dB | {_cell(row['file'])} |"
+    f"| {plain_text.markdown(row['image'])} | {row['width']} x {row['height']} "
+    f"| {row['psnr']:.2f} dB | {plain_text.markdown(row['file'])} |"
     for row in rows
   ]
   table = "\n".join([*lines, f"| mean of {len(rows)} | | {mean:.2f} dB | |"])
-  missing = "".join(f"\n- skipped {reason}" for reason in skipped)
+  missing = "".join(
+    f"\n- skipped {plain_text.markdown(reason)}" for reason in skipped
+  )
+  weights = plain_text.markdown(init_from)
   metrics_writer.write_whole(
     workdir / "summary.md",
-    f"# Reconstructions by {variant}\n\nWeights: {init_from}\n\n{table}\n"
+    f"# Reconstructions by {variant}\n\nWeights: {weights}\n\n{table}\n"
     f"{missing}\n",
   )
   result = {"psnr": mean, "pictures": rows, "skipped": skipped}

@@ -22,7 +22,7 @@ from dcae_jax.evaluation.report import (
   page,
   text_table,
 )
-from dcae_jax.runs import metrics_writer, work_directory
+from dcae_jax.runs import metrics_writer, plain_text, work_directory
 from dcae_jax.setup import (
   evaluations,
   floor,
@@ -171,7 +171,10 @@ def _numbers(
 
 
 def _markdown(table: str, contents: page.Contents, shown: int) -> str:
-  notes = "".join(f"{subject} {text}.\n\n" for subject, text in contents.notes)
+  notes = "".join(
+    f"{plain_text.markdown(f'{subject} {text}')}.\n\n"
+    for subject, text in contents.notes
+  )
   pictures = f"![reconstructions]({_PICTURE})\n"
   if contents.curves:
     pictures += f"\n![loss curves]({contents.curves})\n"

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -296,6 +297,154 @@ def test_tfds_datasets_and_splits_that_do_not_exist_are_refused(
     sources.TensorFlowDataset("tiny", "test", tfds_directory)
   with pytest.raises(ValueError, match="no TFDS dataset 'unheard_of'"):
     sources.TensorFlowDataset("unheard_of", "train", tfds_directory)
+
+
+def _copied(tfds_directory, root):
+  """A copy of the tiny dataset; its directory of the version."""
+  shutil.copytree(f"{tfds_directory}/tiny", root / "tiny")
+  return root / "tiny" / "1.0.0"
+
+
+_FOREIGN = "not_of_tfds.Code"
+_TFDS = "tensorflow_datasets.core.features"
+_DICT = f"{_TFDS}.features_dict.FeaturesDict"
+
+
+_IN_PROTOCOL_BUFFERS = [
+  {"pythonClassName": _FOREIGN, "image": {}},
+  {"python_class_name": _FOREIGN, "image": {}},
+  {
+    "pythonClassName": f"{_TFDS}.sequence_feature.Sequence",
+    "sequence": {"feature": {"pythonClassName": _FOREIGN}},
+  },
+  {
+    "pythonClassName": _DICT,
+    "jsonFeature": {
+      "json": json.dumps({"image": {"type": _FOREIGN, "content": {}}})
+    },
+  },
+]
+_IN_JSON = [
+  {"type": _FOREIGN, "content": {}},
+  {"type": _DICT, "content": {"image": {"type": _FOREIGN, "content": {}}}},
+]
+
+
+@pytest.mark.parametrize(
+  ("described", "file"),
+  [(x, "features.json") for x in _IN_PROTOCOL_BUFFERS + _IN_JSON]
+  + [(x, "dataset_info.json") for x in _IN_PROTOCOL_BUFFERS],
+)
+def test_tfds_runs_no_code_that_a_dataset_names(
+  described, file, tfds_directory, tmp_path, monkeypatch
+):
+  directory = _copied(tfds_directory, tmp_path)
+  if file == "dataset_info.json":
+    info = json.loads((directory / file).read_text())
+    described = info | {"features": described}
+  (directory / file).write_text(json.dumps(described))
+  ran = tmp_path / "ran"
+  (tmp_path / "not_of_tfds.py").write_text(f"open({str(ran)!r}, 'w')")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(ValueError, match=r"class 'not_of_tfds\.Code'"):
+    sources.TensorFlowDataset("tiny:1.0.0", "train", str(tmp_path))
+  assert not ran.exists()
+
+
+def test_tfds_knows_all_features_of_its_own(tfds_directory, tmp_path):
+  directory = _copied(tfds_directory, tmp_path)
+  some = {
+    "image": tfds.features.Image(encoding_format="png"),
+    "box": tfds.features.BBoxFeature(),
+    "labelled": tfds.features.LabeledImage(labels=2, shape=(None, None, 1)),
+    "parts": tfds.features.Sequence({"text": tfds.features.Text()}),
+    "number": np.float32,
+    "texts": tfds.features.Translation(languages=["de", "en"]),
+  }
+  tfds.features.FeaturesDict(some).save_config(str(directory))
+  assert sources.TensorFlowDataset("tiny", "train", str(tmp_path)).classes == []
+
+
+def test_tfds_takes_the_config_and_version_of_a_name(tfds_directory, tmp_path):
+  for version in ("1.0.0", "1.2.0", "1.10.0", "2.0.0"):
+    directory = tmp_path / "tiny" / "big" / version
+    shutil.copytree(f"{tfds_directory}/tiny/1.0.0", directory)
+    info = json.loads((directory / "dataset_info.json").read_text())
+    info |= {"version": version, "configName": "big"}
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+  (tmp_path / "tiny" / "2.0.0.incomplete").mkdir()
+
+  def shown(name):
+    source = sources.TensorFlowDataset(name, "train", str(tmp_path))
+    return source._builder.info.full_name
+
+  with pytest.raises(ValueError, match=r"no TFDS dataset 'tiny' in.*are.* big"):
+    shown("tiny")
+  assert shown("tiny/big") == "tiny/big/2.0.0"
+  assert shown("tiny/big:1.*.*") == "tiny/big/1.10.0"
+  assert shown("Tiny/big:1.2.0") == "tiny/big/1.2.0"
+  (tmp_path / "tiny" / ".config").mkdir()
+  noted = tmp_path / "tiny" / ".config" / "metadata.json"
+  noted.write_text('{"default_config_name": "big"}')
+  assert shown("tiny") == "tiny/big/2.0.0"
+  _copied(tfds_directory, tmp_path / "old")
+  shutil.move(tmp_path / "old" / "tiny" / "1.0.0", tmp_path / "tiny")
+  assert shown("tiny:1.2.0") == "tiny/big/1.2.0"
+  with pytest.raises(ValueError, match=r"no TFDS dataset 'tiny:3\.0\.0'"):
+    shown("tiny:3.0.0")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "", "../tiny", "tiny/..", "tiny/..:1.0.0", "tiny/.", "a/b/c", "/tiny",
+    "tests.data.test_sources", "tiny.py", "tiny:1", "kaggle:tiny",
+    "huggingface:tiny", "tiny/option=1", "tiny\0",
+  ],
+)  # fmt: skip
+def test_names_that_are_none_of_tfds_are_refused_in_one_line(
+  name, tfds_directory
+):
+  with pytest.raises(ValueError, match="is no name of a TFDS dataset") as found:
+    sources.TensorFlowDataset(name, "train", tfds_directory)
+  assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 10**5, "{}"])
+def test_damaged_descriptions_of_tfds_are_refused_in_one_line(
+  file, text, tfds_directory, tmp_path
+):
+  directory = _copied(tfds_directory, tmp_path)
+  (directory / file).write_text(text)
+  with pytest.raises(ValueError, match="is damaged") as found:
+    sources.TensorFlowDataset("tiny", "train", str(tmp_path))
+  assert "\n" not in str(found.value)
+  (directory / file).unlink()
+  with pytest.raises(ValueError, match=f"has no {file}"):
+    sources.TensorFlowDataset("tiny", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  "name", ["label.labels.txt", "features.json", "../.config/metadata.json"]
+)
+def test_pipes_of_a_tfds_dataset_are_not_waited_for(
+  name, tfds_directory, tmp_path
+):
+  file = _copied(tfds_directory, tmp_path) / name
+  file.unlink(missing_ok=True)
+  file.parent.mkdir(exist_ok=True)
+  os.mkfifo(file)
+  with pytest.raises((ValueError, OSError), match="no regular file") as found:
+    sources.TensorFlowDataset("tiny", "train", str(tmp_path))
+  assert file.name in str(found.value)
+
+
+def test_tfds_without_random_access_is_refused(tfds_directory, tmp_path):
+  file = _copied(tfds_directory, tmp_path) / "dataset_info.json"
+  file.write_text(file.read_text().replace("array_record", "tfrecord"))
+  with pytest.raises(ValueError, match='file_format="array_record"'):
+    sources.TensorFlowDataset("tiny", "train", str(tmp_path))
 
 
 def test_names_labels_and_sizes_make_the_fingerprint():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcae_jax.evaluation.report import study_report
+from dcae_jax.evaluation.report import figures, study_report
 
 _PATH, _FLOOR = "eval/64px/psnr", "floor/64px/psnr"
 
@@ -139,3 +139,16 @@ def test_numbers_that_are_the_same_with_each_seed_are_drawn():
   for result in study.arms["a"].results.values():
     result[_FLOOR] = 0.1  # of which the mean of three is more
   assert study_report.write_figure(study)
+
+
+def test_names_of_arms_are_shown_as_they_are():
+  arms = {"a|`\x1b": _study().arms["a"]._replace(changes={"x": "`\x1b|"})}
+  study = _study(arms=arms, published={}, title="<b>\x1b")
+  text = study_report.markdown(study)
+  assert "\x1b" not in text
+  assert r"# \<b\>\\x1b" in text and r"| a\|\`\\x1b |" in text
+  assert r'- a\|\`\\x1b: `{"x": "\u0060\u001b|"}`' in text
+  assert study_report.write_figure(study)  # without a warning of glyphs
+  assert figures.curves({"a\x1b": {"b\x1b": [(0, 1), (1, 2)]}}, "step")
+  page = study_report.write_page(study)
+  assert "\x1b" not in page and r"&lt;b&gt;\x1b" in page

@@ -55,9 +55,8 @@ def pictures(tmp_path_factory):
   """Eleven images and two that cannot be read."""
   root = tmp_path_factory.mktemp("pictures")
   for i in range(11):
-    Image.fromarray(smooth_image(i, 40 + 5 * i, 90 - 4 * i)).save(
-      root / f"{i:02d}.png"
-    )
+    name = f"{i:02d}.png" if i < 10 else "9\x1b.png"
+    Image.fromarray(smooth_image(i, 40 + 5 * i, 90 - 4 * i)).save(root / name)
   (root / "03_broken.jpg").write_bytes(b"no picture")
   (root / "99_broken.png").write_bytes(b"")
   return root
@@ -185,7 +184,7 @@ def test_result_holds_the_row_of_the_papers_table(
   with (workdir / f"images_{RESOLUTION}px.csv").open() as file:
     rows = list(csv.DictReader(file))
   assert [pathlib.Path(row["name"]).name for row in rows] == sorted(
-    file.name for file in pictures.glob("??.png")
+    file.name.replace("\x1b", "\\x1b") for file in pictures.glob("??.png")
   )
   for name, values in expected.items():
     found = [float(row[name]) for row in rows]

@@ -37,7 +37,7 @@ def pictures(tmp_path_factory):
   alpha = Image.fromarray(smooth_image(2, 33, 33)).convert("RGBA")
   alpha.putalpha(Image.new("L", alpha.size, 0))
   alpha.save(root / "b.png")
-  (root / "c.jpg").write_bytes(b"no picture")
+  (root / "c\x1b[2J|_c.jpg").write_bytes(b"no picture")
   return root
 
 
@@ -52,7 +52,8 @@ def test_pictures_are_written_side_by_side_with_their_psnr(
     f"--workdir={tmp_path / 'out'}",
   )
   assert found.returncode == 0, found.stderr
-  assert "skipped" in found.stderr and "c.jpg" in found.stderr
+  assert "skipped" in found.stderr and r"c\x1b[2J|_c.jpg" in found.stderr
+  assert "\x1b" not in found.stderr
   result = json.loads((tmp_path / "out" / "result.json").read_text())
   rows = {row["image"].removeprefix(f"{pictures}/"): row for row in (
     result["pictures"]
@@ -60,6 +61,7 @@ def test_pictures_are_written_side_by_side_with_their_psnr(
   assert list(rows) == ["a.png", "b.png", "more/a.png"]
   assert len(result["skipped"]) == 1
   summary = (tmp_path / "out" / "summary.md").read_text()
+  assert r"c\\x1b\[2J\|\_c.jpg" in summary and "\x1b" not in summary
   for row in rows.values():
     assert f"{row['psnr']:.2f} dB" in summary
     assert (tmp_path / "out" / row["file"]).exists()
@@ -213,7 +215,7 @@ def test_tiles_are_used(weights_folder, pictures, tmp_path, monkeypatch):
 
 
 def test_only_damaged_pictures_are_an_error(weights_folder, pictures, tmp_path):
-  config = _config(weights_folder, pictures / "c.jpg")
+  config = _config(weights_folder, pictures / "c\x1b[2J|_c.jpg")
   with pytest.raises(ValueError, match="none of the 1 images can be used"):
     reconstruct.run(config, epath.Path(tmp_path / "out"))
 

@@ -118,15 +118,16 @@ def test_a_report_without_the_training_images_has_no_floor_and_says_so(
   del config["model"]["scan"]  # of a run from before this key
   (run / "config.json").write_text(json.dumps(config))
   c = base.report()
-  c.runs.one = str(run)
+  c.runs["o|ne\x1b"] = str(run)
   c.source = base.source("embedded", split="validation")
   c.resolutions, c.max_images, c.metrics = (64,), 2, ()
   c.compilation_cache = compilation_cache
   report.run(c, epath.Path(tmp_path / "report"))
   numbers = json.loads((tmp_path / "report" / "report.json").read_text())
-  assert list(numbers) == ["one"]
+  assert list(numbers) == ["o|ne\x1b"]
   text = (tmp_path / "report" / "report.md").read_text()
   assert f"{floor.NAME} is absent: image folder '/not/here'" in text
+  assert r"| o\|ne\\x1b |" in text and "\x1b" not in text
 
 
 def test_a_run_from_before_sources_had_parts_has_its_floor(workdir, tmp_path):

@@ -25,7 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from dcae_jax import errors
-from dcae_jax.runs import work_directory
+from dcae_jax.runs import regular_files, work_directory
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 _RECIPE = (
@@ -56,7 +56,7 @@ def find(
       f"{source!r} is no local path and no hub id; copy released weights to a "
       "local folder first (of gs://, only runs are read)"
     )
-  if path.is_file():
+  if path.exists() and not path.is_dir():
     _refuse_pickle(path)
     files, folder = [path], path.parent
   else:
@@ -68,8 +68,9 @@ def find(
     usual = folder / "diffusion_pytorch_model.safetensors"
     files = [usual] if from_hub and usual.is_file() else _files(folder, source)
   config = folder / "config.json"
-  if not config.is_file():
+  if not config.exists():
     return files, {}
+  regular_files.checked(config)
   try:
     values = json.loads(config.read_bytes())
   except (ValueError, RecursionError) as error:
@@ -117,6 +118,7 @@ def _download(source: str, parts: Sequence[str]) -> pathlib.Path:
 def _files(folder: pathlib.Path, source: str) -> list[pathlib.Path]:
   indices = sorted(folder.glob("*.safetensors.index.json"))
   if len(indices) == 1:
+    regular_files.checked(indices[0])
     try:
       shards = json.loads(indices[0].read_bytes())["weight_map"].values()
       names = sorted(set(shards))
@@ -159,6 +161,7 @@ def _files(folder: pathlib.Path, source: str) -> list[pathlib.Path]:
 
 def _open(file: pathlib.Path):
   # Not through a memory map, whose pages would count as this process's memory.
+  regular_files.checked(file)
   try:
     return safetensors.safe_open(file, framework="numpy", backend="pread")
   except (safetensors.SafetensorError, OSError) as error:

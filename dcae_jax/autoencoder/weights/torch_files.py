@@ -18,6 +18,7 @@ import numpy as np
 
 from dcae_jax import errors
 from dcae_jax.autoencoder.weights import restricted_pickle
+from dcae_jax.runs import regular_files
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -112,7 +113,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """
   path = pathlib.Path(path)
   try:
-    with path.open("rb") as file:
+    with regular_files.checked(path).open("rb") as file:
       return _read(file)
   except Exception as error:  # whatever a damaged or hostile file raises
     reason = str(error).split("\n")[0]

@@ -18,6 +18,7 @@ import safetensors.numpy
 
 from dcae_jax import errors
 from dcae_jax.autoencoder.weights import torch_files
+from dcae_jax.runs import regular_files
 
 
 class Pretrained(NamedTuple):
@@ -53,7 +54,7 @@ def package_directory(name: str) -> pathlib.Path | None:
 def sha256(path: pathlib.Path) -> str:
   """Of a file, in hexadecimal digits; UserError if it cannot be read."""
   try:
-    with path.open("rb") as file:
+    with regular_files.checked(path).open("rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
   except FileNotFoundError:
     raise errors.UserError(f"weights: there is no file {path}") from None

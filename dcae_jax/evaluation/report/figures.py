@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dcae_jax.runs import plain_text
+
 _GAP = 4  # pixels between images
 MOST_CHANNELS = 64  # of latents, in a picture
 
@@ -166,8 +168,9 @@ def curves(
     for name, points in lines.items():
       if points:
         xs, ys = zip(*points, strict=True)
-        panel.plot(xs, ys, label=name, linewidth=1, marker=marker)
-    panel.set_title(title)
+        label = plain_text.escaped(name)  # fonts lack what controls terminals
+        panel.plot(xs, ys, label=label, linewidth=1, marker=marker)
+    panel.set_title(plain_text.escaped(title))
     panel.set_xlabel(x_label)
     panel.grid(alpha=0.3)
     if panel.lines:
@@ -206,7 +209,7 @@ def ranges(
         continue
       xs, means, least, most = np.transpose(line.points)
       style = {
-        "label": name,
+        "label": plain_text.escaped(name),
         "color": line.color or f"C{number % 10}",
         "linestyle": line.style if name else "none",
       }
@@ -219,10 +222,11 @@ def ranges(
         panel.fill_between(
           xs, least, most, color=style["color"], alpha=0.2, linewidth=0
         )
-    panel.set_title(title, fontsize="medium")
+    panel.set_title(plain_text.escaped(title), fontsize="medium")
     panel.set_xlabel(x_label)
     panel.grid(alpha=0.3)
     if ticks:
+      ticks = list(map(plain_text.escaped, ticks))
       turned = max(map(len, ticks)) > 5
       panel.set_xticks(range(len(ticks)), ticks, rotation=30 if turned else 0)
       panel.margins(x=0.1)

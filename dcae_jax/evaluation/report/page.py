@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import comparison
+from dcae_jax.runs import plain_text
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#57534e")
 
@@ -84,14 +85,18 @@ def page(contents: Contents) -> str:
 
 
 def document(title: str, body: Sequence[str], script: str = "") -> str:
-  """A page with parts of HTML, one below the other."""
-  return (
+  """A page with parts of HTML, one below the other.
+
+  Control characters, which names of files may hold, become escapes.
+  """
+  whole = (
     "<!doctype html>\n<html lang=en><meta charset=utf-8>"
     "<meta name=viewport content='width=device-width, initial-scale=1'>"
     f"<title>{html.escape(title)}</title><style>{_STYLE}</style>\n"
     + "\n".join(body)
     + f"\n<script>{script}</script></html>\n"
   )
+  return plain_text.escaped(whole, kept="\n\t")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

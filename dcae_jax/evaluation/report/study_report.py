@@ -16,6 +16,7 @@ import numpy as np
 
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import figures, page, text_table
+from dcae_jax.runs import plain_text
 
 FIGURE, CURVES = "figure.png", "over_steps.png"
 _FLOOR = "block PCA"
@@ -349,7 +350,7 @@ def _conditions(study: Study) -> list[str]:
 def markdown(study: Study) -> str:
   """The contents of `study.md`."""
   parts = [
-    f"# {study.title or 'Study'}",
+    f"# {plain_text.markdown(study.title or 'Study')}",
     " ".join(_conditions(study)),
     text_table.markdown(table(study)),
   ]
@@ -359,12 +360,17 @@ def markdown(study: Study) -> str:
   if study.figure.over_steps:
     parts.append(f"![measures over steps]({CURVES})")
   differing = [
-    f"- {name}: `{json.dumps(arm.changes)}`"
+    f"- {plain_text.markdown(name)}: `{_code(arm.changes)}`"
     for name, arm in study.arms.items()
     if arm.changes
   ]
   parts += ["What differs between arms:", "\n".join(differing)]
   return "\n\n".join(parts) + "\n"
+
+
+def _code(value: Any) -> str:
+  """JSON without the sign that ends code in Markdown."""
+  return json.dumps(value).replace("`", "\\u0060")
 
 
 def write_page(study: Study) -> str:

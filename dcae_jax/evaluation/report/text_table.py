@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 from dcae_jax.evaluation import metrics as metrics_table
+from dcae_jax.runs import plain_text
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
   """The first row is heads, the first column names."""
   columns = []
   for i, cells in enumerate(zip(*rows, strict=True)):
-    cells = [cell.replace("|", "/") for cell in cells]
+    cells = [plain_text.markdown(cell) for cell in cells]
     width = max(map(len, cells))
     rule = "-" * (width - 1) + ":" if i else "-" * width
     cells = [cell.rjust(width) if i else cell.ljust(width) for cell in cells]
