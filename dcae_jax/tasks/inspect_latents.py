@@ -20,12 +20,12 @@ _LOG = logging.getLogger(__name__)
 
 def check(config: ConfigDict) -> None:
   """Raises UserError for a config that cannot be run."""
+  keys.check(config)
   if not config.latents:
     raise errors.UserError(
       "config.latents is empty; name a latent store, a directory or gs:// "
       "prefix"
     )
-  keys.check(config)
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
