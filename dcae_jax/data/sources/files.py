@@ -172,12 +172,15 @@ def latent_files(path: str, captions: bool = False) -> Files:
 def _tree(
   path: str, suffixes: tuple[str, ...], what: str, captions: bool
 ) -> Files:
+  if not path:
+    raise errors.UserError(
+      f"config.source.path is empty; name a folder of {what}s"
+    )
   root = epath.Path(path).expanduser()
-  if not path or not root.is_dir():
+  if not root.is_dir():
     raise errors.UserError(
       f"{what} folder {path!r} does not exist or is not a directory; name a "
-      f"tree of {what}s (config.source.path; for a training run, "
-      "config.data.source.path and config.evaluation.source.path)"
+      f"tree of {what}s in config.source.path"
     )
   root = os.fspath(root)
   walk = _remote_files if "://" in path else _local_files
