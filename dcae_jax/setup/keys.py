@@ -39,7 +39,7 @@ def check(config: ConfigDict) -> None:
   for path, key in _keys(config).items():
     value = values.get(path)
     if not _has_form(value, json.loads(json.dumps(key.form))):
-      raise errors.UserError(_wrong_form(path, value, key.form))
+      raise _wrong_form(path, value, key)
     if key.least is None:
       continue
     if value is None or not value >= key.least:  # also for NaN
@@ -73,21 +73,23 @@ def _check_names(
       f"--{group}.{(*config, *missing)[0]}=VALUE"
     )
   for name, value in config.items():
-    of_members = name == "members"  # of a source: each is a source, too
+    # Each member of a source is a source, too.
+    of_members = name == "members" and isinstance(value, dict)
     for member, x in value.items() if of_members else [("", value)]:
       path = f"{prefix}{name}.{member}".removesuffix(".")
       inner = described if of_members else described[name]
       if inner is not None and isinstance(x, dict) != isinstance(inner, dict):
-        form = getattr(inner, "form", inner)
-        form = dict.fromkeys(form, ...) if isinstance(form, dict) else form
-        raise errors.UserError(_wrong_form(path, x, form))
+        raise _wrong_form(path, x, inner)
       if isinstance(x, dict) and inner != {}:
         _check_names(x, inner, f"{path}.", whole)
 
 
-def _wrong_form(path: str, value: Any, form: Any) -> str:
-  return (
-    f"config.{path}={value!r} is of the wrong form; write it as {form!r} is"
+def _wrong_form(path: str, value: Any, described: Any) -> errors.UserError:
+  right = f"write it as {getattr(described, 'form', described)!r} is"
+  if isinstance(described, dict):
+    right = f"it is a group of {', '.join(described)}"
+  return errors.UserError(
+    f"config.{path}={value!r} is of the wrong form; {right}"
   )
 
 
