@@ -147,7 +147,7 @@ def is_evaluation(path: str) -> bool:
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Evaluates `init_from`, and what it is compared with; writes the report."""
-  check(config)
+  keys.check(config)
   for other in config.compare:
     if other == FLOOR:
       continue
@@ -157,6 +157,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
         f"config.compare={other} lies in --workdir={workdir}, which is written "
         "anew; choose another --workdir"
       )
+  check(config)
   tables = [f"images_{resolution}px.csv" for resolution in config.resolutions]
   start.begin(config, workdir, ("pictures", "report", "compared", *tables))
   to_measure, directories = _plan(config, workdir)
