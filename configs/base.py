@@ -24,13 +24,20 @@ class Key:
 
   Runs made before there was the key count as having its default. A number is
   `least` to `most`. What `may_change` between two starts in one work directory
-  does not change what is computed, or only how far it goes.
+  does not change what is computed, or only how far it goes. The `example` has
+  the form of the values where the default, an empty tuple, has not.
   """
 
   default: Any
   least: float | None = None
   most: float = 2**31 - 1
   may_change: bool = False
+  example: Any = None
+
+  @property
+  def form(self) -> Any:
+    """A value of the form that all have; an empty tuple or None: any."""
+    return self.default if self.example is None else self.example
 
 
 class TaskKeys(NamedTuple):
@@ -319,7 +326,7 @@ def plan() -> ConfigDict:
   # "": the devices that are here.
   c.topology = ""
   # Images for each chip; (): as the config has it. Several make a row each.
-  c.batch_size_per_chip = ()
+  c.batch_size_per_chip = Key((), example=(8.0, 16.0))
   # Of the planned config, such as {'mesh': {'spatial': 4}}.
   c.changes = ConfigDict()
   # Of XLA. {'exec_time_optimization_effort': -1.0} compiles many times faster,
@@ -436,7 +443,7 @@ def evaluate() -> ConfigDict:
   # evaluations are read; anything that `init_from` may be is measured, too.
   # "block_pca": a linear projection of blocks of pixels on their principal
   # components, with latents of the same size: the floor.
-  c.compare = ()
+  c.compare = Key((), example=("block_pca",))
   # Of block_pca: images that it is fitted on. kind "": those that `init_from`
   # was trained on; if it is no run, the measured images, as its name says.
   c.fit_source = source("")
@@ -636,7 +643,8 @@ def latent_diffusion() -> ConfigDict:
   # "improved_ddpm": noise and variance, linear betas [paper: DiT].
   # "flow": velocity on straight paths [paper: USiT, SANA].
   c.objective.kind = "scaled_linear"
-  c.objective.logit_normal = ()  # flow: mean, deviation of logit t (SANA: 0, 1)
+  # flow: mean, deviation of logit t (SANA: 0, 1)
+  c.objective.logit_normal = Key((), example=(0.0, 1.0))
   c.objective.shift = 1.0  # flow: of times towards noise (SANA: 3)
   # What networks see of times, which differs in released ones to start from.
   c.objective.first_time = Key(0, 0, 1)  # scaled_linear: UViT has 1
@@ -645,7 +653,7 @@ def latent_diffusion() -> ConfigDict:
   c.label_dropout = Key(0.1, 0, 1)
   # DC-AE 1.5's augmented training: numbers of leading channels, of which each
   # example keeps one at random, such as (16, 32, 64, 128). (): all.
-  c.channel_candidates = ()
+  c.channel_candidates = Key((), example=(16, 32))
 
   # [paper] those of UViT, as are the kind, the warm-up and the averages' decay.
   c.optimizer = _with_defaults(
@@ -665,7 +673,8 @@ def latent_diffusion() -> ConfigDict:
   c.samples = ConfigDict()
   c.samples.every = Key(10_000, 0)  # steps; 0: at the end only
   c.samples.count = Key(8, 0, 1000)  # a class or prompt each; 0: none
-  c.samples.prompts = ()  # captions; (): some of those that are learned
+  # Captions; (): some of those that are learned.
+  c.samples.prompts = Key((), example=("a red bus",))
   c.samples.guidance = (1.0, 3.0)  # a column for each scale; 1: without
   c.samples, c.sampler = _may_change(c.samples), _may_change(sampler())
   c.update(training_machine())
@@ -751,12 +760,12 @@ def evaluate_diffusion() -> ConfigDict:
   c.init_from = ""  # a run of train_diffusion, whose averages are used
   c.autoencoder = ""  # what decodes; "": what the latents were made with
   c.seed = Key(0, 0)  # of noise and classes
-  c.samples = Key(50_000, 1)  # [paper] of each guidance scale
+  c.samples = Key(50_000, 1, 10**8)  # [paper] of each guidance scale
   # Numbers of classes, in turn; (): all, at random with replacement [paper].
-  c.classes = ()
+  c.classes = Key((), example=(207, 360))
   # Of models of captions: texts, or a file of them, one a line, or MJHQ-30K's
   # meta_data.json, or GenEval's .jsonl. In turn; none: some that were learned.
-  c.prompts = ()
+  c.prompts = Key((), example=("a red bus",))
   c.prompt_file = ""
   c.samples_per_prompt = Key(0, 0)  # instead of `samples`; 0: `samples`
   c.negative_prompt = ""  # what guidance leads away from; "": the null caption
@@ -835,11 +844,11 @@ def throughput() -> ConfigDict:
   c.measured = ConfigDict()
   c.measured.rounds = Key(3, 0)  # of which the fastest counts; 0: only counted
   # Of the denoiser, where the real one takes too long; 0: the real ones.
-  c.measured.depth = c.measured.hidden = Key(0, 0)
+  c.measured.depth, c.measured.hidden = Key(0, 0, 1000), Key(0, 0, 2**16)
   c.measured.dtype = "bfloat16"  # of layers of the denoiser and the decoder
-  c.measured.training_batch = Key(32, 1)
+  c.measured.training_batch = Key(32, 1, 2**20)
   c.measured.training_steps = Key(4, 1)  # in a round
-  c.measured.sampling_batch = Key(8, 1)  # in a round; also of decoding
+  c.measured.sampling_batch = Key(8, 1, 2**20)  # in a round; also of decoding
   c.measured.decoding = True  # by the real decoder
   c.compilation_cache = _CACHE
   c.on_accelerator = ()  # as in a training run
@@ -853,11 +862,12 @@ def sampler() -> ConfigDict:
   # "dpm_solver_time" [PixArt, 20]; of flows "euler", "heun", "dopri5" [paper:
   # USiT], "flow_dpm_solver" [SANA, 20].
   c.kind = "dpm_solver"
-  c.steps = Key(30, 1, 10**6)  # dopri5: at most
+  c.steps = Key(30, 1, 10**4)  # dopri5: at most
   c.eta = 0.0  # ddim: 0 deterministic to 1 ancestral
   c.atol = 1e-6  # dopri5
   c.rtol = 1e-3  # dopri5
-  c.interval = ()  # guidance between these times only, of 0 to 1000; (): all
+  # Guidance between these times only, of 0 to 1000; (): all.
+  c.interval = Key((), example=(100.0, 900.0))
   return c
 
 
@@ -885,9 +895,11 @@ def study() -> ConfigDict:
   c.figure = ConfigDict()
   # Name to a tuple of arms, which are joined; none: all arms, not joined.
   c.figure.lines = ConfigDict()
-  c.figure.ticks = ()  # what the arms of each line are called; (): their names
+  # What the arms of each line are called; (): their names.
+  c.figure.ticks = Key((), example=("16", "32"))
   c.figure.x_label = ""
-  c.figure.over_steps = ()  # measures that have a curve over steps as well
+  # Measures that have a curve over steps as well.
+  c.figure.over_steps = Key((), example=("PSNR",))
   # What the authors have published: name to {arm: number}.
   c.published = ConfigDict()
   c.compilation_cache = _CACHE

@@ -1,5 +1,9 @@
 """What is wrong with the input, as opposed to the program."""
 
+import contextlib
+import re
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
   """A mistake that the user can put right; the message says how.
@@ -9,6 +13,20 @@ class UserError(ValueError):
   """
 
 
-def first_line(error: Exception) -> str:
+@contextlib.contextmanager
+def renamed(before: str, after: str) -> Iterator[None]:
+  """Messages about keys of a config that is part of another one.
+
+  What names them begins with `before` in messages from within, such as
+  "config.", and with `after` here, such as "config.phase1.".
+  """
+  try:
+    yield
+  except UserError as error:
+    names = rf"(?<![\w/.]){re.escape(before)}(?!json\b)"  # no file, no path
+    raise UserError(re.sub(names, lambda _: after, str(error))) from error
+
+
+def first_line(error: BaseException) -> str:
   """Of the message of another package's error, which can be pages long."""
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -15,13 +15,14 @@ import errno
 import importlib
 import logging
 import os
+import re
 import sys
 import threading
 import traceback
 from typing import NoReturn
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from dcae_jax import errors
 from dcae_jax.runs import plain_text
@@ -109,6 +110,11 @@ def _run(config, workdir: str | None) -> None:
   if config.task not in TASKS:
     raise errors.UserError(
       f"unknown config.task {config.task!r}; known are {', '.join(TASKS)}"
+    )
+  if workdir == "":
+    raise errors.UserError(
+      "--workdir is empty; name a directory, local or gs://, for what is "
+      "written"
     )
   if workdir is None and config.task not in _WITHOUT_WORKDIR:
     raise errors.UserError(
@@ -207,6 +213,50 @@ def _fail(message: str) -> int:
   return 2
 
 
+class _ConfigFile(flags.ArgumentParser):
+  """The config of a file; what the command line changes must be there."""
+
+  def parse(self, argument):
+    from dcae_jax.runs import config_files
+
+    try:
+      config = config_files.load(argument)
+      for given in sys.argv[1:]:
+        if match := re.match(r"--?(?:no)?config\.([^=]*)=?(.*)", given):
+          config_files.check_key(*match.groups(), config.to_dict())
+    except errors.UserError as error:
+      raise flags.Error(str(error)) from error  # else absl adds to it
+    return config.lock()
+
+
+class _Parser(flags.ArgumentParser):
+  """Another parser, which says what it expects of a value."""
+
+  def __init__(self, parser, expected):
+    self._parser, self._expected = parser, expected
+
+  def parse(self, argument):
+    try:
+      return self._parser.parse(argument)
+    except (SyntaxError, TypeError, ValueError) as error:
+      raise ValueError(f"this is not {self._expected}") from error
+
+
+class _DictParser(flags.ArgumentParser):
+  """Dictionaries as Python writes them."""
+
+  def parse(self, argument):
+    if isinstance(argument, ConfigDict):  # the default
+      return argument
+    try:
+      return ConfigDict(dict(ast.literal_eval(argument)))
+    except (SyntaxError, TypeError, ValueError) as error:
+      raise ValueError(
+        "this is not a dictionary, such as \"{'name': "
+        f'{argument.strip("{}")!r}}}"'
+      ) from error
+
+
 class _TupleParser(config_flags.tuple_parser.TupleParser):
   """Tuples as Python writes them, or names and paths without quotes: [a,b]."""
 
@@ -223,23 +273,29 @@ class _TupleParser(config_flags.tuple_parser.TupleParser):
 
 def _parse(argv: list[str]) -> list[str]:
   """Flags, with one line for what is wrong with them."""
+  for argument in argv:
+    text = argument.encode("utf-8", "backslashreplace").decode()
+    if text != argument:
+      sys.exit(_fail(f"{text} is not UTF-8; rename what it names"))
   try:
-    remaining = flags.FLAGS(argv)
-    _ = flags.FLAGS.config.task
-    return remaining
-  except (AttributeError, KeyError) as error:
-    while isinstance(error.args[0], Exception):  # flags wrap it
-      error = error.args[0]
-    sys.exit(_fail(f"config key {error.args[0]}; see configs/base.py"))
+    return flags.FLAGS(argv)
   except (flags.Error, OSError, TypeError) as error:
     sys.exit(_fail(str(error)))
 
 
 if __name__ == "__main__":
-  config_flags.register_flag_parser_for_type(tuple, _TupleParser())
+  for kind, parser in {
+    tuple: _TupleParser(),
+    ConfigDict: _DictParser(),
+    int: _Parser(flags.IntegerParser(), "a whole number, such as 8"),
+    float: _Parser(flags.FloatParser(), "a number, such as 1e-4"),
+    bool: _Parser(flags.BooleanParser(), "True or False"),
+  }.items():
+    config_flags.register_flag_parser_for_type(kind, parser)
   config_flags.DEFINE_config_file(
     "config", None, "The run: a file of configs/."
   )
+  flags.FLAGS["config"].parser = _ConfigFile()
   flags.DEFINE_string("workdir", None, "Where it is written; local or gs://.")
   flags.DEFINE_bool(
     "distributed",

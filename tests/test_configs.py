@@ -1,3 +1,4 @@
+import functools
 import importlib
 import json
 import pathlib
@@ -182,6 +183,69 @@ def test_unknown_keys_fail_with_a_suggestion():
     config.resolutoin = 3
   with pytest.raises(KeyError, match="Did you mean"):
     config.update_from_flattened_dict({"data.worker": 3})
+
+
+@pytest.mark.parametrize(
+  "path, value, message",
+  [
+    ("resolutoin", 3, " is no key; did you mean config.resolution?"),
+    ("optimizer.lr", 3, " is no key; did you mean config.optimizer.learning_r"),
+    ("optimizer.resolution", 3, " is no key; did you mean config.resolution?"),
+    (
+      "data.source.members.a.paht",
+      "",
+      " is no key; did you mean config.data.source.members.a.path?",
+    ),
+    ("trainable", (3,), "=[3] is of the wrong form; write it as ('*',) is"),
+    ("evaluation.resolutions", ("a",), "=['a'] is of the wrong form; write"),
+    ("optimizer", {"kind": "muon"}, " lacks adam_learning_rate, beta1, beta2,"),
+    (
+      "optimizer",
+      3,
+      "=3 is of the wrong form; it is a group of ",
+    ),
+    ("phase", {"a": 1}, "={'a': 1} is of the wrong form; write it as 'low_"),
+    ("steps", {"a": 1}, "={'a': 1} is of the wrong form; write it as 500000"),
+    ("batch_size", None, "=None is of the wrong form; write it as 96 is"),
+  ],
+)
+def test_files_have_the_keys_of_their_task_and_values_of_their_form(
+  path, value, message
+):
+  config = base.phase1("tiny-f8")
+  config.data.source.members.a = base.source("folder")
+  keys.check(config)
+  *groups, name = path.split(".")
+  group = functools.reduce(lambda group, part: group[part], groups, config)
+  with group.ignore_type():
+    group[name] = value
+  with pytest.raises(ValueError, match=re.escape(f"config.{path}{message}")):
+    keys.check(config)
+
+
+def test_stages_have_the_keys_of_their_tasks():
+  config = base.three_phases("tiny-f8")
+  keys.check(config)
+  config.seed = 3
+  with pytest.raises(
+    ValueError, match=r"config\.seed is no key; did you mean c"
+  ):
+    keys.check(config)
+  del config["seed"]
+  config.phase2.batch_size = 0
+  with pytest.raises(
+    ValueError, match=r"config\.phase2\.batch_size=0 is below"
+  ):
+    keys.check(config)
+
+
+def test_values_have_the_form_of_an_example_where_defaults_are_empty():
+  config = base.evaluate()
+  config.compare = ("block_pca", "runs/a")
+  keys.check(config)
+  config.compare = (3,)
+  with pytest.raises(ValueError, match=r"write it as \('block_pca',\) is"):
+    keys.check(config)
 
 
 def test_phases_are_chained(tmp_path):

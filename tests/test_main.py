@@ -80,6 +80,55 @@ def test_tuples_on_the_command_line_need_no_quotes(text, expected):
 
 
 @pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--config.runs=PATH"], "error: flag --config.runs=PATH: this is not a "
+     "dictionary, such as \"{'name': 'PATH'}\""),
+    (["--config.samples=x"],
+     "error: flag --config.samples=x: this is not a whole number, such as 8"),
+    (["--config.max_megapixels=x"],
+     "error: flag --config.max_megapixels=x: this is not a number, such as "
+     "1e-4"),
+    (["--config.source.captions=x"],
+     "error: flag --config.source.captions=x: this is not True or False"),
+    (["--config.source=x"], "error: config.source is a group of keys; set one "
+     "of captions, held_out, kind, members, name, part, path, split, weight: "
+     "--config.source.KEY=x"),
+    (["--config.batch=3"],
+     "error: config.batch is no key; did you mean config.batch_size?"),
+    (["--noconfig.source.caption"], "error: config.source.caption is no key; "
+     "did you mean config.source.captions?"),
+    (["--workdir="], "error: --workdir is empty; name a directory, local or "
+     "gs://, for what is written"),
+    (["--workdir=a\udcff"],
+     "error: --workdir=a\\udcff is not UTF-8; rename what it names"),
+    (["--config.reference=a\udcff"],
+     "error: --config.reference=a\\udcff is not UTF-8; rename what it names"),
+  ],
+)  # fmt: skip
+def test_what_is_wrong_with_an_argument_is_one_line(arguments, message):
+  found = run_main("configs/report.py", *arguments)
+  assert (found.returncode, found.stderr) == (2, f"{message}\n")
+
+
+def test_what_is_wrong_with_a_config_file_is_one_line(tmp_path):
+  path = tmp_path / "run.py"
+  path.write_text("def get_config():\n  return {}['steps']\n")
+  found = run_main(str(path), f"--workdir={tmp_path}")
+  expected = f"error: config file {path}, line 2: KeyError: 'steps'\n"
+  assert (found.returncode, found.stderr) == (2, expected)
+
+
+def test_dictionaries_are_written_as_python_does():
+  parser = main._DictParser()
+  assert parser.parse("{'a': 'b'}").to_dict() == {"a": "b"}
+  assert parser.parse(parser.parse("{}")).to_dict() == {}
+  for text in ("a", "{a}", "3", "['x']", "{'a'"):
+    with pytest.raises(ValueError, match="this is not a dictionary, such as"):
+      parser.parse(text)
+
+
+@pytest.mark.parametrize(
   "raised, status",
   [
     (errors.UserError("the side is odd"), 2),

@@ -113,12 +113,18 @@ def abstract_variables(model: nn.Module, image_channels: int) -> dict[str, Any]:
   return jax.eval_shape(initial, jax.random.key(0))
 
 
-def check_side(side: int, spatial_compression: int, advice: str = "") -> None:
-  """Raises UserError unless `side` pixels make whole latent positions."""
+def check_side(
+  side: int, spatial_compression: int, advice: str = "", key: str = ""
+) -> None:
+  """Raises UserError unless `side` pixels make whole latent positions.
+
+  The message names the key, if it is one of a config.
+  """
   if side < 1 or side % spatial_compression:
     below = max(side // spatial_compression, 1) * spatial_compression
+    of_key = f" in {key}" if key else ""
     raise errors.UserError(
-      f"image side {side} is not divisible by {spatial_compression}, the "
-      f"spatial compression of this autoencoder; use {below} or "
+      f"image side {side}{of_key} is not divisible by {spatial_compression}, "
+      f"the spatial compression of this autoencoder; use {below} or "
       f"{below + spatial_compression}{advice}"
     )

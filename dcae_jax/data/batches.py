@@ -6,6 +6,7 @@ any number of loader processes.
 
 import ctypes
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from absl import flags
 from dcae_jax import errors
 
 Batch = dict[str, np.ndarray]
+_WORKERS_PER_CPU = 8  # more only take memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,17 @@ class Reading:
   process_count: int = 1
   workers: int = 0
   threads: int = 4
+
+
+def check_workers(workers: int) -> None:
+  """Raises UserError for more loader processes than this machine can feed."""
+  cpus = os.cpu_count() or 1
+  if workers > _WORKERS_PER_CPU * cpus:
+    raise errors.UserError(
+      f"config.data.workers={workers} is above {_WORKERS_PER_CPU * cpus}, "
+      f"{_WORKERS_PER_CPU} for each of the {cpus} CPUs of this machine; use "
+      f"about {cpus}"
+    )
 
 
 class Batches:

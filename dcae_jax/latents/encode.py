@@ -19,10 +19,11 @@ from dcae_jax.latents import layout as store_layout
 from dcae_jax.latents import rows
 from dcae_jax.latents import store as latent_store
 from dcae_jax.runs import stopwatch
-from dcae_jax.training import sharding
+from dcae_jax.training import hardware, program_cost, sharding
 
 Encode = Callable[[np.ndarray], dict[str, Any]]  # rows to latents, by view
 
+_ADVICE = "lower config.batch_size_per_device or config.resolution"
 _IN_FLIGHT = 2  # batches on the devices
 _UPLOADS = 2  # shards that are written at once
 _MOMENT_ROWS = 64  # rows in float64 at once
@@ -35,6 +36,25 @@ def encoder_variables(variables: Any) -> Any:
     for collection, tree in variables.items()
     if "encoder" in tree
   }
+
+
+def check_memory(
+  ae: autoencoder.Autoencoder,
+  views: tuple[str, ...],
+  dtype: np.dtype,
+  resolution: int,
+  rows: int,
+) -> None:
+  """Raises UserError if a device surely cannot encode so many rows at once."""
+  latent = resolution // ae.spatial_compression
+  values = len(views) * latent**2 * ae.latent_channels
+  pixels = resolution**2 * ae.image_channels
+  size = rows * (pixels + values * dtype.itemsize)
+  hardware.check_memory(
+    {f"{rows} images of {resolution} px and their latents": size},
+    jax.local_devices(),
+    _ADVICE,
+  )
 
 
 def compiled(
@@ -68,6 +88,11 @@ def compiled(
   pixels = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=by_row)
   program = jax.jit(encode, out_shardings=by_row)
   program = program.lower(variables, pixels).compile()
+  hardware.check_memory(
+    {f"encoding {group_size} images at once": program_cost.memory(program)},
+    devices,
+    _ADVICE,
+  )
   return lambda pixels: program(variables, jax.device_put(pixels, by_row))
 
 

@@ -50,6 +50,10 @@ class Training(training_run.Training):
   adversarial: train_step.Adversarial | None
   variables: Any
   takes_parts = True
+  advice = (
+    "lower config.batch_size or config.resolution, take a smaller model, or "
+    "split the parameters with config.mesh.data=1 and config.mesh.fsdp=-1"
+  )
 
   @property
   def _family(self) -> family.Family:
@@ -248,7 +252,11 @@ def _check_images(config: ConfigDict) -> None:
     raise errors.UserError(
       "config.evaluation.resolutions is empty; name at least one"
     )
-  models.check_resolutions((config.resolution, *sides), config.model)
+  for key, resolutions in (
+    ("config.resolution", (config.resolution,)),
+    ("config.evaluation.resolutions", sides),
+  ):
+    models.check_resolutions(resolutions, config.model, key)
   images.Cropping(config.data.crop, config.resolution)
   metric_networks.check(config.evaluation, "config.evaluation")
   for key in ("min_size", "shorter_side"):

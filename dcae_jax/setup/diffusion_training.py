@@ -38,6 +38,10 @@ class Training(training_run.Training):
   # Of captions: the one that begins as the null caption; None: a random one.
   null_caption: np.ndarray | None = None
   takes_parts = False
+  advice = (
+    "lower config.batch_size, take a smaller model, or split the parameters "
+    "with config.mesh.data=1 and config.mesh.fsdp=-1"
+  )
 
   @functools.cached_property
   def abstract(self) -> state_lib.TrainState:

@@ -21,12 +21,12 @@ from dcae_jax.setup import image_sources, keys, models
 
 def check(config: ConfigDict) -> None:
   """Raises UserError for a config that cannot be run."""
+  keys.check(config)
   if not config.init_from:
     raise errors.UserError(
       "config.init_from is empty; name a run, a folder or file of released "
       "weights, or a hub id"
     )
-  keys.check(config)
   if config.dtype not in layout.DTYPES:
     raise errors.UserError(
       f"config.dtype={config.dtype!r} is not among {', '.join(layout.DTYPES)}"
@@ -56,7 +56,7 @@ def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
   """[h, w, c] of the latents; UserError if the resolution does not fit."""
   variant, _ = models.variant_of(config.init_from)
   compression = variant.spatial_compression * config.space_to_channel
-  network.check_side(config.resolution, compression)
+  network.check_side(config.resolution, compression, key="config.resolution")
   side = config.resolution // compression
   return side, side, variant.latent_channels * config.space_to_channel**2
 
@@ -132,6 +132,11 @@ def create(
     )
     encoder = lambda group_size: encode.converted(views[0], dtype)
   else:
+    least = config.shard_rows or layout.CHUNK_ROWS
+    encode.check_memory(
+      ae, views, dtype, config.resolution,
+      min(config.batch_size_per_device, least),
+    )  # fmt: skip
     source_rows = rows.Crops(
       source,
       images.Decoding(

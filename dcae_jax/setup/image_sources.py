@@ -24,12 +24,17 @@ def weighted_sources(config: ConfigDict) -> list[tuple[sources.Source, float]]:
     if config.part:
       raise errors.UserError(
         f"a source of kind 'mixture' has no part {config.part!r}; its members "
-        "have: config.data.source.members.NAME.part"
+        "have: config.source.members.NAME.part"
       )
-    return [pair for member in members for pair in weighted_sources(member)]
+    pairs = []
+    for name, member in config.members.items():
+      key = f"config.source.members.{name}."
+      with errors.renamed("config.source.", key):
+        pairs += weighted_sources(member)
+    return pairs
   if not 0 < config.weight < math.inf:
     raise errors.UserError(
-      f"source weight {config.weight} is not a positive number"
+      f"config.source.weight={config.weight} is not a positive number"
     )
   return [(part_of(whole(config), config), config.weight)]
 
@@ -41,7 +46,7 @@ def whole(config: ConfigDict) -> sources.Source:
   """
   if config.kind not in sources.KINDS:
     raise errors.UserError(
-      f"unknown source kind {config.kind!r}; known are "
+      f"unknown config.source.kind={config.kind!r}; known are "
       f"{', '.join(sources.KINDS)}, mixture"
     )
   open_ = sources.KINDS[config.kind]
@@ -53,7 +58,8 @@ def whole(config: ConfigDict) -> sources.Source:
     )
   if "captions" not in needed and config.captions:
     raise errors.UserError(
-      f"source kind {config.kind!r} has no captions; set captions=False"
+      f"config.source.kind={config.kind!r} has no captions; set "
+      "config.source.captions=False"
     )
   return open_(**{key: config[key] for key in needed})
 
@@ -65,7 +71,7 @@ def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:
   parts = ("training", "held_out")
   if config.part not in parts:
     raise errors.UserError(
-      f"unknown part {config.part!r} of a source; known are "
+      f"unknown config.source.part={config.part!r}; known are "
       f"{', '.join(parts)}, and '' for all of it"
     )
   return sources.split(source, config.held_out)[parts.index(config.part)]

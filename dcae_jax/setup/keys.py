@@ -18,7 +18,13 @@ from ml_collections import ConfigDict
 
 from configs import base
 from dcae_jax import errors
-from dcae_jax.runs import differences, json_types, places, work_directory
+from dcae_jax.runs import (
+  config_files,
+  differences,
+  json_types,
+  places,
+  work_directory,
+)
 
 _LOG = logging.getLogger(__name__)
 _NOTHING = types.MappingProxyType({})
@@ -58,17 +64,79 @@ def recorded(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
 
 
 def check(config: ConfigDict) -> None:
-  """Raises UserError for a number that is not within the bounds of its key."""
+  """Raises UserError for keys that a task does not have, or that are missing.
+
+  And for values of another form than that of their key, or numbers that are not
+  within its bounds.
+  """
   config = resolved(config)
+  _check_names(config, None, "", config)
   values = differences.flat(config)
   for path, key in _keys(config).items():
     value = values.get(path)
+    if not _has_form(value, json.loads(json.dumps(key.form))):
+      raise _wrong_form(path, value, key)
     if key.least is None:
       continue
     if value is None or not value >= key.least:  # also for NaN
       raise errors.UserError(f"config.{path}={value} is below {key.least}")
     if value > key.most:
       raise errors.UserError(f"config.{path}={value} is above {key.most}")
+
+
+def _check_names(
+  config: dict[str, Any],
+  described: Mapping[str, Any] | None,
+  prefix: str,
+  whole: dict[str, Any],
+) -> None:
+  """Of a group of the whole config, which is described; None: by its task."""
+  if config.get("task") in base.KEYS:
+    described = base.KEYS[config["task"]].keys().to_dict()
+  elif described is None:  # stages, each of a task
+    is_stage = lambda x: isinstance(x, dict) and "task" in x
+    described = {
+      k: None for k, x in config.items() if k == "task" or is_stage(x)
+    }
+  for name in list(config):
+    if name not in described:
+      del config[name]
+      config_files.check_key(f"{prefix}{name}", "", whole)
+  if missing := [name for name in described if name not in config]:
+    group = f"config.{prefix}".removesuffix(".")
+    raise errors.UserError(
+      f"{group} lacks {', '.join(missing)}; change single keys of it, such as "
+      f"--{group}.{(*config, *missing)[0]}=VALUE"
+    )
+  for name, value in config.items():
+    # Each member of a source is a source, too.
+    of_members = name == "members" and isinstance(value, dict)
+    for member, x in value.items() if of_members else [("", value)]:
+      path = f"{prefix}{name}.{member}".removesuffix(".")
+      inner = described if of_members else described[name]
+      if inner is not None and isinstance(x, dict) != isinstance(inner, dict):
+        raise _wrong_form(path, x, inner)
+      if isinstance(x, dict) and inner != {}:
+        _check_names(x, inner, f"{path}.", whole)
+
+
+def _wrong_form(path: str, value: Any, described: Any) -> errors.UserError:
+  right = f"write it as {getattr(described, 'form', described)!r} is"
+  if isinstance(described, dict):
+    right = f"it is a group of {', '.join(described)}"
+  return errors.UserError(
+    f"config.{path}={value!r} is of the wrong form; {right}"
+  )
+
+
+def _has_form(value: Any, form: Any) -> bool:
+  """Whether a value is like another one, as JSON has them."""
+  if isinstance(form, list):
+    is_list = isinstance(value, list)
+    return is_list and all(_has_form(x, y) for x in value for y in form[:1])
+  if type(form) is float:
+    return type(value) in (int, float)
+  return form is None or type(value) is type(form)
 
 
 def completed(config: dict[str, Any], run: str) -> ConfigDict:
@@ -110,7 +178,13 @@ def for_device(config: ConfigDict, backend: str) -> ConfigDict:
   """
   config = config.copy_and_resolve_references()
   here, there = differences.flat(config.to_dict()), {}
-  for path, before, value in config.on_accelerator:
+  for triple in config.on_accelerator:
+    if not isinstance(triple, tuple | list) or len(triple) != 3:
+      raise errors.UserError(
+        f"config.on_accelerator={config.on_accelerator} is not a tuple of "
+        "triples such as ('batch_size', 8, 32): key, value, value there"
+      )
+    path, before, value = triple
     if path not in here:
       raise errors.UserError(
         f"config.on_accelerator names {path!r}, which is no key"

@@ -12,7 +12,7 @@ from dcae_jax import errors
 from dcae_jax.data import batches, images, sources
 from dcae_jax.evaluation import reconstruction
 from dcae_jax.setup import metric_networks
-from dcae_jax.training import sharding
+from dcae_jax.training import hardware, sharding
 
 _LARGEST_SIDE = 2**14  # pixels
 
@@ -39,14 +39,30 @@ class EvaluationImages:
     mesh: Mesh,
     config: ConfigDict,
     threads: int,
+    bytes_per_value: int = 3,
   ):
-    """Opens nothing yet; `config` has the keys `batch_size` and `max_images`.
+    """Opens nothing yet; UserError if batches surely do not fit the devices.
 
-    The batch size is rounded up to what the mesh divides.
+    Args:
+      source: of the images.
+      decoding: how they are read.
+      mesh: whose devices get them.
+      config: with the keys `resolutions`, `batch_size`, which is rounded up to
+        what the mesh divides, and `max_images`.
+      threads: of the loader.
+      bytes_per_value: of images, at least: as they are, and of what a decoder
+        makes.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     self.total = sources.limited(source, config.max_images)
     batch_size = -(-min(config.batch_size, self.total) // ways) * ways
+    side = max(config.resolutions)
+    values = batch_size * side**2 * decoding.channels // mesh.size
+    hardware.check_memory(
+      {f"{batch_size} images of {side} px": bytes_per_value * values},
+      mesh.devices.flat,
+      "lower the batch_size or the resolutions of the evaluation",
+    )
     self.skipped = images.Skipped()
     self._source, self._decoding, self._mesh = source, decoding, mesh
     self._reading = batches.Reading(

@@ -111,20 +111,32 @@ def with_model(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def check_resolutions(resolutions: tuple[int, ...], config: ConfigDict) -> None:
-  """Raises UserError for images that a model cannot encode or evaluate."""
+def check_resolutions(
+  resolutions: tuple[int, ...], config: ConfigDict, key: str
+) -> None:
+  """Raises UserError for images that a model cannot encode or evaluate.
+
+  The key is that of the resolutions, as in `check_sides`.
+  """
   decoding.check_channels(config.image_channels)
-  check_sides(resolutions, create(config).spatial_compression)
+  check_sides(resolutions, create(config).spatial_compression, key)
 
 
-def check_sides(resolutions: tuple[int, ...], compression: int) -> None:
+def check_sides(
+  resolutions: tuple[int, ...],
+  compression: int,
+  key: str = "config.resolutions",
+) -> None:
   """Raises UserError for image sides that cannot be encoded or evaluated."""
   for resolution in resolutions:
     if not isinstance(resolution, int):
-      raise errors.UserError(f"image side {resolution!r} is not a whole number")
-    network.check_side(resolution, compression)
+      raise errors.UserError(
+        f"image side {resolution!r} in {key} is not a whole number"
+      )
+    network.check_side(resolution, compression, key=key)
     if resolution < image_metrics.SMALLEST_SIDE:
       raise errors.UserError(
-        f"image side {resolution} is below {image_metrics.SMALLEST_SIDE}, the "
-        "smallest that SSIM can be computed for"
+        f"image side {resolution} in {key} is below "
+        f"{image_metrics.SMALLEST_SIDE}, the smallest that SSIM can be "
+        "computed for"
       )

@@ -149,6 +149,7 @@ def cells(config: ConfigDict, workdir: epath.Path) -> list[Cell]:
 
 def check(config: ConfigDict) -> None:
   """Raises UserError for arms, seeds and pairs that cannot be."""
+  keys.check(config)
   task = config.base.get("task")
   if task not in TASKS:
     raise errors.UserError(

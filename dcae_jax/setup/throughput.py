@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from dcae_jax.autoencoder import families, network
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.setup import diffusion_training
-from dcae_jax.training import program_cost, sharding
+from dcae_jax.training import hardware, program_cost, sharding
 
 
 class Pair(NamedTuple):
@@ -76,7 +76,7 @@ def _build(
 ) -> Pair:
   autoencoder = families.create(config.autoencoder, dtype=dtype)
   compression = autoencoder.spatial_compression
-  network.check_side(config.resolution, compression)
+  network.check_side(config.resolution, compression, key="config.resolution")
   training = config.training.copy_and_resolve_references()
   training.batch_size, training.model.dtype = batch_size, dtype
   training.text.cache = "states"  # they are read, not encoded in the step
@@ -90,6 +90,24 @@ def _build(
   device = jax.local_devices()[:1]
   built = diffusion_training.build(training, device, variant)
   return Pair(built, autoencoder, config.guidance)
+
+
+def check_memory(pair: Pair, count: int) -> None:
+  """Raises UserError if what is measured surely does not fit the device.
+
+  `count` samples are drawn at once, and decoded.
+  """
+  pair.training.check_machine()
+  decode, variables, z = pair.decoder(count)
+  images = jax.eval_shape(decode, variables, z)
+  sizes = (
+    x.size * x.dtype.itemsize for x in jax.tree.leaves((variables, z, images))
+  )
+  hardware.check_memory(
+    {f"config.measured.sampling_batch={count}, decoded": sum(sizes)},
+    pair.training.mesh.devices.flat,
+    "lower it, or config.resolution",
+  )
 
 
 def counted(pair: Pair) -> dict[str, float]:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
+from dcae_jax.data import batches
 from dcae_jax.runs import metrics_writer, processes
 from dcae_jax.setup import start
 from dcae_jax.training import (
@@ -46,12 +47,14 @@ class Training(abc.ABC):
     mesh: of the devices.
     learning: how parameters do.
     takes_parts: of a batch (`accumulation`) and of images (`mesh.spatial`).
+    advice: for where the devices lack memory.
   """
 
   config: ConfigDict
   mesh: Mesh
   learning: learning.Learning
   takes_parts: ClassVar[bool]
+  advice: ClassVar[str]
 
   @property
   @abc.abstractmethod
@@ -89,6 +92,23 @@ class Training(abc.ABC):
   def arguments(self) -> tuple[Any, ...]:
     """Shapes of all that the step takes, and where they live."""
     return (sharding.placed(self.abstract, self.shardings), *self.inputs())
+
+  def check_machine(self) -> None:
+    """Raises UserError for what surely cannot be run on what is here."""
+    batches.check_workers(self.config.data.workers)
+    state, *inputs = self.arguments()
+    hardware.check_memory(
+      {
+        "parameters, averages and the optimizer": hardware.bytes_per_device(
+          state
+        ),
+        f"a batch of config.batch_size={self.config.batch_size}": (
+          hardware.bytes_per_device(inputs)
+        ),
+      },
+      self.mesh.devices.flat,
+      self.advice,
+    )
 
   @abc.abstractmethod
   def flops(self, remat: bool) -> float:
@@ -270,6 +290,11 @@ def _compiled(training: Training) -> tuple[jax.stages.Compiled, int]:
   began = time.perf_counter()
   program = training.jitted().lower(*training.arguments()).compile()
   needed = program_cost.memory(program)
+  hardware.check_memory(
+    {f"a step with config.batch_size={training.config.batch_size}": needed},
+    training.mesh.devices.flat,
+    training.advice,
+  )
   memory = f"; needs {needed / _GIB:.3g} GiB a device" if needed else ""
   _LOG.info("compiled in %.1f s%s", time.perf_counter() - began, memory)
   return program, needed

@@ -22,7 +22,7 @@ from dcae_jax.runs import (
   versions,
 )
 from dcae_jax.setup import keys, start, text
-from dcae_jax.training import loop, sharding
+from dcae_jax.training import hardware, loop, sharding
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,6 +63,15 @@ def _fill(
     store.check_writable(jax.process_index())
     mesh = sharding.create_mesh(1, -1, 1, jax.local_devices())
     encoder = text.load(config.text, mesh)
+    size = config.batch_size_per_device
+    hardware.check_memory(
+      {
+        f"states of config.batch_size_per_device={size} captions": 2
+        * (size * encoder.max_tokens * encoder.width)
+      },
+      mesh.devices.flat,
+      "lower it",
+    )
     identity = captions.identity(rows, encoder.description())
 
     def begin():

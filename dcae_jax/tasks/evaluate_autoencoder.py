@@ -42,6 +42,7 @@ FLOOR = "block_pca"  # in `config.compare`
 
 def check(config: ConfigDict) -> None:
   """Raises UserError for a config that cannot be run; reads descriptions."""
+  keys.check(config)
   if config.init_from and config.variant:
     raise errors.UserError(
       f"config.init_from={config.init_from} and config.variant="
@@ -52,7 +53,6 @@ def check(config: ConfigDict) -> None:
       "config.init_from is empty; name a run, a folder or file of released "
       "weights, or a hub id, or a config.variant for its initial values"
     )
-  keys.check(config)
   measuring.check_reading(config)
   precision.check_dtype(config.dtype)
   metric_networks.check(config)
@@ -104,7 +104,8 @@ def _material(config: ConfigDict) -> floor.Material:
     _latent_size(config)[2], max_megapixels=config.max_megapixels
   )
   if config.fit_source.kind:
-    weighted = image_sources.weighted_sources(config.fit_source)
+    with errors.renamed("config.source", "config.fit_source"):
+      weighted = image_sources.weighted_sources(config.fit_source)
     return floor.Material(weighted, decoding)
   if not work_directory.is_run(config.init_from):
     source = image_sources.single_source(config.source)
@@ -146,6 +147,7 @@ def is_evaluation(path: str) -> bool:
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Evaluates `init_from`, and what it is compared with; writes the report."""
+  keys.check(config)
   for other in config.compare:
     if other == FLOOR:
       continue

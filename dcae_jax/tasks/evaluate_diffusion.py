@@ -7,6 +7,7 @@ drawn again, however often the task is killed and started.
 
 import json
 import logging
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from dcae_jax.runs import (
   work_directory,
 )
 from dcae_jax.setup import denoising, keys, metric_networks, start, text
-from dcae_jax.training import loop, sharding
+from dcae_jax.training import hardware, loop, sharding
 
 _LOG = logging.getLogger(__name__)
 _PICTURE, _PLOT = "samples.png", "guidance.png"
@@ -75,6 +76,26 @@ def check(config: ConfigDict) -> None:
     raise errors.UserError("config.guidance is empty; name at least one scale")
   _check_metrics(config)
   precision.check_dtype(config.compute_dtype)
+
+
+def check_memory(config: ConfigDict, latents: int, pixels: int) -> None:
+  """Raises UserError for too many samples at once.
+
+  Args:
+    config: of the evaluation.
+    latents: numbers in those of a sample.
+    pixels: numbers in its image.
+  """
+  devices = jax.local_devices()
+  size = config.batch_size // len(devices)
+  hardware.check_memory(
+    {
+      f"samples of config.batch_size={config.batch_size}": size
+      * (4 * latents + pixels)
+    },
+    devices,
+    "lower it",
+  )
 
 
 def _check_metrics(config: ConfigDict) -> None:
@@ -150,6 +171,9 @@ def _open(
   whole = sharding.replicated(sharding.local_mesh())
   step, variables = denoising.averages(config.init_from, model.denoiser, whole)
   decoder = samples.Decoder(ae, description)
+  latents = math.prod(description["shape"])
+  side = description["shape"][0] * ae.spatial_compression
+  check_memory(config, latents, side**2 * ae.image_channels)
   told = text.Untold()
   if model.conditioning.is_text:
     mesh = sharding.create_mesh(1, -1, 1, jax.local_devices())

@@ -5,6 +5,8 @@ Samples are compared with the images that were exported, unless the config names
 other statistics.
 """
 
+import contextlib
+import math
 import os
 
 import jax
@@ -43,6 +45,9 @@ def run(
   first starts. The `result.json` of the last one is this one's, too.
   """
   sigterm = sigterm or loop.Sigterm(each_alone=True)
+  keys.check(config)
+  with _part("export"):
+    exporting.check(config.export)
   metrics = evaluate_diffusion.open_metrics(config.samples)
   config = chained(config, workdir, metrics)
   config.training = keys.for_device(config.training, jax.default_backend())
@@ -63,14 +68,20 @@ def run(
     del stages["reference"]
   if not denoising.conditioning_of(config.training.model).is_text:
     del stages["encoding"]
+  parts = {"encoding": "captions"}
   for name, (run_stage, stage) in stages.items():
-    with exclusive.held(str(workdir / name)):
+    with _part(parts.get(name, name)), exclusive.held(str(workdir / name)):
       finished = run_stage(stage, workdir / name, sigterm)
     if not finished or sigterm.received:
       return False
   result = (workdir / "samples" / "result.json").read_bytes()
   metrics_writer.write_whole(workdir / "result.json", result)
   return True
+
+
+def _part(name: str) -> contextlib.AbstractContextManager:
+  """Messages within are about the keys of a stage."""
+  return errors.renamed("config.", f"config.{name}.")
 
 
 def _describe_reference(
@@ -94,20 +105,25 @@ def check(config: ConfigDict, metrics: metric_networks.Opened) -> ConfigDict:
       "export_and_diffuse runs in one process; on a pod, run export_latents, "
       "train_diffusion and evaluate_diffusion one after the other"
     )
-  exporting.check(config.export)
-  keys.check(config.captions)
-  diffusion_training.check(config.training)
-  evaluate_diffusion.check(config.samples)
   path, shape = config.training.latents, exporting.latent_shape(config.export)
-  classes = exporting.open_source(config.export).classes
-  trained = denoising.with_numbers(
-    config.training, path, shape, np.zeros(0, np.int32), classes
-  )
-  diffusion_training.build(trained)
+  with _part("samples"):
+    evaluate_diffusion.check(config.samples)
+  with _part("export"):
+    classes = exporting.open_source(config.export).classes
+  with _part("training"):
+    diffusion_training.check(config.training)
+    trained = denoising.with_numbers(
+      config.training, path, shape, np.zeros(0, np.int32), classes
+    )
+    diffusion_training.build(trained).check_machine()
   for path in (config.training.autoencoder, config.samples.autoencoder):
     if path:
       models.identity_of(path)
-  evaluate_diffusion.open_model(config.samples, keys.resolved(trained))
+  channels = models.identity_of(config.export.init_from).image_channels
+  pixels = config.export.resolution**2 * channels
+  with _part("samples"):
+    evaluate_diffusion.check_memory(config.samples, math.prod(shape), pixels)
+    evaluate_diffusion.open_model(config.samples, keys.resolved(trained))
   if config.reference.networks:
     _check_reference(config)
   else:

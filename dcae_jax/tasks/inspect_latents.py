@@ -33,12 +33,12 @@ _SHOWN = {  # of the manifest, besides what is needed to read latents
 
 def check(config: ConfigDict) -> None:
   """Raises UserError for a config that cannot be run."""
+  keys.check(config)
   if not config.latents:
     raise errors.UserError(
       "config.latents is empty; name a latent store, a directory or gs:// "
       "prefix"
     )
-  keys.check(config)
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:

@@ -8,18 +8,22 @@ program. The time is that of a roofline: a bound from published peak rates.
 import logging
 import pathlib
 import re
-import runpy
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.runs import metrics_writer, plain_text, work_directory
+from dcae_jax.runs import (
+  config_files,
+  differences,
+  metrics_writer,
+  plain_text,
+  work_directory,
+)
 from dcae_jax.setup import (
   autoencoder_training,
   denoising,
@@ -100,6 +104,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
   Raises:
     UserError: a config file, topology, batch or change that cannot be.
   """
+  keys.check(config)
   start.keep_programs(config)
   options = config.compiler_options.to_dict()
   # All that can be wrong is found before the first of them is compiled.
@@ -185,7 +190,7 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
     run = epath.Path(path).expanduser() / "config.json"
     config = keys.completed(work_directory.read_config(run), path)
   elif pathlib.Path(path).is_file():
-    config = runpy.run_path(path).get("get_config", ConfigDict)()
+    config = config_files.load(path)
   else:
     raise errors.UserError(
       f"config.of={path!r} is neither a config file, see configs/, nor the "
@@ -202,6 +207,9 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
       f"{', '.join(_BUILD)} and train_phases"
     )
   for planned in runs.values():
+    with errors.renamed("config.", "config.changes."):
+      for key in differences.flat(changes):
+        config_files.check_key(key, "", planned.to_dict())
     try:
       planned.lock().update(changes)
     except (AttributeError, KeyError, TypeError) as error:
@@ -244,7 +252,7 @@ def measure(
   compile_seconds = time.perf_counter() - began
   available = hardware.usable_memory(chip)
   if failure:
-    held, program = sum(map(_bytes_per_chip, arguments)), 0
+    held, program = hardware.bytes_per_device(arguments), 0
     needed, available = _used(failure, available)
     cost = program_cost.Cost(0.0, {})
   else:
@@ -261,9 +269,9 @@ def measure(
     chips=chips,
     mesh=dict(training.mesh.shape),
     batch_size=training.config.batch_size,
-    parameters=_bytes_per_chip(state.variables),
-    averages=_bytes_per_chip(state.ema),
-    optimizer=_bytes_per_chip(
+    parameters=hardware.bytes_per_device(state.variables),
+    averages=hardware.bytes_per_device(state.ema),
+    optimizer=hardware.bytes_per_device(
       (state.optimizer, state.discriminator, state.discriminator_optimizer)
     ),
     state=held,
@@ -283,13 +291,6 @@ def measure(
   if plan.fits:
     return plan
   return plan._replace(advice=_advice(plan, training.takes_parts))
-
-
-def _bytes_per_chip(tree: Any) -> int:
-  return sum(
-    int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-    for x in jax.tree.leaves(tree)
-  )
 
 
 def _used(message: str, available: float) -> tuple[float, float]:

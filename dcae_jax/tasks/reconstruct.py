@@ -24,13 +24,13 @@ _LOG = logging.getLogger(__name__)
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """Writes `pictures/*.png`, summary.md and result.json."""
+  keys.check(config)
   pictures = sources.pictures(config.input)
   if not config.init_from:
     raise errors.UserError(
       "config.init_from is empty; name a run, a folder or file of released "
       "weights, or a hub id"
     )
-  keys.check(config)
   # Latents are decoded as they are: the scaling factor does not matter.
   ae = autoencoder.load(
     config.init_from, scaling_factor=1.0, dtype=config.dtype

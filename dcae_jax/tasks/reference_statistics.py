@@ -67,7 +67,7 @@ def run(
     sharding.check_images(resolution, mesh)
   start.write_config(config, workdir)
   reader = measuring.EvaluationImages(
-    source, decoding, mesh, config, config.threads
+    source, decoding, mesh, config, config.threads, bytes_per_value=1
   )
   # Evenly spaced: sources are in the order of their classes.
   number = min(config.features, reader.total)

@@ -39,11 +39,18 @@ _PICTURE, _CURVES = "reconstructions.png", evaluation_report.CURVES
 
 def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
   """Raises ValueError for a config that cannot be run; touches no file."""
+  keys.check(config)
   if not config.runs:
     raise errors.UserError(
-      "config.runs is empty; name the work directories to report"
+      "config.runs is empty; name the work directories to report, such as "
+      "{'ours': 'runs/f64/phase3'}"
     )
-  keys.check(config)
+  for text in (*config.runs, *config.runs.values()):
+    if not isinstance(text, str):
+      raise errors.UserError(
+        f"config.runs: {text!r} is no text; write names and paths, such as "
+        "{'ours': 'runs/f64/phase3'}"
+      )
   measuring.check_reading(config)
   metric_networks.check(config)
   metric_networks.check_reference(config)

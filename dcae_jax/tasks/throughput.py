@@ -28,9 +28,11 @@ def run(
   Raises UserError for a denoiser that cannot be on such latents.
   """
   del sigterm
-  config = keys.for_device(config, jax.default_backend())
   keys.check(config)
+  config = keys.for_device(config, jax.default_backend())
   whole, reduced = throughput.whole(config), throughput.reduced(config)
+  if config.measured.rounds:
+    throughput.check_memory(reduced, config.measured.sampling_batch)
   start.begin(config, workdir)
   start.write_config(config, workdir)
   result = {"versions": versions.versions()}

@@ -71,9 +71,13 @@ def open_inputs(config: ConfigDict) -> Inputs:
         f"{error}, or name a copy with --config.lpips.path=FILE, or train "
         "without LPIPS with --config.lpips.weight=0"
       ) from error
+  with errors.renamed("config.source", "config.data.source"):
+    training = image_sources.weighted_sources(c.data.source)
+  with errors.renamed("config.source", "config.evaluation.source"):
+    held_out = image_sources.single_source(c.evaluation.source)
   inputs = Inputs(
-    image_sources.weighted_sources(c.data.source),
-    image_sources.single_source(c.evaluation.source),
+    training,
+    held_out,
     images.Decoding(channels, c.data.min_size, limit, c.data.shorter_side),
     images.Decoding(channels, max_megapixels=limit),
     parameters,
@@ -90,9 +94,11 @@ def run(
 ) -> bool:
   """Runs, or goes on with, one phase; False if SIGTERM ended it early."""
   sigterm = sigterm or loop.Sigterm()
+  keys.check(config)
   config = keys.for_device(config, jax.default_backend())
   config = models.with_model(config)
   training = autoencoder_training.build(config)
+  training.check_machine()
   start.begin(config, workdir, ("metrics.jsonl", "checkpoints", "samples"))
   inputs = open_inputs(config)
   checkpoint.check_space(workdir, training.abstract, config.checkpoint.keep)
@@ -100,13 +106,7 @@ def run(
     "%s, %d held-out images", training.description(), len(inputs.held_out)
   )
   batches = _batches(config, inputs)
-  held_out = measuring.EvaluationImages(
-    inputs.held_out,
-    inputs.held_out_decoding,
-    training.mesh,
-    config.evaluation,
-    config.data.threads,
-  )
+  held_out = held_out_images(training, inputs)
 
   def finish(step, state):
     is_first = jax.process_index() == 0
@@ -132,6 +132,19 @@ def run(
     finish,
   )
   return training_run.run(training, work, workdir, sigterm)
+
+
+def held_out_images(
+  training: autoencoder_training.Training, inputs: Inputs
+) -> measuring.EvaluationImages:
+  """What is evaluated during training; UserError where memory is short."""
+  return measuring.EvaluationImages(
+    inputs.held_out,
+    inputs.held_out_decoding,
+    training.mesh,
+    training.config.evaluation,
+    training.config.data.threads,
+  )
 
 
 def _cropping(config: ConfigDict) -> images.Cropping:

@@ -38,6 +38,7 @@ def run(
 ) -> bool:
   """Trains, or goes on with it; False if SIGTERM ended it early."""
   sigterm = sigterm or loop.Sigterm()
+  keys.check(config)
   config = keys.for_device(config, jax.default_backend())
   diffusion_training.check(config)
   if not config.latents:
@@ -48,6 +49,7 @@ def run(
   store = denoising.open_store(config)
   config = denoising.with_store(config, store)
   training = diffusion_training.build(config)
+  training.check_machine()
   if config.init_from:
     denoising.check_same_model(config.init_from, config, training.model)
   written = ("manifest.json", "metrics.jsonl", "checkpoints", "samples")

@@ -8,6 +8,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax import errors
 from dcae_jax.runs import exclusive, metrics_writer, places, work_directory
 from dcae_jax.setup import autoencoder_training, keys, models, start
 from dcae_jax.tasks import report, train_autoencoder
@@ -26,6 +27,7 @@ def run(
   holds those of the phases, by name.
   """
   sigterm = sigterm or loop.Sigterm()
+  keys.check(config)
   config = chained(config, workdir)
   for name in _PHASES:
     config[name] = keys.for_device(config[name], jax.default_backend())
@@ -37,26 +39,38 @@ def run(
         config[name].model.update(model._asdict())
   start.check_work_directory(config, workdir)
   work_directory.check_nothing_foreign(workdir, ())
+  trainings = {}
   for name in _PHASES:
     is_first = name == _PHASES[0]
-    autoencoder_training.build(
-      config[name], predecessor_is_pending=not is_first
-    )
+    with errors.renamed("config.", f"config.{name}."):
+      trainings[name] = autoencoder_training.build(
+        config[name], predecessor_is_pending=not is_first
+      )
+      trainings[name].check_machine()
+      start.check_work_directory(config[name], workdir / name)
     models.check_same(model, config[name].model, "phase1")
-    start.check_work_directory(config[name], workdir / name)
-  report.check(config.report, runs_are_pending=True)
-  models.check_resolutions(config.report.resolutions, config.phase1.model)
-  for name in _PHASES:
-    train_autoencoder.open_inputs(config[name])
+  with errors.renamed("config.", "config.report."):
+    report.check(config.report, runs_are_pending=True)
+    models.check_resolutions(
+      config.report.resolutions, config.phase1.model, "config.resolutions"
+    )
+  for name, training in trainings.items():
+    with errors.renamed("config.", f"config.{name}."):
+      inputs = train_autoencoder.open_inputs(config[name])
+      train_autoencoder.held_out_images(training, inputs)
   if jax.process_index() == 0:
     work_directory.begin_anew(workdir, ())
   start.write_config(config, workdir)
   for name in _PHASES:
-    with exclusive.held(str(workdir / name)):
+    with (
+      errors.renamed("config.", f"config.{name}."),
+      exclusive.held(str(workdir / name)),
+    ):
       finished = train_autoencoder.run(config[name], workdir / name, sigterm)
     if not finished or sigterm.received:
       return False
-  report.run(config.report, workdir / "report")
+  with errors.renamed("config.", "config.report."):
+    report.run(config.report, workdir / "report")
   results = {
     name: json.loads((workdir / name / "result.json").read_text())
     for name in _PHASES

@@ -1,4 +1,5 @@
-"""Chips: their published rates, and descriptions of TPU slices to compile for.
+"""Chips: their published rates, descriptions of TPU slices to compile for, and
+whether what is asked for fits those that are here.
 
 Rates are dense bfloat16 matrix products, memory and interconnect in one
 direction, from the vendors' data sheets; a figure here counts one jax device.
@@ -7,12 +8,14 @@ direction, from the vendors' data sheets; a figure here counts one jax device.
 import importlib.util
 import math
 import os
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 
 from dcae_jax import errors
+from dcae_jax.runs import host_memory
 
 _GIB = 2**30
 
@@ -73,6 +76,43 @@ def usable_memory(chip: Chip | None) -> float:
   XLA:TPU keeps a quarter of a GiB: it offers 15.75 of v5e's 16.
   """
   return chip.memory - _GIB / 4 if chip is not None else 0.0
+
+
+def bytes_per_device(arrays: Any) -> int:
+  """Of a tree of arrays, or of their shapes, with their shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(arrays)
+  )
+
+
+def check_memory(
+  needed: Mapping[str, int], devices: Iterable[jax.Device], advice: str
+) -> None:
+  """Raises UserError if the devices of this process surely lack memory.
+
+  Args:
+    needed: bytes on each device, a lower bound, by what they are for.
+    devices: that hold it; those of a CPU share the memory of the host.
+    advice: what makes it fit.
+  """
+  local = [x for x in devices if x.process_index == jax.process_index()]
+  total, here, copies = sum(needed.values()), f"each {local[0].device_kind}", 1
+  available = (local[0].memory_stats() or {}).get("bytes_limit", math.inf)
+  if local[0].platform == "cpu":
+    here, copies, available = "this machine", len(local), host_memory.total()
+  if total * copies <= available:
+    return
+  parts = " and ".join(f"{x} ({_gb(size)})" for x, size in needed.items())
+  of_all = f" on each of {copies} devices, {_gb(total * copies)} in all"
+  raise errors.UserError(
+    f"too little memory: {parts} need at least {_gb(total)}"
+    f"{of_all if copies > 1 else ''}, and {here} has {_gb(available)}; {advice}"
+  )
+
+
+def _gb(size: float) -> str:
+  return f"{size / 1e9:,.{0 if size >= 1e11 else 3}f} GB"
 
 
 def describe_slice(topology: str) -> list[jax.Device]:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from dcae_jax.runs import host_memory
+
 _PROGRAM = """
 import resource
 import jax
@@ -40,3 +42,14 @@ def test_a_program_finds_its_memory_again():
     return int(done.stdout)
 
   assert faults(keep=True) < faults(keep=False) / 2
+
+
+def test_the_memory_of_a_container_is_its_limit(monkeypatch, tmp_path):
+  monkeypatch.setattr(host_memory, "_LIMITS", ())
+  machine = host_memory.total()
+  assert machine > 2**27
+  for limit, total in (("max", machine), ("4096", 4096), (f"{2**63}", machine)):
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    files = (str(tmp_path / "absent"), str(tmp_path / "memory.max"))
+    monkeypatch.setattr(host_memory, "_LIMITS", files)
+    assert host_memory.total() == total

@@ -160,19 +160,29 @@ def test_without_images_there_is_no_reference_of_them(config, tmp_path):
   ("changes", "message"),
   [
     ({"samples.guidance": (-1.0,)}, "guidance scale -1.0 is negative"),
-    ({"samples.batch_size": 3}, "config.batch_size=3 is not divisible"),
+    ({"samples.batch_size": 3}, "config.samples.batch_size=3 is not divisible"),
     ({"training.label_dropout": 2.0}, "label_dropout=2.0 is above 1"),
     ({"training.sampler.steps": 1}, "1 steps are too few"),
     ({"training.model.variant": "UViT-G"}, "unknown denoiser 'UViT-G'"),
     ({"training.model.patch_size": 4}, "latent side 2 is not divisible"),
-    ({"training.batch_size": 9}, "config.batch_size=9 is not divisible by 8"),
+    (
+      {"training.batch_size": 9},
+      "config.training.batch_size=9 is not divisible by 8",
+    ),
     ({"samples.classes": (12,)}, "class 12 is not from 0"),
     ({"samples.metrics": ("fid",)}, "unknown metric 'fid'"),
     (
       {"samples.metrics": OF_EFFICIENTNET, "reference.features": -1},
-      "config.features=-1 is below 0",
+      "config.reference.features=-1 is below 0",
     ),
     ({"export.crop": "crop"}, "crop"),
+    ({"export.resolution": 100}, "side 100 in config.export.resolution"),
+    ({"training.data.workers": 1000}, "config.training.data.workers=1000"),
+    ({"training.sampler.steps": 10**6}, "config.training.sampler.steps=10000"),
+    (
+      {"samples.batch_size": 2**20, "export.resolution": 2**13},
+      "of config.samples.batch_size=1048576",
+    ),
   ],
 )
 def test_every_stage_is_checked_before_the_first(

@@ -442,6 +442,16 @@ def test_latents_that_are_not_finite_are_refused(config, tmp_path, whole):
   [
     ({"init_from": ""}, "init_from is empty"),
     ({"resolution": 36}, "not divisible by 8"),
+    (
+      {
+        "resolution": 2**14,
+        "batch_size_per_device": 2**16,
+        "shard_rows": 2**16,
+      },
+      r"too little memory: 65536 images of 16384 px and their latents \([\d,]+ "
+      r"GB\) need at least .* lower config\.batch_size_per_device",
+    ),
+    ({"source.path": ""}, r"^config\.source\.path is empty; name a folder"),
     ({"dtype": "float64"}, "config.dtype='float64' is not among float32"),
     ({"compute_dtype": "int8"}, "int8"),
     ({"shard_rows": 24}, "shard_rows=24 is not a multiple of 16"),
@@ -451,7 +461,7 @@ def test_latents_that_are_not_finite_are_refused(config, tmp_path, whole):
     ({"min_area": float("nan")}, "min_area=nan"),
     ({"retries": -1}, "retries=-1"),
     ({"source.kind": "npy"}, "config.flip and config.crops_per_image need"),
-    ({"source.kind": "zip"}, "unknown source kind 'zip'"),
+    ({"source.kind": "zip"}, "unknown config.source.kind='zip'"),
     ({"source.kind": "mixture"}, "mixture"),
     (
       {"source.path": "/nowhere"},

@@ -153,8 +153,20 @@ def test_a_denoiser_of_captions_reads_states_of_them():
     ({"training.sampler.kind": "ode"}, "unknown config.sampler.kind='ode'"),
     ({"measured.hidden": 50}, "hidden=50 is not a multiple of 32, the width"),
     ({"measured.depth": 3}, "depth=3 of a UViT is odd"),
+    (
+      {
+        "measured.sampling_batch": 2**20,
+        "measured.rounds": 1,
+        "resolution": 2**13,
+      },
+      "too little memory: config.measured.sampling_batch=1048576, decoded",
+    ),
+    ({"measured.depth": 10**9}, "config.measured.depth=1000000000 is above"),
     ({"measured.rounds": -1}, "config.measured.rounds=-1 is below 0"),
-    ({"resolution": 60}, "image side 60 is not divisible by 8"),
+    (
+      {"resolution": 60},
+      "image side 60 in config.resolution is not divisible by 8",
+    ),
   ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(

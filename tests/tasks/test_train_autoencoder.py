@@ -485,9 +485,9 @@ def test_a_work_directory_of_another_config_is_refused_and_untouched(
     ({"model.image_channels": 2}, "1 .grey. or 3"),
     ({"phase": "phase1"}, "low_resolution_full_training"),
     ({"trainable": ("decoder/head",)}, "'decoder/head' matches no parameter"),
-    ({"resolution": 35}, "side 35 is not divisible by 2.*use 34 or 36"),
+    ({"resolution": 35}, "side 35 in config.* by 2.*use 34 or 36"),
     ({"resolution": 0}, "resolution=0 is below 1"),
-    ({"evaluation.resolutions": (32, 21)}, "side 21 is not divisible"),
+    ({"evaluation.resolutions": (32, 21)}, "side 21 in .*is not divisible"),
     ({"evaluation.resolutions": ()}, "resolutions is empty"),
     ({"batch_size": 12}, "batch_size=12 is not divisible by 8"),
     ({"batch_size": 8, "accumulation": 2}, "divisible by 16"),
@@ -501,6 +501,17 @@ def test_a_work_directory_of_another_config_is_refused_and_untouched(
     ({"ema.decay": 1.0}, "decay=1.0 is above 0.9"),
     ({"data.crop": "centre"}, "unknown crop 'centre'"),
     ({"seed": -1}, "seed=-1 is below 0"),
+    ({"batch_size": 10**9}, r"of config\.batch_size=1000000000 \([\d,]+ GB\)"),
+    ({"resolution": 2**17, "data.source.path": "/nowhere"},
+     r"need at least [\d.,]+ GB on each of 8 devices, [\d,]+ GB in all, and "
+     r"this machine has [\d.,]+ GB; lower config\.batch_size"),
+    ({"evaluation.resolutions": (2**20,)}, "8 images of 1048576 px"),
+    ({"data.workers": 1000}, r"config\.data\.workers=1000 is above \d+, 8 for"),
+    ({"resolution": 33, "data.source.path": "/nowhere"},
+     r"side 33 in config\.resolution is not divisible by 2"),
+    ({"data.source.path": ""}, r"^config\.data\.source\.path is empty; name a "
+     "folder of images$"),
+    ({"evaluation.source.path": ""}, r"^config\.evaluation\.source\.path is"),
     ({"optimizer.beta1": 1.0}, "beta1=1.0 is above 0.9"),
     ({"model.dtype": "float16"}, "float16"),
     ({"data.min_area": 2.0}, "min_area=2.0 is above 1"),
@@ -508,7 +519,7 @@ def test_a_work_directory_of_another_config_is_refused_and_untouched(
     ({"data.min_size": 16}, "min_size=16 is below .*resolution=32"),
     ({"data.min_size": 4000}, "none of the 12 images can be used"),
     ({"data.source.path": "/nowhere"}, "image folder '/nowhere'"),
-    ({"data.source.kind": "webdataset"}, "unknown source kind"),
+    ({"data.source.kind": "webdataset"}, "unknown config.data.source.kind"),
     ({"data.source.kind": "mixture"}, "at least one member"),
     ({"lpips.weight": 0.25, "lpips.path": "/nowhere.npz"}, "no file /nowhere"),
     ({"lpips.network": "squeeze"}, "unknown LPIPS network"),
@@ -714,8 +725,11 @@ def test_kill_and_sigterm_lose_nothing(tiny_config, tmp_path):
 def test_bad_input_is_one_line_on_the_command_line(tiny_config, tmp_path):
   config = config_file(tmp_path / "run.py", tiny_config(1))
   for extra, message in [
-    ("--config.resolutoin=32", 'Did you mean "resolution"'),
-    ("--config.resolution=33", "error: image side 33 is not divisible by 2"),
+    ("--config.resolutoin=32", "did you mean config.resolution?"),
+    (
+      "--config.resolution=33",
+      "error: image side 33 in config.resolution is not divisible by 2",
+    ),
     ("--config.task=train", "error: unknown config.task 'train'"),
     ("--config.batch_size=x", "batch_size"),
   ]:

@@ -162,8 +162,16 @@ def test_phases_are_trained_with_the_losses_of_the_paper(workdir):
       "phase1 has .*'tiny-f8-rms'.*'tiny-f32'",
     ),
     ("phase2.lpips.path", "/nowhere.npz", "no file /nowhere"),
-    ("phase3.data.source.kind", "folder", "image folder ''"),
-    ("report.resolutions", (64, 65), "side 65 is not divisible"),
+    (
+      "phase3.data.source.kind",
+      "folder",
+      r"config\.phase3\.data\.source\.path is empty; name a folder of images",
+    ),
+    ("report.resolutions", (64, 65), "side 65 in config.report.resolutions"),
+    ("phase2.resolution", 100, "side 100 in config.phase2.resolution is not"),
+    ("phase2.batch_size", 10**9, "of config.phase2.batch_size=1000000000"),
+    ("phase2.data.workers", 1000, "config.phase2.data.workers=1000 is above"),
+    ("phase2.evaluation.resolutions", (2**20,), "8 images of 1048576 px"),
   ],
 )
 def test_all_phases_are_checked_before_the_first_starts(

@@ -181,6 +181,10 @@ def _tree(
   captions: bool,
   left_out: tuple[str, ...] = (),
 ) -> Files:
+  if not path:
+    raise errors.UserError(
+      f"config.source.path is empty; name a folder of {what}s"
+    )
   root = os.path.expanduser(path)
   walk = _remote_files if "://" in path else _local_files
   try:
@@ -189,8 +193,7 @@ def _tree(
     reason = error.strerror or errors.first_line(error)
     raise errors.UserError(
       f"{what} folder {path!r}: {error.filename or path} cannot be listed "
-      f"({reason}); name a tree of {what}s (config.source.path; for a training "
-      "run, config.data.source.path and config.evaluation.source.path)"
+      f"({reason}); name a tree of {what}s in config.source.path"
     ) from error
   shown = sorted(x for x in sizes if not os.path.basename(x).startswith("."))
   paths = [name for name in shown if name.lower().endswith(suffixes)]

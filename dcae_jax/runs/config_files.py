@@ -1,0 +1,124 @@
+"""Config files, and the names of keys: one line for what is wrong with them."""
+
+import difflib
+import pathlib
+import re
+import runpy
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from dcae_jax import errors
+
+_NEAR = 0.6  # of names, from 0 to 1
+
+
+def load(path: str) -> Any:
+  """What `get_config` of a file returns; of "FILE:TEXT" it is told the text.
+
+  Raises UserError, with the line, for a file that is not there, or fails.
+  """
+  path, *told = path.split(":", 1)
+  if not pathlib.Path(path).is_file():
+    raise errors.UserError(
+      f"config file {path!r} does not exist; see configs/ for some"
+    )
+  try:
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+      raise errors.UserError("it has no function get_config")
+    config = get_config(*told)
+    if not getattr(config, "task", None):
+      raise errors.UserError(
+        f"get_config returns {type(config).__name__}, and no config with a "
+        "task; see configs/base.py"
+      )
+    return config
+  except (Exception, SystemExit) as error:  # whatever a program makes
+    raise errors.UserError(
+      f"config file {path}{_line(error, path)}: {_text(error)}"
+    ) from error
+
+
+def _line(error: BaseException, path: str) -> str:
+  if isinstance(error, SyntaxError) and error.filename == path:
+    return f", line {error.lineno}"
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == path]
+  return f", line {lines[-1]}" if lines else ""
+
+
+def _text(error: BaseException) -> str:
+  if isinstance(error, errors.UserError):
+    return str(error)
+  if isinstance(error, SyntaxError):
+    return f"SyntaxError: {error.msg}"
+  return f"{type(error).__name__}: {errors.first_line(error)}"
+
+
+def check_key(path: str, value: str, config: dict[str, Any]) -> None:
+  """Raises UserError for a key that a config does not have, or a group of them.
+
+  It says which key may have been meant, wherever that is. Names are joined by
+  dots, or stand in brackets. The value is what a command line gives it; a group
+  may be given as a dictionary.
+  """
+  path = re.sub(r"""\[['"]?([^]'"]*)['"]?\]""", r".\1", path)
+  group, parent, parts = config, "config", path.split(".")
+  for part in parts:
+    if not isinstance(group, dict):
+      _refuse(path, f"{parent} is one, and has no others below it")
+    if part not in group:
+      break
+    group, parent = group[part], f"{parent}.{part}"
+  else:
+    if isinstance(group, dict) and group and value and value[0] != "{":
+      raise errors.UserError(
+        f"{parent} is a group of keys; set one of {', '.join(sorted(group))}: "
+        f"--{parent}.KEY={value}"
+      )
+    return
+  if parent != "config" and not group:
+    example = f'--{parent}="{{{parts[-1]!r}: {value}}}"'
+    _refuse(path, f"{parent} is empty; give it as a whole, {example}")
+  if meant := _meant(path, list(_paths(config))):
+    keys = [f"config.{key}" for key in meant]
+    _refuse(path, f"did you mean {' or '.join(keys)}?")
+  _refuse(path, f"{parent} has {', '.join(sorted(group))}")
+
+
+def _refuse(path: str, why: str) -> None:
+  raise errors.UserError(f"config.{path} is no key; {why}")
+
+
+def _paths(config: dict[str, Any]) -> Iterator[str]:
+  """Of all groups and keys."""
+  for name, value in config.items():
+    yield str(name)
+    if isinstance(value, dict):
+      yield from (f"{name}.{path}" for path in _paths(value))
+
+
+def _meant(path: str, known: list[str]) -> list[str]:
+  """Those whose last name is nearest, the nearest path first; maybe none.
+
+  A name may be a word of it, or its initials: "lr" is near "learning_rate". Of
+  a name without a group it is up to three.
+  """
+  groups, _, name = path.rpartition(".")
+
+  def likeness(other: str) -> float:
+    last = other.rpartition(".")[2]
+    words = last.split("_")
+    if name == last:
+      return 2.0
+    if name in words or name == "".join(word[:1] for word in words) != "":
+      return 1.0
+    return difflib.SequenceMatcher(None, name, last).ratio()
+
+  best = max(map(likeness, known), default=0.0)
+  if best < _NEAR:
+    return []
+  of_path = lambda x: difflib.SequenceMatcher(None, path, x).ratio()
+  near = [other for other in known if likeness(other) == best]
+  return sorted(near, key=of_path, reverse=True)[: 1 if groups else 3]

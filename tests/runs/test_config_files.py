@@ -1,0 +1,113 @@
+import os
+import re
+
+import pytest
+
+from dcae_jax.runs import config_files
+
+_FILE = "import types\n\n\ndef get_config():\n  {}\n"
+
+
+@pytest.mark.parametrize(
+  "body, message",
+  [
+    ("return {}['steps']", ", line 5: KeyError: 'steps'"),
+    ("return 1 / 0", ", line 5: ZeroDivisionError: division by zero"),
+    ("return = 3", ", line 5: SyntaxError: invalid syntax"),
+    (
+      "return open('/nowhere')",
+      ", line 5: FileNotFoundError: [Errno 2] No such",
+    ),
+    ("import nowhere", ", line 5: ModuleNotFoundError: No module named"),
+    (
+      "def f(): raise KeyError('inner')\n\n  f()",
+      ", line 5: KeyError: 'inner'",
+    ),
+    ("raise ValueError('first\\nsecond')", ", line 5: ValueError: first"),
+    ("raise SystemExit(3)", ", line 5: SystemExit: 3"),
+    ("pass", ": get_config returns NoneType, and no config with a task"),
+    (
+      "return {'task': 'plan'}",
+      ": get_config returns dict, and no config with",
+    ),
+  ],
+)
+def test_an_error_in_a_config_file_has_its_line(body, message, tmp_path):
+  path = tmp_path / "run.py"
+  path.write_text(_FILE.format(body))
+  expected = re.escape(f"config file {path}{message}")
+  with pytest.raises(ValueError, match=f"^{expected}") as refused:
+    config_files.load(str(path))
+  assert "\n" not in str(refused.value)
+
+
+def test_a_config_file_may_be_told_something(tmp_path):
+  path = tmp_path / "run.py"
+  path.write_text(
+    "import types\n\n\ndef get_config(task):\n"
+    "  return types.SimpleNamespace(task=task)\n"
+  )
+  assert config_files.load(f"{path}:plan").task == "plan"
+  with pytest.raises(
+    ValueError, match="missing 1 required positional argument"
+  ):
+    config_files.load(str(path))
+
+
+def test_only_regular_files_are_configs(tmp_path):
+  os.mkfifo(tmp_path / "pipe.py")
+  (tmp_path / "other.py").write_text("x = 3")
+  for name, message in (
+    ("pipe.py", "does not exist"),
+    ("absent.py", "does not exist; see configs/"),
+    ("", "does not exist"),
+    ("other.py", "it has no function get_config"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      config_files.load(str(tmp_path / name))
+
+
+_CONFIG = {
+  "batch_size": 8,
+  "discriminator": {"learning_rate": 0.0},
+  "optimizer": {"learning_rate": 0.1, "weight_decay": 0.1},
+  "data": {"source": {"path": ""}, "flip": True},
+  "model": {"architecture": {}},
+}
+
+
+@pytest.mark.parametrize(
+  "key, message",
+  [
+    ("optimizer.lr", "; did you mean config.optimizer.learning_rate?"),
+    ("optimizer.wd", "; did you mean config.optimizer.weight_decay?"),
+    ("optimiser.weight_decay", "; did you mean config.optimizer.weight_decay?"),
+    ("batchsize", "; did you mean config.batch_size?"),
+    ("bs", "; did you mean config.batch_size?"),
+    ("data.batch_size", "; did you mean config.batch_size?"),
+    ("flip", "; did you mean config.data.flip?"),
+    ("learning_rate", "; did you mean config.optimizer.learning_rate or config."
+     "discriminator.learning_rate?"),
+    ("data.zoom", "; config.data has flip, source"),
+    ("zoom", "; config has batch_size, data, discriminator, model, optimizer"),
+    ("batch_size.x", "; config.batch_size is one, and has no others below it"),
+    ("model.architecture.x", "; config.model.architecture is empty; give it as "
+     "a whole, --config.model.architecture=\"{'x': 3}\""),
+  ],
+)  # fmt: skip
+def test_an_unknown_key_says_what_is_meant(key, message):
+  with pytest.raises(ValueError, match="is no key") as refused:
+    config_files.check_key(key, "3", _CONFIG)
+  assert str(refused.value) == f"config.{key} is no key{message}"
+
+
+def test_a_group_takes_no_value_but_a_dictionary():
+  config_files.check_key("data.source", "{'path': 'x'}", _CONFIG)
+  config_files.check_key("data.source.path", "x", _CONFIG)
+  config_files.check_key("data['source'].path", "x", _CONFIG)
+  expected = (
+    "config.data.source is a group of keys; set one of path: "
+    "--config.data.source.KEY=photos"
+  )
+  with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+    config_files.check_key("data.source", "photos", _CONFIG)
