@@ -174,6 +174,7 @@ def test_main_imports_only_flags_at_the_top():
   assert names - sys.stdlib_module_names == {
     "absl",
     "dcae_jax",
+    "dcae_jax.runs",
     "ml_collections",
   }
 
