@@ -53,6 +53,10 @@ def main(argv: list[str]) -> int:
       advice = "; make room and run again: it goes on from what is saved"
     return _fail(f"{error}{advice}")
   except RuntimeError as error:
+    if str(error).startswith("RESOURCE_EXHAUSTED"):
+      return _fail(
+        f"too little memory: {errors.first_line(error)}; use smaller batches"
+      )
     if not _is_one_of_many():
       raise
     traceback.print_exc()

@@ -176,7 +176,7 @@ def test_main_imports_only_flags_at_the_top():
   assert names - sys.stdlib_module_names == {
     "absl",
     "dcae_jax",
-    "dcae_jax.runs",  # signals: the standard library alone
+    "dcae_jax.runs",  # signals and plain_text: the standard library alone
     "ml_collections",
   }
 

@@ -1,14 +1,40 @@
-"""Pickles, read without running code."""
+"""Pickles of arrays, read without running code, and in bounded time."""
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 from dcae_jax import errors
 
+_WIDEST_TUPLE = 64  # the most axes that an array has
 
-class Unpickler(pickle.Unpickler):
+
+def _bounded(make: Callable[[Any], None]) -> Callable[[Any], None]:
+  """An instruction that makes a tuple, for tuples as arrays need them.
+
+  A few instructions can nest them so that the hash of one, as the key of a
+  dictionary, takes for ever.
+  """
+
+  def bounded(self) -> None:
+    make(self)
+    made = self.stack[-1]
+    inner = [x for part in made if type(part) is tuple for x in part]
+    if len(made) > _WIDEST_TUPLE or any(type(x) is tuple for x in inner):
+      raise errors.UserError(
+        "it holds longer or deeper tuples than arrays need"
+      )
+
+  return bounded
+
+
+class Unpickler(pickle._Unpickler):  # of which instructions can be replaced
   """Admits the names that it is given: a pickle can call any other function."""
+
+  dispatch = pickle._Unpickler.dispatch | {
+    code[0]: _bounded(pickle._Unpickler.dispatch[code[0]])
+    for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+  }
 
   def __init__(
     self,

@@ -151,7 +151,8 @@ def _read(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
     raise errors.UserError("it is not of the format before torch 1.6")
   protocol = _unpickle(file)
   if protocol != _PROTOCOL:
-    raise errors.UserError(f"its protocol is {protocol}, not {_PROTOCOL}")
+    known = protocol if isinstance(protocol, int) else type(protocol).__name__
+    raise errors.UserError(f"its protocol is {known}, not {_PROTOCOL}")
   if not _unpickle(file)["little_endian"]:
     raise errors.UserError("its byte order is big; only little is known")
   tensors = _checked(_unpickle(file))

@@ -251,6 +251,26 @@ def test_pickles_of_other_protocols_and_absurd_memos_are_refused(write):
   assert "absurd" in _reason(write(memo))
 
 
+def test_nested_tuples_and_lists_take_no_time(write):
+  """Each instruction doubles what the hash, or the text, of it all takes."""
+  tuples = {
+    "doubled": b")" + b"2\x86" * 64,
+    "deep": b")" + b"\x85" * 10**5,
+    "wide": b"(" + b"(" + b"N" * 2000 + b"tq\x00" + b"h\x00" * 2000 + b"t",
+  }
+  for key in tuples.values():
+    message = _reason(write(b"}" + key + b"Ns"))
+    assert "deeper tuples than arrays need" in message
+    pid = b"(" + _instructions("storage") + key + b"X\0\0\0\0NK\0tQ"
+    assert "deeper tuples" in _reason(write(pid))
+  tensor = {"a": _tensor((2,), (1,))}
+  assert "deeper tuples" in _reason(write(tensor, {tuples["doubled"]: NUMBERS}))
+  lists = b"]q\x00" + b"".join(
+    b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(64)
+  )
+  assert "protocol is list, not 1001" in _reason(write(tensor, protocol=lists))
+
+
 def test_big_endian_compressed_and_unknown_files_are_refused(tmp_path):
   tree, storages = {"a": _tensor((2,), (1,))}, {"0": NUMBERS}
   path = tmp_path / "weights.pth"
