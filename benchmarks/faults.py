@@ -156,7 +156,7 @@ def _rows(lab: tiny_runs.Lab, path: pathlib.Path) -> dict[str, Any]:
   store = reader.Latents(path / "latents")
   store.check()
   found = {k: x.tolist() for k, x in store.read(range(len(store))).items()}
-  return found | {"keys": store.keys(), "classes": store.classes}
+  return found | {"keys": store.keys(), "manifest": store.manifest}
 
 
 class _Kind(NamedTuple):
@@ -173,10 +173,10 @@ _LAST = f"^checkpoints/{tiny_runs.STEPS}"
 _KINDS = {
   "averages": _Kind(_TRAIN, _LAST + "/ema/.*/d/", _loaded),
   "averages' metadata": _Kind(_TRAIN, _LAST + "/ema/(?!.*/d/)", _loaded),
-  "measured": _Kind(_TRAIN, _LAST + "/measured/", _loaded),
+  "measured": _Kind(_TRAIN, _LAST + "/measured/metadata", _loaded),
   "config.json of a run": _Kind(_TRAIN, r"^config\.json", _loaded),
   "state": _Kind(_TRAIN, _LAST + "/(params|ema|optimizer)/", _LONGER),
-  "position of the data": _Kind(_TRAIN, _LAST + "/data/", _LONGER),
+  "position of the data": _Kind(_TRAIN, _LAST + "/data/metadata", _LONGER),
   "checkpoint's metadata": _Kind(_TRAIN, _LAST + "/[^/]*$", _LONGER),
   "metrics.jsonl": _Kind(_TRAIN, r"^metrics\.jsonl", _LONGER),
   "result.json": _Kind(_TRAIN, r"^result\.json", _goes_on(_TRAIN)),
@@ -241,15 +241,16 @@ def _bits(
   lab: tiny_runs.Lab, name: str, rng: random.Random, how: list[str]
 ) -> None:
   """One bit of one file of a kind."""
-  from dcae_jax import errors
-
   kind = _KINDS[name]
   if name not in lab.sound:
     lab.sound[name] = _read(lab, kind, _prepare(lab, kind.of))
   path, (expected, usual) = _prepare(lab, kind.of), lab.sound[name]
-  files = [str(x.relative_to(path)) for x in sorted(path.rglob("*"))]
-  files = [x for x in files if re.search(kind.files, x)]
-  chosen = rng.choice([x for x in files if (path / x).is_file()])
+  files = {
+    str(x.relative_to(path)): x.stat().st_size
+    for x in sorted(path.rglob("*"))
+    if x.is_file() and re.search(kind.files, str(x.relative_to(path)))
+  }
+  (chosen,) = rng.choices(list(files), list(files.values()))
   data = bytearray((path / chosen).read_bytes())
   byte, bit = rng.randrange(len(data)), rng.randrange(8)
   how.append(f"bit {bit} of byte {byte} of {chosen}")
@@ -257,19 +258,26 @@ def _bits(
   (path / chosen).write_bytes(data)
   try:
     found, lines = _read(lab, kind, path)
-  except (errors.UserError, FloatingPointError):
-    return  # main says it in one line, as it does where the system does
   except Exception as error:
-    if isinstance(error, OSError) and error.errno is not None:
-      return
-    raise tiny_runs.Lost(
-      f"{type(error).__name__}: {str(error)[:200]}"
-    ) from error
+    if not _is_one_line(error):
+      why = f"{type(error).__name__}: {str(error)[:200]}"
+      raise tiny_runs.Lost(why) from error
+    how[-1] += ": refused"
+    return
   unlike = tiny_runs.unlike_keys(found, expected)
   if unlike and lines <= usual:
-    raise tiny_runs.Lost(
-      f"{len(unlike)} differ without a word, such as {unlike[0]}"
-    )
+    what = f"{len(unlike)} differ without a word, such as {unlike[0]}"
+    raise tiny_runs.Lost(what)
+  how[-1] += ": warned of" if lines - usual else ": harmless"
+
+
+def _is_one_line(error: Exception) -> bool:
+  """Whether the command line says it in one, and not as a traceback."""
+  from dcae_jax import errors
+
+  if isinstance(error, OSError):
+    return error.errno is not None
+  return isinstance(error, (errors.UserError, FloatingPointError))
 
 
 # --- a bucket -----------------------------------------------------------------
@@ -362,8 +370,10 @@ def _try(
     try:
       _FAULTS[fault](lab, name, rng, how)
     except tiny_runs.Lost as lost:
-      why, kept = str(lost), lab.output / "lost" / f"{fault} {name} {len(done)}"
-      shutil.copytree(lab.scratch, kept, dirs_exist_ok=True)
+      why = str(lost)
+      if fault != "bits":  # where `how` tells all
+        kept = lab.output / "lost" / f"{fault} {name} {len(done)}"
+        shutil.copytree(lab.scratch, kept, dirs_exist_ok=True)
     done.append({"what": [fault, name], "how": how, "lost": why})
     with lab.results.open("a") as file:
       file.write(json.dumps(done[-1]) + "\n")
