@@ -430,7 +430,7 @@ def main() -> None:
     print(f"| {' | '.join(map(str, row))} |")
   lost = [f"{fault} {name}" for fault, name, tried, n in rows if n < tried]
   if lost:
-    sys.exit(f"did not survive: {', '.join(lost)}; see {lab.output / 'lost'}")
+    sys.exit(f"did not survive: {', '.join(lost)}; see {lab.results}")
 
 
 if __name__ == "__main__":
