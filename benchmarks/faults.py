@@ -10,8 +10,8 @@ or a bucket that fails for too long with one line. Of each kind of file, single
 bits are flipped: that must be noticed, or change nothing that is read.
 
 FOLDER/results.jsonl has a line for each try; started again, those that are
-missing are made. It is good for one version of the code. What was lost is kept
-in FOLDER/lost. Linux, on a CPU, with requirements-dev.txt; where no file system
+missing are made. It is of one version of the code. What was lost is kept in
+FOLDER/lost. Linux, on a CPU, with requirements-dev.txt; where no file system
 may be mounted, files must not grow, instead of the disk being full.
 """
 
@@ -84,13 +84,14 @@ def _disk(
     run = place.start()
     if run.until(*moment):
       _fill(lab.scratch, limit, rng.randrange(32))
-    run.end(0, 2)
+    how[-1] += f": exit code {run.end(0, 2)}"
     _mount(lab.scratch, "remount,size=1g,nr_inodes=64k")
   else:
     sizes = [x.stat().st_size for x in (lab.world / task).rglob("*")]
     most = rng.randrange(max(sizes))
     how.append(f"files of at most {most} bytes")
-    place.start("prlimit", f"--fsize={most}").end(0, 2)
+    code = place.start("prlimit", f"--fsize={most}").end(0, 2)
+    how[-1] += f": exit code {code}"
   place.check_ends(known.contents)
 
 
@@ -347,8 +348,8 @@ def _bucket(
         run.process.kill()
         run.end()
       run = place.start()
-      run.end(0, 2)
-      how[-1] += f", {run.seconds():.0f} s of {known.seconds:.0f}"
+      how[-1] += f": exit code {run.end(0, 2)}"
+      how[-1] += f" after {run.seconds():.0f} s, else {known.seconds:.0f}"
     place.check_ends(known.contents)
 
 
@@ -374,6 +375,7 @@ def _try(
       if fault != "bits":  # where `how` tells all
         kept = lab.output / "lost" / f"{fault} {name} {len(done)}"
         shutil.copytree(lab.scratch, kept, dirs_exist_ok=True)
+        shutil.copy(lab.output / "said.txt", kept)
     done.append({"what": [fault, name], "how": how, "lost": why})
     with lab.results.open("a") as file:
       file.write(json.dumps(done[-1]) + "\n")
@@ -395,6 +397,8 @@ def _begin() -> None:
   # Jobs in a shell's background are started deaf to it.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   os.environ.update(_ENVIRONMENT)
+  for name in ("absl", "gcp_storage_emulator"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   flags.FLAGS.mark_as_parsed()  # grain wants it
 
   def give_up(*_):
@@ -426,7 +430,7 @@ def main() -> None:
     print(f"| {' | '.join(map(str, row))} |")
   lost = [f"{fault} {name}" for fault, name, tried, n in rows if n < tried]
   if lost:
-    sys.exit(f"did not survive: {', '.join(lost)}; see {lab.output / 'lost'}")
+    sys.exit(f"did not survive: {', '.join(lost)}; see {lab.results}")
 
 
 if __name__ == "__main__":

@@ -321,12 +321,23 @@ class Lab:
     self.output, self.world = output, output / "world"
     self.scratch, self.results = output / "scratch", output / "results.jsonl"
     self.sound: dict[str, Any] = {}  # what is read of undamaged files
+    self._check_version()
     if not self.world.exists():
       from tests import tiny_text_encoders
 
       draw_images(self.world / "images")
       tiny_text_encoders.save(self.world / "encoder", "minilm")
     self.configs = configs(self.world)
+
+  def _check_version(self) -> None:
+    from dcae_jax.runs import versions
+
+    kept, now = self.output / "versions.json", json.dumps(versions.versions())
+    self.output.mkdir(parents=True, exist_ok=True)
+    if not kept.exists():
+      kept.write_text(now)
+    if kept.read_text() != now:
+      sys.exit(f"{self.output} is of another version; name another --output")
 
   def clear(self) -> None:
     """Empties the scratch directory, which may be a disk of its own."""
