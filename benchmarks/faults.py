@@ -68,7 +68,7 @@ def _kill(
     how.append(f"{number.name} {moment}")
     ends_well = number != signal.SIGKILL and run.is_under_way()
     run.process.send_signal(number)
-    run.end(*[0] * ends_well)
+    run.end(*(0, 128 + number) if ends_well else ())
   place.check_ends(known.contents)
 
 
@@ -119,7 +119,7 @@ def _digest(array: Any) -> str:
 
 
 def _loaded(lab: tiny_runs.Lab, path: pathlib.Path) -> dict[str, Any]:
-  """What anybody gets of a run or a saved folder."""
+  """What anybody gets of a run."""
   import jax
 
   import dcae_jax
@@ -179,16 +179,12 @@ _KINDS = {
   "state": _Kind(_TRAIN, _LAST + "/(params|ema|optimizer)/", _LONGER),
   "position of the data": _Kind(_TRAIN, _LAST + "/data/metadata", _LONGER),
   "checkpoint's metadata": _Kind(_TRAIN, _LAST + "/[^/]*$", _LONGER),
-  "metrics.jsonl": _Kind(_TRAIN, r"^metrics\.jsonl", _LONGER),
-  "result.json": _Kind(_TRAIN, r"^result\.json", _goes_on(_TRAIN)),
   "latents": _Kind(_EXPORT, "latents/latents/c/", _rows),
   "labels": _Kind(_EXPORT, "latents/labels/c/", _rows),
   "strings": _Kind(_EXPORT, "latents/(keys|captions)/c/", _rows),
   "zarr.json": _Kind(_EXPORT, r"zarr\.json", _rows),
   "manifest": _Kind(_EXPORT, r"manifest\.json", _rows),
   "records": _Kind("unfinished", "/progress/", _goes_on(_EXPORT)),
-  "safetensors": _Kind("saved", r"\.safetensors$", _loaded),
-  "config.json of a folder": _Kind("saved", r"^config\.json", _loaded),
 }
 
 
@@ -197,10 +193,6 @@ def _prepare(lab: tiny_runs.Lab, of: str) -> pathlib.Path:
   kept, copy = lab.world / of, lab.scratch / of
   if of in lab.configs:
     lab.undisturbed(of)
-  elif not kept.exists() and of == "saved":
-    import dcae_jax
-
-    dcae_jax.load(_prepare(lab, _TRAIN)).save(kept)
   elif not kept.exists():  # an export that was killed in the middle
     lab.undisturbed(_EXPORT)
     run, path = tiny_runs.Place(lab, _EXPORT).start(), lab.scratch / _EXPORT

@@ -257,7 +257,7 @@ class Run:
     lines = self._log.read_text(errors="replace").splitlines()
     loud = [x for x in lines if any(word in x for word in _LOUD)]
     errors = sum(x.startswith("error: ") for x in lines)
-    if codes and (code not in codes or loud or errors != bool(code)):
+    if codes and (code not in codes or loud or errors != (code == 2)):
       raise Lost(f"ended with {code}: {' | '.join(loud or lines[-3:])[-300:]}")
     return code
 

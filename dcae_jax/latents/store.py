@@ -99,7 +99,7 @@ class LatentStore:
       for name in sorted(arrays):
         self.storage.delete(f"{name}/")
       self.remove_progress()
-      self.storage.write_json(store_layout.IDENTITY, identity)
+      self.storage.write_sealed_json(store_layout.IDENTITY, identity)
 
   def manifest(self) -> dict[str, Any] | None:
     """None unless the store is finished."""
@@ -129,7 +129,7 @@ class LatentStore:
       for block, images in blocks.items():
         reasons = zip(images, pool.map(reason, images), strict=True)
         unusable = {str(i): why for i, why in reasons if why is not None}
-        self.storage.write_json(_survey_key(block), unusable)
+        self.storage.write_sealed_json(_survey_key(block), unusable)
         yield len(images)
 
   def unusable(self, total: int) -> dict[int, str]:
@@ -201,7 +201,7 @@ class LatentStore:
         for view in layout.views
       },
     }
-    self.storage.write_json(
+    self.storage.write_sealed_json(
       _record_key(shard), record | {"rows": rows} | checksums
     )
 
@@ -219,7 +219,7 @@ class LatentStore:
     """Writes the manifest, with the arrays added, and removes the progress."""
     keys = layout.metadata_keys
     metadata = zip(keys, self.storage.read_all(keys), strict=True)
-    self.storage.write_json(
+    self.storage.write_sealed_json(
       store_layout.MANIFEST,
       self._format
       | manifest

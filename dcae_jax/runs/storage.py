@@ -7,6 +7,7 @@ disk are reported in one line.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import tensorstore as ts
 from dcae_jax import errors
 from dcae_jax.runs import regular_files
 
+_SEAL = "sha256_of_the_rest"
 RETRIES = 10  # of a request: about two minutes
 
 
@@ -134,6 +136,10 @@ class Storage:
     """As `read_all`; raises UserError where one is damaged."""
     return list(map(self._parsed, keys, self.read_all(keys)))
 
+  def write_sealed_json(self, key: str, value: dict[str, Any]) -> None:
+    """With a digest of it, which is checked and taken out when it is read."""
+    self.write_json(key, value | {_SEAL: _digest(value)})
+
   def write_json(self, key: str, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
     self.write(key, f"{text}\n".encode())
@@ -216,7 +222,19 @@ class Storage:
       ) from error
     if not isinstance(value, dict):
       raise errors.UserError(f"{self.path}/{key} is damaged: it is no mapping")
+    # Without it, it was written before there was one, or for others.
+    seal = value.pop(_SEAL, None)
+    if seal not in (None, _digest(value)):
+      raise errors.UserError(
+        f"{self.path}/{key} is damaged: it is not what was written; bring it "
+        f"back, or remove its {_SEAL} if you have changed it yourself"
+      )
     return value
+
+
+def _digest(value: dict[str, Any]) -> str:
+  text = json.dumps(value, sort_keys=True, allow_nan=False)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _reopen(path: str, options: dict[str, Any]) -> Storage:

@@ -225,6 +225,33 @@ def test_one_wrong_bit_is_found(name, tmp_path):
   assert f"shard 0 of {name}" in problem
 
 
+def _edit_manifest(store, **changes):
+  """By hand, without the digest that would tell of it."""
+  file = store / "manifest.json"
+  changes = {"sha256_of_the_rest": None} | changes
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_manifest_or_a_record_with_another_number_is_damaged(tmp_path):
+  make_store(tmp_path / "store")
+  file = tmp_path / "store/manifest.json"
+  text = file.read_text()
+  assert text.count("0.25") == 1  # the scaling factor
+  file.write_text(text.replace("0.25", "0.24"))
+  with pytest.raises(ValueError, match="not what was written"):
+    reader.Latents(str(tmp_path / "store"))
+  file.write_text(text)
+  reader.Latents(str(tmp_path / "store"))
+  store = latent_store.LatentStore(str(tmp_path / "begun"))
+  record = {"rows": 5, "sha256": {}, "first_sha256": {}}
+  store.storage.write_sealed_json("progress/shards/000000.json", record)
+  assert store.records(1) == [record]
+  file = tmp_path / "begun/progress/shards/000000.json"
+  file.write_text(file.read_text().replace('"rows": 5', '"rows": 4'))
+  with pytest.raises(ValueError, match="not what was written"):
+    store.records(1)
+
+
 def test_missing_objects_and_wrong_counts_are_found(tmp_path):
   make_store(tmp_path / "store")
   (tmp_path / "store/latents/c/1/0/0/0").unlink()
@@ -234,9 +261,7 @@ def test_missing_objects_and_wrong_counts_are_found(tmp_path):
   assert len(problems) == 2
   assert "shard 1 of latents (rows 16 to 31)" in problems[0]
   assert "shard 2 of keys (rows 32 to 39) is missing" in problems[1]
-  file = tmp_path / "store/manifest.json"
-  manifest = json.loads(file.read_text())
-  file.write_text(json.dumps(manifest | {"count": 41}))
+  _edit_manifest(tmp_path / "store", count=41)
   text = " ".join(reader.Latents(str(tmp_path / "store")).verify())
   assert "latents has the shape (40, 2, 2, 3), not (41, 2, 2, 3)" in text
   assert "the shards have 40 rows, and the manifest 41" in text
@@ -254,12 +279,10 @@ def test_what_is_no_finished_store_is_refused(tmp_path):
   with pytest.raises(ValueError, match="is not finished; run its export again"):
     reader.Latents(str(tmp_path / "begun"))
   make_store(tmp_path / "store")
-  file = tmp_path / "store/manifest.json"
-  manifest = json.loads(file.read_text())
-  file.write_text(json.dumps(manifest | {"format_version": 2}))
+  _edit_manifest(tmp_path / "store", format_version=2)
   with pytest.raises(ValueError, match="latents, version 1"):
     reader.Latents(str(tmp_path / "store"))
-  file.write_text("{")
+  (tmp_path / "store/manifest.json").write_text("{")
   with pytest.raises(ValueError, match=r"manifest.json is damaged"):
     reader.Latents(str(tmp_path / "store"))
 
@@ -282,8 +305,7 @@ def test_what_is_no_finished_store_is_refused(tmp_path):
 )
 def test_a_manifest_with_other_types_is_named(changes, message, tmp_path):
   make_store(tmp_path)
-  file = tmp_path / "manifest.json"
-  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+  _edit_manifest(tmp_path, **changes)
   with pytest.raises(
     ValueError, match=rf"manifest\.json is damaged: {message}.*; export it"
   ):
