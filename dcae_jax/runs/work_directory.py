@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from dcae_jax import errors
-from dcae_jax.runs import json_types, places, regular_files
+from dcae_jax.runs import json_types, places, regular_files, storage
 
 WRITTEN_IN = "workdir"  # a key of config.json
 _TRAINING = {"steps": int, "evaluation?": dict}
@@ -34,8 +34,14 @@ _TYPES = {  # of what is read of a config.json without `configs/base.py`
 
 
 def is_run(path: str) -> bool:
-  """Whether it is the work directory of a run, finished or not."""
-  if not path or (":/" in path and not path.startswith("gs://")):
+  """Whether it is the work directory of a run, finished or not.
+
+  Raises OSError for a bucket that is not there, or must not be read.
+  """
+  if path.startswith("gs://"):
+    data = storage.Storage(path).read("config.json")
+    return data is not None and b'"task"' in data
+  if not path or ":/" in path:
     return False
   config = epath.Path(os.path.expanduser(path)) / "config.json"
   return (

@@ -452,3 +452,23 @@ def test_training_notices_exchanged_shards(path, tmp_path):
     with pytest.raises(ValueError, match=f"shard 0 of {name} does not have"):
       store.check()
       store.condition("labels")
+
+
+@pytest.mark.parametrize(
+  "name", ["progress_of_my_thesis.txt", "progress/notes.txt"]
+)
+def test_what_is_not_of_an_export_is_neither_deleted_nor_written_over(
+  name, tmp_path
+):
+  file = tmp_path / "store" / name
+  file.parent.mkdir(parents=True)
+  file.write_text("mine")
+  with pytest.raises(ValueError, match=f"holds {name} of something else"):
+    latent_store.LatentStore(str(tmp_path / "store")).check_writable()
+  file.unlink()
+  make_store(tmp_path / "other")
+  file = tmp_path / "other" / name
+  file.parent.mkdir(exist_ok=True)
+  file.write_text("mine")
+  latent_store.LatentStore(str(tmp_path / "other")).remove_progress()
+  assert file.read_text() == "mine"

@@ -537,6 +537,16 @@ def test_bad_input_is_refused_before_anything_is_written(
   assert not workdir.exists()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "samples"])
+def test_files_of_something_else_are_not_written_over(
+  name, tiny_config, tmp_path
+):
+  (tmp_path / name).write_text("mine")
+  with pytest.raises(ValueError, match=f"holds {name} of something else"):
+    _run(tiny_config(1), tmp_path)
+  assert (tmp_path / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize("phase", [2, 3])
 def test_later_phases_need_init_from(tiny_config, tmp_path, phase):
   with pytest.raises(ValueError, match=r"set --config\.init_from"):
