@@ -506,7 +506,7 @@ def test_reference_statistics_are_computed_saved_and_read(
     ),
     ({"weights.rfid": "no.pth", "metrics": ("rfid",)}, "no.pth"),
     ({"reference": "x.npz"}, "rfid, which is not among"),
-    ({"source.path": "/nowhere"}, "does not exist"),
+    ({"source.path": "/nowhere"}, "/nowhere cannot be listed"),
     ({"source.kind": "mixture"}, "not from a mixture"),
     ({"mesh.data": 3}, "mesh"),
     ({"mesh.data": 1, "mesh.spatial": 8, "resolutions": (36,)}, "divisible"),

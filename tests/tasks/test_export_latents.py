@@ -421,6 +421,7 @@ def test_a_disk_that_cannot_be_read_is_no_unreadable_image(
     raise OSError(5, "Input/output error")
 
   monkeypatch.setattr("dcae_jax.data.sources.Files.__getitem__", fail)
+  monkeypatch.setattr(images, "_DELAYS", (0,))
   with pytest.raises(OSError, match="Input/output error"):
     export_latents.run(config(), epath.Path(tmp_path))
 
