@@ -61,6 +61,7 @@ OTHERS = {
   "data": {"PIL", "absl", "etils", "fsspec", "grain", "tensorflow_datasets"},
   "nn": NETWORKS,
   "runs": set(),
+  "runs/bucket_retries.py": {"gcsfs"},
   "runs/exclusive.py": {"jax"},
   "runs/metrics_writer.py": {"PIL", "etils", "tensorboardX"},
   "runs/places.py": {"etils"},

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from dcae_jax import errors
 from dcae_jax.runs import metrics_writer, processes
@@ -54,7 +55,26 @@ def _state(items: dict[str, Tree]) -> state_lib.TrainState:
 
 def _absolute(path: epath.Path) -> epath.Path:
   """What orbax wants; remote addresses are absolute as they are."""
-  return path if "://" in str(path) else path.expanduser().resolve()
+  if "://" in str(path):
+    _hasten_retries()
+    return path
+  return path.expanduser().resolve()
+
+
+def _hasten_retries() -> None:
+  """Of requests to buckets: many of orbax's wait for each other."""
+  from dcae_jax.runs import bucket_retries  # gcsfs takes a while to import
+
+  bucket_retries.hasten()
+  for context in (
+    tensorstore_utils._BASE_TS_CONTEXT,
+    tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT,
+  ):
+    context["gcs_request_retries"] = {
+      "max_retries": bucket_retries.ATTEMPTS,
+      "initial_delay": f"{bucket_retries.FIRST_DELAY:g}s",
+      "max_delay": f"{bucket_retries.LARGEST_DELAY:g}s",
+    }
 
 
 @contextlib.contextmanager
