@@ -110,7 +110,8 @@ def _run(config, workdir: str | None) -> None:
   # What fails in other packages' threads and callbacks fails the run, too,
   # which says it in one line.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-  threading.excepthook = sys.unraisablehook = lambda _: None
+  threading.excepthook = _say_of_thread
+  sys.unraisablehook = lambda _: None
   if config.task not in TASKS:
     raise errors.UserError(
       f"unknown config.task {config.task!r}; known are {', '.join(TASKS)}"
@@ -202,6 +203,13 @@ def _is_tpu_host() -> bool:
   import jax  # on a Cloud TPU VM it prefers its TPUs
 
   return (jax.config.jax_platforms or "").split(",")[0] == "tpu"
+
+
+def _say_of_thread(ended: threading.ExceptHookArgs) -> None:
+  """Only of our own threads, which nothing else would tell of."""
+  frames = traceback.extract_tb(ended.exc_traceback)
+  if any("dcae_jax" in frame.filename for frame in frames):
+    threading.__excepthook__(ended)
 
 
 class _Formatter(logging.Formatter):

@@ -80,6 +80,8 @@ def read_record(source: sources.Source, index: int) -> sources.Record:
   for delay in (*_DELAYS, None):
     try:
       return source[index]
+    except errors.UserError:
+      raise
     except Exception as error:  # clients of storage have their own kinds
       name = source.name(index)
       is_broken_link = os.path.islink(name) and not os.path.exists(name)
@@ -94,7 +96,7 @@ def read_record(source: sources.Source, index: int) -> sources.Record:
           "goes on from what is saved",
           name,
         ) from error
-      _LOG.warning("%s: %s; again in %d s", name, reason, delay)
+      _LOG.warning("%r: %s; again in %d s", name, reason, delay)
     time.sleep(delay)
 
 
@@ -166,7 +168,8 @@ class Skipped:
       os.close(os.open(os.path.join(self._directory, digest), flags))
     except FileExistsError:
       return
-    _LOG.warning("skipped image %s: %s", name, reason)
+    # In quotes: the log of a loader process escapes nothing.
+    _LOG.warning("skipped image %r: %s", name, reason)
 
   def __len__(self) -> int:
     return len(os.listdir(self._directory))

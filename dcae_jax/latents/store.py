@@ -15,11 +15,12 @@ from dcae_jax import errors
 from dcae_jax.latents import layout as store_layout
 from dcae_jax.runs import differences, lease, storage
 
+_FIRST = "first_sha256"  # of a shard's first rows
 _PROBE = "progress.probe_"
 _PROGRESS = (
   _PROBE, "progress/survey/", "progress/shards/", store_layout.IDENTITY,
 )  # fmt: skip
-_OF_SHARD = ("rows", "sha256", "first_sha256")  # a record, in the manifest
+_OF_SHARD = ("rows", "sha256")  # a record
 
 
 class LatentStore:
@@ -196,7 +197,7 @@ class LatentStore:
       self.storage.write(f"{name}/c/{shard}", parts[name])
     checksums = {
       "sha256": {name: store_layout.sha256(x) for name, x in parts.items()},
-      "first_sha256": {
+      _FIRST: {
         view: store_layout.sha256(parts[view][: store_layout.CHUNK_ROWS])
         for view in layout.views
       },
@@ -231,7 +232,8 @@ class LatentStore:
         "conditions": list(layout.conditions),
         "shard_rows": layout.shard_rows,
         "shards": [
-          {key: record[key] for key in _OF_SHARD}
+          # Begun before records had all, an export goes on.
+          {k: record[k] for k in (*_OF_SHARD, _FIRST) if k in record}
           for record in self.records(layout.shards)
         ],
         "metadata_sha256": {

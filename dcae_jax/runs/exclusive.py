@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -22,20 +23,20 @@ def held(directory: str) -> Iterator[None]:
   Waits for a while where the owner may have died on another machine. Raises
   UserError if others work there, and ends the process if it loses its lease.
   """
-  taken, refused = None, ""
+  hold, refused = _Hold(directory), None
   created = [] if "://" in directory else _absent(directory)
   if jax.process_index() == 0:
     try:
-      taken = _take(directory)
-    except errors.UserError as error:
-      refused = str(error)
-  if processes.total(bool(refused)):
-    raise errors.UserError(refused or "others work in the directory")
+      hold.take()
+    except (errors.UserError, OSError) as error:
+      refused = error
+  if processes.total(refused is not None):
+    raise refused or errors.UserError(f"{directory}: see the first process")
   try:
     yield
   finally:
-    if taken is not None:
-      taken.release()
+    if jax.process_index() == 0:
+      hold.release()
       with contextlib.suppress(OSError):  # others are not empty
         for path in created:
           os.rmdir(path)
@@ -50,28 +51,56 @@ def _absent(path: str) -> list[str]:
   return found
 
 
-def _take(directory: str) -> lease.Lease:
-  def leave():
+class _Hold:
+  """A lease of a directory that comes back if somebody deletes it."""
+
+  def __init__(self, directory: str):
+    self._directory = directory
+    self._leases = lease.Leases(storage.Storage(directory))
+    self._lease: lease.Lease | None = None
+    self._changes = threading.Lock()
+
+  def take(self) -> None:
+    """Raises UserError if others work there."""
+    directory, said = self._directory, False
+    if os.path.lexists(directory) and not os.path.isdir(directory):
+      raise errors.UserError(
+        f"{directory} is not a directory; choose another --workdir"
+      )
+    while not self._try():
+      owner = self._leases.owner(lease.DIRECTORY)
+      if self._leases.is_alive(lease.DIRECTORY):
+        raise errors.UserError(
+          f"{directory} is worked in by {owner}; wait for it, stop it, or "
+          "choose another directory"
+        )
+      if owner and not said:
+        _LOG.info(
+          "%s was worked in by %s; waiting for a sign of it, for %d s",
+          directory, owner, lease.SECONDS_OF_PATIENCE,
+        )  # fmt: skip
+      said = True
+      time.sleep(1)
+
+  def _try(self) -> bool:
+    with self._changes:
+      taken = self._leases.take(lease.DIRECTORY, self._lost)
+      self._lease = taken or self._lease
+    return taken is not None
+
+  def _lost(self) -> None:
+    """It was deleted, or others have waited for too long a time."""
+    if self._try():
+      return
     print(
-      f"error: {directory} was taken over by another process; left it to that",
+      f"error: {self._directory} was taken over by another process; left it to "
+      "that",
       file=sys.stderr,
       flush=True,
     )
     os._exit(2)
 
-  leases, said = lease.Leases(storage.Storage(directory)), False
-  while (taken := leases.take(lease.DIRECTORY, leave)) is None:
-    owner = leases.owner(lease.DIRECTORY)
-    if leases.is_alive(lease.DIRECTORY):
-      raise errors.UserError(
-        f"{directory} is worked in by {owner}; wait for it, stop it, or choose "
-        "another directory"
-      )
-    if owner and not said:
-      _LOG.info(
-        "%s was worked in by %s; waiting for a sign of it, for %d s",
-        directory, owner, lease.SECONDS_OF_PATIENCE,
-      )  # fmt: skip
-    said = True
-    time.sleep(1)
-  return taken
+  def release(self) -> None:
+    with self._changes:
+      current = self._lease
+    current.release()

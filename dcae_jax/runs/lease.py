@@ -53,15 +53,10 @@ class _Owner:
     """Whether it is, or was, a process of this machine."""
     return bool(self.kernel) and self.kernel == _kernel()
 
-  def is_gone(self, place: str) -> bool:
-    """Whether it was a process of this machine, and is no more.
-
-    Or is, but for another place, of which this is a copy.
-    """
+  def is_gone(self) -> bool:
+    """Whether it was a process of this machine, and is no more."""
     if not self.is_here():
       return False
-    if self.place != place:
-      return True
     try:
       os.kill(self.pid, 0)  # asks only, even of processes that /proc hides
     except ProcessLookupError:
@@ -168,15 +163,18 @@ class Leases:
     return str(_parsed(found) or "somebody unknown")
 
   def is_alive(self, key: str) -> bool:
-    """Whether its owner lives here, or renews it while `take` is called."""
+    """Whether its owner lives here, or renews it while `take` is called.
+
+    In a copy of the directory the owner lives, and renews nothing.
+    """
     owner = _parsed(self._storage.read_version(key)[0])
-    if owner is not None and owner.is_here():
-      return not owner.is_gone(self._place)
-    return key in self._renewed
+    if owner is None or not owner.is_here() or owner.place != self._place:
+      return key in self._renewed
+    return not owner.is_gone()
 
   def _is_free(self, key: str, found: bytes, generation: bytes) -> bool:
     owner = _parsed(found)
-    if owner is not None and owner.is_gone(self._place):
+    if owner is not None and owner.is_gone():
       return True
     now = time.monotonic()
     seen, since = self._seen.get(key, (None, now))

@@ -78,10 +78,14 @@ def open_source(config: ConfigDict) -> sources.Source:
   return source
 
 
-def output(config: ConfigDict, workdir: epath.Path) -> str:
-  """Where the latents go; UserError if that is where the run is."""
-  path = config.output or os.fspath(workdir / "latents")
-  if epath.Path(path).expanduser() == workdir:
+def output(config: ConfigDict, workdir: epath.Path, name: str) -> str:
+  """Where a store goes; UserError if that is where the run is."""
+  path = config.output or os.fspath(workdir / name)
+  place, run = (
+    x if "://" in x else os.path.realpath(os.path.expanduser(x))
+    for x in (path, os.fspath(workdir))
+  )
+  if place.rstrip("/") == run.rstrip("/"):
     raise errors.UserError(
       f"config.output={path} is --workdir; use a place of its own"
     )
@@ -90,7 +94,7 @@ def output(config: ConfigDict, workdir: epath.Path) -> str:
 
 def open_store(config: ConfigDict, workdir: epath.Path) -> store.LatentStore:
   """The store that the latents go to, after a test that it can be written."""
-  path = output(config, workdir)
+  path = output(config, workdir, "latents")
   place = store.LatentStore(path, retries=config.retries)
   place.check_writable(jax.process_index())
   return place

@@ -140,6 +140,8 @@ class Work(NamedTuple):
     constants: what the step is called with after the batch.
     evaluate: `(step, state, writer) -> metrics`.
     evaluate_every: steps; 0: at the beginning and at the end only.
+    compare: called with the evaluation before and the new one, each with its
+      step; raises UserError where they are not of the same.
     finish: called with the last step and its state, on every process.
   """
 
@@ -150,6 +152,7 @@ class Work(NamedTuple):
     [int, state_lib.TrainState, metrics_writer.MetricsWriter], dict[str, float]
   ]
   evaluate_every: int
+  compare: Callable[[dict[str, float], dict[str, float]], None]
   finish: Callable[[int, state_lib.TrainState], None]
 
 
@@ -157,15 +160,18 @@ def run(
   training: Training, work: Work, workdir: epath.Path, sigterm: loop.Sigterm
 ) -> bool:
   """Trains to `config.steps`; False if SIGTERM ended it early."""
-  config = training.config
+  config, first_step, state = training.config, 0, None
+  if not (workdir / "config.json").exists():
+    state = training.begin()  # what it refuses leaves nothing behind
+    start.write_config(config, workdir)
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
   restored = checkpoints.restore(training.abstract, training.shardings)
   if restored is not None:
     first_step, state, data_state = restored
     work.batches.set_state(data_state, accepts=config.data.fingerprint)
     _LOG.info("resuming from step %d in %s", first_step, workdir)
-  else:
-    first_step, state = 0, training.begin()
+  elif state is None:
+    state = training.begin()
   start.write_config(config, workdir)
   step = last_step = max(config.steps, first_step)
   every = work.evaluate_every
@@ -183,14 +189,13 @@ def run(
   def evaluate(step, state):
     nonlocal measured
     values = work.evaluate(step, state, writer)
-    _check_as_many_images(measured, {"step": step} | values)
-    measured = {"step": step} | values
+    before, measured = measured, {"step": step} | values
+    work.compare(before, measured)
     checkpoints.add_evaluation(step, measured)
     return values
 
   with _closing(work.batches.close, writer.close, checkpoints.close):
     if first_step < last_step or evaluates:
-      sigterm.promise = f"will save after step {first_step + 1}"
       params, placed = training.abstract.params, training.shardings.params
       _LOG.info(overview.table(params, training.learning.mask, placed))
       program, needed = _compiled(training)
@@ -234,33 +239,19 @@ def _last_evaluation(
   """The last one up to the checkpoint of a step, and whether it is of that step
   and whole: a kill may come between a checkpoint and its evaluation.
   """
+  found: dict[str, float] = {}
   try:
     found = checkpoint.measured(str(workdir), step)
   except errors.UserError as error:
     _LOG.warning("%s", error)
-    return {}, False
-  is_written = not metrics_writer.is_evaluation(found)
-  if jax.process_index() == 0 and not is_written:
-    lines = metrics_writer.read_lines(workdir / "metrics.jsonl")
-    is_written = any(
+  is_whole = found.get("step") == step
+  if is_whole and metrics_writer.is_evaluation(found):
+    is_whole = any(
       line["step"] == step and metrics_writer.is_evaluation(line)
-      for line in lines
+      for line in metrics_writer.read_lines(workdir / "metrics.jsonl")
     )
-  is_whole = processes.total(is_written) > 0 and found.get("step") == step
-  return found, is_whole
-
-
-def _check_as_many_images(
-  before: dict[str, float], now: dict[str, float]
-) -> None:
-  """Raises UserError where an evaluation is of fewer images than the last."""
-  for key, count in now.items():
-    if key.endswith("/images") and count < before.get(key, 0):
-      raise errors.UserError(
-        f"{key} is {count:.0f} at step {now['step']}, and was "
-        f"{before[key]:.0f} at step {before['step']}: they cannot be compared; "
-        "bring the missing images back, and run again"
-      )
+  # The first process writes these files, and knows.
+  return found, processes.total(is_whole and jax.process_index() == 0) > 0
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ By every process of a pod at once; started again, it does what is missing.
 """
 
 import logging
-import os
 
 import jax
 from etils import epath
@@ -21,7 +20,7 @@ from dcae_jax.runs import (
   stopwatch,
   versions,
 )
-from dcae_jax.setup import keys, start, text
+from dcae_jax.setup import exporting, keys, start, text
 from dcae_jax.training import hardware, loop, sharding
 
 _LOG = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ def run(
   """Fills the store, and writes `result.json`; False if SIGTERM stopped it."""
   check(config)
   sigterm = sigterm or loop.Sigterm(each_alone=True)
-  output = config.output or os.fspath(workdir / "captions")
+  output = exporting.output(config, workdir, "captions")
   with exclusive.held(output):
     return _fill(config, workdir, output, sigterm)
 

@@ -23,7 +23,7 @@ def run(
   """Fills the store, and writes `result.json`; False if SIGTERM stopped it."""
   exporting.check(config)
   sigterm = sigterm or loop.Sigterm(each_alone=True)
-  with exclusive.held(exporting.output(config, workdir)):
+  with exclusive.held(exporting.output(config, workdir, "latents")):
     return _fill(config, workdir, sigterm)
 
 

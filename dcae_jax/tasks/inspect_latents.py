@@ -4,6 +4,7 @@ import logging
 import os
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -56,7 +57,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       config.init_from,
       "name it with config.init_from, or decode nothing with config.samples=0",
     )
-  work_directory.begin_anew(workdir, ("samples/row_*.png", "samples/rows.png"))
+  if jax.process_index() == 0:
+    written = ("samples/row_*.png", "samples/rows.png")
+    work_directory.begin_anew(workdir, written)
   start.write_config(config, workdir)
   problems = _verify(store) if config.verify else []
   rows = _sample(config, len(store)) if not problems else []

@@ -6,6 +6,7 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -57,9 +58,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     shorter_side=config.shorter_side,
   )
   images.check_not_empty(pictures, how)
-  work_directory.begin_anew(workdir, ("summary.md", "pictures"))
+  if jax.process_index() == 0:
+    work_directory.begin_anew(workdir, ("summary.md", "pictures"))
   start.write_config(config, workdir)
-  (workdir / "pictures").mkdir(parents=True)
+  (workdir / "pictures").mkdir(parents=True, exist_ok=True)
   rows, skipped, begun = [], [], time.monotonic()
   for i, name in enumerate(names):
     try:

@@ -6,6 +6,7 @@ is found before anything is compiled or written.
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -129,6 +130,7 @@ def run(
     (perceptual_parameters,),
     _evaluate(training, inputs.metrics, held_out),
     config.evaluation.every,
+    functools.partial(_check_as_many_images, config.evaluation.max_images),
     finish,
   )
   return training_run.run(training, work, workdir, sigterm)
@@ -196,6 +198,23 @@ def _evaluate(
     return values
 
   return evaluate
+
+
+def _check_as_many_images(
+  most: int, before: Mapping[str, float], now: Mapping[str, float]
+) -> None:
+  """Raises UserError where fewer images are measured than the last time.
+
+  Unless it is asked for by `max_images`.
+  """
+  for key, count in now.items():
+    wanted = min(before.get(key, 0), most or math.inf)
+    if key.endswith("/images") and count < wanted:
+      raise errors.UserError(
+        f"{key} is {count:.0f} at step {now['step']}, and was "
+        f"{before[key]:.0f} at step {before['step']}: they cannot be compared; "
+        "bring the missing images back, and run again"
+      )
 
 
 def _prefixes(config: ConfigDict, part: str) -> dict[int, str]:

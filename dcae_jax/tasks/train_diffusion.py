@@ -86,6 +86,7 @@ def run(
     told.constants,
     _sample(training, store, told.examples, titles, ae),
     config.samples.every,
+    lambda before, now: None,
     lambda step, _: _finish(workdir, step, training),
   )
   return training_run.run(training, work, workdir, sigterm)

@@ -126,17 +126,19 @@ def _last_whole(
   """
   damaged = {}
   for step in sorted(steps, reverse=True):
-    items, reason = {}, ""
+    items, reason, refused = {}, "", None
     has_digests = (directory / str(step) / "digests").exists()  # once not
     more = {"digests": ocp.args.JsonRestore()} if has_digests else {}
     try:
       items = dict(restore(step, arguments | more).items())
     except Exception as error:  # whatever damaged files make of orbax
-      if _is_of_storage(error):
-        raise errors.UserError(
-          f"reading {directory / str(step)} failed: {_reason(error)}"
-        ) from error
       reason = f"{type(error).__name__}: {errors.first_line(error)}"
+      refused = error if _is_of_storage(error) else None
+    if processes.total(refused is not None):
+      why = _reason(refused) if refused else "storage refuses another process"
+      raise errors.UserError(
+        f"reading {directory / str(step)} failed: {why}"
+      ) from refused
     if processes.total(bool(reason)):
       reason = reason or "another process cannot read it"
     else:
@@ -204,8 +206,18 @@ class Checkpoints:
     data_state: dict[str, Any],
     measured: dict[str, float],
   ) -> None:
-    """Starts a save; returns when the arrays may be overwritten."""
+    """Starts a save; returns when the arrays may be overwritten.
+
+    Raises FloatingPointError for a state that nothing could go on from.
+    """
     trees = _items(state)
+    if digests.not_finite(trees):
+      raise FloatingPointError(
+        f"the state after step {step} has values that are not finite, and is "
+        "not saved; start another --workdir from the checkpoint before it, if "
+        "there is one, with a lower config.optimizer.learning_rate or a "
+        "config.optimizer.clip_norm"
+      )
     of_json = {"data": data_state, "measured": measured}
     expected = digests.digests(trees)
     expected |= {name: _of_json(value) for name, value in of_json.items()}
@@ -337,7 +349,8 @@ def check_space(workdir: epath.Path, abstract: Tree, keep: int) -> None:
   leaves = jax.tree.leaves(abstract)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   steps = workdir / "checkpoints"
-  existing = len(list(steps.iterdir())) if steps.exists() else 0
+  names = [x.name for x in steps.iterdir()] if steps.exists() else []
+  existing = sum(name.isdigit() for name in names)
   needed = max(keep + 1 - existing, 1) * size
   parents = (workdir, *workdir.parents)
   free = shutil.disk_usage(next(x for x in parents if x.exists())).free

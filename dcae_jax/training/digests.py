@@ -5,6 +5,7 @@ odd number of its own: a flipped bit changes it for certain, other damage all
 but always. It is no protection against intent.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,8 +56,7 @@ def _sum(
 ) -> int:
   """Of a part of an array of that shape, block by block of its rows."""
   bits = np.ascontiguousarray(part).view(f"uint{8 * part.itemsize}")
-  bits, index, shape = bits[None], (slice(0, 1), *index), (1, *shape)
-  if bits.shape == shape:  # the whole array: its rows are its elements
+  if bits.size == math.prod(shape):  # all of it: its rows are its elements
     bits, index, shape = bits.ravel(), (slice(None),), (bits.size,)
   total, rows = 0, max(1, _AT_ONCE * len(bits) // max(bits.size, 1))
   first, *others = (

@@ -28,6 +28,7 @@ from dcae_jax.training import watchdog as watchdog_lib
 
 _LOG = logging.getLogger(__name__)
 State = Any
+_PROMISE = "will stop where it can go on"
 _LAST_VALUES = ("learning_rate",)  # of these, a mean says less
 
 
@@ -56,7 +57,7 @@ class Sigterm:
   def __init__(self, *, each_alone: bool = False):
     """Listens; `each_alone` where processes need not stop together."""
     self.received = False
-    self.promise = "will stop where it can go on"
+    self.promise = _PROMISE
     if threading.current_thread() is not threading.main_thread():
       return
     # Of many processes, jax's own notifier hears SIGTERM, and all agree on a
@@ -175,6 +176,10 @@ def run(
     _check_finite(step, named, has_checkpoint)
     log.add(step, metrics, is_due(cadence.log, step))
 
+  def promise(step: int) -> None:
+    if step <= last_step:
+      outlets.sigterm.promise = f"will save after step {step}"
+
   def evaluate(step: int) -> None:
     values = program.evaluate(step, state)
     _check_finite(step, values, has_checkpoint)
@@ -184,6 +189,7 @@ def run(
       _LOG.info("evaluated  %s", text)
 
   try:
+    promise(steps.start)
     if evaluates_first:
       with log.part("pause"):
         evaluate(done)
@@ -198,8 +204,7 @@ def run(
       outlets.profiler.after(step, metrics)
       done = step
       stop = outlets.sigterm.requested(step)
-      if step < last_step:
-        outlets.sigterm.promise = f"will save after step {step + 1}"
+      promise(step + 1)
       evaluates = is_due(cadence.evaluate, step)
       saves = stop or is_due(cadence.checkpoint, step)
       if evaluates or saves:
@@ -215,6 +220,7 @@ def run(
         break
     settle()
   finally:
+    outlets.sigterm.promise = _PROMISE
     outlets.profiler.close()
     watchdog.close()
   return state, done

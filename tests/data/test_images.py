@@ -136,7 +136,7 @@ def test_bad_images_are_replaced_and_named_once(
   assert len(iterator.skipped) == 4
   text = caplog.text + capfd.readouterr().err
   for name in ("truncated.jpg", "empty.png", "text.jpg", "bomb.png"):
-    assert text.count(f"/{name}: ") == 1
+    assert text.count(f"/{name}': ") == 1
 
 
 class _Failing:

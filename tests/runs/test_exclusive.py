@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import REPOSITORY
@@ -35,13 +36,16 @@ def other(tmp_path):
     process.kill()
 
 
-def test_a_second_run_is_refused_until_the_first_is_gone(other, tmp_path):
+def test_a_second_run_is_refused_until_the_first_is_gone(
+  other, tmp_path, monkeypatch
+):
   run = tmp_path / "run"
   message = f"run is worked in by .*process {other.pid}"
   with pytest.raises(ValueError, match=message), exclusive.held(str(run)):
     pass
-  copy = tmp_path / "copy"  # with the lease in it
+  copy = tmp_path / "copy"  # with the lease in it, which nobody renews
   shutil.copytree(run, copy)
+  monkeypatch.setattr(lease, "SECONDS_OF_PATIENCE", 0.5)
   with exclusive.held(str(copy)):
     pass
   other.kill()
@@ -89,3 +93,25 @@ def test_an_owner_elsewhere_is_waited_for(beats, tmp_path, monkeypatch):
   else:
     with exclusive.held(str(tmp_path)):
       pass
+
+
+def test_a_lease_that_is_deleted_comes_back(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, "SECONDS_BETWEEN_BEATS", 0.02)
+  file = tmp_path / "run" / "lease.json"
+  with exclusive.held(str(file.parent)):
+    for _ in range(2):
+      file.unlink()
+      end = time.monotonic() + 30
+      while not file.exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+  assert not file.exists()
+
+
+def test_what_is_no_directory_is_refused(tmp_path):
+  (tmp_path / "file").write_text("")
+  with (
+    pytest.raises(ValueError, match="file is not a directory"),
+    exclusive.held(str(tmp_path / "file")),
+  ):
+    pass

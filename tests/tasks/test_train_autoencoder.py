@@ -681,6 +681,29 @@ def test_an_evaluation_of_fewer_images_is_refused(
     _run(tiny_config(1, **changes | {"steps": 4}), tmp_path / "run")
 
 
+def test_fewer_images_may_be_asked_for(tiny_config, tmp_path):
+  assert _run(tiny_config(1, steps=2), tmp_path)
+  changes = {"steps": 3, "evaluation.max_images": 5}
+  assert _run(tiny_config(1, **changes), tmp_path)
+  key = "eval/images"
+  counts = {x["step"]: x[key] for x in _lines(tmp_path) if key in x}
+  assert counts == {0: 12, 2: 12, 3: 5}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_that_could_not_begin_leaves_its_directory_free(
+  tiny_config, phase_1, tmp_path
+):
+  before = tmp_path / "before"
+  shutil.copytree(phase_1, before)
+  (before / "checkpoints/4/params/manifest.ocdbt").unlink()
+  config = tiny_config(2, init_from=str(before), steps=1)
+  with pytest.raises(ValueError, match="no whole checkpoint"):
+    _run(config, tmp_path / "run")
+  config = tiny_config(2, init_from=str(phase_1), steps=1)
+  assert _run(config, tmp_path / "run")
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_a_run_at_once(
   tiny_config, tmp_path
 ):

@@ -169,14 +169,26 @@ def test_storage_that_refuses_is_no_damage(run, monkeypatch):
   assert (run / "checkpoints" / "2").exists()
 
 
-def test_values_that_are_not_finite_are_damage(tmp_path):
-  checkpoints = checkpoint.Checkpoints(epath.Path(tmp_path), keep=3)
-  checkpoints.save(1, _state(1), {"next_batch": 1}, {"step": 0})
-  bad = _state(2)
+def test_what_is_not_finite_is_not_saved(run):
+  checkpoints = checkpoint.Checkpoints(epath.Path(run), keep=1)
+  bad = _state(3)
   bad.ema["params"]["bias"] = jnp.float32([1, np.nan])
-  checkpoints.save(2, bad, {"next_batch": 2}, {"step": 0})
+  with pytest.raises(FloatingPointError, match="after step 3"):
+    checkpoints.save(3, bad, {"next_batch": 3}, {"step": 0})
   checkpoints.close()
-  assert _load(tmp_path)[0] == 1
+  assert _load(run)[0] == 2
+
+
+def test_values_that_are_not_finite_are_damage(run, monkeypatch):
+  """As a checkpoint without digests, made before, may have them."""
+  monkeypatch.setattr(checkpoint.digests, "not_finite", lambda _: 0)
+  checkpoints = checkpoint.Checkpoints(epath.Path(run), keep=3)
+  bad = _state(3)
+  bad.ema["params"]["bias"] = jnp.float32([1, np.nan])
+  checkpoints.save(3, bad, {"next_batch": 3}, {"step": 0})
+  checkpoints.close()
+  monkeypatch.undo()
+  assert _load(run)[0] == 2
 
 
 def test_a_digest_is_the_same_however_an_array_is_sharded():
