@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
@@ -58,7 +57,6 @@ class _Hold:
     self._directory = directory
     self._leases = lease.Leases(storage.Storage(directory))
     self._lease: lease.Lease | None = None
-    self._changes = threading.Lock()
 
   def take(self) -> None:
     """Raises UserError if others work there."""
@@ -83,9 +81,8 @@ class _Hold:
       time.sleep(1)
 
   def _try(self) -> bool:
-    with self._changes:
-      taken = self._leases.take(lease.DIRECTORY, self._lost)
-      self._lease = taken or self._lease
+    taken = self._leases.take(lease.DIRECTORY, self._lost)
+    self._lease = taken or self._lease
     return taken is not None
 
   def _lost(self) -> None:
@@ -101,6 +98,7 @@ class _Hold:
     os._exit(2)
 
   def release(self) -> None:
-    with self._changes:
-      current = self._lease
-    current.release()
+    released = None
+    while released is not self._lease:  # another one, taken meanwhile
+      released = self._lease
+      released.release()
