@@ -6,6 +6,7 @@ some hundred things, one after the other, and would wait for each that fails.
 
 import asyncio
 import random
+import urllib.parse
 from typing import Any
 
 import gcsfs
@@ -21,10 +22,22 @@ def hasten() -> None:
   if once is None:  # as it is below, or in another version
     return
 
-  async def request(self: Any, *arguments: Any, **options: Any) -> Any:
+  async def request(
+    self: Any, method: str, path: str, *arguments: Any, **options: Any
+  ) -> Any:
     for attempt in range(ATTEMPTS):
       try:
-        return await once(self, *arguments, **options)
+        return await once(self, method, path, *arguments, **options)
+      except FileNotFoundError:
+        uploaded = urllib.parse.urlparse(path)
+        query = urllib.parse.parse_qs(uploaded.query)
+        if not attempt or "upload_id" not in query:
+          raise
+        # No such upload any more: it was finished, and the answer was lost.
+        bucket = uploaded.path.split("/b/")[1].split("/")[0]
+        name = query["name"][0]
+        _, contents = await self._call("GET", "b/{}/o/{}", bucket, name)
+        return 200, {}, None, contents
       except Exception as error:
         if attempt == ATTEMPTS - 1 or not retry.is_retriable(error):
           raise

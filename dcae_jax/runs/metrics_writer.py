@@ -20,7 +20,7 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from dcae_jax import errors
-from dcae_jax.runs import json_types, regular_files
+from dcae_jax.runs import json_types, regular_files, storage
 
 _LOG = logging.getLogger(__name__)
 _SECONDS_BETWEEN_FLUSHES = 120  # of events: in a bucket all of them are written
@@ -61,7 +61,10 @@ class MetricsWriter:
       if first_step and line["step"] <= first_step:
         self._lines.append(line)
     text = "".join(json.dumps(line) + "\n" for line in self._lines)
-    write_whole(self._path, text)
+    if text:
+      write_whole(self._path, text)
+    else:
+      self._path.unlink(missing_ok=True)
     self._is_local = "://" not in str(workdir)
     self._events = _Events(workdir, first_step)
 
@@ -75,7 +78,8 @@ class MetricsWriter:
         file.write(json.dumps(line) + "\n")
     else:
       self._lines.append(line)
-      self._path.write_text("".join(json.dumps(x) + "\n" for x in self._lines))
+      text = "".join(json.dumps(x) + "\n" for x in self._lines)
+      write_whole(self._path, text)
     for name, value in values.items():
       self._events.add(step, summary.scalar(name, float(value)))
 
@@ -215,10 +219,10 @@ def write_whole(path: epath.Path, text: str | bytes) -> None:
   """
   is_text = isinstance(text, str)
   data = text.encode("utf-8", "backslashreplace") if is_text else text
-  path.parent.mkdir(parents=True, exist_ok=True)
   if "://" in str(path):  # objects appear whole
-    path.write_bytes(data)
+    storage.Storage(str(path.parent)).write(path.name, data)
     return
+  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   temporary.write_bytes(data)
   os.replace(temporary, path)
@@ -252,4 +256,4 @@ def write_png(
     kept.add_itxt(keyword, text)
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=kept)
-  path.write_bytes(buffer.getvalue())
+  write_whole(path, buffer.getvalue())

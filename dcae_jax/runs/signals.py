@@ -1,8 +1,8 @@
 """Signals to this process: heard from its first moment, whatever it does.
 
-SIGTERM and SIGINT ask it to stop; who can stop gently promises to, and a second
-one does not wait for it. A thread hears them, since Python's own handlers have
-to wait while the main thread compiles or waits for devices.
+SIGTERM, SIGINT and SIGHUP ask it to stop; who can stop gently promises to, and
+a second one does not wait for it. A thread hears them, since Python's own
+handlers have to wait while the main thread compiles or waits for devices.
 """
 
 import os
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SECONDS_OF_ONE = 0.1  # what comes again sooner was sent twice: to a group, say
 
 trace_asked = threading.Event()
@@ -27,7 +27,7 @@ def listen() -> None:
   """
   global _thread
   for number in STOPS:
-    signal.signal(number, lambda *_: None)
+    handle(number, lambda *_: None)
   listen_for_traces()
   if _thread is None:
     reading, writing = os.pipe()
@@ -35,6 +35,12 @@ def listen() -> None:
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     _thread = threading.Thread(target=_hear, args=(reading,), daemon=True)
     _thread.start()
+
+
+def handle(number: int, handler: Callable[..., None]) -> None:
+  """Unless nohup had SIGHUP ignored."""
+  if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+    signal.signal(number, handler)
 
 
 def listen_for_traces() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+from typing import Any
 
 import jax
 from etils import epath
@@ -48,6 +49,7 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
   if "://" in str(workdir):
     place = storage.Storage(os.fspath(workdir))
     place.check_writable(f"probe_{secrets.token_hex(8)}")
+  _check_outside_images(keys.resolved(config), workdir, "config")
   path = workdir / "config.json"
   if workdir.exists() and not workdir.is_dir():
     raise errors.UserError(
@@ -67,6 +69,26 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
       f"--workdir={workdir} holds a run of another config ({'; '.join(changes)}"
       "); choose another directory, or the same config to go on"
     )
+
+
+def _check_outside_images(
+  config: dict[str, Any], workdir: epath.Path, name: str
+) -> None:
+  """Raises UserError where what a task writes would become its images."""
+  if config.get("kind") == "folder" and config.get("path"):
+    folder, place = (
+      os.path.realpath(os.path.expanduser(os.fspath(x)))
+      for x in (config["path"], workdir)
+    )
+    if os.path.commonpath([folder, place]) == folder:
+      raise errors.UserError(
+        f"--workdir={workdir} lies in {name}.path={config['path']}, whose "
+        "images would be others with each picture that is written; choose "
+        "another directory"
+      )
+  for key, value in config.items():
+    if isinstance(value, dict):
+      _check_outside_images(value, workdir, f"{name}.{key}")
 
 
 def write_config(config: ConfigDict, workdir: epath.Path) -> None:

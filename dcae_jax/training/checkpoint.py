@@ -8,12 +8,16 @@ damaged checkpoint: then the one before it counts. Local or `gs://`.
 """
 
 import contextlib
+import errno
 import hashlib
+import inspect
 import json
 import logging
 import os
 import re
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -85,9 +89,12 @@ def _explained(what: str) -> Iterator[None]:
   except Exception as error:
     several = jax.process_count() > 1
     others = "if another process has ended, see its log; " if several else ""
+    reason = _reason(error)
+    no_room = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+    advice = "make room" if reason in no_room else "put that right"
     raise errors.UserError(
-      f"{what} failed: {_reason(error)}; other checkpoints are as "
-      f"they were: {others}make room on a full disk, and run again"
+      f"{what} failed: {reason}; other checkpoints are as they were: "
+      f"{others}{advice}, and run again"
     ) from error
 
 
@@ -97,6 +104,36 @@ def _reason(error: Exception) -> str:
   if number:
     return os.strerror(int(number[1]))
   return getattr(error, "strerror", None) or errors.first_line(error)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+  """Without what threads and coroutines of orbax print where one has failed.
+
+  Some of these end long after it: from then on, coroutines are not told of.
+  """
+  thread_hook, hook = threading.excepthook, sys.unraisablehook
+
+  def of_others(told: Any) -> None:
+    is_left = isinstance(told.exc_value, RuntimeError)  # its loop is closed
+    if not is_left and not inspect.iscoroutine(told.object):
+      hook(told)
+
+  threading.excepthook = lambda _: None
+  try:
+    yield
+  except Exception:
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = of_others
+    raise
+  finally:
+    threading.excepthook = thread_hook
 
 
 def _is_of_storage(error: Exception) -> bool:
@@ -130,9 +167,10 @@ def _last_whole(
     has_digests = (directory / str(step) / "digests").exists()  # once not
     more = {"digests": ocp.args.JsonRestore()} if has_digests else {}
     try:
-      items = dict(restore(step, arguments | more).items())
+      with _quietly():
+        items = dict(restore(step, arguments | more).items())
     except Exception as error:  # whatever damaged files make of orbax
-      reason = f"{type(error).__name__}: {errors.first_line(error)}"
+      reason = _reason(_first_cause(error))
       refused = error if _is_of_storage(error) else None
     if processes.total(refused is not None):
       why = _reason(refused) if refused else "storage refuses another process"

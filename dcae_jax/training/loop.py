@@ -47,7 +47,7 @@ class Writer(Protocol):
 
 
 class Sigterm:
-  """Remembers SIGTERM or SIGINT, so that a loop can save and leave.
+  """Remembers SIGTERM, SIGINT or SIGHUP, so that a loop can save and leave.
 
   Attributes:
     received: by this process.
@@ -63,9 +63,11 @@ class Sigterm:
     # Of many processes, jax's own notifier hears SIGTERM, and all agree on a
     # step.
     is_alone = each_alone or jax.process_count() == 1
-    if is_alone:
-      signal.signal(signal.SIGTERM, self._receive)
-    signal.signal(signal.SIGINT, self._receive if is_alone else _terminate)
+    for number in signals.STOPS:
+      if is_alone:
+        signals.handle(number, self._receive)
+      elif number != signal.SIGTERM:
+        signals.handle(number, _terminate)
     signals.promise(lambda: self.promise)
 
   def _receive(self, *_) -> None:

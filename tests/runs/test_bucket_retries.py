@@ -32,3 +32,8 @@ def test_what_fails_is_asked_for_again_at_once(
     assert path.read_text() == "kept"
   with pytest.raises(FileNotFoundError):
     (path.parent / "other").read_text()
+  is_upload = lambda method, path: "upload_id=" in path
+  with emulator.fail(503, done=True, where=is_upload) as fault:
+    path.write_text("written, and the answer lost")
+  assert fault.hits == 1
+  assert path.read_text() == "written, and the answer lost"
