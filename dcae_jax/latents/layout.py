@@ -15,7 +15,6 @@ A shard is an object of each array.
 
 import dataclasses
 import hashlib
-import json
 import struct
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -221,8 +220,7 @@ def read_manifest(
 
 def fingerprint(manifest: dict[str, Any]) -> str:
   """Changes when a row of the store does."""
-  text = json.dumps(manifest["shards"], sort_keys=True)
-  return sha256(text.encode())
+  return json_types.digest(manifest["shards"])
 
 
 def check_keys(path: str, values: dict[str, Any], needed: Sequence[str]):

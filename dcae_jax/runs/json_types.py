@@ -6,6 +6,7 @@ that must be there, or may, where "?" is at the end of their names, with that of
 all others at "*".
 """
 
+import hashlib
 import json
 from typing import Any
 
@@ -17,6 +18,11 @@ _WORDS = {
   dict: "a mapping", list: "a list", str: "text", int: "a whole number",
   float: "a number", bool: "true or false", type(None): "null",
 }  # fmt: skip
+
+
+def digest(value: Any) -> str:
+  """sha256 of a value as JSON has it, whatever the order of its keys."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def parsed(path: str, data: bytes, expected: Any, advice: str) -> Any:

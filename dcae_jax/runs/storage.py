@@ -7,7 +7,6 @@ disk are reported in one line.
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import numpy as np
 import tensorstore as ts
 
 from dcae_jax import errors
-from dcae_jax.runs import regular_files
+from dcae_jax.runs import json_types, regular_files
 
 _SEAL = "sha256_of_the_rest"
 RETRIES = 10  # of a request: about two minutes
@@ -138,7 +137,7 @@ class Storage:
 
   def write_sealed_json(self, key: str, value: dict[str, Any]) -> None:
     """With a digest of it, which is checked and taken out when it is read."""
-    self.write_json(key, value | {_SEAL: _digest(value)})
+    self.write_json(key, value | {_SEAL: json_types.digest(value)})
 
   def write_json(self, key: str, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
@@ -224,17 +223,12 @@ class Storage:
       raise errors.UserError(f"{self.path}/{key} is damaged: it is no mapping")
     # Without it, it was written before there was one, or for others.
     seal = value.pop(_SEAL, None)
-    if seal not in (None, _digest(value)):
+    if seal not in (None, json_types.digest(value)):
       raise errors.UserError(
         f"{self.path}/{key} is damaged: it is not what was written; bring it "
         f"back, or remove its {_SEAL} if you have changed it yourself"
       )
     return value
-
-
-def _digest(value: dict[str, Any]) -> str:
-  text = json.dumps(value, sort_keys=True, allow_nan=False)
-  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _reopen(path: str, options: dict[str, Any]) -> Storage:

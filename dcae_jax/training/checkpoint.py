@@ -9,7 +9,6 @@ damaged checkpoint: then the one before it counts. Local or `gs://`.
 
 import contextlib
 import errno
-import hashlib
 import inspect
 import json
 import logging
@@ -27,7 +26,7 @@ from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from dcae_jax import errors
-from dcae_jax.runs import metrics_writer, processes
+from dcae_jax.runs import json_types, metrics_writer, processes
 from dcae_jax.training import digests, sharding
 from dcae_jax.training import state as state_lib
 
@@ -144,11 +143,6 @@ def _is_of_storage(error: Exception) -> bool:
   return any(status in str(error)[:500] for status in _OF_STORAGE)
 
 
-def _of_json(value: Any) -> str:
-  text = json.dumps(value, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _last_whole(
   directory: epath.Path,
   steps: Iterable[int],
@@ -206,7 +200,8 @@ def _damage(items: dict[str, Any]) -> str:
   }
   if expected is not None:
     found = digests.digests(trees)
-    found |= {k: _of_json(items[k]) for k in ("data", "measured") if k in items}
+    if "data" in items:
+      found["data"] = json_types.digest(items["data"])
     wrong = [key for key, value in found.items() if expected.get(key) != value]
     if wrong:
       return f"{len(wrong)} of its parts are not what was saved: {wrong[0]}"
@@ -258,7 +253,9 @@ class Checkpoints:
       )
     of_json = {"data": data_state, "measured": measured}
     expected = digests.digests(trees)
-    expected |= {name: _of_json(value) for name, value in of_json.items()}
+    expected |= {
+      name: json_types.digest(value) for name, value in of_json.items()
+    }
     items = {k: ocp.args.StandardSave(x) for k, x in trees.items()} | {
       k: ocp.args.JsonSave(x)
       for k, x in (of_json | {"digests": expected}).items()
@@ -274,7 +271,7 @@ class Checkpoints:
     self.wait()
     if jax.process_index() == 0:
       path = self._manager.directory / str(step) / _EVALUATION
-      value = {"measured": measured, "digest": _of_json(measured)}
+      value = {"measured": measured, "digest": json_types.digest(measured)}
       metrics_writer.write_json(path, value)
 
   def restore(
@@ -363,10 +360,10 @@ def measured(run: str, step: int) -> dict[str, float]:
     else:
       with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         value = checkpointer.restore(directory / "measured")
-        digest = _of_json(value)
+        digest = json_types.digest(value)
         if (directory / "digests").exists():
           digest = checkpointer.restore(directory / "digests")["measured"]
-    if _of_json(value) == digest:
+    if json_types.digest(value) == digest:
       return value
     reason = "it is not what was written"
   except (ValueError, KeyError, TypeError, AttributeError) as error:
