@@ -137,11 +137,16 @@ class LatentStore:
     """Index to reason, when the survey is complete."""
     blocks = -(-total // store_layout.block_size(total))
     keys = [_survey_key(block) for block in range(blocks)]
-    return {
-      int(index): reason
-      for block in self.storage.read_all_json(keys)
-      for index, reason in block.items()
-    }
+    found = {}
+    for key, block in zip(keys, self.storage.read_all_json(keys), strict=True):
+      for index, reason in block.items():
+        if not index.isdecimal():
+          raise errors.UserError(
+            f"{self.storage.path}/{key} is damaged: {index} is no number of an "
+            "image; remove it, and run again"
+          )
+        found[int(index)] = reason
+    return found
 
   def create_arrays(self, layout: store_layout.Layout) -> None:
     """Writes the arrays' metadata, by one process; again does no harm."""

@@ -324,6 +324,13 @@ def test_rows_that_are_not_there_are_no_zeros(tmp_path):
     source.read([2, -1])
 
 
+def test_a_damaged_survey_is_named(tmp_path):
+  store = latent_store.LatentStore(str(tmp_path))
+  store.storage.write_json("progress/survey/000000.json", {"x": "too small"})
+  with pytest.raises(ValueError, match=r"000000\.json is damaged: x is no"):
+    store.unusable(3)
+
+
 @pytest.mark.parametrize("key", ["zarr.json", "keys/zarr.json"])
 def test_metadata_that_only_zarr_reads_is_verified(key, tmp_path):
   make_store(tmp_path)
