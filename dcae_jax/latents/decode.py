@@ -91,7 +91,9 @@ def description(store: reader.Latents) -> dict[str, Any]:
     "encoder": store.manifest.get("autoencoder", {}).get("encoder_sha256"),
     "rows_of_shards": [shard["rows"] for shard in store.manifest["shards"]],
   }
-  layout.check_keys(f"{store.path}/{layout.MANIFEST}", described, kept)
+  path = f"{store.path}/{layout.MANIFEST}"
+  needed = dict.fromkeys(kept, json_types.ANYTHING)
+  json_types.check(path, described, needed, "export it again")
   return {key: described[key] for key in kept}
 
 

@@ -16,7 +16,7 @@ A shard is an object of each array.
 import dataclasses
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -221,13 +221,6 @@ def read_manifest(
 def fingerprint(manifest: dict[str, Any]) -> str:
   """Changes when a row of the store does."""
   return json_types.digest(manifest["shards"])
-
-
-def check_keys(path: str, values: dict[str, Any], needed: Sequence[str]):
-  """Raises UserError if JSON that was read lacks one of the keys."""
-  missing = [key for key in needed if values.get(key) is None]
-  if missing:
-    raise errors.UserError(f"{path} is damaged: it has no {', '.join(missing)}")
 
 
 def as_stored(latents: np.ndarray) -> np.ndarray:

@@ -13,14 +13,14 @@ import numpy as np
 
 from dcae_jax import errors
 from dcae_jax.latents import layout as store_layout
-from dcae_jax.runs import differences, lease, storage
+from dcae_jax.runs import differences, json_types, lease, storage
 
 _FIRST = "first_sha256"  # of a shard's first rows
 _PROBE = "progress.probe_"
 _PROGRESS = (
   _PROBE, "progress/survey/", "progress/shards/", store_layout.IDENTITY,
 )  # fmt: skip
-_OF_SHARD = ("rows", "sha256")  # a record
+_OF_SHARD = {"rows": int, "sha256": dict}  # a record
 
 
 class LatentStore:
@@ -216,7 +216,8 @@ class LatentStore:
     keys = [_record_key(i) for i in range(shards)]
     records = self.storage.read_all_json(keys)
     for key, record in zip(keys, records, strict=True):
-      store_layout.check_keys(f"{self.storage.path}/{key}", record, _OF_SHARD)
+      path = f"{self.storage.path}/{key}"
+      json_types.check(path, record, _OF_SHARD, "remove it, and run again")
     return records
 
   def finish(

@@ -213,14 +213,7 @@ class Storage:
       raise _translated(self.path, str(error)) from error
 
   def _parsed(self, key: str, data: bytes) -> dict[str, Any]:
-    try:
-      value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-      raise errors.UserError(
-        f"{self.path}/{key} is damaged: {error}"
-      ) from error
-    if not isinstance(value, dict):
-      raise errors.UserError(f"{self.path}/{key} is damaged: it is no mapping")
+    value = json_types.parsed(f"{self.path}/{key}", data, {}, "bring it back")
     # Without it, it was written before there was one, or for others.
     seal = value.pop(_SEAL, None)
     if seal not in (None, json_types.digest(value)):
