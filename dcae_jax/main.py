@@ -38,7 +38,7 @@ _SHARING = ("study",)  # several processes work in the directory
 
 
 def main(argv: list[str]) -> int:
-  """Runs the task; 0 when done or stopped by SIGTERM, 2 for bad input."""
+  """Runs the task; 0 when done or stopped and saved, 2 for what went wrong."""
   if argv[1:]:
     return _fail(
       f"unexpected arguments {argv[1:]}; options start with --config."
