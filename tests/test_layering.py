@@ -10,7 +10,7 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 # From the top: a room imports itself and those of the levels below its own.
 LEVELS = (
   ("tasks",), ("setup",), ("evaluation",), ("latents", "diffusion"),
-  ("autoencoder",), ("training",), ("data", "nn", "runs"),
+  ("autoencoder",), ("training",), ("data", "nn"), ("runs",),
 )  # fmt: skip
 BELOW = {
   room: {room, "errors"}.union(*LEVELS[level + 1 :])
@@ -58,7 +58,11 @@ OTHERS = {
   },
   "training": {"clu", "flax", "jax", "optax"},
   "training/checkpoint.py": {"etils", "jax", "orbax"},
-  "data": {"PIL", "absl", "etils", "fsspec", "grain", "tensorflow_datasets"},
+  "data/array_records.py": {"array_record"},
+  "data/index.py": {"pyarrow"},
+  "data/listings.py": {"fsspec"},
+  "data/sources/records.py": {"pyarrow"},
+  "data": {"PIL", "absl", "etils", "grain", "tensorflow_datasets"},
   "nn": NETWORKS,
   "runs": set(),
   "runs/bucket_retries.py": {"gcsfs"},

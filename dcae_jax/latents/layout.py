@@ -25,6 +25,7 @@ import numpy as np
 
 from dcae_jax import errors
 from dcae_jax.runs import json_types, storage
+from dcae_jax.runs.resumable_store import IDENTITY, MANIFEST
 
 VIEWS = ("latents", "latents_flipped")
 DTYPES = {
@@ -33,7 +34,6 @@ DTYPES = {
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 CHUNK_ROWS = 16  # read at once
-MANIFEST, IDENTITY = "manifest.json", "progress/identity.json"
 _SHARD_ROWS = 1024  # written at once: 16 MB of f64c128 at 512 px
 _SHARD_BYTES = 2**26
 _NUMBER = json_types.NUMBER

@@ -13,18 +13,16 @@ import numpy as np
 
 from dcae_jax import errors
 from dcae_jax.latents import layout as store_layout
-from dcae_jax.runs import differences, json_types, lease, storage
+from dcae_jax.runs import json_types, resumable_store, storage
 
 _FIRST = "first_sha256"  # of a shard's first rows
-_PROBE = "progress.probe_"
-_PROGRESS = (
-  _PROBE, "progress/survey/", "progress/shards/", store_layout.IDENTITY,
-)  # fmt: skip
 _OF_SHARD = {"rows": int, "sha256": dict}  # a record
 
 
-class LatentStore:
+class LatentStore(resumable_store.ResumableStore):
   """Fills a store; any number of processes may, each with shards of its own."""
+
+  progress = (*resumable_store.ResumableStore.progress, "progress/survey/")
 
   def __init__(
     self,
@@ -33,78 +31,19 @@ class LatentStore:
     retries: int = storage.RETRIES,
     kind: str = "latents",
   ):
-    self.storage = storage.Storage(path, retries=retries)
-    self._format = store_layout.format_of(kind)
+    super().__init__(
+      path,
+      what="latents of another export",
+      description=store_layout.format_of(kind),
+      retries=retries,
+    )
     self._arrays: dict[str, Any] = {}
 
-  def check_writable(self, process_index: int = 0) -> None:
-    """Finds out whether this process may write here.
-
-    Raises:
-      OSError: no such bucket, no permission, no answer.
-      UserError: the place holds something else.
-    """
-    if self._described() is None:
-      keys = self.storage.list_keys()
-      own = (*_PROGRESS, lease.DIRECTORY)
-      foreign = [key for key in keys if not key.startswith(own)]
-      if foreign:
-        raise errors.UserError(
-          f"{self.storage.path} holds {min(foreign)} of something else; choose "
-          "another config.output"
-        )
-    self.storage.check_writable(f"{_PROBE}{process_index}")
-
-  def _described(self) -> dict[str, Any] | None:
-    manifest = self.manifest()
-    if manifest is not None:
-      return manifest
-    return self.storage.read_json(store_layout.IDENTITY)
-
-  def check_identity(self, identity: dict[str, Any], begun: bool) -> None:
-    """Raises UserError if the place holds latents of another export.
-
-    Args:
-      identity: what must be the same; None: the export computes it.
-      begun: this export must be there. If False, another one that has no
-        finished shard does not count.
-    """
-    before = self._described()
-    if before is None and begun:
-      raise errors.UserError(
-        f"{self.storage.path} is not the same place for all processes; use a "
-        "bucket, or a directory that all of them share, as config.output"
-      )
-    if before is None or not (
-      begun or "count" in before or self.storage.list_keys("progress/shards/")
-    ):
-      return
-    identity = self._format | identity
-    if "count" in before:  # a manifest, which has what the export computed
-      identity = {k: v for k, v in identity.items() if v is not None}
-    compared = differences.flat(identity)
-    flat = differences.flat(before).items()
-    differences.check_same(
-      {key: value for key, value in flat if key in compared},
-      compared,
-      f"{self.storage.path} holds latents of another export",
-      "choose another config.output, or the same settings to go on with it",
-    )
-
-  def write_identity(self, identity: dict[str, Any]) -> None:
-    """Called by one process, after `check_identity` and before all else."""
-    before, identity = self._described(), self._format | identity
-    if before is None or ("count" not in before and before != identity):
-      arrays = self.storage.list_keys()
-      arrays = {k.partition("/")[0] for k in arrays if k.endswith("/zarr.json")}
-      for name in sorted(arrays):
-        self.storage.delete(f"{name}/")
-      self.remove_progress()
-      self.storage.write_sealed_json(store_layout.IDENTITY, identity)
-
-  def manifest(self) -> dict[str, Any] | None:
-    """None unless the store is finished."""
-    return self.storage.read_json(store_layout.MANIFEST)
+  def clear(self) -> None:
+    arrays = self.storage.list_keys()
+    arrays = {k.partition("/")[0] for k in arrays if k.endswith("/zarr.json")}
+    for name in sorted(arrays):
+      self.storage.delete(f"{name}/")
 
   def survey_blocks(self, total: int) -> dict[int, range]:
     """The blocks of images that were not tried yet, by number."""
@@ -153,7 +92,7 @@ class LatentStore:
     group = {
       "zarr_format": 3,
       "node_type": "group",
-      "attributes": self._format,
+      "attributes": self.description,
     }
     self.storage.write_json("zarr.json", group)
     for name, metadata in layout.arrays().items():
@@ -227,8 +166,8 @@ class LatentStore:
     keys = layout.metadata_keys
     metadata = zip(keys, self.storage.read_all(keys), strict=True)
     self.storage.write_sealed_json(
-      store_layout.MANIFEST,
-      self._format
+      resumable_store.MANIFEST,
+      self.description
       | manifest
       | {
         "count": layout.rows,
@@ -248,13 +187,6 @@ class LatentStore:
       },
     )
     self.remove_progress()
-
-  def remove_progress(self) -> None:
-    """Once more, where the last process was killed before it could."""
-    for prefix in _PROGRESS:
-      self.storage.delete(prefix)
-    if not self.storage.list_keys("progress/"):
-      self.storage.delete("progress/")  # a local folder, if it is empty
 
 
 def _survey_key(block: int) -> str:

@@ -81,6 +81,13 @@ class Storage:
     """An object; None where there is none."""
     return self.read_version(key)[0]
 
+  def read_range(self, key: str, start: int, stop: int) -> bytes | None:
+    """Bytes of an object, by one request; None where there is none."""
+    self._check([key])
+    with self.errors():
+      entry = self._objects().read(key, byte_range=slice(start, stop)).result()
+    return entry.value if entry.state == "value" else None
+
   def read_version(self, key: str) -> tuple[bytes | None, bytes]:
     """An object, or None, and its generation: what `replace` asks for."""
     self._check([key])

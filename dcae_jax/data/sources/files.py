@@ -10,13 +10,12 @@ import logging
 import os
 import pathlib
 import stat
-from typing import NoReturn
 
-import fsspec
 from etils import epath
 
 from dcae_jax import errors
 from dcae_jax.data import captions as image_captions
+from dcae_jax.data import listings
 from dcae_jax.data.sources import protocol
 
 _LOG = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class Files:
     """
     known = self._sizes or [None] * len(self)
     sizes = [
-      _size(path) if size is None else size
+      listings.size(path, size)
       for path, size in zip(self._paths, known, strict=True)
     ]
     digest = hashlib.sha256()
@@ -122,17 +121,10 @@ class Captions:
   def entry(self, path: str) -> tuple:
     """Changes when the captions of an image do, without reading them."""
     files = [
-      (os.path.basename(file), _size(file) if size is None else size)
+      (os.path.basename(file), listings.size(file, size))
       for file, size in self._beside.get(path, ())
     ]
     return *files, *self._known.get(path, ())
-
-
-def _size(path: str) -> int:
-  try:
-    return os.path.getsize(path)
-  except OSError:  # as unusable as an empty one
-    return 0
 
 
 def _read(path: str) -> bytes:
@@ -186,9 +178,8 @@ def _tree(
       f"config.source.path is empty; name a folder of {what}s"
     )
   root = os.path.expanduser(path)
-  walk = _remote_files if "://" in path else _local_files
   try:
-    sizes = walk(root)
+    sizes = listings.files(root)
   except OSError as error:  # without it, labels would be others
     reason = error.strerror or errors.first_line(error)
     raise errors.UserError(
@@ -310,35 +301,3 @@ def unlabelled(
 ) -> Files:
   """Files of one class that has no name."""
   return Files(paths, [0] * len(paths), keys or paths, [""], captions=captions)
-
-
-def _local_files(root: str) -> dict[str, int | None]:
-  """Paths, without their sizes, which would have to be asked for."""
-
-  def fail(error: OSError) -> NoReturn:
-    raise error
-
-  files, visited = {}, set()
-  for directory, subdirectories, names in os.walk(
-    root, onerror=fail, followlinks=True
-  ):
-    real = os.path.realpath(directory)
-    if real in visited:  # a link back to a directory above it
-      subdirectories.clear()
-      continue
-    visited.add(real)
-    files |= {os.path.join(directory, name): None for name in names}
-  return files
-
-
-def _remote_files(root: str) -> dict[str, int | None]:
-  """Paths and sizes, which come with the listing."""
-  system, prefix = fsspec.core.url_to_fs(root)
-  try:
-    files = system.find(prefix, detail=True)
-  except FileNotFoundError as error:
-    bucket = prefix.partition("/")[0]
-    raise OSError(errno.ENOENT, "there is no such bucket", bucket) from error
-  return {
-    system.unstrip_protocol(name): info["size"] for name, info in files.items()
-  }

@@ -4,7 +4,10 @@ Nothing is decoded here. All sources are picklable, since loader workers are
 processes.
 """
 
+import hashlib
 from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from dcae_jax.data import captions as image_captions
 
@@ -25,6 +28,28 @@ class Record(NamedTuple):
   captions: tuple[image_captions.Caption, ...] = ()
 
 
+def sizes(source: "Source") -> np.ndarray | None:
+  """Widths and heights as shown, int32 [n, 2], if known without reading."""
+  known = getattr(source, "sizes", None)
+  return known() if known else None
+
+
+def draws(source: "Source") -> np.ndarray:
+  """A number from [0, 1) for each image, which decides what is held out.
+
+  The same in every run, whatever else is in the source; from its key, unless
+  the source has better ones.
+  """
+  if hasattr(source, "draws"):
+    return source.draws()
+  keys = (source.key(i) for i in range(len(source)))
+  digests = (
+    hashlib.sha256(key.encode("utf-8", "backslashreplace")).digest()
+    for key in keys
+  )
+  return np.array([int.from_bytes(x[:8], "big") / 2**64 for x in digests])
+
+
 def limited(source: "Source", most: int) -> int:
   """How many of its records are used; `most` of 0: all."""
   return min(len(source), most or len(source))
@@ -36,7 +61,9 @@ class Source(Protocol):
 
   Reading one raises OSError with EFBIG, ELOOP or ENXIO if it is no image for
   ever, so that it is left out. Whatever else is raised may pass: it is read
-  again, and then stops the run.
+  again, and then stops the run. One that knows the sizes of its images, or what
+  decides better than keys which are held out, has the methods `sizes` or `draws`,
+  see the functions of this file.
 
   Attributes:
     classes: names, by label.
@@ -53,7 +80,7 @@ class Source(Protocol):
     ...
 
   def key(self, index: int) -> str:
-    """Stays the same when the source moves; decides what is held out."""
+    """Stays the same when the source moves."""
     ...
 
   def fingerprint(self) -> str:

@@ -1,0 +1,125 @@
+"""What is known of each image without reading it: a row of an index.
+
+As a file it is parquet, with plain columns; in memory it is mapped from a
+temporary file, so that the processes of a machine share one copy of it.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import weakref
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dcae_jax import errors
+
+# One row an image. `captions` are as `data.captions.joined` has them. Its bytes
+# are `bytes` from `offset` on of the file `file`, see the source that has it.
+SCHEMA = pa.schema(
+  [
+    pa.field(name, kind, nullable=False)
+    for name, kind in {
+      "key": pa.large_string(),
+      "label": pa.int32(),
+      "captions": pa.large_string(),
+      "split": pa.large_string(),
+      "width": pa.int32(),  # as it is shown; 0: not known
+      "height": pa.int32(),
+      "file": pa.int32(),
+      "position": pa.int64(),  # in its file, in records
+      "offset": pa.int64(),
+      "bytes": pa.int64(),  # 0: all of the file
+      "crc32": pa.int64(),  # -1: not known
+      "sha256": pa.large_string(),  # "": not known
+    }.items()
+  ]
+)
+
+
+class Index:
+  """Columns of `SCHEMA`, and of strings the text of a row.
+
+  Picklable: a process that gets it maps the same file.
+  """
+
+  def __init__(self, table: pa.Table):
+    """Writes the table, which has the schema, where it is mapped from."""
+    directory = tempfile.mkdtemp(prefix="dcae_jax_index_")
+    self._cleanup = weakref.finalize(
+      self, shutil.rmtree, directory, ignore_errors=True
+    )
+    self._map(os.path.join(directory, "index.arrow"), table)
+
+  def _map(self, path: str, table: pa.Table | None = None) -> None:
+    if table is not None:
+      with pa.ipc.new_file(path, SCHEMA) as writer:
+        writer.write_table(
+          table.select(SCHEMA.names).cast(SCHEMA).combine_chunks(),
+          max_chunksize=max(len(table), 1),
+        )
+    self._path = path
+    with pa.memory_map(path) as file:
+      self._table = pa.ipc.open_file(file).read_all()
+
+  def __getstate__(self) -> str:
+    return self._path
+
+  def __setstate__(self, path: str) -> None:
+    self._map(path)
+
+  def __len__(self) -> int:
+    return len(self._table)
+
+  def numbers(self, column: str) -> np.ndarray:
+    """A column of numbers [n], mapped."""
+    chunks = self._table[column].chunks
+    if not chunks:
+      return np.empty(0, SCHEMA.field(column).type.to_pandas_dtype())
+    return chunks[0].to_numpy(zero_copy_only=True)
+
+  def text(self, column: str, row: int) -> str:
+    return self._table[column][row].as_py()
+
+  def texts(self, column: str) -> list[str]:
+    return self._table[column].to_pylist()
+
+  def sizes(self) -> np.ndarray | None:
+    """Widths and heights, int32 [n, 2]; None where one is not known."""
+    sizes = np.stack([self.numbers("width"), self.numbers("height")], 1)
+    return sizes if sizes.all() else None
+
+  def digest(self) -> str:
+    """sha256 of all rows."""
+    digest = hashlib.sha256()
+    for column in self._table.columns:
+      for chunk in column.chunks:
+        for buffer in chunk.buffers():
+          digest.update(buffer or b"")
+    return digest.hexdigest()
+
+
+def to_parquet(table: pa.Table) -> bytes:
+  """A table with the schema as a file."""
+  sink = pa.BufferOutputStream()
+  pq.write_table(table, sink, compression="zstd", row_group_size=2**17)
+  return sink.getvalue().to_pybytes()
+
+
+def from_parquet(data: bytes, path: str) -> pa.Table:
+  """The table of a file; UserError, which names the path, if it is none."""
+  try:
+    table = pq.read_table(pa.BufferReader(data))
+  except (pa.ArrowException, OSError) as error:
+    raise errors.UserError(
+      f"{path} is damaged ({errors.first_line(error)}); bring it back, or "
+      "prepare the images again"
+    ) from error
+  missing = set(SCHEMA.names) - set(table.column_names)
+  if missing:
+    raise errors.UserError(
+      f"{path} is no index of images: it has no column {min(missing)}"
+    )
+  return table
