@@ -61,9 +61,9 @@ class Source(Protocol):
 
   Reading one raises OSError with EFBIG, ELOOP or ENXIO if it is no image for
   ever, so that it is left out. Whatever else is raised may pass: it is read
-  again, and then stops the run. One that knows the sizes of its images, or what
-  decides better than keys which are held out, has the methods `sizes` or `draws`,
-  see the functions of this file.
+  again, and then stops the run. One that knows the sizes of its images, or
+  what decides better than keys which are held out, has the methods `sizes` or
+  `draws`, see the functions of this file.
 
   Attributes:
     classes: names, by label.
