@@ -4,8 +4,8 @@ r"""Images as they are held to record shards with an index.
     --config.source.path=/data/imagenet --config.output=gs://bucket/imagenet
 
 What trains on them has a source of kind "records" with that path. On a pod, run
-it on every host. Measured on two cores of an AMD EPYC: 42 photographs of 0.2 MB
-a second, as they are.
+it on every host. As measured on two cores of an AMD EPYC: 42 photographs of 0.2
+MB a second, as they are.
 """
 
 from configs import base
