@@ -108,6 +108,11 @@ def to_parquet(table: pa.Table) -> bytes:
   return sink.getvalue().to_pybytes()
 
 
+def sha256(data: bytes) -> str:
+  """Of an index as a file."""
+  return hashlib.sha256(data).hexdigest()
+
+
 def from_parquet(data: bytes, path: str) -> pa.Table:
   """The table of a file; UserError, which names the path, if it is none."""
   try:
