@@ -9,10 +9,14 @@ from dcae_jax import errors
 from dcae_jax.data import sources
 
 
-def weighted_sources(config: ConfigDict) -> list[tuple[sources.Source, float]]:
+def weighted_sources(
+  config: ConfigDict, min_size: int = 0
+) -> list[tuple[sources.Source, float]]:
   """The members of a source config, with their weights.
 
-  Raises UserError for an unknown kind, or a source that does not exist.
+  Images with a smaller side than `min_size` are left out where that is known
+  without reading them. Raises UserError for an unknown kind, or a source that
+  does not exist.
   """
   if config.kind == "mixture":
     members = list(config.members.values())
@@ -30,13 +34,14 @@ def weighted_sources(config: ConfigDict) -> list[tuple[sources.Source, float]]:
     for name, member in config.members.items():
       key = f"config.source.members.{name}."
       with errors.renamed("config.source.", key):
-        pairs += weighted_sources(member)
+        pairs += weighted_sources(member, min_size)
     return pairs
   if not 0 < config.weight < math.inf:
     raise errors.UserError(
       f"config.source.weight={config.weight} is not a positive number"
     )
-  return [(part_of(whole(config), config), config.weight)]
+  source = sources.at_least(part_of(whole(config), config), min_size)
+  return [(source, config.weight)]
 
 
 def whole(config: ConfigDict) -> sources.Source:
@@ -77,10 +82,10 @@ def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:
   return sources.split(source, config.held_out)[parts.index(config.part)]
 
 
-def single_source(config: ConfigDict) -> sources.Source:
+def single_source(config: ConfigDict, min_size: int = 0) -> sources.Source:
   """A source that is not a mixture: evaluations have an order."""
   if config.kind == "mixture":
     raise errors.UserError(
       "images are evaluated from one source, not from a mixture"
     )
-  return weighted_sources(config)[0][0]
+  return weighted_sources(config, min_size)[0][0]

@@ -9,7 +9,7 @@ from dcae_jax.data.sources.embedded_photographs import embedded
 from dcae_jax.data.sources.files import Files, folder, latent_files, pictures
 from dcae_jax.data.sources.protocol import Record, Source, limited, sizes
 from dcae_jax.data.sources.records import Records
-from dcae_jax.data.sources.subsets import ClassPerImage, split
+from dcae_jax.data.sources.subsets import ClassPerImage, Subset, at_least, split
 from dcae_jax.data.sources.tensorflow_dataset import TensorFlowDataset
 
 # By `kind`: what opens it. Its parameters are named after the keys of
@@ -22,7 +22,7 @@ KINDS: dict[str, Callable[..., Source]] = {
 }
 
 __all__ = [
-  "KINDS", "ClassPerImage", "Files", "Record", "Records", "Source",
-  "TensorFlowDataset", "embedded", "folder", "latent_files", "limited",
-  "pictures", "sizes", "split",
+  "KINDS", "ClassPerImage", "Files", "Record", "Records", "Source", "Subset",
+  "TensorFlowDataset", "at_least", "embedded", "folder", "latent_files",
+  "limited", "pictures", "sizes", "split",
 ]  # fmt: skip
