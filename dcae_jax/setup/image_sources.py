@@ -50,7 +50,7 @@ def whole(config: ConfigDict) -> sources.Source:
       f"{', '.join(sources.KINDS)}, mixture"
     )
   open_ = sources.KINDS[config.kind]
-  needed = list(inspect.signature(open_).parameters)
+  needed = [x for x in inspect.signature(open_).parameters if x != "indexed"]
   if missing := [key for key in needed if key not in config]:
     raise errors.UserError(
       f"source kind {config.kind!r} needs {', '.join(missing)}, not among the "
