@@ -62,6 +62,7 @@ OTHERS = {
   "data/index.py": {"pyarrow"},
   "data/listings.py": {"fsspec"},
   "data/sources/containers.py": {"pyarrow"},
+  "data/sources/parquet.py": {"pyarrow"},
   "data/sources/records.py": {"pyarrow"},
   "data/sources/tar.py": {"pyarrow"},
   "data": {"PIL", "absl", "etils", "grain", "tensorflow_datasets"},

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 import weakref
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from dcae_jax import errors
-from dcae_jax.data import batches, crops, sources
+from dcae_jax.data import batches, crops, sources, windows
 from dcae_jax.data import decoding as image_decoding
 
 Decoding = image_decoding.Decoding
@@ -290,13 +291,7 @@ class TrainingImages(batches.Batches):
     members = []
     for i, (source, _) in enumerate(weighted_sources):
       load = _Load(source, decoding, cropping, self.skipped, cache_megabytes)
-      members.append(
-        grain.MapDataset.range(len(source))
-        .seed(seed + i)
-        .shuffle()
-        .repeat()
-        .random_map(load.random)
-      )
+      members.append(_endless(source, seed + i).random_map(load.random))
     dataset = members[0]
     if len(members) > 1:
       weights = [weight for _, weight in weighted_sources]
@@ -311,6 +306,18 @@ class TrainingImages(batches.Batches):
       threads=reading.threads,
       fingerprint=hashlib.sha256(repr(fingerprints).encode()).hexdigest(),
     )
+
+
+def _endless(source: sources.Source, seed: int) -> grain.MapDataset:
+  """Indices of the images, each once an epoch, in random order."""
+  groups = sources.groups(source)
+  if groups is None:
+    return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+  return (
+    grain.MapDataset.range(sys.maxsize)
+    .seed(seed)
+    .map(windows.Order(groups, seed))
+  )
 
 
 def evaluation_batches(

@@ -61,7 +61,10 @@ def whole(config: ConfigDict) -> sources.Source:
       f"config.source.kind={config.kind!r} has no captions; set "
       "config.source.captions=False"
     )
-  return open_(**{key: config[key] for key in needed})
+  values = {key: config[key] for key in needed}
+  if "columns" in values:
+    values["columns"] = values["columns"].to_dict()
+  return open_(**values)
 
 
 def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:

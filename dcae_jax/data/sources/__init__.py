@@ -7,7 +7,14 @@ from collections.abc import Callable
 
 from dcae_jax.data.sources.embedded_photographs import embedded
 from dcae_jax.data.sources.files import Files, folder, latent_files, pictures
-from dcae_jax.data.sources.protocol import Record, Source, limited
+from dcae_jax.data.sources.parquet import Parquet
+from dcae_jax.data.sources.protocol import (
+  Groups,
+  Record,
+  Source,
+  groups,
+  limited,
+)
 from dcae_jax.data.sources.records import Records
 from dcae_jax.data.sources.subsets import ClassPerImage, split
 from dcae_jax.data.sources.tar import Tars
@@ -21,10 +28,11 @@ KINDS: dict[str, Callable[..., Source]] = {
   "embedded": embedded,
   "records": Records,
   "tar": Tars,
+  "parquet": Parquet,
 }
 
 __all__ = [
-  "KINDS", "ClassPerImage", "Files", "Record", "Records", "Source", "Tars",
-  "TensorFlowDataset", "embedded", "folder", "latent_files", "limited",
-  "pictures", "split",
+  "KINDS", "ClassPerImage", "Files", "Groups", "Parquet", "Record", "Records",
+  "Source", "Tars", "TensorFlowDataset", "embedded", "folder", "groups",
+  "latent_files", "limited", "pictures", "split",
 ]  # fmt: skip
