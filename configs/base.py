@@ -121,16 +121,21 @@ def source(
   # "tar": uncompressed tars, of folders or as WebDataset has them, local or
   # gs://.
   # "parquet": files with a column of encoded images, local or gs://.
+  # "records": record shards of the task prepare, local or gs://.
   # "embedded": photographs inside installed packages, nothing to download.
   # "mixture": of `members`, drawn by their weights.
   # "npy", export_latents only: latents of the authors' tools, one .npy per
   # image in `path`; its resolution must be that of the files.
   c.kind = kind
-  # folder: the directory. tfds: its data_dir, "": the default. tar,
+  # folder, records: the directory. tfds: its data_dir, "": the default. tar,
   # parquet: a file, a directory of them, or a pattern with * and {0000..1023}.
   c.path = path
   c.name = ""  # tfds: the dataset, such as "imagenet2012".
-  c.split = ""  # tfds: such as "train". embedded: "train", "validation".
+  # tfds: such as "train". embedded: "train", "validation". records: the name
+  # of a part as it was prepared, "": all of it.
+  c.split = ""
+  # records: names or numbers of the classes that are used; (): all.
+  c.classes = ()
   # Read captions, too, for exports. folder: of x.jpg in x.txt (one a line) or
   # x.json beside it, or a metadata.jsonl. tar: of x.txt or x.json. tfds: of a
   # text feature. parquet: of a column of a text or several.
@@ -564,6 +569,30 @@ def export_latents() -> ConfigDict:
   c.threads = Key(8, 1, 1000)
   c.retries = Key(10, 0, 1000)  # of each request, at most 16 s apart
   c.compilation_cache = _CACHE
+  return c
+
+
+@_task("prepare", begins_anew=True)
+def prepare() -> ConfigDict:
+  """Images of any source to record shards with an index."""
+  c = ConfigDict()
+  # What is prepared; with captions if they are asked for. Each member of a
+  # mixture becomes a split of its name; weights are for training.
+  c.source = source("folder")
+  # The records, a directory or gs:// prefix, the same for all processes. "":
+  # `records` in the work directory.
+  c.output = ""
+  # "": files as they are. "jpeg", "webp_lossless": encoded anew, if they are
+  # larger than `shorter_side`, to which they are reduced; 0: all of them.
+  c.encoding = ""
+  c.shorter_side = Key(0, 0, 2**14)
+  c.quality = Key(95, 1, 100)  # of JPEG, without chroma subsampling
+  c.max_megapixels = Key(89.0, 0.001)  # larger images are left out
+  c.shard_megabytes = Key(256.0, 0.001, 2000)  # of each file, about
+  # Processes, each of which makes a shard; 0: this one alone.
+  c.workers = Key(8, 0, 1000)
+  c.threads = Key(4, 1, 1000)  # of each of them
+  c.retries = Key(10, 0, 1000)  # of each request, at most 16 s apart
   return c
 
 

@@ -28,7 +28,7 @@ from dcae_jax import errors
 from dcae_jax.runs import plain_text
 
 TASKS = (
-  "train_autoencoder", "train_phases", "report", "reconstruct",
+  "prepare", "train_autoencoder", "train_phases", "report", "reconstruct",
   "evaluate_autoencoder", "reference_statistics", "export_latents",
   "inspect_latents", "encode_captions", "train_diffusion", "evaluate_diffusion",
   "export_and_diffuse", "study", "plan", "throughput",

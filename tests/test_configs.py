@@ -50,6 +50,7 @@ STUDIES = {
   "learning": [("1",), ("3",)],
 }
 DEFAULTS = {
+  "prepare": base.prepare,
   "train_autoencoder": base.autoencoder,
   "train_phases": lambda: base.three_phases("f32c32"),
   "report": base.report,

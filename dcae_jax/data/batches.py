@@ -89,7 +89,7 @@ class Batches:
         piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         rest = grain.experimental.WithOptionsIterDataset(rest, piped)
         rest = rest.mp_prefetch(
-          options, worker_init_fn=_follow_the_main_process
+          options, worker_init_fn=lambda *_: follow_the_main_process()
         )
       self._iterator = iter(rest)
     try:
@@ -133,9 +133,8 @@ class Batches:
       self._iterator = None
 
 
-def _follow_the_main_process(worker_index: int, worker_count: int) -> None:
+def follow_the_main_process() -> None:
   """A loader process outlives a signal to the group, but not its parent."""
-  del worker_index, worker_count
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
   if sys.platform == "linux":

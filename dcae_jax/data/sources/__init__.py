@@ -14,6 +14,7 @@ from dcae_jax.data.sources.protocol import (
   Source,
   groups,
   limited,
+  sizes,
 )
 from dcae_jax.data.sources.records import Records
 from dcae_jax.data.sources.subsets import ClassPerImage, split
@@ -34,5 +35,5 @@ KINDS: dict[str, Callable[..., Source]] = {
 __all__ = [
   "KINDS", "ClassPerImage", "Files", "Groups", "Parquet", "Record", "Records",
   "Source", "Tars", "TensorFlowDataset", "embedded", "folder", "groups",
-  "latent_files", "limited", "pictures", "split",
+  "latent_files", "limited", "pictures", "sizes", "split",
 ]  # fmt: skip

@@ -5,7 +5,6 @@ is one request. The images are in the order of their digests, whatever they were
 prepared from: a fair shuffle, the same for the same images.
 """
 
-import hashlib
 import zlib
 from typing import Any
 
@@ -39,7 +38,7 @@ class Records:
     self,
     path: str,
     split: str = "",
-    classes: tuple[str, ...] = (),
+    classes: tuple[str | int, ...] = (),
     captions: bool = False,
   ):
     """Reads the index, of which the rows are kept that are asked for.
@@ -77,7 +76,7 @@ class Records:
     data, path = self._place.read(INDEX), f"{self._place.path}/{INDEX}"
     if data is None:
       raise errors.UserError(f"{path} is gone; {_ADVICE}")
-    if hashlib.sha256(data).hexdigest() != manifest["index_sha256"]:
+    if index.sha256(data) != manifest["index_sha256"]:
       raise errors.UserError(
         f"{path} is not the index of these shards, or damaged; {_ADVICE}"
       )
@@ -112,9 +111,7 @@ class Records:
 
   def draws(self) -> np.ndarray:
     """By the images themselves: equal ones are on the same side."""
-    return np.array(
-      [int(text[:13], 16) / 16**13 for text in self._rows.texts("sha256")]
-    )
+    return self._rows.digests() / 2.0**64
 
   def fingerprint(self) -> str:
     """sha256 of the rows of the index."""
@@ -172,7 +169,7 @@ def _of_split(table: pa.Table, split: str, path: str) -> pa.Table:
 
 
 def _of_classes(
-  table: pa.Table, wanted: tuple[str, ...], names: list[str], path: str
+  table: pa.Table, wanted: tuple[str | int, ...], names: list[str], path: str
 ) -> pa.Table:
   """The rows of classes by name or number; their labels stay."""
   if not wanted:
