@@ -36,11 +36,11 @@ def write(path: str, names: list[str]) -> None:
 def check_place(path: str, is_one: bool, retries: int) -> None:
   """Raises UserError where a store would be mixed with those of shapes."""
   place = storage.Storage(path, retries=retries)
-  kinds = {"of squares": layout.IDENTITY, "of several shapes": FILE}
-  kind, file = list(kinds.items())[is_one]
-  if place.read(file) is not None:
+  others = (FILE,) if is_one else (layout.IDENTITY, layout.MANIFEST)
+  if any(place.read(file) is not None for file in others):
+    kind = "several shapes" if is_one else "squares"
     raise errors.UserError(
-      f"{path} holds an export {kind}; use another config.output"
+      f"{path} holds an export of {kind}; use another config.output"
     )
 
 

@@ -207,7 +207,8 @@ def test_stores_of_different_exports_are_refused(exported, tmp_path):
 def test_squares_are_not_exported_among_shapes_nor_shapes_among_squares(
   exported, photographs, tiny_autoencoder, tiny_latents, tmp_path
 ):
-  for output, most in ((exported, 1.0), (tiny_latents, 4.0)):
+  squares = shutil.copytree(tiny_latents, tmp_path / "squares")
+  for output, most in ((exported, 1.0), (squares, 4.0)):
     config = _export(
       photographs, tiny_autoencoder, output, max_aspect_ratio=most
     )
