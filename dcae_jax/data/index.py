@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
       "offset": pa.int64(),
       "bytes": pa.int64(),  # 0: all of the file
       "crc32": pa.int64(),  # -1: not known
-      "sha256": pa.large_string(),  # "": not known
+      "sha256": pa.binary(32),  # zeros: not known
     }.items()
   ]
 )
@@ -60,6 +60,7 @@ class Index:
           table.select(SCHEMA.names).cast(SCHEMA).combine_chunks(),
           max_chunksize=max(len(table), 1),
         )
+    pa.default_memory_pool().release_unused()
     self._path = path
     with pa.memory_map(path) as file:
       self._table = pa.ipc.open_file(file).read_all()
@@ -83,8 +84,12 @@ class Index:
   def text(self, column: str, row: int) -> str:
     return self._table[column][row].as_py()
 
-  def texts(self, column: str) -> list[str]:
-    return self._table[column].to_pylist()
+  def digests(self) -> np.ndarray:
+    """The first eight bytes of `sha256` as numbers, uint64 [n]."""
+    chunks = self._table["sha256"].chunks
+    data = [np.frombuffer(x.buffers()[1], ">u8") for x in chunks]
+    digests = np.concatenate([np.empty(0, ">u8"), *data])
+    return digests.reshape(-1, 4)[:, 0]
 
   def sizes(self) -> np.ndarray | None:
     """Widths and heights, int32 [n, 2]; None where one is not known."""

@@ -201,7 +201,7 @@ def write(
         "position": len(columns["key"]),
         "bytes": len(image.encoded),
         "crc32": zlib.crc32(image.encoded),
-        "sha256": hashlib.sha256(image.encoded).hexdigest(),
+        "sha256": hashlib.sha256(image.encoded).digest(),
       }
       for name, value in row.items():
         columns[name].append(value)

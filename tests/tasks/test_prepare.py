@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import gcsfs
 import kills
 import numpy as np
 import pyarrow.parquet as pq
@@ -303,3 +304,45 @@ def test_settings_that_cannot_be_are_refused(config, tmp_path):
     with pytest.raises(ValueError, match=message):
       prepare.run(config(**dict([changes])), epath.Path(tmp_path / "x"))
   assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def bucket(gs, emulator, monkeypatch):
+  """An empty bucket, of which listings are read as well."""
+  monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator.address)
+  gcsfs.GCSFileSystem.clear_instance_cache()
+  yield gs
+  gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def test_a_bucket_is_asked_once_for_each_image(
+  whole, config, bucket, emulator, tmp_path
+):
+  output = f"{bucket}/prepared"
+  with emulator.fail(503, every=3, times=None):
+    assert prepare.run(config(output=output), epath.Path(tmp_path))
+  emulator.forget()
+  source = sources.Records(output)
+  assert len(emulator.requests) < 8
+  emulator.forget()
+  local = sources.Records(str(whole / "records"))
+  for i in range(len(source)):
+    assert source[i].encoded == local[i].encoded
+  assert len(emulator.requests) == len(source)
+  assert source.fingerprint() == local.fingerprint()
+
+
+def test_a_preparation_whose_bucket_is_gone_goes_on(
+  whole, config, bucket, emulator, tmp_path
+):
+  c = config(output=f"{bucket}/prepared", retries=1)
+  uploads = lambda: [x for x in emulator.uploads if "array_record" in x]
+  third = lambda _, path: "00002" in path
+  with (
+    emulator.fail(403, times=None, where=third),
+    pytest.raises(OSError, match="no permission"),
+  ):
+    prepare.run(c, epath.Path(tmp_path))
+  before = len(uploads())
+  assert before and prepare.run(c, epath.Path(tmp_path))
+  assert len(uploads()) == len(set(uploads()))  # none was made twice
