@@ -118,13 +118,17 @@ def source(
   c = ConfigDict()
   # "folder": any tree of images, a class per sub-folder, local or gs://.
   # "tfds": a prepared TFDS dataset in array_record format; no TensorFlow.
+  # "tar": uncompressed tars, of folders or as WebDataset has them, local or
+  # gs://.
+  # "parquet": files with a column of encoded images, local or gs://.
   # "records": record shards of the task prepare, local or gs://.
   # "embedded": photographs inside installed packages, nothing to download.
   # "mixture": of `members`, drawn by their weights.
   # "npy", export_latents only: latents of the authors' tools, one .npy per
   # image in `path`; its resolution must be that of the files.
   c.kind = kind
-  # folder, records: the directory. tfds: its data_dir, "": the default.
+  # folder, records: the directory. tfds: its data_dir, "": the default. tar,
+  # parquet: a file, a directory of them, or a pattern with * and {0000..1023}.
   c.path = path
   c.name = ""  # tfds: the dataset, such as "imagenet2012".
   # tfds: such as "train". embedded: "train", "validation". records: the name
@@ -133,8 +137,11 @@ def source(
   # records: names or numbers of the classes that are used; (): all.
   c.classes = ()
   # Read captions, too, for exports. folder: of x.jpg in x.txt (one a line) or
-  # x.json beside it, or a metadata.jsonl. tfds: of a text feature.
+  # x.json beside it, or a metadata.jsonl. tar: of x.txt or x.json. tfds: of a
+  # text feature. parquet: of a column of a text or several.
   c.captions = False
+  # parquet: names of columns; "": usual ones, such as image, label, caption.
+  c.columns = ConfigDict({"image": "", "label": "", "caption": ""})
   c.weight = 1.0  # within a mixture
   c.members = ConfigDict(members or {})  # mixture: name to source
   # "held_out": some of the images, chosen by a hash of their names, the same in

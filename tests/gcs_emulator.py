@@ -21,6 +21,7 @@ from http import server as http_server
 from gcp_storage_emulator import exceptions, server, settings, storage
 from gcp_storage_emulator.handlers import buckets
 
+_PAGE = 1000  # objects of a listing at once
 Where = Callable[[str, str], bool]  # of method and path, with its query
 _BUCKET = re.compile(r"/b/([-.\w]+)")
 _OBJECT = re.compile(r"/b/[-.\w]+/o/([^/]+)$")
@@ -236,6 +237,8 @@ class Emulator:
       return 304, ""
     offsets = options.get("startOffset", ""), options.get("endOffset", "")
     self._storage.offsets = offsets
+    most = min(int(options.get("maxResults", _PAGE)), _PAGE)
+    self._storage.page = options.get("pageToken", ""), most
     return None
 
   def _generation(self, bucket: str, name: str | None) -> str | None:
@@ -251,9 +254,10 @@ def _finally(end: Callable[[], None]) -> contextlib.ExitStack:
 
 
 class _Storage(storage.Storage):
-  """In memory; notes what is written, lists between two names."""
+  """In memory; notes what is written, lists between two names, in pages."""
 
-  offsets = ("", "")
+  offsets, page = ("", ""), ("", _PAGE)
+  following = ""  # the name after those of a page
 
   def __init__(self, uploads: list[str]):
     super().__init__(use_memory_fs=True)
@@ -263,8 +267,10 @@ class _Storage(storage.Storage):
     start, end = self.offsets
     inside = lambda name: name >= start and (not end or name < end)
     files, prefixes = super().get_file_list(*args, **kwargs)
-    files = [file for file in files if inside(file["name"])]
-    return files, [prefix for prefix in prefixes if inside(prefix)]
+    first, most = self.page
+    files = [x for x in files if inside(x["name"]) and x["name"] >= first]
+    self.following = "".join(x["name"] for x in files[most : most + 1])
+    return files[:most], [prefix for prefix in prefixes if inside(prefix)]
 
   def create_file(self, bucket_name, file_name, *args):
     super().create_file(bucket_name, file_name, *args)
@@ -318,7 +324,12 @@ class _Handler(server.RequestHandler):
         self.storage = emulator._storage
         refusal = emulator._refusal(self.path, body)
         if refusal is None:
+          self.storage.following = ""
           server.Router(self).handle(self.command)
+          if token := self.storage.following:
+            found = json.loads(self.wfile.getvalue().partition(b"\r\n\r\n")[2])
+            self.wfile = io.BytesIO()
+            self._send(self._status, found | {"nextPageToken": token})
           empty = self.wfile.getvalue().endswith(b"\r\n\r\n")
           if self._status >= 400 and empty:
             refusal = self._status, f"{self._status}: {self.path}"
@@ -347,7 +358,10 @@ class _Handler(server.RequestHandler):
     """As Google does: the reason is told in JSON."""
     error = {"code": status, "message": reason}
     error["errors"] = [{"domain": "global", "message": reason}]
-    body = b"" if status == 304 else json.dumps({"error": error}).encode()
+    self._send(status, None if status == 304 else {"error": error})
+
+  def _send(self, status: int, value: dict | None):
+    body = b"" if value is None else json.dumps(value).encode()
     self.send_response(status, http.HTTPStatus(status).phrase)
     self.send_header("Content-Type", "application/json; charset=UTF-8")
     self.send_header("Content-Length", str(len(body)))

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from dcae_jax import errors
 from dcae_jax.data import crops
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MAX_ASPECT = 50  # crops enlarge to the shorter side: a strip would explode
 _MODES = {1: "L", 3: "RGB"}
 
@@ -60,9 +60,9 @@ def decode(encoded: bytes, decoding: Decoding) -> Image.Image:
   """
   Image.MAX_IMAGE_PIXELS = None  # the limit below is stricter
   try:
-    image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
   except UnidentifiedImageError:
-    raise errors.UserError(f"no image ({', '.join(_FORMATS)})") from None
+    raise errors.UserError(f"no image ({', '.join(FORMATS)})") from None
   width, height = image.size
   if min(width, height) < decoding.min_size:
     raise TooSmallError(f"{width}x{height}")

@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 import weakref
@@ -22,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from dcae_jax import errors
-from dcae_jax.data import aspect_ratios, batches, crops, sources
+from dcae_jax.data import aspect_ratios, batches, crops, sources, windows
 from dcae_jax.data import decoding as image_decoding
 
 Decoding = image_decoding.Decoding
@@ -319,13 +320,7 @@ class TrainingImages(batches.Batches):
           self.skipped,
           cache_megabytes * len(source) / len(whole),
         )
-        members.append(
-          grain.MapDataset.range(len(source))
-          .seed(next(seeds))
-          .shuffle()
-          .repeat()
-          .random_map(load.random)
-        )
+        members.append(_endless(source, next(seeds)).random_map(load.random))
         weights.append(weight)
       dataset = _mixed(members, weights)
       of_shapes.append(
@@ -360,6 +355,18 @@ def _described(
   return ", ".join(
     f"{height}x{width} ({sum(len(source) for source, _ in pairs):,} images)"
     for (height, width), pairs in groups
+  )
+
+
+def _endless(source: sources.Source, seed: int) -> grain.MapDataset:
+  """Indices of the images, each once an epoch, in random order."""
+  groups = sources.groups(source)
+  if groups is None:
+    return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+  return (
+    grain.MapDataset.range(sys.maxsize)
+    .seed(seed)
+    .map(windows.Order(groups, seed))
   )
 
 

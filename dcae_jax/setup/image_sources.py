@@ -55,7 +55,7 @@ def whole(config: ConfigDict) -> sources.Source:
       f"{', '.join(sources.KINDS)}, mixture"
     )
   open_ = sources.KINDS[config.kind]
-  needed = list(inspect.signature(open_).parameters)
+  needed = [x for x in inspect.signature(open_).parameters if x != "indexed"]
   if missing := [key for key in needed if key not in config]:
     raise errors.UserError(
       f"source kind {config.kind!r} needs {', '.join(missing)}, not among the "
@@ -66,7 +66,10 @@ def whole(config: ConfigDict) -> sources.Source:
       f"config.source.kind={config.kind!r} has no captions; set "
       "config.source.captions=False"
     )
-  return open_(**{key: config[key] for key in needed})
+  values = {key: config[key] for key in needed}
+  if "columns" in values:
+    values["columns"] = values["columns"].to_dict()
+  return open_(**values)
 
 
 def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:

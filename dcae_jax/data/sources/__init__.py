@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a TFDS dataset, or an installed package.
+"""Where images come from: folders, tars, TFDS datasets, installed packages.
 
 A kind of source is one file, and one line in `KINDS`.
 """
@@ -7,9 +7,18 @@ from collections.abc import Callable
 
 from dcae_jax.data.sources.embedded_photographs import embedded
 from dcae_jax.data.sources.files import Files, folder, latent_files, pictures
-from dcae_jax.data.sources.protocol import Record, Source, limited, sizes
+from dcae_jax.data.sources.parquet import Parquet
+from dcae_jax.data.sources.protocol import (
+  Groups,
+  Record,
+  Source,
+  groups,
+  limited,
+  sizes,
+)
 from dcae_jax.data.sources.records import Records
 from dcae_jax.data.sources.subsets import ClassPerImage, Subset, at_least, split
+from dcae_jax.data.sources.tar import Tars
 from dcae_jax.data.sources.tensorflow_dataset import TensorFlowDataset
 
 # By `kind`: what opens it. Its parameters are named after the keys of
@@ -19,10 +28,12 @@ KINDS: dict[str, Callable[..., Source]] = {
   "tfds": TensorFlowDataset,
   "embedded": embedded,
   "records": Records,
+  "tar": Tars,
+  "parquet": Parquet,
 }
 
 __all__ = [
-  "KINDS", "ClassPerImage", "Files", "Record", "Records", "Source", "Subset",
-  "TensorFlowDataset", "at_least", "embedded", "folder", "latent_files",
-  "limited", "pictures", "sizes", "split",
+  "KINDS", "ClassPerImage", "Files", "Groups", "Parquet", "Record", "Records",
+  "Source", "Subset", "Tars", "TensorFlowDataset", "at_least", "embedded",
+  "folder", "groups", "latent_files", "limited", "pictures", "sizes", "split",
 ]  # fmt: skip

@@ -28,7 +28,7 @@ _OTHER_SUFFIXES = (
   ".tga", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf",
   ".orf", ".rw2",
 )  # fmt: skip
-_LARGEST_FILE = 2**31  # bytes
+LARGEST_FILE = 2**31  # bytes
 _METADATA = "metadata.jsonl"  # captions of the images of a directory
 
 
@@ -135,7 +135,7 @@ def _read_local(path: str) -> bytes:
   status = os.stat(path)
   if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
     raise OSError(errno.ENXIO, "no regular file", path)
-  if status.st_size > _LARGEST_FILE:
+  if status.st_size > LARGEST_FILE:
     raise OSError(errno.EFBIG, f"{status.st_size} bytes are no image", path)
   return pathlib.Path(path).read_bytes()
 

@@ -50,6 +50,24 @@ def draws(source: "Source") -> np.ndarray:
   return np.array([int.from_bytes(x[:8], "big") / 2**64 for x in digests])
 
 
+class Groups(NamedTuple):
+  """Images that are cheap to read at about the same time.
+
+  Attributes:
+    of: the number of the group of each image, int32 [n].
+    window: how many groups fit in memory at once.
+  """
+
+  of: np.ndarray
+  window: int
+
+
+def groups(source: "Source") -> Groups | None:
+  """None where any image is read alone."""
+  known = getattr(source, "groups", None)
+  return known() if known else None
+
+
 def limited(source: "Source", most: int) -> int:
   """How many of its records are used; `most` of 0: all."""
   return min(len(source), most or len(source))
@@ -61,9 +79,9 @@ class Source(Protocol):
 
   Reading one raises OSError with EFBIG, ELOOP or ENXIO if it is no image for
   ever, so that it is left out. Whatever else is raised may pass: it is read
-  again, and then stops the run. One that knows the sizes of its images, or
-  what decides better than keys which are held out, has the methods `sizes` or
-  `draws`, see the functions of this file.
+  again, and then stops the run. One that knows the sizes of its images, what
+  decides better than keys which are held out, or which are read together, has
+  the methods `sizes`, `draws` or `groups`, see the functions of this file.
 
   Attributes:
     classes: names, by label.

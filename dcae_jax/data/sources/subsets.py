@@ -37,6 +37,10 @@ class Subset:
   def draws(self) -> np.ndarray:
     return protocol.draws(self._source)[self._indices]
 
+  def groups(self) -> protocol.Groups | None:
+    groups = protocol.groups(self._source)
+    return groups and groups._replace(of=groups.of[self._indices])
+
   def fingerprint(self) -> str:
     """sha256 of the other one's, and of what is taken from it."""
     text = f"{self._indices.tolist()} of {self._source.fingerprint()}"
