@@ -41,8 +41,8 @@ def test_images_get_the_nearest_shape_that_does_not_enlarge_them():
   assert of(3000, 4000) == (576, 448)
   assert of(4000, 1000) == of(9000, 1000) == (256, 1024)
   assert of(512, 512) == of(5000, 5000) == (512, 512)
-  # 448x576 would be nearer, and is too large.
-  assert of(570, 460) == (448, 576) != of(575, 512) == (512, 512)
+  # 384x704 is a little nearer, and would enlarge the smaller one.
+  assert of(8330, 3820) == (384, 704) and of(833, 382) == (320, 832)
   # None is small enough.
   assert of(80, 60) == (448, 576)
   # Who has the square's side as the shorter one is never enlarged.
