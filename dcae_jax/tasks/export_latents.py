@@ -34,7 +34,7 @@ def _fill(
   work = resumable.Work("latents", lambda: sigterm.received)
   with watch.measure("start"):
     start.begin(config, workdir)
-    source = exporting.open_source(config)
+    source = exporting.open_source(config, workdir)
     store = exporting.open_store(config, workdir)
     ae = exporting.load_autoencoder(config)
     export = exporting.create(config, store, source, ae)

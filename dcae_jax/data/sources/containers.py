@@ -22,7 +22,7 @@ from dcae_jax.runs import regular_files, storage
 # starts of a run, which know it by its name. See setup/image_sources.py.
 Indexed = Callable[[str, Callable[[], pa.Table]], pa.Table]
 _VERSION = 1  # of how tables are made
-_UNKNOWN = {"crc32": -1, "split": "", "sha256": "", "captions": ""}
+_UNKNOWN = {"crc32": -1, "split": "", "sha256": bytes(32), "captions": ""}
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4")
 
 
@@ -48,8 +48,20 @@ def labelled(named: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str]]:
   """
   if pc.all(pc.match_substring_regex(named, r"^-?\d{1,9}$")).as_py():
     return named.cast(pa.int32()), []
+  return by_name(named)
+
+
+def by_name(named: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str]]:
+  """Labels of texts that are names, and these, in order."""
   classes = sorted(pc.unique(named).to_pylist())
-  return pc.index_in(named, pa.array(classes, named.type)), classes
+  labels = pc.index_in(named, pa.array(classes, named.type))
+  return labels, classes
+
+
+def first_directories(keys: pa.ChunkedArray) -> pa.ChunkedArray:
+  """Of each; "" if it has none."""
+  first = pc.list_element(pc.split_pattern(keys, "/", max_splits=1), 0)
+  return pc.if_else(pc.match_substring(keys, "/"), first, "")
 
 
 def noted(parse: Callable[[], Sequence[image_captions.Caption]]) -> str:
