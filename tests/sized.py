@@ -14,7 +14,7 @@ class Sized(sources.Files):
 
   def sizes(self):
     found = []
-    for path in self._paths:
+    for path in map(self.name, range(len(self))):
       with Image.open(path) as image:
         found.append(image.size)
     return np.array(found, np.int32)

@@ -64,6 +64,7 @@ OTHERS = {
   "data/preparation.py": {"PIL", "pyarrow"},
   "data/listings.py": {"fsspec"},
   "data/sources/containers.py": {"pyarrow"},
+  "data/sources/files.py": {"etils", "pyarrow"},
   "data/sources/parquet.py": {"pyarrow"},
   "data/sources/records.py": {"pyarrow"},
   "data/sources/tar.py": {"pyarrow"},

@@ -4,11 +4,11 @@ What training reads, images or latents: the position is one number, the same for
 any number of loader processes.
 """
 
-import ctypes
 import dataclasses
+import multiprocessing
 import os
 import signal
-import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from dcae_jax import errors
+from dcae_jax.data import handover
 
 Batch = dict[str, np.ndarray]
 _WORKERS_PER_CPU = 8  # more only take memory
@@ -77,6 +78,7 @@ class Batches:
     self._workers = workers
     self._next_batch = 0
     self._iterator: Any = None
+    self._handover: handover.Handover | None = None
 
   def __iter__(self) -> Iterator[Batch]:
     return self
@@ -87,11 +89,9 @@ class Batches:
         flags.FLAGS.mark_as_parsed()
       rest = self.dataset[self._next_batch :].to_iter_dataset(self._options)
       if self._workers:
+        self._handover = handover.Handover()
         options = grain.MultiprocessingOptions(num_workers=self._workers)
-        # Through pipes: shared memory would outlive a process that is killed.
-        piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-        rest = grain.experimental.WithOptionsIterDataset(rest, piped)
-        rest = rest.mp_prefetch(
+        rest = rest.map(self._handover.give).mp_prefetch(
           options, worker_init_fn=lambda *_: follow_the_main_process()
         )
       self._iterator = iter(rest)
@@ -106,7 +106,7 @@ class Batches:
         "it goes on from what is saved"
       ) from error
     self._next_batch += 1
-    return batch
+    return self._handover.take(batch) if self._handover else batch
 
   def get_state(self) -> dict[str, Any]:
     """The position after the last batch: plain JSON, for any worker count."""
@@ -133,13 +133,17 @@ class Batches:
     """Stops loader processes and threads."""
     if self._iterator is not None:
       self._iterator.close()
-      self._iterator = None
+      self._iterator = self._handover = None
 
 
 def follow_the_main_process() -> None:
-  """A loader process outlives a signal to the group, but not its parent."""
+  """A worker outlives a signal to the group, but not the main process."""
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
-  if sys.platform == "linux":
-    die_with_parent = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)
+  main_process = multiprocessing.parent_process()
+
+  def follow():
+    main_process.join()
+    os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -84,6 +85,11 @@ class Index:
   def text(self, column: str, row: int) -> str:
     return self._table[column][row].as_py()
 
+  def texts(self, column: str) -> Iterator[str]:
+    """Of all rows, without holding them all."""
+    for start in range(0, len(self), 2**14):
+      yield from self._table[column].slice(start, 2**14).to_pylist()
+
   def digests(self) -> np.ndarray:
     """The first eight bytes of `sha256` as numbers, uint64 [n]."""
     chunks = self._table["sha256"].chunks
@@ -125,7 +131,7 @@ def from_parquet(data: bytes, path: str) -> pa.Table:
   except (pa.ArrowException, OSError) as error:
     raise errors.UserError(
       f"{path} is damaged ({errors.first_line(error)}); bring it back, or "
-      "prepare the images again"
+      "delete it and make it again"
     ) from error
   missing = set(SCHEMA.names) - set(table.column_names)
   if missing:

@@ -19,7 +19,7 @@ def files(root: str) -> dict[str, int | None]:
   """
   if "://" not in root:
     return _local(root)
-  found = _remote(f"{storage.Storage(root).path}/")
+  found = _remote(f"{root.rstrip('/')}/")
   return {path: int(item["size"]) for path, item in found.items()}
 
 
@@ -66,6 +66,7 @@ def _remote(prefix: str) -> dict[str, dict[str, Any]]:
 
   `find` of gcsfs would keep all that Google knows of each of them.
   """
+  storage.Storage(prefix)  # UserError for what is not gs://
   system, prefix = fsspec.core.url_to_fs(prefix)[0], prefix.partition("://")[2]
   bucket, _, prefix = prefix.partition("/")
   found, token = {}, ""

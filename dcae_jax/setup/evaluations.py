@@ -50,12 +50,12 @@ class Inputs(NamedTuple):
   reference_files: dict[str, dict[str, str]]  # by resolution, for the result
 
 
-def open_inputs(config: ConfigDict) -> Inputs:
+def open_inputs(config: ConfigDict, workdir: epath.Path) -> Inputs:
   """Opens what an evaluation reads; UserError if it does not fit."""
   mesh = sharding.create_mesh(**config.mesh)
   for resolution in config.resolutions:
     sharding.check_images(resolution, mesh)
-  source = image_sources.single_source(config.source)
+  source = image_sources.single_source(config.source, workdir)
   images.check_not_empty(
     source, images.Decoding(max_megapixels=config.max_megapixels)
   )

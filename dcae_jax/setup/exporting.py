@@ -97,9 +97,9 @@ class Part(NamedTuple):
   size: tuple[int, int]
 
 
-def parts(config: ConfigDict) -> list[Part]:
+def parts(config: ConfigDict, workdir: epath.Path | None = None) -> list[Part]:
   """What is exported, by shape; UserError if sizes of images are not known."""
-  source, known = open_source(config), _shapes(config)
+  source, known = open_source(config, workdir), _shapes(config)
   if len(known) == 1:
     return [Part("", source, known[0])]
   if config.max_images:
@@ -120,13 +120,19 @@ def _is_import(config: ConfigDict) -> bool:
   return config.source.kind == "npy"
 
 
-def open_source(config: ConfigDict) -> sources.Source:
+def open_source(
+  config: ConfigDict, workdir: epath.Path | None = None
+) -> sources.Source:
   """The images, or latents, that are exported."""
   if _is_import(config):
-    source = sources.latent_files(config.source.path, config.source.captions)
+    source = sources.latent_files(
+      config.source.path,
+      config.source.captions,
+      image_sources.indexed_in(workdir),
+    )
     source = image_sources.part_of(source, config.source)
   else:
-    source = image_sources.single_source(config.source)
+    source = image_sources.single_source(config.source, workdir)
   if config.class_per_image:
     total = sources.limited(source, config.max_images)
     source = sources.ClassPerImage(source, total)

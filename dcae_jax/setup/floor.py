@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from dcae_jax import errors
@@ -31,12 +32,12 @@ class Material(NamedTuple):
   cropping: images.Cropping | None = None  # of a training run
 
 
-def of_run(run: str) -> Material:
+def of_run(run: str, workdir: epath.Path | None = None) -> Material:
   """What a run of train_autoencoder sees; UserError if it is not here."""
   config = keys.completed(work_directory.read_run_config(run), run)
   c = config.data
   return Material(
-    image_sources.weighted_sources(c.source, c.min_size),
+    image_sources.weighted_sources(c.source, workdir, c.min_size),
     images.Decoding(
       config.model.image_channels, c.min_size, c.max_megapixels, c.shorter_side
     ),

@@ -1,22 +1,32 @@
 """Sources of images, from configs."""
 
 import inspect
+import logging
 import math
+import os
 
+import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.data import sources
+from dcae_jax.data import index, sources
+from dcae_jax.data.sources import containers
+from dcae_jax.runs import processes, storage
+
+_LOG = logging.getLogger(__name__)
 
 
 def weighted_sources(
-  config: ConfigDict, min_size: int = 0
+  config: ConfigDict, workdir: epath.Path | None = None, min_size: int = 0
 ) -> list[tuple[sources.Source, float]]:
   """The members of a source config, with their weights.
 
-  Images with a smaller side than `min_size` are left out where that is known
-  without reading them. Raises UserError for an unknown kind, or a source that
-  does not exist.
+  What takes long to find out of a source is kept in `indices` of the work
+  directory, and shared there by all processes, which call this together; None:
+  each finds it out. Images with a smaller side than `min_size` are left out
+  where that is known without reading them. Raises UserError for an unknown
+  kind, or a source that does not exist.
   """
   if config.kind == "mixture":
     members = list(config.members.values())
@@ -34,18 +44,20 @@ def weighted_sources(
     for name, member in config.members.items():
       key = f"config.source.members.{name}."
       with errors.renamed("config.source.", key):
-        pairs += weighted_sources(member, min_size)
+        pairs += weighted_sources(member, workdir, min_size)
     return pairs
   if not 0 < config.weight < math.inf:
     raise errors.UserError(
       f"config.source.weight={config.weight} is not a positive number"
     )
-  source = sources.at_least(part_of(whole(config), config), min_size)
-  return [(source, config.weight)]
+  source = part_of(whole(config, workdir), config)
+  return [(sources.at_least(source, min_size), config.weight)]
 
 
-def whole(config: ConfigDict) -> sources.Source:
-  """The source of a kind, all of it.
+def whole(
+  config: ConfigDict, workdir: epath.Path | None = None
+) -> sources.Source:
+  """The source of a kind, all of it, see `weighted_sources`.
 
   Raises UserError for an unknown kind, or a source that does not exist.
   """
@@ -55,7 +67,11 @@ def whole(config: ConfigDict) -> sources.Source:
       f"{', '.join(sources.KINDS)}, mixture"
     )
   open_ = sources.KINDS[config.kind]
-  needed = [x for x in inspect.signature(open_).parameters if x != "indexed"]
+  needed = list(inspect.signature(open_).parameters)
+  shared = {}
+  if "indexed" in needed:
+    needed.remove("indexed")
+    shared["indexed"] = indexed_in(workdir)
   if missing := [key for key in needed if key not in config]:
     raise errors.UserError(
       f"source kind {config.kind!r} needs {', '.join(missing)}, not among the "
@@ -69,7 +85,41 @@ def whole(config: ConfigDict) -> sources.Source:
   values = {key: config[key] for key in needed}
   if "columns" in values:
     values["columns"] = values["columns"].to_dict()
-  return open_(**values)
+  return open_(**values, **shared)
+
+
+def indexed_in(workdir: epath.Path | None) -> containers.Indexed:
+  """Makes tables in the first process, and keeps them in a work directory.
+
+  If it fails there, all processes raise. None: each process makes its own.
+  """
+  if workdir is None:
+    return containers.indexed_here
+  place = storage.Storage(os.fspath(workdir / "indices"))
+
+  def indexed(name, make):
+    path, data, refused = f"{place.path}/{name}.parquet", None, None
+    if jax.process_index() == 0:
+      try:
+        data = place.read(f"{name}.parquet")
+        if data is None:
+          data = index.to_parquet(make())
+          place.write(f"{name}.parquet", data)
+        else:
+          _LOG.info("%s was made by an earlier start, and is used", path)
+      except (errors.UserError, OSError) as error:
+        refused = error
+    if processes.total(refused is not None):
+      raise refused or errors.UserError(f"{path}: see the first process")
+    data = data or place.read(f"{name}.parquet")
+    if data is None:
+      raise errors.UserError(
+        f"--workdir={workdir} is not the same place for all processes: one has "
+        f"no {path}; use a bucket, or a directory that all of them share"
+      )
+    return index.from_parquet(data, path)
+
+  return indexed
 
 
 def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:
@@ -85,10 +135,12 @@ def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:
   return sources.split(source, config.held_out)[parts.index(config.part)]
 
 
-def single_source(config: ConfigDict, min_size: int = 0) -> sources.Source:
+def single_source(
+  config: ConfigDict, workdir: epath.Path | None = None, min_size: int = 0
+) -> sources.Source:
   """A source that is not a mixture: evaluations have an order."""
   if config.kind == "mixture":
     raise errors.UserError(
       "images are evaluated from one source, not from a mixture"
     )
-  return weighted_sources(config, min_size)[0][0]
+  return weighted_sources(config, workdir, min_size)[0][0]

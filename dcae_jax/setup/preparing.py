@@ -12,6 +12,7 @@ from concurrent import futures
 from concurrent.futures import process
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
@@ -50,7 +51,7 @@ def description(encoding: preparation.Encoding) -> dict[str, Any]:
 
 
 def members(
-  config: ConfigDict,
+  config: ConfigDict, workdir: epath.Path
 ) -> tuple[list[preparation.Member], list[str]]:
   """What is prepared, and the names of all classes, by label."""
   source = config.source
@@ -58,7 +59,7 @@ def members(
   if source.kind == "mixture":
     configs = dict(source.members.items())
   opened = {
-    split: image_sources.single_source(config)
+    split: image_sources.single_source(config, workdir)
     for split, config in configs.items()
   }
   lists = [list(x.classes) for x in opened.values()]

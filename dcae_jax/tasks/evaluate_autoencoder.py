@@ -98,20 +98,22 @@ def _latent_size(config: ConfigDict) -> tuple[int, int, int]:
   )
 
 
-def _material(config: ConfigDict) -> floor.Material:
+def _material(
+  config: ConfigDict, workdir: epath.Path | None = None
+) -> floor.Material:
   """What block PCA is fitted on; UserError if it is not here."""
   decoding = images.Decoding(
     _latent_size(config)[2], max_megapixels=config.max_megapixels
   )
   if config.fit_source.kind:
     with errors.renamed("config.source", "config.fit_source"):
-      weighted = image_sources.weighted_sources(config.fit_source)
+      weighted = image_sources.weighted_sources(config.fit_source, workdir)
     return floor.Material(weighted, decoding)
   if not work_directory.is_run(config.init_from):
-    source = image_sources.single_source(config.source)
+    source = image_sources.single_source(config.source, workdir)
     return floor.Material([(source, 1.0)], decoding)
   try:
-    return floor.of_run(config.init_from)
+    return floor.of_run(config.init_from, workdir)
   except ValueError as error:
     raise errors.UserError(
       f"{FLOOR} cannot be fitted on what {config.init_from} was trained on "
@@ -164,11 +166,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   with tempfile.TemporaryDirectory(prefix="dcae_jax_evaluation_") as aside:
     made = epath.Path(aside)
     to_measure, directories = _plan(config, made)
-    inputs = evaluations.open_inputs(config) if to_measure else None
+    inputs = evaluations.open_inputs(config, workdir) if to_measure else None
     workdir.mkdir(parents=True, exist_ok=True)
     for own, part in to_measure:
       part.mkdir(parents=True, exist_ok=True)
-      subject = _fit(config) if own.init_from == FLOOR else _load(own)
+      is_floor = own.init_from == FLOOR
+      subject = _fit(config, workdir) if is_floor else _load(own)
       evaluations.record(subject, own, inputs, part)
     start.write_config(config, made)
     if jax.process_index():
@@ -203,10 +206,10 @@ def _plan(
   return to_measure, directories
 
 
-def _fit(config: ConfigDict) -> block_pca.BlockPCA:
+def _fit(config: ConfigDict, workdir: epath.Path) -> block_pca.BlockPCA:
   """The floor of what is measured."""
   return floor.fit(
-    _material(config),
+    _material(config, workdir),
     *_latent_size(config)[:2],
     config.resolutions,
     threads=config.threads,

@@ -36,7 +36,7 @@ def _fill(
   watch = stopwatch.Stopwatch()
   with watch.measure("start"):
     start.begin(config, workdir)
-    parts = exporting.parts(config)
+    parts = exporting.parts(config, workdir)
     ae = exporting.load_autoencoder(config)
   stores, is_new = [], False
   for part in parts:

@@ -46,7 +46,7 @@ def _fill(
     start.check_work_directory(config, workdir)
     work_directory.check_nothing_foreign(workdir, ())
     encoding = preparing.encoding(config)
-    members, classes = preparing.members(config)
+    members, classes = preparing.members(config, workdir)
     store = preparing.Store(output, config.retries)
     store.check_writable(jax.process_index())
     shards = preparation.plan(members, encoding, config.shard_megabytes * 1e6)

@@ -72,10 +72,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   """
   check(config)
   start.begin(config, workdir, ("index.html", "pictures"))
-  inputs = evaluations.open_inputs(config)
+  inputs = evaluations.open_inputs(config, workdir)
   directories, notes = [], []
   with tempfile.TemporaryDirectory(prefix="dcae_jax_report_") as aside:
-    for own, subject in _subjects(config, notes):
+    for own, subject in _subjects(config, workdir, notes):
       directories.append(epath.Path(aside) / f"{len(directories)}")
       directories[-1].mkdir()
       evaluations.record(subject, own, inputs, directories[-1])
@@ -108,12 +108,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
 
 
 def _subjects(
-  config: ConfigDict, notes: list[tuple[str, str]]
+  config: ConfigDict, workdir: epath.Path, notes: list[tuple[str, str]]
 ) -> Iterator[tuple[ConfigDict, evaluations.Subject]]:
   """The floor and the runs, each with the config of its evaluation.
 
   Args:
     config: of the report.
+    workdir: of it.
     notes: gets one on the floor, where there is none.
   """
 
@@ -124,7 +125,7 @@ def _subjects(
     return copy
 
   try:
-    fitted = _floor(config)
+    fitted = _floor(config, workdir)
   except ValueError as error:  # such as images of another machine
     notes.append((floor.NAME, f"is absent: {error}"))
     _LOG.warning("%s is absent: %s", floor.NAME, error)
@@ -137,11 +138,11 @@ def _subjects(
     yield own(name=name, init_from=run, dtype=dtype), subject
 
 
-def _floor(config: ConfigDict) -> block_pca.BlockPCA:
+def _floor(config: ConfigDict, workdir: epath.Path) -> block_pca.BlockPCA:
   run = next(iter(config.runs.values()))
   variant, _ = models.variant_of(run)
   return floor.fit(
-    floor.of_run(run),
+    floor.of_run(run, workdir),
     variant.spatial_compression,
     variant.latent_channels,
     config.resolutions,

@@ -56,8 +56,10 @@ class Inputs(NamedTuple):
   metrics: metric_networks.Opened
 
 
-def open_inputs(config: ConfigDict) -> Inputs:
-  """Opens what the run reads.
+def open_inputs(
+  config: ConfigDict, workdir: epath.Path | None = None
+) -> Inputs:
+  """Opens what the run reads, see `image_sources` for the work directory.
 
   Raises UserError for a source without a usable image, or missing weights.
   """
@@ -73,9 +75,11 @@ def open_inputs(config: ConfigDict) -> Inputs:
         "without LPIPS with --config.lpips.weight=0"
       ) from error
   with errors.renamed("config.source", "config.data.source"):
-    training = image_sources.weighted_sources(c.data.source, c.data.min_size)
+    training = image_sources.weighted_sources(
+      c.data.source, workdir, c.data.min_size
+    )
   with errors.renamed("config.source", "config.evaluation.source"):
-    held_out = image_sources.single_source(c.evaluation.source)
+    held_out = image_sources.single_source(c.evaluation.source, workdir)
   inputs = Inputs(
     training,
     held_out,
@@ -101,7 +105,7 @@ def run(
   training = autoencoder_training.build(config)
   training.check_machine()
   start.begin(config, workdir, ("metrics.jsonl", "checkpoints", "samples"))
-  inputs = open_inputs(config)
+  inputs = open_inputs(config, workdir)
   checkpoint.check_space(workdir, training.abstract, config.checkpoint.keep)
   _LOG.info(
     "%s, %d held-out images", training.description(), len(inputs.held_out)

@@ -56,7 +56,7 @@ def run(
     )
   for name, training in trainings.items():
     with errors.renamed("config.", f"config.{name}."):
-      inputs = train_autoencoder.open_inputs(config[name])
+      inputs = train_autoencoder.open_inputs(config[name], workdir / name)
       train_autoencoder.held_out_images(training, inputs)
   if jax.process_index() == 0:
     work_directory.begin_anew(workdir, ())

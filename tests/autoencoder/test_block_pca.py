@@ -108,7 +108,7 @@ def test_the_same_images_fit_the_same_floor(photographs):
 
 def test_images_of_a_large_source_are_spread_over_it():
   few, many = (
-    sources.Files([""] * n, [0] * n, [""] * n, [""]) for n in (3, 10_000)
+    sources.listed([""] * n, [0] * n, [""] * n, [""]) for n in (3, 10_000)
   )
   chosen = floor._chosen([(many, 3.0), (few, 1.0)])
   of_many = [index for source, index in chosen if source is many]

@@ -339,7 +339,7 @@ def test_a_changed_source_is_refused_until_it_is_accepted(photographs):
   state = before.get_state()
   before.set_state(state)
   files = sorted(map(str, photographs.rglob("*.png")))
-  after = _training([(sources.Files(files, [0] * 12, files, [""]), 1.0)])
+  after = _training([(sources.listed(files, [0] * 12, files, [""]), 1.0)])
   with pytest.raises(ValueError, match="has changed since") as refused:
     after.set_state(state)
   accepted = re.search(r"data.fingerprint=(\w+)", str(refused.value))[1]

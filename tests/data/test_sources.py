@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import importlib.resources
 import importlib.util
 import json
@@ -451,9 +452,9 @@ def test_tfds_without_random_access_is_refused(tfds_directory, tmp_path):
 
 
 def test_names_labels_and_sizes_make_the_fingerprint():
-  create = lambda *a: sources.Files(["/x/a", "/x/b"], *a).fingerprint()
+  create = lambda *a: sources.listed(["/x/a", "/x/b"], *a).fingerprint()
   first = create([0, 1], ["a", "b"], ["", ""], [3, 4])
-  moved = sources.Files(["/y/a", "/y/b"], [0, 1], ["a", "b"], ["", ""], [3, 4])
+  moved = sources.listed(["/y/a", "/y/b"], [0, 1], ["a", "b"], ["", ""], [3, 4])
   assert moved.fingerprint() == first
   assert (
     len(
@@ -466,6 +467,32 @@ def test_names_labels_and_sizes_make_the_fingerprint():
     )
     == 4
   )
+
+
+def test_fingerprints_of_folders_stay_the_same(tmp_path):
+  """A run that has begun goes on, whatever the names are."""
+  latin = os.fsdecode(b"b/\xe9.png")
+  for name in ("a/2.JPG", "B/1.png", latin, "3.webp", "über.png"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(name.encode("utf-8", "surrogateescape"))
+  (tmp_path / "a/2.json").write_text('{"caption": "birds"}')
+  line = {"file_name": "3.webp", "text": ["x", "y"], "weights": [1 / 3, 1]}
+  (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+  expected = [
+    ("3.webp", 0, 6), ("B/1.png", 1, 7), ("a/2.JPG", 2, 7),
+    ("b/\\udce9.png", 3, 7), ("über.png", 0, 9),
+  ]  # fmt: skip
+  source = sources.folder(str(tmp_path))
+  assert [os.fsdecode(source[i].encoded) for i in (3, 4)] == [latin, "über.png"]
+  assert source.classes == ["", "B", "a", "b"]
+  text = "".join(f"{x}\n" for x in expected)
+  assert source.fingerprint() == hashlib.sha256(text.encode()).hexdigest()
+  caption = "Caption(text='x', weight=0.3333333333333333), "
+  caption += "Caption(text='y', weight=1.0)"
+  text += f"({caption})\n()\n(('2.json', 20),)\n()\n()\n"
+  source = sources.folder(str(tmp_path), captions=True)
+  copy = pickle.loads(pickle.dumps(source))
+  assert copy.fingerprint() == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_each_of_the_first_images_is_a_class(photographs):
@@ -485,7 +512,7 @@ def test_each_of_the_first_images_is_a_class(photographs):
 
 def _named(count, root="/x"):
   keys = [f"{i}.png" for i in range(count)]
-  return sources.Files(
+  return sources.listed(
     [f"{root}/{key}" for key in keys], [0] * count, keys, [""], [1] * count
   )
 

@@ -6,7 +6,13 @@ A kind of source is one file, and one line in `KINDS`.
 from collections.abc import Callable
 
 from dcae_jax.data.sources.embedded_photographs import embedded
-from dcae_jax.data.sources.files import Files, folder, latent_files, pictures
+from dcae_jax.data.sources.files import (
+  Files,
+  folder,
+  latent_files,
+  listed,
+  pictures,
+)
 from dcae_jax.data.sources.parquet import Parquet
 from dcae_jax.data.sources.protocol import (
   Groups,
@@ -35,5 +41,6 @@ KINDS: dict[str, Callable[..., Source]] = {
 __all__ = [
   "KINDS", "ClassPerImage", "Files", "Groups", "Parquet", "Record", "Records",
   "Source", "Subset", "Tars", "TensorFlowDataset", "at_least", "embedded",
-  "folder", "groups", "latent_files", "limited", "pictures", "sizes", "split",
+  "folder", "groups", "latent_files", "limited", "listed", "pictures", "sizes",
+  "split",
 ]  # fmt: skip

@@ -48,8 +48,20 @@ def labelled(named: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str]]:
   """
   if pc.all(pc.match_substring_regex(named, r"^-?\d{1,9}$")).as_py():
     return named.cast(pa.int32()), []
+  return by_name(named)
+
+
+def by_name(named: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str]]:
+  """Labels of texts that are names, and these, in order."""
   classes = sorted(pc.unique(named).to_pylist())
-  return pc.index_in(named, pa.array(classes, named.type)), classes
+  labels = pc.index_in(named, pa.array(classes, named.type))
+  return labels, classes
+
+
+def first_directories(keys: pa.ChunkedArray) -> pa.ChunkedArray:
+  """Of each; "" if it has none."""
+  first = pc.list_element(pc.split_pattern(keys, "/", max_splits=1), 0)
+  return pc.if_else(pc.match_substring(keys, "/"), first, "")
 
 
 def noted(parse: Callable[[], Sequence[image_captions.Caption]]) -> str:

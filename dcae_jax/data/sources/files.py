@@ -9,14 +9,18 @@ import json
 import logging
 import os
 import pathlib
+import re
 import stat
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from etils import epath
 
 from dcae_jax import errors
 from dcae_jax.data import captions as image_captions
-from dcae_jax.data import listings
-from dcae_jax.data.sources import protocol
+from dcae_jax.data import index, listings
+from dcae_jax.data.sources import containers, protocol
+from dcae_jax.runs import storage
 
 _LOG = logging.getLogger(__name__)
 SUFFIXES = (
@@ -35,8 +39,7 @@ _METADATA = "metadata.jsonl"  # captions of the images of a directory
 class Files:
   """Files, local or remote, each of a class.
 
-  Nothing is opened. `keys` are their names, the same wherever the files are;
-  `sizes` are in bytes, as far as they are known.
+  Nothing is opened. Their keys are their names, the same wherever they are.
 
   Attributes:
     classes: their names, by label.
@@ -44,51 +47,73 @@ class Files:
 
   def __init__(
     self,
-    paths: list[str],
-    labels: list[int],
-    keys: list[str],
+    root: str,
+    table: pa.Table,
     classes: list[str],
-    sizes: list[int | None] | None = None,
+    elsewhere: dict[int, str] | None = None,
     captions: "Captions | None" = None,
   ):
+    """Describes them.
+
+    Args:
+      root: the directory that they are in.
+      table: an index, with their sizes as far as they are known.
+      classes: their names, by label.
+      elsewhere: paths of those that are not where their key says.
+      captions: of them.
+    """
     self.classes = classes
-    self._paths, self._labels = paths, labels
-    self._keys, self._sizes = keys, sizes
+    self._root, self._rows = root, index.Index(table)
+    self._elsewhere = elsewhere or {}
     self._captions = captions
 
   def __len__(self) -> int:
-    return len(self._paths)
+    return len(self._rows)
 
   def name(self, index: int) -> str:
-    return self._paths[index]
+    path = self._elsewhere.get(index)
+    return path or os.path.join(self._root, self.key(index))
 
   def key(self, index: int) -> str:
     """The name, without the directory that differs from machine to machine."""
-    return self._keys[index]
+    return self._rows.text("key", index)
 
   def fingerprint(self) -> str:
     """sha256 of names, labels and sizes of all files, which are not opened.
 
     And of the captions, if it has them, or the sizes of their files.
     """
-    known = self._sizes or [None] * len(self)
-    sizes = [
-      listings.size(path, size)
-      for path, size in zip(self._paths, known, strict=True)
-    ]
     digest = hashlib.sha256()
-    for entry in zip(self._keys, self._labels, sizes, strict=True):
+    columns = (self._rows.numbers(x).tolist() for x in ("label", "bytes"))
+    rows = zip(self._rows.texts("key"), *columns, strict=True)
+    for i, (key, label, size) in enumerate(rows):
+      entry = key, label, size or listings.size(self.name(i), None)
       digest.update(f"{entry}\n".encode("utf-8", "backslashreplace"))
-    if self._captions:
-      for path in self._paths:
-        entry = self._captions.entry(path)
-        digest.update(f"{entry}\n".encode("utf-8", "backslashreplace"))
+    for i in range(len(self) if self._captions else 0):
+      entry = self._captions.entry(self.name(i))
+      digest.update(f"{entry}\n".encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 
   def __getitem__(self, index: int) -> protocol.Record:
-    path = self._paths[index]
+    path = self.name(index)
     captions = self._captions.of(path) if self._captions else ()
-    return protocol.Record(path, _read(path), self._labels[index], captions)
+    label = int(self._rows.numbers("label")[index])
+    return protocol.Record(path, _read(path, self._root), label, captions)
+
+
+def listed(
+  paths: list[str],
+  labels: list[int],
+  keys: list[str],
+  classes: list[str],
+  sizes: list[int] | None = None,
+  captions: "Captions | None" = None,
+) -> Files:
+  """Files, each with its label and key, and its size if it is known."""
+  table = {"key": keys, "label": labels, "bytes": sizes or [0] * len(keys)}
+  elsewhere = dict(enumerate(paths))
+  table = containers.completed(pa.table(table))
+  return Files("", table, classes, elsewhere, captions)
 
 
 class Captions:
@@ -127,8 +152,21 @@ class Captions:
     return *files, *self._known.get(path, ())
 
 
-def _read(path: str) -> bytes:
-  return (_read_remote if "://" in path else _read_local)(path)
+def _read(path: str, root: str = "") -> bytes:
+  """A file, below a directory of which many are read if it is named."""
+  if "://" not in path:
+    return _read_local(path)
+  directory = root or os.path.dirname(path)
+  data = _place(directory).read(path.removeprefix(f"{directory}/"))
+  if data is None:
+    raise FileNotFoundError(errno.ENOENT, "there is no such object", path)
+  return data
+
+
+@functools.lru_cache(maxsize=32)
+def _place(directory: str) -> storage.Storage:
+  """One for all that is read there: it holds connections."""
+  return storage.Storage(directory)
 
 
 def _read_local(path: str) -> bytes:
@@ -140,14 +178,11 @@ def _read_local(path: str) -> bytes:
   return pathlib.Path(path).read_bytes()
 
 
-def _read_remote(path: str) -> bytes:
-  try:
-    return epath.Path(path).read_bytes()
-  except Exception as error:  # the client's own kinds among them
-    raise OSError(errno.EIO, errors.first_line(error), path) from error
-
-
-def folder(path: str, captions: bool = False) -> Files:
+def folder(
+  path: str,
+  captions: bool = False,
+  indexed: containers.Indexed = containers.indexed_here,
+) -> Files:
   """All images below a directory, in sorted order, a class per sub-folder.
 
   With `captions`, those of `x.jpg` are read from `x.json` or `x.txt` beside it,
@@ -155,15 +190,20 @@ def folder(path: str, captions: bool = False) -> Files:
   is its path from there.
 
   Images of kinds that are not read, such as HEIC, are left out with a warning.
-  `path` is local or a `gs://` address. Raises UserError if it is no directory,
-  holds no images, or captions that are none.
+  `path` is local or a `gs://` address, of which `indexed` keeps the listing.
+  Raises UserError if it is no directory, holds no images, or captions that are
+  none.
   """
-  return _tree(path, SUFFIXES, "image", captions, _OTHER_SUFFIXES)
+  return _tree(path, SUFFIXES, "image", captions, indexed, _OTHER_SUFFIXES)
 
 
-def latent_files(path: str, captions: bool = False) -> Files:
+def latent_files(
+  path: str,
+  captions: bool = False,
+  indexed: containers.Indexed = containers.indexed_here,
+) -> Files:
   """All `.npy` files below a directory, as `folder` finds images."""
-  return _tree(path, (".npy",), "latent", captions)
+  return _tree(path, (".npy",), "latent", captions, indexed)
 
 
 def _tree(
@@ -171,6 +211,7 @@ def _tree(
   suffixes: tuple[str, ...],
   what: str,
   captions: bool,
+  indexed: containers.Indexed,
   left_out: tuple[str, ...] = (),
 ) -> Files:
   if not path:
@@ -178,48 +219,80 @@ def _tree(
       f"config.source.path is empty; name a folder of {what}s"
     )
   root = os.path.expanduser(path)
+  if "://" in root:
+    root = storage.Storage(root).path
   try:
-    sizes = listings.files(root)
+    found, elsewhere = _listing(root, indexed)
   except OSError as error:  # without it, labels would be others
     reason = error.strerror or errors.first_line(error)
     raise errors.UserError(
       f"{what} folder {path!r}: {error.filename or path} cannot be listed "
       f"({reason}); name a tree of {what}s in config.source.path"
     ) from error
-  shown = sorted(x for x in sizes if not os.path.basename(x).startswith("."))
-  paths = [name for name in shown if name.lower().endswith(suffixes)]
-  others = [name for name in shown if name.lower().endswith(left_out)]
+  table = found.filter(_ends_with(found["key"], suffixes))
+  others = found["key"].filter(_ends_with(found["key"], left_out)).to_pylist()
   kinds = collections.Counter(os.path.splitext(x)[1].lower() for x in others)
   counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-  if not paths:
-    found = (
-      f", but {counts}, which are not read: convert them" if others else ""
-    )
+  if not len(table):
+    note = f", but {counts}, which are not read: convert them" if others else ""
     raise errors.UserError(
-      f"{what} folder {path!r} holds no {what}s ({', '.join(suffixes)}){found}"
+      f"{what} folder {path!r} holds no {what}s ({', '.join(suffixes)}){note}"
     )
   if others:
     _warn_once(
       f"{what} folder {path!r}: {counts} left out, which are not read, such as "
-      f"{others[0]!r}; convert them to .jpg or .png to use them"
+      f"{os.path.join(root, others[0])!r}; convert them to .jpg or .png to use "
+      "them"
     )
-  keys = [
-    os.path.relpath(name, root).encode("utf-8", "backslashreplace").decode()
-    for name in paths
-  ]
-  parts = [key.split("/") for key in keys]
-  of_file = [part[0] if len(part) > 1 else "" for part in parts]
-  classes = sorted(set(of_file))
-  index = {name: i for i, name in enumerate(classes)}
-  labels = [index[name] for name in of_file]
-  return Files(
-    paths,
-    labels,
-    keys,
-    classes,
-    [sizes[name] for name in paths],
-    _captions(paths, sizes) if captions else None,
+  labels, classes = containers.by_name(
+    containers.first_directories(table["key"])
   )
+  position = table.schema.get_field_index("label")
+  table = table.set_column(position, "label", labels)
+  rows = pc.index_in(pa.array(elsewhere, pa.large_string()), table["key"])
+  by_row = dict(zip(rows.to_pylist(), elsewhere.values(), strict=True))
+  of_images = None
+  if captions:
+    where = lambda key: elsewhere.get(key) or os.path.join(root, key)
+    sizes = zip(*(found[x].to_pylist() for x in ("key", "bytes")), strict=True)
+    of_images = _captions(
+      list(map(where, table["key"].to_pylist())),
+      {where(key): size or None for key, size in sizes},
+    )
+  return Files(root, table, classes, by_row, of_images)
+
+
+def _listing(
+  root: str, indexed: containers.Indexed
+) -> tuple[pa.Table, dict[str, str]]:
+  """Keys of all files below it in order, with the sizes of remote ones.
+
+  And by key, the paths of those that are not where it says.
+  """
+  elsewhere = {}
+
+  def make() -> pa.Table:
+    found, start = listings.files(root), len(os.path.join(root, ""))
+    paths, keys = sorted(found), []
+    for path in paths:
+      keys.append(path[start:].encode("utf-8", "backslashreplace").decode())
+      if not path.endswith(keys[-1]):
+        elsewhere[keys[-1]] = path
+    sizes = [found[path] or 0 for path in paths]
+    return containers.completed(pa.table({"key": keys, "bytes": sizes}))
+
+  if "://" not in root:
+    return make(), elsewhere
+  name = hashlib.sha256(root.encode()).hexdigest()[:16]
+  return indexed(f"folder_{name}", make), {}
+
+
+def _ends_with(
+  keys: pa.ChunkedArray, suffixes: tuple[str, ...]
+) -> pa.ChunkedArray:
+  """Which are of these kinds, and not hidden."""
+  endings = "|".join(map(re.escape, suffixes)) or "^ "  # none is never there
+  return pc.match_substring_regex(keys, rf"(?i)(^|/)[^./][^/]*({endings})$")
 
 
 @functools.cache
@@ -231,7 +304,7 @@ def _warn_once(message: str) -> None:
 def _captions(paths: list[str], files: dict[str, int | None]) -> Captions:
   """Of the images among all files of a tree; UserError if there are none."""
   known, beside = {}, {}
-  for file in files:
+  for file in sorted(files, key=lambda x: x.count("/")):
     if os.path.basename(file) == _METADATA:
       known |= _metadata(file)
   names = {}
@@ -300,4 +373,5 @@ def unlabelled(
   captions: Captions | None = None,
 ) -> Files:
   """Files of one class that has no name."""
-  return Files(paths, [0] * len(paths), keys or paths, [""], captions=captions)
+  labels = [0] * len(paths)
+  return listed(paths, labels, keys or paths, [""], captions=captions)

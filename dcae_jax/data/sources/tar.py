@@ -308,14 +308,12 @@ def _labelled(
     )
   if not named.null_count:
     return containers.labelled(named)
-  directories = pc.list_element(pc.split_pattern(table["key"], "/"), 0)
-  has_one = pc.match_substring(table["key"], "/")
-  directories = pc.if_else(has_one, directories, "")
+  classes = containers.first_directories(table["key"])
   names = [re.sub(r"\.tar$", "", x.name) for x in tars.files]
-  if is_plain and not pc.any(has_one).as_py() and not _are_numbered(names):
-    directories = pa.array(names).take(table["file"])
-  classes = sorted(pc.unique(directories).to_pylist())
-  return pc.index_in(directories, pa.array(classes)), classes
+  has_one = pc.any(pc.not_equal(classes, "")).as_py()
+  if is_plain and not has_one and not _are_numbered(names):
+    classes = pa.array(names).take(table["file"])
+  return containers.by_name(classes)
 
 
 def _are_numbered(names: list[str]) -> bool:
