@@ -30,6 +30,7 @@ PATIENCE = 300  # seconds, after which a process hangs
 _REPOSITORY = pathlib.Path(__file__).parent.parent
 _LOUD = ("Traceback (most", "Exception ", "terminate called", "leaked", "Fatal")
 _CLOCKED = re.compile("second|utilization|step_gib|encoder_share")
+_HOURS = re.compile(rb"took [\d.]+ hours")
 _UNLIKE = re.compile(r"events\.out\.|(^|/)\.[^/]+\.tmp$|(^|/)checkpoints/")
 
 
@@ -83,6 +84,9 @@ def configs(world: pathlib.Path, images: str = "") -> dict[str, ConfigDict]:
   """By task, in an order in which none needs a later one."""
   images = images or str(world / "images")
   source = base.source("folder", images)
+  prepare = base.prepare()
+  prepare.source = base.source("folder", images, captions=True)
+  prepare.shard_megabytes, prepare.workers = 0.01, 2
   train = _autoencoder(base.phase1("tiny-f8"), source, STEPS)
   train.data.workers = 1
   phases = base.three_phases("tiny-f8")
@@ -125,8 +129,8 @@ def configs(world: pathlib.Path, images: str = "") -> dict[str, ConfigDict]:
   study.seeds, study.measures = (0, 1), {"PSNR": "eval/psnr"}
   export = _export(base.export_latents(), world, images)
   made = (
-    train, phases, evaluate, reconstruct, report, reference, export, inspect,
-    encode, diffusion, draw, both, study,
+    prepare, train, phases, evaluate, reconstruct, report, reference, export,
+    inspect, encode, diffusion, draw, both, study,
   )  # fmt: skip
   for c in made:
     for part in (c, *c.values()):
@@ -162,7 +166,7 @@ def contents(workdir: pathlib.Path) -> dict[str, str]:
       found |= {f"{name}/{last.name}/{k}": x for k, x in _arrays(last)}
     if not path.is_file() or _UNLIKE.search(name):
       continue
-    found[name] = path.read_bytes()
+    found[name] = _HOURS.sub(b"", path.read_bytes())
     if path.suffix in (".json", ".jsonl"):
       texts = [found[name]]
       if path.suffix == ".jsonl":

@@ -231,6 +231,10 @@ def _training_images() -> ConfigDict:
   # "random_resized_crop", "random_crop" (of the image's own pixels), "dm_crop".
   c.crop = "random_resized_crop"  # [ours]; [community]: central crop
   c.min_area = Key(0.25, 0.001, 1)  # [ours] least part that a crop covers
+  # Above 1: each batch has one of the shapes up to this ratio of their sides,
+  # of about the square's area, and images of about that shape. The source must
+  # know their sizes without reading them (records). 1: squares.
+  c.max_aspect_ratio = Key(1.0, 1, 50)
   c.flip = True  # [ours] mirror at random; [community]: never
   c.min_size = Key(0, 0)  # images with a smaller side are left out; 0: none
   c.max_megapixels = Key(89.0, 0.001)  # larger images are skipped, and named
@@ -552,6 +556,11 @@ def export_latents() -> ConfigDict:
   c.resolution = Key(512, 1, 2**14)  # side of the crops, in pixels
   c.crop = "dm_crop"  # or "random_crop", "random_resized_crop"
   c.min_area = Key(0.25, 0.001, 1)  # least part that a crop covers
+  # Above 1: a store for each shape up to this ratio, as in `_training_images`.
+  c.max_aspect_ratio = Key(1.0, 1, 50)
+  # Of a shape; others have no store, and their images are of the next shape.
+  # At least the batch size of the training.
+  c.least_images = Key(1024, 1)
   c.crops_per_image = Key(1, 1, 2**20)  # rows; several if they are random
   c.seed = Key(0, 0)  # of random crops
   c.flip = False  # a second view: the latents of the mirrored images

@@ -43,6 +43,7 @@ OTHERS = {
   "evaluation/report": {"etils"},
   "evaluation/report/figures.py": {"PIL", "matplotlib"},
   "latents": {"etils", "jax"},
+  "latents/aspect_ratios.py": {"grain"},  # as latents/reader.py
   "latents/layout.py": {"ml_dtypes"},
   "latents/reader.py": {"grain"},  # loader processes start without jax
   "latents/rows.py": {"grain"},
@@ -157,6 +158,7 @@ def test_configs_are_data(file):
     "data/batches",
     "data/images",
     "diffusion/text/tokenizer",
+    "latents/aspect_ratios",
     "latents/reader",
     "latents/store",
   ],

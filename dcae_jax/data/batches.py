@@ -56,6 +56,9 @@ class Batches:
   """A checkpointable iterator over the batches of this process.
 
   Its workers, as in `Reading`, start with the first batch.
+
+  Attributes:
+    dataset: of batches, at random.
   """
 
   def __init__(
@@ -67,7 +70,7 @@ class Batches:
     fingerprint: str,
   ):
     """`fingerprint` changes when what is read does, or its order."""
-    self._dataset, self._fingerprint = dataset, fingerprint
+    self.dataset, self._fingerprint = dataset, fingerprint
     self._options = grain.ReadOptions(
       num_threads=threads, prefetch_buffer_size=max(threads, 2)
     )
@@ -82,7 +85,7 @@ class Batches:
     if self._iterator is None:
       if not flags.FLAGS.is_parsed():  # grain's processes ask for theirs
         flags.FLAGS.mark_as_parsed()
-      rest = self._dataset[self._next_batch :].to_iter_dataset(self._options)
+      rest = self.dataset[self._next_batch :].to_iter_dataset(self._options)
       if self._workers:
         options = grain.MultiprocessingOptions(num_workers=self._workers)
         # Through pipes: shared memory would outlive a process that is killed.

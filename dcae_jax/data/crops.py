@@ -1,4 +1,7 @@
-"""Squares of decoded images: at random for training, central for evaluation."""
+"""Parts of decoded images: at random for training, central for evaluation.
+
+A size is the side of a square, or a height and a width.
+"""
 
 import math
 
@@ -8,59 +11,84 @@ from PIL import Image
 CROPS = ("random_crop", "random_resized_crop", "dm_crop")
 
 
+Size = int | tuple[int, int]
+
+
+def shape(size: Size) -> tuple[int, int]:
+  """The height and width of a size."""
+  return (size, size) if isinstance(size, int) else size
+
+
 def resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
   """The whole image at that shorter side; bicubic."""
-  scale = size / min(image.size)
-  shape = tuple(max(size, round(side * scale)) for side in image.size)
-  return image.resize(shape, Image.Resampling.BICUBIC)
+  return _resize_to_cover(image, size)
 
 
-def dm_crop(image: Image.Image, size: int) -> Image.Image:
-  """Centre crop of the evaluations: box halving, bicubic, central square.
+def _resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
+  """The whole image, as small as it can be and no smaller; bicubic."""
+  height, width = shape(size)
+  scale = max(width / image.width, height / image.height)
+  sides = (round(image.width * scale), round(image.height * scale))
+  return image.resize(
+    (max(width, sides[0]), max(height, sides[1])), Image.Resampling.BICUBIC
+  )
+
+
+def dm_crop(image: Image.Image, size: Size) -> Image.Image:
+  """Centre crop of the evaluations: box halving, bicubic, central part.
 
   As in guided diffusion (arXiv 2105.05233), so that numbers compare.
   """
+  height, width = shape(size)
   image = dm_resize(image, size)
-  left, top = ((side - size) // 2 for side in image.size)
-  return image.crop((left, top, left + size, top + size))
+  left, top = (image.width - width) // 2, (image.height - height) // 2
+  return image.crop((left, top, left + width, top + height))
 
 
-def dm_resize(image: Image.Image, size: int) -> Image.Image:
-  """The whole image at the shorter side that `dm_crop` crops it at."""
-  while min(image.size) >= 2 * size:
+def dm_resize(image: Image.Image, size: Size) -> Image.Image:
+  """The whole image at the size that `dm_crop` crops it at."""
+  height, width = shape(size)
+  while image.width >= 2 * width and image.height >= 2 * height:
     half = tuple(side // 2 for side in image.size)
     image = image.resize(half, Image.Resampling.BOX)
-  return resize_shorter_side(image, size)
+  return _resize_to_cover(image, size)
 
 
 def random_crop(
-  image: Image.Image, size: int, rng: np.random.Generator
+  image: Image.Image, size: Size, rng: np.random.Generator
 ) -> Image.Image:
-  """A random square of the image's own pixels; smaller images grow first."""
-  if min(image.size) < size:
-    image = resize_shorter_side(image, size)
-  left, top = (rng.integers(0, side - size + 1) for side in image.size)
-  return image.crop((left, top, left + size, top + size))
+  """A random part of the image's own pixels; smaller images grow first."""
+  height, width = shape(size)
+  if image.width < width or image.height < height:
+    image = _resize_to_cover(image, size)
+  left = rng.integers(0, image.width - width + 1)
+  top = rng.integers(0, image.height - height + 1)
+  return image.crop((left, top, left + width, top + height))
 
 
 def random_resized_crop(
-  image: Image.Image, size: int, rng: np.random.Generator, min_area: float
+  image: Image.Image, size: Size, rng: np.random.Generator, min_area: float
 ) -> Image.Image:
-  """A random part of the image, resized to a square.
+  """A random part of the image, resized.
 
-  The part covers `min_area` to all of the area, at an aspect ratio of 3:4 to
-  4:3; bicubic with antialiasing.
+  The part covers `min_area` to all of the area, at 3:4 to 4:3 of the aspect
+  ratio that it is resized to; bicubic with antialiasing.
   """
-  width, height = image.size
+  height, width = shape(size)
   for _ in range(10):
-    area = width * height * rng.uniform(min_area, 1.0)
+    area = image.width * image.height * rng.uniform(min_area, 1.0)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    aspect *= width / height
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    if 0 < w <= width and 0 < h <= height:
+    if 0 < w <= image.width and 0 < h <= image.height:
       break
   else:
-    w = h = min(width, height)
-  left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+    scale = min(image.width / width, image.height / height)
+    w, h = max(1, round(width * scale)), max(1, round(height * scale))
+  left = rng.integers(0, image.width - w + 1)
+  top = rng.integers(0, image.height - h + 1)
   return image.resize(
-    (size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)
+    (width, height),
+    Image.Resampling.BICUBIC,
+    box=(left, top, left + w, top + h),
   )

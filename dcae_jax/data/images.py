@@ -8,6 +8,7 @@ that cannot be decoded is replaced by another one, and named once.
 import dataclasses
 import errno
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -15,14 +16,14 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 from PIL import Image
 
 from dcae_jax import errors
-from dcae_jax.data import batches, crops, sources, windows
+from dcae_jax.data import aspect_ratios, batches, crops, sources, windows
 from dcae_jax.data import decoding as image_decoding
 
 Decoding = image_decoding.Decoding
@@ -39,17 +40,17 @@ EVALUATION_CROP = (
 
 @dataclasses.dataclass(frozen=True)
 class Cropping:
-  """How images become squares.
+  """How images become squares, or rectangles of one shape.
 
   Attributes:
     kind: one of `crops.CROPS`.
-    size: side of the square, in pixels.
+    size: side of the square, in pixels, or height and width.
     min_area: least part of the image that a random-resized crop covers.
     flip: mirror at random.
   """
 
   kind: str
-  size: int
+  size: crops.Size
   min_area: float = 0.25
   flip: bool = False
 
@@ -125,7 +126,7 @@ def open_image(
 def crop(
   image: Image.Image, cropping: Cropping, rng: np.random.Generator | None
 ) -> np.ndarray:
-  """A square of an image, uint8 [size, size, channels]; see `Cropping`.
+  """A part of an image, uint8 [height, width, channels]; see `Cropping`.
 
   `rng` is not used by a `dm_crop` without flips.
   """
@@ -137,7 +138,7 @@ def crop(
     image = crops.random_resized_crop(
       image, cropping.size, rng, cropping.min_area
     )
-  pixels = np.asarray(image).reshape(cropping.size, cropping.size, -1)
+  pixels = np.asarray(image).reshape(*crops.shape(cropping.size), -1)
   if cropping.flip and rng.random() < 0.5:
     pixels = pixels[:, ::-1]
   return np.ascontiguousarray(pixels)
@@ -228,8 +229,8 @@ class _Load:
     """Evaluation: a bad image, or an index past the end, is masked."""
     decoded = self.decode(index) if index < len(self._source) else None
     if decoded is None:
-      size = self._cropping.size
-      pixels = np.zeros((size, size, self._decoding.channels), np.uint8)
+      shape = (*crops.shape(self._cropping.size), self._decoding.channels)
+      pixels = np.zeros(shape, np.uint8)
       label = -1
     else:
       image, label = decoded
@@ -264,7 +265,8 @@ def check_not_empty(source: sources.Source, decoding: Decoding) -> None:
 class TrainingImages(batches.Batches):
   """An endless, checkpointable iterator over batches of this process.
 
-  Yields `{"images": uint8 [b, size, size, channels], "labels": int32 [b]}`.
+  Yields `{"images": uint8 [b, height, width, channels], "labels": int32 [b]}`,
+  the same height and width on all processes.
   """
 
   def __init__(
@@ -276,6 +278,7 @@ class TrainingImages(batches.Batches):
     *,
     seed: int,
     cache_megabytes: float = 0,
+    shapes: Sequence[aspect_ratios.Shape] = (),
   ):
     """Describes the pipeline; nothing starts before the first batch.
 
@@ -286,19 +289,47 @@ class TrainingImages(batches.Batches):
       reading: of this process.
       seed: of order, crops and flips.
       cache_megabytes: of decoded images, kept for each worker and source.
+      shapes: heights and widths of batches, each of the images that it fits
+        best, in proportion to their number; (): that of the cropping alone.
+
+    Raises:
+      UserError: there are shapes, and the sizes of the images are not known.
     """
     self.skipped = Skipped()
-    members = []
-    for i, (source, _) in enumerate(weighted_sources):
-      load = _Load(source, decoding, cropping, self.skipped, cache_megabytes)
-      members.append(_endless(source, seed + i).random_map(load.random))
-    dataset = members[0]
-    if len(members) > 1:
-      weights = [weight for _, weight in weighted_sources]
-      dataset = grain.MapDataset.mix(members, weights)
-    dataset = dataset[reading.process_index :: reading.process_count].batch(
-      reading.batch_size, drop_remainder=True
-    )
+    groups = [(cropping.size, weighted_sources)]
+    if shapes:
+      groups = aspect_ratios.dealt(
+        weighted_sources,
+        shapes,
+        least=reading.batch_size * reading.process_count,
+        shorter_side=decoding.shorter_side,
+      )
+      _LOG.info("batches of %d shapes: %s", len(groups), _described(groups))
+    of_shapes, total_weights, seeds = [], [], itertools.count(seed)
+    for size, pairs in groups:
+      members, weights = [], []
+      for (source, weight), (whole, _) in zip(
+        pairs, weighted_sources, strict=True
+      ):
+        if not len(source):
+          continue
+        load = _Load(
+          source,
+          decoding,
+          dataclasses.replace(cropping, size=size),
+          self.skipped,
+          cache_megabytes * len(source) / len(whole),
+        )
+        members.append(_endless(source, next(seeds)).random_map(load.random))
+        weights.append(weight)
+      dataset = _mixed(members, weights)
+      of_shapes.append(
+        dataset[reading.process_index :: reading.process_count].batch(
+          reading.batch_size, drop_remainder=True
+        )
+      )
+      total_weights.append(sum(weights))
+    dataset = _mixed(of_shapes, total_weights)
     fingerprints = [source.fingerprint() for source, _ in weighted_sources]
     super().__init__(
       dataset,
@@ -306,6 +337,25 @@ class TrainingImages(batches.Batches):
       threads=reading.threads,
       fingerprint=hashlib.sha256(repr(fingerprints).encode()).hexdigest(),
     )
+
+
+def _mixed(
+  members: list[grain.MapDataset], weights: list[float]
+) -> grain.MapDataset:
+  """All of them, in turn, as often as the weights say."""
+  if len(members) == 1:
+    return members[0]
+  return grain.MapDataset.mix(members, weights)
+
+
+def _described(
+  groups: list[tuple[aspect_ratios.Shape, list[aspect_ratios.Weighted]]],
+) -> str:
+  """How many images there are of each shape."""
+  return ", ".join(
+    f"{height}x{width} ({sum(len(source) for source, _ in pairs):,} images)"
+    for (height, width), pairs in groups
+  )
 
 
 def _endless(source: sources.Source, seed: int) -> grain.MapDataset:

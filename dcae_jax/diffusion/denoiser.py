@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder as autoencoder_lib
+from dcae_jax.autoencoder import network
 from dcae_jax.diffusion import conditioning, sampling
 from dcae_jax.diffusion.denoisers import released
 from dcae_jax.diffusion.text import encoders
@@ -154,6 +155,7 @@ class Denoiser:
     seed: int = 0,
     steps: int | None = None,
     negative_prompt: str = "",
+    size: tuple[int, int] | None = None,
   ) -> jax.Array:
     """Draws an image for each label or prompt.
 
@@ -164,13 +166,16 @@ class Denoiser:
       seed: of the noise.
       steps: of the sampler; None: as in training, or as published.
       negative_prompt: what guidance leads away from; "": the null caption.
+      size: height and width of the images; None: those of training. A U-ViT
+        draws no others.
 
     Returns:
       [n, height, width, channels], float32 in [-1, 1].
 
     Raises:
-      UserError: labels or prompts that the network does not know, a scale or
-        steps that cannot be, an autoencoder or text encoder that is not there.
+      UserError: labels or prompts that the network does not know, a scale,
+        steps or a size that cannot be, an autoencoder or text encoder that is
+        not there.
       FloatingPointError: latents are not finite.
     """
     kind = self.diffusion.conditioning
@@ -186,7 +191,11 @@ class Denoiser:
       raise errors.UserError(f"{chosen!r} is one prompt; give a list of them")
     chosen = np.asarray(chosen).tolist()
     kind.check_chosen(chosen)
-    ae, draw = self.autoencoder, self._sampler(guidance, steps)
+    ae = self.autoencoder
+    for side in size or ():
+      network.check_side(side, ae.spatial_compression)
+    latent_size = size and tuple(x // ae.spatial_compression for x in size)
+    draw = self._sampler(guidance, steps, latent_size)
     key, images = jax.random.key(seed), []
     for number, first in enumerate(range(0, len(chosen), _LARGEST_BATCH)):
       part = chosen[first : first + _LARGEST_BATCH]
@@ -228,15 +237,19 @@ class Denoiser:
     )
 
   def _sampler(
-    self, guidance: float, steps: int | None
+    self,
+    guidance: float,
+    steps: int | None,
+    latent_size: tuple[int, int] | None,
   ) -> Callable[..., jax.Array]:
     steps = self.diffusion.steps if steps is None else steps
-    if (guidance, steps) not in self._samplers:
+    key = guidance, steps, latent_size
+    if key not in self._samplers:
       diffusion = dataclasses.replace(self.diffusion, steps=steps)
       whole = sharding.replicated(self._mesh)
-      sampler = diffusion.sample_function(guidance, whole)
-      self._samplers[guidance, steps] = jax.jit(sampler)
-    return self._samplers[guidance, steps]
+      sampler = diffusion.sample_function(guidance, whole, latent_size)
+      self._samplers[key] = jax.jit(sampler)
+    return self._samplers[key]
 
   def _conditions(
     self, chosen: list[Any], negative_prompt: str

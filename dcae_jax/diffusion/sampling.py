@@ -45,14 +45,19 @@ class LatentDiffusion:
     )
 
   def sample_function(
-    self, scale: float, sharding: jax.sharding.Sharding
+    self,
+    scale: float,
+    sharding: jax.sharding.Sharding,
+    latent_size: tuple[int, int] | None = None,
   ) -> Callable[..., jax.Array]:
     """`(variables, key, condition, null=None) -> z_0 [b, h, w, c]`, scaled.
 
     It is not jitted. `scale` and `null` are those of `guided`. Values do not
-    depend on the `sharding`, that of the latents while they are drawn.
+    depend on the `sharding`, that of the latents while they are drawn. They
+    have the denoiser's size, or another one that it takes.
     """
-    shape = (*self.denoiser.latent_size, self.denoiser.latent_channels)
+    size = latent_size or self.denoiser.latent_size
+    shape = (*size, self.denoiser.latent_channels)
 
     def sample(
       variables: Any, key: jax.Array, condition: Any, null: Any = None

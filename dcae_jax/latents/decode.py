@@ -14,7 +14,7 @@ from etils import epath
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.autoencoder.weights import conversion
-from dcae_jax.latents import encode, layout, reader
+from dcae_jax.latents import aspect_ratios, encode, layout, reader
 from dcae_jax.runs import (
   differences,
   json_types,
@@ -84,7 +84,9 @@ def unscaled(manifest: dict[str, Any], z: Any) -> Any:
   return z / np.float32(scale) + np.float32(shift)
 
 
-def description(store: reader.Latents) -> dict[str, Any]:
+def description(
+  store: reader.Latents | aspect_ratios.LatentsOfShapes,
+) -> dict[str, Any]:
   """What a run needs to know of its latents; UserError if it is not there."""
   kept = ("autoencoder", *_SAME)
   described = store.manifest | {

@@ -42,16 +42,19 @@ def check_memory(
   ae: autoencoder.Autoencoder,
   views: tuple[str, ...],
   dtype: np.dtype,
-  resolution: int,
+  size: tuple[int, int],
   rows: int,
 ) -> None:
-  """Raises UserError if a device surely cannot encode so many rows at once."""
-  latent = resolution // ae.spatial_compression
-  values = len(views) * latent**2 * ae.latent_channels
-  pixels = resolution**2 * ae.image_channels
-  size = rows * (pixels + values * dtype.itemsize)
+  """Raises UserError if a device surely cannot encode so many rows at once.
+
+  They are images of a size, height and width.
+  """
+  area = size[0] * size[1]
+  values = area // ae.spatial_compression**2 * ae.latent_channels
+  values *= len(views)
+  needed = rows * (area * ae.image_channels + values * dtype.itemsize)
   hardware.check_memory(
-    {f"{rows} images of {resolution} px and their latents": size},
+    {f"{rows} images of {size[0]}x{size[1]} px and their latents": needed},
     jax.local_devices(),
     _ADVICE,
   )
@@ -61,10 +64,10 @@ def compiled(
   ae: autoencoder.Autoencoder,
   views: tuple[str, ...],
   dtype: np.dtype,
-  resolution: int,
+  size: tuple[int, int],
   group_size: int,
 ) -> Encode:
-  """A program that encodes `group_size` images on each local device.
+  """A program that encodes `group_size` images of a size on each local device.
 
   The second of the views, if it is asked for, is of the mirrored images.
   """
@@ -84,7 +87,7 @@ def compiled(
       for view, x in images.items()
     }
 
-  shape = (len(devices) * group_size, resolution, resolution, ae.image_channels)
+  shape = (len(devices) * group_size, *size, ae.image_channels)
   pixels = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=by_row)
   program = jax.jit(encode, out_shardings=by_row)
   program = program.lower(variables, pixels).compile()

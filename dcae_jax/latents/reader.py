@@ -88,6 +88,15 @@ class Latents:
   def path(self) -> str:
     return self._place.path
 
+  @property
+  def shapes(self) -> list[tuple[int, int, int]]:
+    """Those of the latents in batches: one."""
+    return [self.shape]
+
+  def batches(self, **options: Any) -> "LatentBatches":
+    """With the options of `LatentBatches`."""
+    return LatentBatches(self, **options)
+
   def __len__(self) -> int:
     return self.manifest["count"] * len(self.manifest["views"])
 

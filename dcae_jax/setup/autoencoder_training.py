@@ -6,12 +6,15 @@ trained is refused by what is built here.
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
@@ -24,7 +27,7 @@ from dcae_jax.autoencoder import (
   train_step,
 )
 from dcae_jax.autoencoder.weights import conversion, released
-from dcae_jax.data import images
+from dcae_jax.data import aspect_ratios, images
 from dcae_jax.evaluation.networks import lpips
 from dcae_jax.runs import work_directory
 from dcae_jax.setup import keys, metric_networks, models, training_run
@@ -54,6 +57,11 @@ class Training(training_run.Training):
     "lower config.batch_size or config.resolution, take a smaller model, or "
     "split the parameters with config.mesh.data=1 and config.mesh.fsdp=-1"
   )
+
+  @property
+  def shapes(self) -> list[aspect_ratios.Shape]:
+    """Heights and widths of batches; []: squares alone."""
+    return _shapes(self.config, self.mesh)
 
   @property
   def _family(self) -> family.Family:
@@ -196,6 +204,7 @@ def build(
     sharding.check_batch(
       config.batch_size, config.accumulation, resolution, mesh
     )
+  _check_smallest_side(config, phase, mesh)
   autoencoder = models.create(config.model)
   variables = network.abstract_variables(
     autoencoder, config.model.image_channels
@@ -224,13 +233,6 @@ def _adversarial(config: ConfigDict, mask: Any) -> train_step.Adversarial:
     raise errors.UserError(
       "config.discriminator.adaptive needs decoder/project_out/conv among "
       "the trainable parameters; set it to False, or add the pattern"
-    )
-  smallest = patchgan.smallest_side(c.layers)
-  if config.resolution < smallest:
-    raise errors.UserError(
-      f"config.resolution={config.resolution} is too small for a "
-      f"discriminator with {c.layers} layers; use at least {smallest}, or "
-      "fewer layers"
     )
   discriminator = _discriminator(config)
   settings = optimizer.of_discriminator(
@@ -266,13 +268,36 @@ def _check_images(config: ConfigDict) -> None:
         f"{config.resolution}, so that images would be enlarged; set it to "
         f"{config.resolution}, or to 0 to allow that"
       )
-  network = config.lpips.network
-  lpips.parameter_shapes(network)
-  if config.lpips.weight and config.resolution < lpips.SMALLEST_SIDE[network]:
-    raise errors.UserError(
-      f"config.resolution={config.resolution} is too small for LPIPS with "
-      f"{network}; use at least {lpips.SMALLEST_SIDE[network]}"
-    )
+  lpips.parameter_shapes(config.lpips.network)
+
+
+def _shapes(config: ConfigDict, mesh: Mesh) -> list[aspect_ratios.Shape]:
+  most = config.data.max_aspect_ratio
+  if most == 1:
+    return []
+  compression = models.create(config.model).spatial_compression
+  multiple = math.lcm(compression, mesh.shape["spatial"])
+  return aspect_ratios.shapes(config.resolution, multiple, most)
+
+
+def _check_smallest_side(
+  config: ConfigDict, phase: phases.Phase, mesh: Mesh
+) -> None:
+  """Refuses sides that LPIPS or the discriminator cannot take."""
+  side = min([config.resolution, *itertools.chain(*_shapes(config, mesh))])
+  needed, c = {}, config.discriminator
+  if config.lpips.weight:
+    network = config.lpips.network
+    needed[f"LPIPS with {network}"] = lpips.SMALLEST_SIDE[network]
+  if phase.adversarial:
+    layers = f"a discriminator with {c.layers} layers"
+    needed[layers] = patchgan.smallest_side(c.layers)
+  for what, smallest in needed.items():
+    if side < smallest:
+      raise errors.UserError(
+        f"config.resolution={config.resolution}, of which the shortest side "
+        f"is {side}, is too small for {what}; use at least {smallest}"
+      )
 
 
 def _check_predecessor(config: ConfigDict, phase: phases.Phase) -> None:

@@ -20,7 +20,7 @@ from dcae_jax.diffusion import (
 )
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.diffusion.denoisers import released
-from dcae_jax.latents import reader
+from dcae_jax.latents import aspect_ratios, reader
 from dcae_jax.runs import differences, work_directory
 from dcae_jax.setup import text
 from dcae_jax.training import checkpoint
@@ -93,17 +93,21 @@ def conditioning_of(config: ConfigDict) -> type[conditioning.Conditioning]:
   return denoisers.DENOISERS[variant.family].conditioning
 
 
-def open_store(config: ConfigDict) -> reader.Latents:
+Store = reader.Latents | aspect_ratios.LatentsOfShapes
+
+
+def open_store(config: ConfigDict) -> Store:
   """The latents of a training, with the conditions that its denoiser takes."""
-  return reader.Latents(
-    config.latents,
+  open_one = lambda path, count: reader.Latents(
+    path,
     conditions=(conditioning_of(config.model).name,),
-    cache_megabytes=config.data.cache_megabytes,
+    cache_megabytes=config.data.cache_megabytes / count,
     retries=config.data.retries,
   )
+  return aspect_ratios.opened(config.latents, open_one, config.data.retries)
 
 
-def with_store(config: ConfigDict, store: reader.Latents) -> ConfigDict:
+def with_store(config: ConfigDict, store: Store) -> ConfigDict:
   """The config, with the model's numbers taken from the store.
 
   Raises UserError if the config has others, or for conditions that cannot be.

@@ -6,7 +6,7 @@ trained is refused by what is built here.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -90,6 +90,18 @@ class Training(training_run.Training):
     }
     batch = sharding.placed(batch, jax.tree.map(lambda _: rows, batch))
     return (batch, *self.loaded.constants)
+
+  def check_shapes(self, shapes: Sequence[tuple[int, int, int]]) -> None:
+    """Raises UserError for latents that the denoiser cannot take."""
+    denoiser, kind = self.model.denoiser, self.model.conditioning
+    for shape in shapes:
+      jax.eval_shape(
+        denoiser.apply,
+        {"params": self.abstract.params},
+        jax.ShapeDtypeStruct((1, *shape), np.float32),
+        jax.ShapeDtypeStruct((1,), np.float32),
+        kind.abstract(1),
+      )
 
   def flops(self, remat: bool) -> float:
     # A multiply-accumulate is two; the backward pass costs two forward ones.

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, network
 from dcae_jax.autoencoder.weights import conversion
-from dcae_jax.data import decoding, images, sources
+from dcae_jax.data import aspect_ratios, decoding, images, sources
+from dcae_jax.latents import aspect_ratios as latents_of_shapes
 from dcae_jax.latents import encode, layout, rows, store
 from dcae_jax.latents import export as latent_export
 from dcae_jax.nn import precision
@@ -48,6 +49,15 @@ def check(config: ConfigDict) -> None:
       "config.flip and config.crops_per_image need images, and the source is "
       "of latents, kind 'npy'"
     )
+  if config.max_aspect_ratio > 1 and (
+    _is_import(config) or config.class_per_image
+  ):
+    raise errors.UserError(
+      f"config.max_aspect_ratio={config.max_aspect_ratio} needs images of "
+      "classes of their own, not a source of kind 'npy' or config."
+      "class_per_image; set it to 1"
+    )
+  _shapes(config)
   decoding.check_channels(models.identity_of(config.init_from).image_channels)
   latent_shape(config)
 
@@ -59,6 +69,51 @@ def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
   network.check_side(config.resolution, compression, key="config.resolution")
   side = config.resolution // compression
   return side, side, variant.latent_channels * config.space_to_channel**2
+
+
+def _shapes(config: ConfigDict) -> list[aspect_ratios.Shape]:
+  """Heights and widths of the images; UserError if there are none."""
+  if config.max_aspect_ratio == 1:
+    return [(config.resolution, config.resolution)]
+  with errors.renamed("config.data.", "config."):
+    variant, _ = models.variant_of(config.init_from)
+    compression = variant.spatial_compression * config.space_to_channel
+    return aspect_ratios.shapes(
+      config.resolution, compression, config.max_aspect_ratio
+    )
+
+
+class Part(NamedTuple):
+  """The images of one shape.
+
+  Attributes:
+    name: of its store among those of other shapes; "": there are no others.
+    source: of these images alone.
+    size: height and width, in pixels.
+  """
+
+  name: str
+  source: sources.Source
+  size: tuple[int, int]
+
+
+def parts(config: ConfigDict, workdir: epath.Path) -> list[Part]:
+  """What is exported, by shape; UserError if sizes of images are not known."""
+  source, known = open_source(config, workdir), _shapes(config)
+  if len(known) == 1:
+    return [Part("", source, known[0])]
+  if config.max_images:
+    total = sources.limited(source, config.max_images)
+    source = sources.Subset(source, range(total))
+  source = sources.at_least(source, config.min_size)
+  with errors.renamed("config.data.", "config."):
+    dealt = aspect_ratios.dealt(
+      [(source, 1.0)], known, least=config.least_images, shorter_side=0
+    )
+  return [
+    Part(f"{height}x{width}", of_shape, (height, width))
+    for (height, width), ((of_shape, _),) in dealt
+  ]
 
 
 def _is_import(config: ConfigDict) -> bool:
@@ -98,9 +153,14 @@ def output(config: ConfigDict, workdir: epath.Path, name: str) -> str:
   return path
 
 
-def open_store(config: ConfigDict, workdir: epath.Path) -> store.LatentStore:
+def open_store(
+  config: ConfigDict, workdir: epath.Path, part: Part
+) -> store.LatentStore:
   """The store that the latents go to, after a test that it can be written."""
   path = output(config, workdir, "latents")
+  latents_of_shapes.check_place(path, not part.name, config.retries)
+  if part.name:
+    path = f"{path.rstrip('/')}/{part.name}"
   place = store.LatentStore(path, retries=config.retries)
   place.check_writable(jax.process_index())
   return place
@@ -119,12 +179,18 @@ def load_autoencoder(config: ConfigDict) -> autoencoder.Autoencoder:
 def create(
   config: ConfigDict,
   place: store.LatentStore,
-  source: sources.Source,
+  part: Part,
   ae: autoencoder.Autoencoder,
 ) -> latent_export.Export:
-  """The export of a source into a store."""
-  side = config.resolution // ae.spatial_compression
-  shape = (side, side, ae.latent_channels)
+  """The export of the images of a shape into a store."""
+  source, size = part.source, part.size
+  if part.name and ae.scaling_factor is None:
+    raise errors.UserError(
+      "config.max_aspect_ratio needs one scaling factor for the latents of all "
+      "shapes, and the autoencoder has none; give config.scaling_factor, as an "
+      "export of squares finds it"
+    )
+  shape = (*(x // ae.spatial_compression for x in size), ae.latent_channels)
   views = layout.VIEWS[: 1 + config.flip]
   dtype = layout.DTYPES[config.dtype]
   if _is_import(config):
@@ -144,7 +210,7 @@ def create(
   else:
     least = config.shard_rows or layout.CHUNK_ROWS
     encode.check_memory(
-      ae, views, dtype, config.resolution,
+      ae, views, dtype, size,
       min(config.batch_size_per_device, least),
     )  # fmt: skip
     source_rows = rows.Crops(
@@ -152,14 +218,12 @@ def create(
       images.Decoding(
         ae.image_channels, config.min_size, config.max_megapixels
       ),
-      images.Cropping(config.crop, config.resolution, config.min_area),
+      images.Cropping(config.crop, size, config.min_area),
       per_image=config.crops_per_image,
       seed=config.seed,
       has_captions=config.source.captions,
     )
-    encoder = functools.partial(
-      encode.compiled, ae, views, dtype, config.resolution
-    )
+    encoder = functools.partial(encode.compiled, ae, views, dtype, size)
   return latent_export.Export(
     place,
     source_rows,

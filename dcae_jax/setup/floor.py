@@ -37,7 +37,7 @@ def of_run(run: str, workdir: epath.Path | None = None) -> Material:
   config = keys.completed(work_directory.read_run_config(run), run)
   c = config.data
   return Material(
-    image_sources.weighted_sources(c.source, workdir),
+    image_sources.weighted_sources(c.source, workdir, c.min_size),
     images.Decoding(
       config.model.image_channels, c.min_size, c.max_megapixels, c.shorter_side
     ),

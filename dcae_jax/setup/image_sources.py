@@ -18,14 +18,15 @@ _LOG = logging.getLogger(__name__)
 
 
 def weighted_sources(
-  config: ConfigDict, workdir: epath.Path | None = None
+  config: ConfigDict, workdir: epath.Path | None = None, min_size: int = 0
 ) -> list[tuple[sources.Source, float]]:
   """The members of a source config, with their weights.
 
   What takes long to find out of a source is kept in `indices` of the work
   directory, and shared there by all processes, which call this together; None:
-  each finds it out. Raises UserError for an unknown kind, or a source that does
-  not exist.
+  each finds it out. Images with a smaller side than `min_size` are left out
+  where that is known without reading them. Raises UserError for an unknown
+  kind, or a source that does not exist.
   """
   if config.kind == "mixture":
     members = list(config.members.values())
@@ -43,13 +44,14 @@ def weighted_sources(
     for name, member in config.members.items():
       key = f"config.source.members.{name}."
       with errors.renamed("config.source.", key):
-        pairs += weighted_sources(member, workdir)
+        pairs += weighted_sources(member, workdir, min_size)
     return pairs
   if not 0 < config.weight < math.inf:
     raise errors.UserError(
       f"config.source.weight={config.weight} is not a positive number"
     )
-  return [(part_of(whole(config, workdir), config), config.weight)]
+  source = part_of(whole(config, workdir), config)
+  return [(sources.at_least(source, min_size), config.weight)]
 
 
 def whole(
@@ -134,11 +136,11 @@ def part_of(source: sources.Source, config: ConfigDict) -> sources.Source:
 
 
 def single_source(
-  config: ConfigDict, workdir: epath.Path | None = None
+  config: ConfigDict, workdir: epath.Path | None = None, min_size: int = 0
 ) -> sources.Source:
   """A source that is not a mixture: evaluations have an order."""
   if config.kind == "mixture":
     raise errors.UserError(
       "images are evaluated from one source, not from a mixture"
     )
-  return weighted_sources(config, workdir)[0][0]
+  return weighted_sources(config, workdir, min_size)[0][0]

@@ -198,15 +198,16 @@ def run(
     if first_step < last_step or evaluates:
       params, placed = training.abstract.params, training.shardings.params
       _LOG.info(overview.table(params, training.learning.mask, placed))
-      program, needed = _compiled(training)
-      if needed:
+      program = _Program(training, work.constants)
+      if needed := program.prepare(training.inputs()[0]):
         writer.scalars(first_step, {"step_gib": needed / _GIB})
       state, step = loop.run(
         loop.Program(
-          lambda state, batch: program(state, batch, *work.constants),
+          program,
           evaluate,
           config.batch_size,
           _peak_rate(training),
+          program.prepare,
         ),
         state,
         sharding.Prefetch(work.batches, work.put, config.data.prefetch),
@@ -275,17 +276,45 @@ def _peak_rate(training: Training) -> float:
   return chip.flops * jax.device_count() / flops if flops else 0.0
 
 
-def _compiled(training: Training) -> tuple[jax.stages.Compiled, int]:
-  """The step as a program, and the bytes that it needs; says so."""
-  _LOG.info("compiling the training step")
-  began = time.perf_counter()
-  program = training.jitted().lower(*training.arguments()).compile()
-  needed = program_cost.memory(program)
-  hardware.check_memory(
-    {f"a step with config.batch_size={training.config.batch_size}": needed},
-    training.mesh.devices.flat,
-    training.advice,
-  )
-  memory = f"; needs {needed / _GIB:.3g} GiB a device" if needed else ""
-  _LOG.info("compiled in %.1f s%s", time.perf_counter() - began, memory)
-  return program, needed
+class _Program:
+  """The training step, compiled once for each shape of a batch."""
+
+  def __init__(self, training: Training, constants: tuple[Any, ...]):
+    self._training, self._constants = training, constants
+    self._jitted = training.jitted()
+    self._compiled: dict[Any, jax.stages.Compiled] = {}
+
+  def prepare(self, batch: Any) -> int:
+    """Compiles what a batch, or its shapes, needs, unless it is there.
+
+    Says so, and returns the bytes that a new program needs. Raises UserError if
+    the devices lack them.
+    """
+    if _shapes(batch) in self._compiled:
+      return 0
+    training = self._training
+    what = "the training step"
+    if self._compiled:
+      shapes = ", ".join(map(str, _shapes(batch)))
+      what += f" for batches of {shapes}, shape {len(self._compiled) + 1}"
+    _LOG.info("compiling %s", what)
+    began = time.perf_counter()
+    state, _, *constants = training.arguments()
+    program = self._jitted.lower(state, batch, *constants).compile()
+    needed = program_cost.memory(program)
+    hardware.check_memory(
+      {f"a step with config.batch_size={training.config.batch_size}": needed},
+      training.mesh.devices.flat,
+      training.advice,
+    )
+    self._compiled[_shapes(batch)] = program
+    memory = f"; needs {needed / _GIB:.3g} GiB a device" if needed else ""
+    _LOG.info("compiled in %.1f s%s", time.perf_counter() - began, memory)
+    return needed
+
+  def __call__(self, state: state_lib.TrainState, batch: Any) -> Any:
+    return self._compiled[_shapes(batch)](state, batch, *self._constants)
+
+
+def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+  return tuple(x.shape for x in jax.tree.leaves(batch))

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.diffusion.text import encoders
-from dcae_jax.latents import captions, reader
+from dcae_jax.latents import aspect_ratios, captions, reader
 from dcae_jax.runs import (
   exclusive,
   metrics_writer,
@@ -54,9 +54,10 @@ def _fill(
   work = resumable.Work("captions", lambda: sigterm.received)
   with watch.measure("start"):
     start.begin(config, workdir)
-    latents = reader.Latents(
-      config.latents, conditions=("captions",), retries=config.retries
+    open_store = lambda path, count: reader.Latents(
+      path, conditions=("captions",), retries=config.retries
     )
+    latents = aspect_ratios.opened(config.latents, open_store, config.retries)
     rows = latents.condition("captions")
     store = captions.store_of(output, config.retries)
     store.check_writable(jax.process_index())

@@ -105,6 +105,12 @@ def check(config: ConfigDict, metrics: metric_networks.Opened) -> ConfigDict:
       "export_and_diffuse runs in one process; on a pod, run export_latents, "
       "train_diffusion and evaluate_diffusion one after the other"
     )
+  if config.export.max_aspect_ratio > 1:
+    raise errors.UserError(
+      f"config.export.max_aspect_ratio={config.export.max_aspect_ratio}: "
+      "export_and_diffuse exports squares; run export_latents and "
+      "train_diffusion one after the other, or set it to 1"
+    )
   path, shape = config.training.latents, exporting.latent_shape(config.export)
   with _part("samples"):
     evaluate_diffusion.check(config.samples)

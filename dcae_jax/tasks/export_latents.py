@@ -9,6 +9,9 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dcae_jax.autoencoder import autoencoder
+from dcae_jax.latents import aspect_ratios
+from dcae_jax.latents import export as latent_export
 from dcae_jax.latents import store as latent_store
 from dcae_jax.runs import exclusive, metrics_writer, resumable, stopwatch
 from dcae_jax.setup import exporting, start
@@ -30,21 +33,46 @@ def run(
 def _fill(
   config: ConfigDict, workdir: epath.Path, sigterm: loop.Sigterm
 ) -> bool:
-  watch, is_first = stopwatch.Stopwatch(), jax.process_index() == 0
-  work = resumable.Work("latents", lambda: sigterm.received)
+  watch = stopwatch.Stopwatch()
   with watch.measure("start"):
     start.begin(config, workdir)
-    source = exporting.open_source(config, workdir)
-    store = exporting.open_store(config, workdir)
+    parts = exporting.parts(config, workdir)
     ae = exporting.load_autoencoder(config)
-    export = exporting.create(config, store, source, ae)
+  stores, is_new = [], False
+  for part in parts:
+    store = exporting.open_store(config, workdir, part)
+    stores.append(store)
+    is_new |= store.manifest() is None
+    export = exporting.create(config, store, part, ae)
+    work = resumable.Work(f"latents{part.name}", lambda: sigterm.received)
+    if not _fill_store(config, workdir, export, ae, work, watch):
+      return False
+  path = exporting.output(config, workdir, "latents")
+  if jax.process_index() == 0 and parts[0].name:
+    aspect_ratios.write(path, [part.name for part in parts])
+  if jax.process_index() == 0 and is_new:
+    _write_result(workdir, path, stores, watch)
+  return True
+
+
+def _fill_store(
+  config: ConfigDict,
+  workdir: epath.Path,
+  export: latent_export.Export,
+  ae: autoencoder.Autoencoder,
+  work: resumable.Work,
+  watch: stopwatch.Stopwatch,
+) -> bool:
+  """Finishes a store; False if SIGTERM stopped it."""
+  store, is_first = export.store, jax.process_index() == 0
+  with watch.measure("start"):
     identity = exporting.identity(config, export, ae)
 
     def begin():
       start.write_config(config, workdir)
       store.write_identity(identity)
 
-    work.begin(lambda begun: store.check_identity(identity, begun), begin)
+  work.begin(lambda begun: store.check_identity(identity, begun), begin)
   if store.manifest() is not None:
     _LOG.info("%s is finished", store.storage.path)
     if is_first:
@@ -62,22 +90,22 @@ def _fill(
       "given" if config.scaling_factor else "the autoencoder's",
       exporting.description(config, export, ae),
     )
-    _write_result(workdir, store, watch)
   work.wait("finished")
   return True
 
 
 def _write_result(
   workdir: epath.Path,
-  store: latent_store.LatentStore,
+  path: str,
+  stores: list[latent_store.LatentStore],
   watch: stopwatch.Stopwatch,
 ) -> None:
-  seconds, manifest = watch.seconds(), store.manifest()
+  seconds, manifests = watch.seconds(), [store.manifest() for store in stores]
   result = {
-    "latents": store.storage.path,
-    "count": manifest["count"],
-    "unreadable": len(manifest["unreadable"]),
-    "scaling_factor": manifest["scaling_factor"],
+    "latents": path,
+    "count": sum(manifest["count"] for manifest in manifests),
+    "unreadable": sum(len(manifest["unreadable"]) for manifest in manifests),
+    "scaling_factor": manifests[0]["scaling_factor"],
     "seconds": seconds,
     "encoder_share": seconds.get("encoder", 0.0) / seconds["total"],
   }

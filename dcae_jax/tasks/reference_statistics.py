@@ -53,7 +53,7 @@ def run(
     for side in config.resolutions
   }
   start.begin(config, workdir, tuple(names.values()))
-  source = image_sources.single_source(config.source, workdir)
+  source = image_sources.single_source(config.source, workdir, config.min_size)
   decoding = images.Decoding(
     min_size=config.min_size, max_megapixels=config.max_megapixels
   )

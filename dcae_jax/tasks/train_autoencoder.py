@@ -75,7 +75,9 @@ def open_inputs(
         "without LPIPS with --config.lpips.weight=0"
       ) from error
   with errors.renamed("config.source", "config.data.source"):
-    training = image_sources.weighted_sources(c.data.source, workdir)
+    training = image_sources.weighted_sources(
+      c.data.source, workdir, c.data.min_size
+    )
   with errors.renamed("config.source", "config.evaluation.source"):
     held_out = image_sources.single_source(c.evaluation.source, workdir)
   inputs = Inputs(
@@ -108,7 +110,7 @@ def run(
   _LOG.info(
     "%s, %d held-out images", training.description(), len(inputs.held_out)
   )
-  batches = _batches(config, inputs)
+  batches = _batches(training, inputs)
   held_out = held_out_images(training, inputs)
 
   def finish(step, state):
@@ -156,8 +158,10 @@ def _cropping(config: ConfigDict) -> images.Cropping:
   return images.Cropping(c.crop, config.resolution, c.min_area, c.flip)
 
 
-def _batches(config: ConfigDict, inputs: Inputs) -> images.TrainingImages:
-  c = config.data
+def _batches(
+  training: autoencoder_training.Training, inputs: Inputs
+) -> images.TrainingImages:
+  config, c = training.config, training.config.data
   return images.TrainingImages(
     inputs.training,
     inputs.training_decoding,
@@ -171,6 +175,7 @@ def _batches(config: ConfigDict, inputs: Inputs) -> images.TrainingImages:
     ),
     seed=config.seed,
     cache_megabytes=c.cache_megabytes,
+    shapes=training.shapes,
   )
 
 

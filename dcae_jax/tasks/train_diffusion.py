@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder
+from dcae_jax.data import batches as batches_lib
 from dcae_jax.diffusion import conditioning
 from dcae_jax.evaluation.report import figures
-from dcae_jax.latents import decode, reader
+from dcae_jax.latents import decode
 from dcae_jax.runs import metrics_writer
 from dcae_jax.setup import (
   denoising,
@@ -50,6 +51,7 @@ def run(
   config = denoising.with_store(config, store)
   training = diffusion_training.build(config)
   training.check_machine()
+  training.check_shapes(store.shapes)
   if config.init_from:
     denoising.check_same_model(config.init_from, config, training.model)
   written = ("manifest.json", "metrics.jsonl", "checkpoints", "samples")
@@ -93,10 +95,9 @@ def run(
 
 
 def _batches(
-  config: ConfigDict, store: reader.Latents, told: text.Told
-) -> reader.LatentBatches:
-  return reader.LatentBatches(
-    store,
+  config: ConfigDict, store: denoising.Store, told: text.Told
+) -> batches_lib.Batches:
+  return store.batches(
     batch_size=config.batch_size // jax.process_count(),
     seed=config.seed,
     process_index=jax.process_index(),
@@ -110,7 +111,7 @@ def _batches(
 
 def _sample(
   training: diffusion_training.Training,
-  store: reader.Latents,
+  store: denoising.Store,
   condition: conditioning.Condition,
   titles: list[str],
   ae: autoencoder.Autoencoder | None,

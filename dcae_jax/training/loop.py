@@ -93,12 +93,15 @@ class Program(NamedTuple):
     evaluate: `(step, state) -> metrics`, which may be none.
     images_per_step: of the global batch.
     peak_rate: steps per second at the devices' published peak; 0: not known.
+    prepare: called with a batch before the step; may compile, which is no time
+      of training.
   """
 
   step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
   evaluate: Callable[[int, State], dict[str, float]]
   images_per_step: int
   peak_rate: float
+  prepare: Callable[[Any], object]
 
 
 class Cadence(NamedTuple):
@@ -198,6 +201,8 @@ def run(
     for step in steps:
       with waiting_for("data", f"the batch of step {step} to be loaded"):
         batch = next(batches)
+      with waiting_for("pause", f"the program of step {step}"):
+        program.prepare(batch)
       outlets.profiler.before(step)
       with waiting_for("step", f"the devices to begin step {step}"):
         state, metrics = program.step(state, batch)

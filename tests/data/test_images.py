@@ -11,9 +11,11 @@ import time
 
 import numpy as np
 import pytest
+import sized
 from PIL import Image
 
-from dcae_jax.data import batches, crops, images, sources
+from dcae_jax import errors
+from dcae_jax.data import aspect_ratios, batches, crops, images, sources
 
 
 def _training(pairs, **changes):
@@ -123,6 +125,138 @@ def test_mixtures_follow_their_weights(tmp_path):
     pairs.append((sources.folder(str(tmp_path / name)), weight))
   batches = _take(_training(pairs, batch_size=8), 10)
   assert abs((batches[:, :, 0, 0, 0] == 255).mean() - 0.25) < 0.03
+
+
+_SHAPES = aspect_ratios.shapes(16, 2, 4)
+
+
+def _of_shapes(pairs, **changes):
+  """Batches of images at one of two shapes, of which others are too rare."""
+  return _training(pairs, shapes=_SHAPES, **changes)
+
+
+def _take_list(iterator, n):
+  batches = [next(iterator)["images"] for _ in range(n)]
+  iterator.close()
+  return batches
+
+
+def _assert_equal(found, expected):
+  assert [x.shape for x in found] == [x.shape for x in expected]
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_each_batch_has_one_shape_whatever_the_workers(photographs):
+  pairs = [(sized.folder(str(photographs)), 1.0)]
+  expected = _take_list(_of_shapes(pairs), 12)
+  shapes = {x.shape[1:3] for x in expected}
+  assert len(shapes) >= 2 and shapes <= set(_SHAPES)
+  _assert_equal(_take_list(_of_shapes(pairs, workers=2), 12), expected)
+
+
+def test_batches_of_shapes_are_the_same_for_any_number_of_processes(
+  photographs,
+):
+  pairs = [(sized.folder(str(photographs)), 1.0)]
+  whole = _take_list(_of_shapes(pairs), 12)
+  shares = [
+    _take_list(
+      _of_shapes(pairs, batch_size=2, process_index=i, process_count=2), 12
+    )
+    for i in range(2)
+  ]
+  _assert_equal(shares[0], [x[::2] for x in whole])
+  _assert_equal(shares[1], [x[1::2] for x in whole])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_restored_position_among_shapes_goes_on_exactly(photographs, workers):
+  pairs = [(sized.folder(str(photographs)), 1.0)]
+  expected = _take_list(_of_shapes(pairs), 9)
+  first = _of_shapes(pairs, workers=workers)
+  _assert_equal(_take_list(first, 4), expected[:4])
+  second = _of_shapes(pairs, workers=workers)
+  second.set_state(json.loads(json.dumps(first.get_state())))
+  _assert_equal(_take_list(second, 5), expected[4:])
+
+
+def test_images_of_all_shapes_are_seen_equally_often(tmp_path):
+  """Of a mixture, too: 7 wide ones, 2 high ones, and 4 wide ones of others."""
+  pairs = []
+  for name, sizes, weight in (
+    ("a", [(40, 24)] * 7 + [(24, 40)] * 2, 3.0),
+    ("b", [(40, 24)] * 4, 1.0),
+  ):
+    (tmp_path / name).mkdir()
+    for i, size in enumerate(sizes):
+      colour = (20 * len(pairs) + i,) * 3
+      Image.new("RGB", size, colour).save(tmp_path / name / f"{i}.png")
+    pairs.append((sized.folder(str(tmp_path / name)), weight))
+  seen = _take_list(_of_shapes(pairs, batch_size=2), 300)
+  for batch in seen:
+    is_high = batch.shape[1] > batch.shape[2]
+    assert is_high == (batch[0, 0, 0, 0] in (7, 8))
+  counts = np.bincount(
+    np.concatenate([x[:, 0, 0, 0] for x in seen]), minlength=24
+  )
+  np.testing.assert_allclose(counts[:9] / 600, 0.75 / 9, rtol=0.05)
+  np.testing.assert_allclose(counts[20:24] / 600, 0.25 / 4, rtol=0.05)
+
+
+def test_a_bad_image_is_replaced_by_one_of_its_shape(tmp_path):
+  for i, size in enumerate([(40, 24)] * 3 + [(24, 40)] * 3):
+    Image.new("RGB", size, (200 + i,) * 3).save(tmp_path / f"{i}.png")
+  folder = sized.folder(str(tmp_path))
+  sizes = folder.sizes()
+  folder.sizes = lambda: sizes
+  (tmp_path / "1.png").write_bytes(b"damaged")
+  iterator = _of_shapes([(folder, 1.0)], batch_size=3)
+  for batch in _take_list(iterator, 10):
+    wide = batch.shape[2] > batch.shape[1]
+    assert set(batch.flat) <= ({200, 202} if wide else {203, 204, 205})
+  assert len(iterator.skipped) == 1
+
+
+@pytest.mark.parametrize("kind", crops.CROPS)
+def test_crops_have_any_shape(kind):
+  image = Image.fromarray(np.arange(0, 250, dtype=np.uint8).reshape(10, 25))
+  rng = np.random.default_rng(0)
+  for size in ((4, 8), (8, 4), (10, 25), (12, 30), (40, 10)):
+    pixels = images.crop(image, images.Cropping(kind, size), rng)
+    assert pixels.shape == (*size, 1)
+  whole = images.crop(image, images.Cropping(kind, (10, 25), min_area=1), rng)
+  assert kind == "random_resized_crop" or np.array_equal(
+    whole[..., 0], np.asarray(image)
+  )
+
+
+def test_a_random_crop_has_the_own_pixels_of_any_image_that_covers_it():
+  pixels = np.arange(250, dtype=np.uint8).reshape(10, 25)
+  cropping = images.Cropping("random_crop", (6, 20))
+  rng = np.random.default_rng(0)
+  places = set()
+  for _ in range(50):
+    part = images.crop(Image.fromarray(pixels), cropping, rng)[..., 0]
+    top, left = divmod(int(part[0, 0]), 25)
+    np.testing.assert_array_equal(part, pixels[top : top + 6, left : left + 20])
+    places.add((top, left))
+  assert len(places) > 15
+
+
+def test_small_images_are_left_out_unread_where_sizes_are_known(photographs):
+  folder = sized.folder(str(photographs))
+  folder._root = "/nowhere"
+  sizes = sized.folder(str(photographs)).sizes()
+  folder.sizes = lambda: sizes
+  large = sources.at_least(folder, 80)
+  np.testing.assert_array_equal(sources.sizes(large), sizes[sizes.min(1) >= 80])
+  assert 0 < len(large) < len(folder)
+  assert sources.at_least(folder, 0) is folder
+  with pytest.raises(errors.UserError, match=r"none of the 12 .*min_size=999"):
+    sources.at_least(folder, 999)
+  unknown = sources.folder(str(photographs))
+  assert sources.at_least(unknown, 999) is unknown
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -114,7 +114,7 @@ def _reads(source, monkeypatch, process_count):
       process_index=process,
     )
     for worker in range(2):  # grain deals batches out in turn
-      own = pickle.loads(pickle.dumps(iterator._dataset))
+      own = pickle.loads(pickle.dumps(iterator.dataset))
       for i in range(worker, len(source) // 16, 2):
         own[i]
   return len(numbers)

@@ -35,6 +35,31 @@ def test_samples_are_images_of_their_labels(denoiser):
   assert denoiser.sample(labels=[0] * 17, steps=2).shape == (17, 16, 16, 3)
 
 
+def test_samples_have_any_size_that_the_positions_allow(
+  denoiser, tiny_autoencoder, tmp_path
+):
+  """A DiT's do; those of a U-ViT are learned."""
+  mite = families.Variant("DiT", {"depth": 2, "hidden": 64, "heads": 2})
+  model = families.create(
+    mite,
+    conditioning=conditioning.ClassLabels(3),
+    latent_size=2,
+    latent_channels=16,
+  )
+  variables = families.init(model, jax.random.key(0))
+  objective = objectives.FlowMatching(convention="sit")
+  released.save(tmp_path, variables, model, "original", objective=objective)
+  dit = dcae_jax.load_denoiser(tmp_path, autoencoder=tiny_autoencoder)
+  draw = lambda **size: dit.sample(labels=[1, 2], steps=3, seed=3, **size)
+  assert draw(size=(8, 24)).shape == (2, 8, 24, 3)
+  assert draw(size=(24, 16)).shape == (2, 24, 16, 3)
+  np.testing.assert_array_equal(draw(size=(16, 16)), draw())
+  with pytest.raises(ValueError, match="image side 20 is not divisible by 8"):
+    draw(size=(16, 20))
+  with pytest.raises(ValueError, match="learned positions"):
+    denoiser.sample(labels=[0], size=(8, 24))
+
+
 def test_a_prediction_is_the_networks(denoiser):
   rng = np.random.default_rng(0)
   z = rng.normal(size=(2, 2, 2, 16)).astype(np.float32)

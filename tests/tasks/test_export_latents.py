@@ -449,8 +449,8 @@ def test_latents_that_are_not_finite_are_refused(config, tmp_path, whole):
         "batch_size_per_device": 2**16,
         "shard_rows": 2**16,
       },
-      r"too little memory: 65536 images of 16384 px and their latents \([\d,]+ "
-      r"GB\) need at least .* lower config\.batch_size_per_device",
+      r"too little memory: 65536 images of 16384x16384 px and their latents "
+      r"\([\d,]+ GB\) need at least .* lower config\.batch_size_per_device",
     ),
     ({"source.path": ""}, r"^config\.source\.path is empty; name a folder"),
     ({"dtype": "float64"}, "config.dtype='float64' is not among float32"),

@@ -57,7 +57,7 @@ class _World:
     sigterm=None,
   ):  # fmt: skip
     return loop.run(
-      loop.Program(self.step, self.evaluate, 8, 1e3),
+      loop.Program(self.step, self.evaluate, 8, 1e3, lambda batch: None),
       first,
       self,
       range(first + 1, last + 1),
@@ -206,7 +206,7 @@ def test_the_time_of_a_step_is_told_apart():
   world.step = lambda *a: (time.sleep(0.05), step(*a))[1]
   batches = _Slow(load, world.get_state, 0.1)
   loop.run(
-    loop.Program(world.step, world.evaluate, 8, 0.0),
+    loop.Program(world.step, world.evaluate, 8, 0.0, lambda batch: None),
     0,
     batches,
     range(1, 5),

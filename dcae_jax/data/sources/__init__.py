@@ -23,7 +23,7 @@ from dcae_jax.data.sources.protocol import (
   sizes,
 )
 from dcae_jax.data.sources.records import Records
-from dcae_jax.data.sources.subsets import ClassPerImage, split
+from dcae_jax.data.sources.subsets import ClassPerImage, Subset, at_least, split
 from dcae_jax.data.sources.tar import Tars
 from dcae_jax.data.sources.tensorflow_dataset import TensorFlowDataset
 
@@ -40,6 +40,7 @@ KINDS: dict[str, Callable[..., Source]] = {
 
 __all__ = [
   "KINDS", "ClassPerImage", "Files", "Groups", "Parquet", "Record", "Records",
-  "Source", "Tars", "TensorFlowDataset", "embedded", "folder", "groups",
-  "latent_files", "limited", "listed", "pictures", "sizes", "split",
+  "Source", "Subset", "Tars", "TensorFlowDataset", "at_least", "embedded",
+  "folder", "groups", "latent_files", "limited", "listed", "pictures", "sizes",
+  "split",
 ]  # fmt: skip

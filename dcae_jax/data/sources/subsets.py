@@ -47,6 +47,23 @@ class Subset:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def at_least(source: protocol.Source, side: int) -> protocol.Source:
+  """The images with no smaller side, where sizes are known without reading.
+
+  Else the source as it is. Raises UserError if none is that large.
+  """
+  sizes = protocol.sizes(source) if side else None
+  if sizes is None:
+    return source
+  is_large = sizes.min(1) >= side
+  if not is_large.any():
+    raise errors.UserError(
+      f"none of the {len(source)} images, such as {source.name(0)}, has sides "
+      f"of at least min_size={side} pixels; lower it"
+    )
+  return source if is_large.all() else Subset(source, np.flatnonzero(is_large))
+
+
 def split(source: protocol.Source, held_out: float) -> tuple[Subset, Subset]:
   """A source in two: what is trained on, and what is held out.
 
