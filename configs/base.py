@@ -140,8 +140,8 @@ def source(
   # x.json beside it, or a metadata.jsonl. tar: of x.txt or x.json. tfds: of a
   # text feature. parquet: of a column of a text or several.
   c.captions = False
-  # parquet: names of columns; "": usual ones, such as image, label, caption.
-  c.columns = ConfigDict({"image": "", "label": "", "caption": ""})
+  # parquet: names of columns, text: of captions; "": those of usual names.
+  c.columns = ConfigDict({"image": "", "label": "", "text": ""})
   c.weight = 1.0  # within a mixture
   c.members = ConfigDict(members or {})  # mixture: name to source
   # "held_out": some of the images, chosen by a hash of their names, the same in

@@ -75,7 +75,7 @@ def _check_outside_images(
   config: dict[str, Any], workdir: epath.Path, name: str
 ) -> None:
   """Raises UserError where what a task writes would become its images."""
-  if config.get("kind") == "folder" and config.get("path"):
+  if config.get("kind") in ("folder", "parquet") and config.get("path"):
     folder, place = (
       os.path.realpath(os.path.expanduser(os.fspath(x)))
       for x in (config["path"], workdir)
@@ -83,7 +83,7 @@ def _check_outside_images(
     if os.path.commonpath([folder, place]) == folder:
       raise errors.UserError(
         f"--workdir={workdir} lies in {name}.path={config['path']}, whose "
-        "images would be others with each picture that is written; choose "
+        "images would be others with each file that is written; choose "
         "another directory"
       )
   for key, value in config.items():

@@ -246,7 +246,7 @@ def test_a_random_crop_has_the_own_pixels_of_any_image_that_covers_it():
 
 def test_small_images_are_left_out_unread_where_sizes_are_known(photographs):
   folder = sized.folder(str(photographs))
-  folder._paths = ["/nowhere.png"] * len(folder)
+  folder._root = "/nowhere"
   sizes = sized.folder(str(photographs)).sizes()
   folder.sizes = lambda: sizes
   large = sources.at_least(folder, 80)

@@ -6,12 +6,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
+from ml_collections import ConfigDict
 
+from configs import base
 from data.test_tar import described, picture, take, training
 from dcae_jax.data import batches, images, sources
 from dcae_jax.data.sources import parquet
+from dcae_jax.setup import start
 
-NO_COLUMNS = {"image": "", "label": "", "caption": ""}
+NO_COLUMNS = {"image": "", "label": "", "text": ""}
 
 
 def write(path, values, rows=3, metadata=None):
@@ -162,7 +166,7 @@ def test_captions_labels_and_sizes_come_from_columns(tmp_path):
   assert source.sizes() is None
   with pytest.raises(OSError, match="no image in this row"):
     source[1]
-  other = opened(tmp_path, captions=True, image="picture", caption="alt")
+  other = opened(tmp_path, captions=True, image="picture", text="alt")
   assert [x.text for x in other[0].captions] == ["über"]
   with pytest.raises(OSError, match="captions are no texts"):
     other[2]
@@ -234,3 +238,11 @@ def test_a_file_that_changes_meanwhile_is_refused(tmp_path):
   pathlib.Path(tmp_path / "a.parquet").unlink()
   with pytest.raises(FileNotFoundError):
     pickle.loads(pickle.dumps(source))[1]
+
+
+def test_a_run_does_not_write_among_the_files_that_it_reads(tmp_path):
+  """Its index is one, too."""
+  config = ConfigDict({"task": "plan", "source": base.source("parquet")})
+  config.source.path = str(tmp_path)
+  with pytest.raises(ValueError, match=r"lies in config.source.path=.* fil"):
+    start.check_work_directory(config, epath.Path(tmp_path) / "run")

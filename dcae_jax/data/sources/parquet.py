@@ -73,7 +73,7 @@ class Parquet:
     Args:
       path: a file, a directory of them, or a pattern.
       columns: of `image` (bytes, or a struct that has them), `label` (numbers
-        or names) and `caption` (a text or several); "": that of a usual name.
+        or names) and `text` (one caption or several); "": that of a usual name.
       captions: give them, too.
       indexed: keeps what was found.
 
@@ -90,7 +90,7 @@ class Parquet:
     if captions and not pc.any(pc.not_equal(table["captions"], "")).as_py():
       raise errors.UserError(
         f"{path!r} has no captions in a column {_or(image_captions.KEYS)}; "
-        "name it with config.source.columns.caption, or set "
+        "name it with config.source.columns.text, or set "
         "config.source.captions=False"
       )
     self._rows = index.Index(table)
@@ -222,7 +222,7 @@ class _Columns(NamedTuple):
 
   image: str
   label: str | None
-  caption: str | None
+  text: str | None
   width: str | None
   height: str | None
 
@@ -304,9 +304,9 @@ def _scanned(
   for name in ("width", "height"):
     if column := getattr(columns, name):
       values[name] = pc.fill_null(read[column], 0)
-  if columns.caption:
+  if columns.text:
     values["captions"] = [
-      _noted(value) for value in read[columns.caption].to_pylist()
+      _noted(value) for value in read[columns.text].to_pylist()
     ]
   if columns.label:
     values["named"] = read[columns.label].cast(pa.large_string())
@@ -421,7 +421,7 @@ def _shown(columns: _Columns) -> str:
 _USUAL = {
   "image": (_IMAGES, _is_image),
   "label": (_LABELS, _is_label),
-  "caption": (image_captions.KEYS, _is_caption),
+  "text": (image_captions.KEYS, _is_caption),
   "width": (("width",), pa.types.is_integer),
   "height": (("height",), pa.types.is_integer),
 }
