@@ -89,6 +89,7 @@ class Closing:
   def begin_replacing(self) -> None:
     """Called by one process, before `replace`; again does no harm."""
     before, after = self._before.layout, self._after.layout
+    self.begin()  # the metadata have no checksum yet
     self._store.write_closed(self._after.unusable)
     self._store.take_metadata(after, self._moved)
     gone = range(after.shards, before.shards)

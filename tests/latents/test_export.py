@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import shutil
 import types
 
 import jax
@@ -303,8 +304,9 @@ def test_killed_again_and_again_it_ends_equal(run, seed, limit, tmp_path):
   assert _objects(path) == _objects(tmp_path / "whole")
 
 
-def test_what_is_encoded_again_moves_again(run, tmp_path, monkeypatch):
-  """An image was mended, where a shard was lost, before rows had moved."""
+@pytest.fixture
+def moved(run, tmp_path, monkeypatch):
+  """An export of which all rows have moved, but for images 3 and 40."""
 
   def kill(self):
     raise _Killed
@@ -313,6 +315,32 @@ def test_what_is_encoded_again_moves_again(run, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(placement.Closing, "begin_replacing", kill)
     assert _killed(run, _export(path, made))
+  return path, made
+
+
+def test_a_wrong_bit_of_what_has_moved_is_noticed(run, moved, tmp_path):
+  path, made = moved
+  files = [x for x in (path / "progress").rglob("*") if x.is_file()]
+  run(_export(shutil.copytree(path, tmp_path / "whole"), made))
+  expected = _objects(tmp_path / "whole")
+  for i, file in enumerate(sorted(files)):
+    copy = shutil.copytree(path, tmp_path / str(i))
+    damaged = copy / file.relative_to(path)
+    data = bytearray(damaged.read_bytes())
+    data[random.Random(i).randrange(len(data))] ^= 1
+    damaged.write_bytes(data)
+    try:
+      run(_export(copy, made))
+    except (ValueError, OSError):
+      continue
+    if _objects(copy) != expected:
+      assert reader.Latents(str(copy)).verify(), file
+  assert len(files) > 30
+
+
+def test_what_is_encoded_again_moves_again(run, moved):
+  """An image was mended, where a shard was lost."""
+  path, made = moved
   (path / "labels/c/0").unlink()
   made.unusable = {40}
   made.loaded.clear()
