@@ -31,7 +31,7 @@ from dcae_jax.latents import encode as latent_encoding
 from dcae_jax.latents import layout as store_layout
 from dcae_jax.latents import reader, rows
 from dcae_jax.latents import store as latent_store
-from dcae_jax.runs import stopwatch, storage
+from dcae_jax.runs import metrics_writer, stopwatch, storage
 from dcae_jax.tasks import export_latents, inspect_latents
 
 SIDE = 32
@@ -235,6 +235,25 @@ def test_stopped_before_any_write_it_ends_equal(
   assert not encoded
   monkeypatch.undo()
   check_equal(str(workdir / "latents"), whole)
+
+
+def test_killed_before_its_result_it_has_one_in_the_end(
+  config, tmp_path, monkeypatch
+):
+  def kill(*_):
+    raise _Killed
+
+  few = config(max_images=3, flip=False)
+  with monkeypatch.context() as patch, pytest.raises(_Killed):
+    patch.setattr(metrics_writer, "write_json", kill)
+    export_latents.run(few, epath.Path(tmp_path))
+  assert (tmp_path / "latents/manifest.json").exists()
+  for _ in range(2):
+    assert export_latents.run(few, epath.Path(tmp_path))
+    text = (tmp_path / "result.json").read_text()
+    assert json.loads(text)["count"] == 3
+  export_latents.run(few, epath.Path(tmp_path))
+  assert (tmp_path / "result.json").read_text() == text
 
 
 def test_another_export_is_refused_and_nothing_is_touched(
