@@ -160,6 +160,16 @@ def _rows(lab: tiny_runs.Lab, path: pathlib.Path) -> dict[str, Any]:
   return found | {"keys": store.keys(), "manifest": store.manifest}
 
 
+def _images(lab: tiny_runs.Lab, path: pathlib.Path) -> dict[str, Any]:
+  """What record shards give to those who read them."""
+  from dcae_jax.data import sources
+
+  source = sources.Records(str(path / "records"), captions=True)
+  return {"classes": source.classes} | {
+    source.key(i): source[i] for i in range(len(source))
+  }
+
+
 class _Kind(NamedTuple):
   """Files of something in the world, and what reads them."""
 
@@ -185,6 +195,8 @@ _KINDS = {
   "zarr.json": _Kind(_EXPORT, r"zarr\.json", _rows),
   "manifest": _Kind(_EXPORT, r"manifest\.json", _rows),
   "records": _Kind("unfinished", "/progress/", _goes_on(_EXPORT)),
+  "index": _Kind("prepare", r"index\.parquet", _images),
+  "image shards": _Kind("prepare", r"\.array_record", _images),
 }
 
 

@@ -573,9 +573,7 @@ def export_latents() -> ConfigDict:
   # killed; a multiple of 16, and better of the batch size. 0: up to 1024 and
   # 64 MB, fewer where the images would make fewer than 64 shards.
   c.shard_rows = Key(0, 0, 2**20)
-  # Loader threads, in each process. Each image is decoded twice: first to find
-  # out which can be used.
-  c.threads = Key(8, 1, 1000)
+  c.threads = Key(8, 1, 1000)  # loader threads, of each process
   c.retries = Key(10, 0, 1000)  # of each request, at most 16 s apart
   c.compilation_cache = _CACHE
   return c

@@ -155,7 +155,7 @@ class ShardWriter:
     self._store, self._layout = store, layout
     self._pool = futures.ThreadPoolExecutor(_UPLOADS)
     self._pending = collections.deque()
-    self._parts = collections.defaultdict(list)
+    self._parts, self._keys = collections.defaultdict(list), []
 
   def __enter__(self) -> "ShardWriter":
     return self
@@ -163,18 +163,27 @@ class ShardWriter:
   def __exit__(self, *_) -> None:
     self._pool.shutdown(cancel_futures=True)
 
-  def add(self, arrays: Mapping[str, Any]) -> None:
-    """Rows of the shard that is gathered: latents by view, conditions."""
+  def add(self, arrays: Mapping[str, Any], keys: list[str]) -> None:
+    """Rows of the shard that is gathered: latents by view, conditions; keys."""
+    self._keys += keys
     for name, values in arrays.items():
       self._parts[name].append(np.asarray(values))
     while self._pending and self._pending[0].done():
       self._pending.popleft().result()  # fails at once, if it failed
 
-  def finish_shard(self, shard: int, keys: list[str]) -> None:
-    """Starts to write what was added; waits for an earlier shard, perhaps."""
-    arrays = {name: np.concatenate(x) for name, x in self._parts.items()}
+  def finish_shard(self, shard: int, unusable: Mapping[int, str]) -> None:
+    """Starts to write what was added; waits for an earlier shard, perhaps.
+
+    `unusable` are the images that left no rows in it, with the reason.
+    """
+    if self._keys:
+      arrays = {name: np.concatenate(x) for name, x in self._parts.items()}
+      work = self._write, shard, arrays, self._keys, unusable
+    else:
+      work = self._store.write_empty, shard, unusable
     self._parts.clear()
-    self._pending.append(self._pool.submit(self._write, shard, arrays, keys))
+    self._keys = []
+    self._pending.append(self._pool.submit(*work))
     start = time.monotonic()
     while len(self._pending) > _UPLOADS:
       self._pending.popleft().result()
@@ -184,7 +193,7 @@ class ShardWriter:
     while self._pending:
       self._pending.popleft().result()
 
-  def _write(self, shard, arrays, keys) -> None:
+  def _write(self, shard, arrays, keys, unusable) -> None:
     views = [arrays[view] for view in self._layout.views]
     moments = _moments(views)
     if not np.isfinite([moments["mean"], moments["variance"]]).all():
@@ -193,9 +202,10 @@ class ShardWriter:
         f"finite in {views[0].dtype}; use config.dtype=float32 and another "
         "config.output, or another autoencoder"
       )
-    self._store.write_shard(
-      self._layout, shard, arrays, keys, {"moments": moments}
-    )
+    record = {"moments": moments}
+    if unusable:
+      record["unusable"] = {str(i): reason for i, reason in unusable.items()}
+    self._store.write_shard(self._layout, shard, arrays, keys, record)
 
 
 def _moments(views: list[np.ndarray]) -> dict[str, Any]:

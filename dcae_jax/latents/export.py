@@ -1,38 +1,26 @@
 """An export: images to latents in a store, by every process of a pod at once.
 
-What can be read is found out first, so that each row has its place before
-anything is encoded; then each process encodes whole shards of its own, while
-images are loaded ahead and finished shards are written behind it. Started
-again, it does what is missing.
+Each process encodes whole shards of its own, while images are loaded ahead and
+finished shards are written behind it. Where images turn out to be unusable, the
+rows after them move up in the end. Started again, it does what is missing.
 """
 
 import dataclasses
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder, latent_statistics
-from dcae_jax.latents import encode, rows
+from dcae_jax.latents import encode, placement, rows
 from dcae_jax.latents import layout as store_layout
 from dcae_jax.latents import store as latent_store
 from dcae_jax.runs import progress_lines, resumable, stopwatch
 
 _LOG = logging.getLogger(__name__)
-
-
-class Plan(NamedTuple):
-  """Which row is where: the image and the crop of each row of each shard.
-
-  `unusable` are the images that are left out, with the reason.
-  """
-
-  layout: store_layout.Layout
-  shards: list[list[tuple[int, int]]]
-  unusable: dict[int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,49 +51,85 @@ class Export:
 
   def fill(
     self, work: resumable.Work, watch: stopwatch.Stopwatch
-  ) -> Plan | None:
+  ) -> placement.Plan | None:
     """Writes all that is missing; None if it was stopped."""
-    with watch.measure("survey"):
-      unusable = self._survey(work)
-    if unusable is None:
+    plan = self._plan(self.store.surveyed())
+    closed = self.store.closed()
+    if closed is None and not self._encode_missing(plan, work, watch):
       return None
-    plan = self._plan(unusable)
-    finished = set(self.store.finished(plan.layout))
-    missing = [i for i in range(plan.layout.shards) if i not in finished]
+    unusable = closed or self._unusable(plan)
+    for index, reason in sorted(unusable.items())[:20]:
+      _LOG.warning("left out %s: %s", self.rows.source.name(index), reason)
+    if unusable == plan.unusable:
+      return plan
+    after = self._plan(unusable)
+    closing = placement.Closing(self.store, plan, after)
+    with watch.measure("closing gaps"):
+      is_moved = closed or self._move(closing, after, work)
+      return after if is_moved and self._replace(closing, work) else None
+
+  def _encode_missing(
+    self, plan: placement.Plan, work: resumable.Work, watch: stopwatch.Stopwatch
+  ) -> bool:
+    """Whether all shards are written, but for gaps; False if it was stopped."""
+    there = {*self.store.finished(plan.layout), *self.store.empty()}
+    missing = [i for i in range(plan.layout.shards) if i not in there]
     self._check_space(sum(len(plan.shards[i]) for i in missing))
     own = work.share(missing)
     if jax.process_index() == 0:
       self.store.create_arrays(plan.layout)
+      if missing:  # then they may have other gaps than when rows moved
+        self.store.discard_moved()
     work.wait("arrays")
     _LOG.info(
-      "%d rows of %d images, %d unusable; %d of %d shards of %d rows are "
-      "missing, %d of them for this process",
-      plan.layout.rows, self.images, len(unusable), len(missing),
-      plan.layout.shards, plan.layout.shard_rows, len(own),
+      "%d rows of %d images, if all can be used; %d of %d shards of %d rows "
+      "are missing, %d of them for this process",
+      plan.layout.rows, self.images, len(missing), plan.layout.shards,
+      plan.layout.shard_rows, len(own),
     )  # fmt: skip
     if own:
       self._encode(plan, own, work, watch)
     with watch.measure("waiting for others"):
-      return plan if work.all_done("encoded") else None
+      return work.all_done("encoded")
 
-  def _survey(self, work: resumable.Work) -> dict[int, str] | None:
-    """Finds out which images cannot be used; None if it was stopped."""
-    _LOG.info("trying which of %d images can be used", self.images)
-    blocks = self.store.survey_blocks(self.images)
-    own = {block: blocks[block] for block in work.share(list(blocks))}
-    progress = progress_lines.Progress(sum(map(len, own.values())))
-    for tried in self.store.survey(own, self.rows.reason, self.threads):
-      progress.add(tried)
-      if work.stopped():
-        break
-    if not work.all_done("survey"):
-      return None
-    unusable = self.store.unusable(self.images)
-    for index, reason in sorted(unusable.items())[:20]:
-      _LOG.warning("left out %s: %s", self.rows.source.name(index), reason)
-    return unusable
+  def _unusable(self, plan: placement.Plan) -> dict[int, str]:
+    """All images that are, when all shards are written."""
+    found = plan.unusable.copy()
+    for gaps in self.store.gaps(plan.layout.shards):
+      found |= gaps
+    return found
 
-  def _plan(self, unusable: dict[int, str]) -> Plan:
+  def _move(
+    self,
+    closing: placement.Closing,
+    after: placement.Plan,
+    work: resumable.Work,
+  ) -> bool:
+    """Whether all shards that change are made anew; False if stopped."""
+    missing = closing.missing()
+    _LOG.info(
+      "%d images are unusable: %d rows of %d shards, of which %d are made anew",
+      len(after.unusable), after.layout.rows, after.layout.shards, len(missing),
+    )  # fmt: skip
+    self._check_space(sum(len(after.shards[i]) for i in missing))
+    own = work.share(missing)
+    if jax.process_index() == 0:
+      closing.begin()
+    work.wait("arrays")
+    total = sum(len(after.shards[i]) for i in own)
+    progress = progress_lines.Progress(total, "rows")
+    for rows_of_shard in closing.move(own, work.stopped):
+      progress.add(rows_of_shard)
+    return work.all_done("moved")
+
+  def _replace(self, closing: placement.Closing, work: resumable.Work) -> bool:
+    """Whether they have taken the places of those with gaps."""
+    if jax.process_index() == 0:
+      closing.begin_replacing()
+    closing.replace(work.share(closing.unreplaced()), work.stopped)
+    return work.all_done("replaced")
+
+  def _plan(self, unusable: dict[int, str]) -> placement.Plan:
     places = [
       (index, crop)
       for index in range(self.images)
@@ -125,7 +149,7 @@ class Export:
       self.rows.conditions,
     )  # fmt: skip
     shards = [places[i : i + size] for i in range(0, len(places), size)]
-    return Plan(layout, shards, unusable)
+    return placement.Plan(layout, shards, unusable)
 
   @property
   def _latent_bytes(self) -> int:
@@ -144,7 +168,7 @@ class Export:
 
   def _encode(
     self,
-    plan: Plan,
+    plan: placement.Plan,
     own: list[int],
     work: resumable.Work,
     watch: stopwatch.Stopwatch,
@@ -164,14 +188,18 @@ class Export:
     with encode.ShardWriter(self.store, plan.layout) as writer:
       for batch, latents in encode.encoded(loaded, encoder, writer, watch):
         for k, group in enumerate(batch.groups):
-          part = slice(k * size, k * size + group.rows)
-          views = {view: x[part] for view, x in latents.items()}
-          writer.add(views | group.conditions)
-          progress.add(group.rows)
-          if group.is_last:
-            images = (image for image, _ in plan.shards[group.shard])
-            keys = [self.rows.source.key(image) for image in images]
-            writer.finish_shard(group.shard, keys)
+          if group.images:
+            part = slice(k * size, k * size + len(group.images))
+            views = {view: x[part] for view, x in latents.items()}
+            keys = [self.rows.source.key(image) for image in group.images]
+            writer.add(views | group.conditions, keys)
+            progress.add(len(group.images))
+          if group.unusable is not None:
+            writer.finish_shard(group.shard, group.unusable)
+            gaps = [
+              i for i, _ in plan.shards[group.shard] if i in group.unusable
+            ]
+            progress.add(0, left_out=len(gaps))
         if work.stopped():
           break
       with watch.measure("waiting for the store"):
@@ -180,7 +208,7 @@ class Export:
 
   def finish(
     self,
-    plan: Plan,
+    plan: placement.Plan,
     ae: autoencoder.Autoencoder,
     factor_origin: str,
     described: dict[str, Any],
@@ -199,7 +227,7 @@ class Export:
         f"{len(missing)} shards of {self.store.storage.path} are gone, the "
         f"first {min(missing)}; run again"
       )
-    statistics = encode.merged(self.store.records(plan.layout.shards))
+    statistics = encode.merged(self.store.records(range(plan.layout.shards)))
     factor = ae.scaling_factor
     if factor is None:
       factor_origin = "1 / RMS of these latents"

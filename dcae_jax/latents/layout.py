@@ -7,8 +7,8 @@
   captions/        [n] strings, if they were asked for: see data/captions.py
   keys/            [n] file names or ids, strings
   manifest.json    what it is; written last: without it nothing is finished
-  progress/        until then: what is exported, which images can be read,
-                   which shards are finished
+  progress/        until then: what is exported, which shards are finished,
+                   which images cannot be read, rows that move up
 
 A shard is an object of each array.
 """

@@ -43,15 +43,15 @@ class Rows(Protocol):
   conditions: Mapping[str, layout.Column]
   description: dict[str, Any]
 
-  def reason(self, index: int) -> str | None:
-    """Why an image of the source cannot be used; None if it can."""
-
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
-    """Some rows of an image; UserError if it can no longer be used."""
+    """Some rows of an image; UnusableError, with the reason, if it has none."""
+
+  def zeros(self, count: int) -> np.ndarray:
+    """The values of so many rows, to be filled."""
 
 
 class _Images:
-  """Rows of what `_open` returns of an image, unless that is unusable.
+  """Rows of the images of a source.
 
   With captions, an image without any is unusable.
   """
@@ -72,22 +72,6 @@ class _Images:
         raise images.UnusableError("it has no caption")
       conditions["captions"] = image_captions.joined(record.captions)
     return conditions
-
-  def reason(self, index: int) -> str | None:
-    try:
-      self._open(index)
-    except images.UnusableError as error:
-      return str(error)
-    return None
-
-  def _still_usable(self, index: int) -> Any:
-    try:
-      return self._open(index)
-    except images.UnusableError as error:
-      raise errors.UserError(
-        f"{self.source.name(index)} could be used when the export began, and "
-        f"can no longer be ({error}); bring it back, or export to another place"
-      ) from error
 
 
 class Crops(_Images):
@@ -133,10 +117,14 @@ class Crops(_Images):
       ) from error
 
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
-    image, conditions = self._still_usable(index)
+    image, conditions = self._open(index)
     rngs = [np.random.default_rng((self._seed, index, i)) for i in crops]
     crop = lambda rng: images.crop(image, self._cropping, rng)
     return [Row(crop(rng), conditions) for rng in rngs]
+
+  def zeros(self, count: int) -> np.ndarray:
+    size = self._cropping.size
+    return np.zeros((count, size, size, self._decoding.channels), np.uint8)
 
 
 class LatentFiles(_Images):
@@ -164,7 +152,10 @@ class LatentFiles(_Images):
     self._scale, self._shift = scaling_factor, shift_factor
 
   def load(self, index: int, crops: Sequence[int]) -> list[Row]:
-    return [self._still_usable(index) for _ in crops]
+    return [self._open(index) for _ in crops]
+
+  def zeros(self, count: int) -> np.ndarray:
+    return np.zeros((count, *self._shape), np.float32)
 
   def _open(self, index: int) -> Row:
     record = images.read_record(self.source, index)
@@ -189,14 +180,20 @@ class LatentFiles(_Images):
 
 
 class Group(NamedTuple):
-  """Rows of one shard that one device encodes at once: how many, and whether
-  they are the last ones of their shard.
+  """Rows of one shard that one device encodes at once.
+
+  Attributes:
+    shard: its number.
+    images: of each row. The last group may have none.
+    conditions: by the name of their array.
+    unusable: the images that left no rows in this shard, with the reason; of
+      its last group only, None in those before.
   """
 
   shard: int
-  rows: int
+  images: list[int]
   conditions: dict[str, list[Any]]
-  is_last: bool
+  unusable: dict[int, str] | None
 
 
 class Batch(NamedTuple):
@@ -221,40 +218,78 @@ def load_batches(
 
   No group has rows of two shards: what is encoded together does not depend on
   which shards are missing, nor on the number of devices, which is that of the
-  groups of a batch. Shards are their number, and (image, crop) of each row.
+  groups of a batch. Shards are their number, and (image, crop) of each row that
+  they have if all images can be used.
   """
-  plan = [
-    (number, part[i : i + group_size], i + group_size >= len(part))
-    for number, part in shards
-    for i in range(0, len(part), group_size)
-  ]
-  # An image is opened once for all its crops in a group: those of a whole shard
-  # could be more than memory holds.
+  # An image is opened once for its crops in a shard, but at most for as many as
+  # a group has: a whole shard could be more than memory holds.
   loads = [
-    (index, [crop for _, crop in places])
-    for _, part, _ in plan
+    (number, index, crops[i : i + group_size])
+    for number, part in shards
     for index, places in itertools.groupby(part, key=lambda place: place[0])
+    for crops in [[crop for _, crop in places]]
+    for i in range(0, len(crops), group_size)
   ]
+
+  def load(what):
+    _, index, crops = what
+    try:
+      return rows.load(index, crops)
+    except images.UnusableError as error:
+      return str(error)
+
   together = min(rows.per_image, group_size)
   ahead = 2 * max(-(-group_size * groups // together), threads)
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-  loaded = itertools.chain.from_iterable(
-    grain.MapDataset.source(loads)
-    .map(lambda load: rows.load(*load))
-    .to_iter_dataset(options)
+  loaded = grain.MapDataset.source(loads).map(load).to_iter_dataset(options)
+  of_images = (
+    (number, index, result)
+    for (number, index, _), result in zip(loads, loaded, strict=True)
   )
-  for i in range(0, len(plan), groups):
-    values, loaded_groups = None, []
-    for k, (number, part, is_last) in enumerate(plan[i : i + groups]):
-      members = [next(loaded) for _ in part]
-      if values is None:
-        row = members[0].values
-        values = np.zeros((groups * group_size, *row.shape), row.dtype)
-      for j, row in enumerate(members):
+  made = _groups(rows, of_images, group_size)
+  while members := list(itertools.islice(made, groups)):
+    values = rows.zeros(groups * group_size)
+    for k, (_, of_group) in enumerate(members):
+      for j, row in enumerate(of_group):
         values[k * group_size + j] = row.values
-      conditions = {
-        name: [row.conditions[name] for row in members]
-        for name in rows.conditions
-      }
-      loaded_groups.append(Group(number, len(part), conditions, is_last))
-    yield Batch(values, loaded_groups)
+    yield Batch(values, [group for group, _ in members])
+
+
+def _groups(
+  rows: Rows,
+  of_images: Iterator[tuple[int, int, list[Row] | str]],
+  size: int,
+) -> Iterator[tuple[Group, list[Row]]]:
+  """Groups with their rows.
+
+  Args:
+    rows: of which they are some.
+    of_images: shard, image, and rows or the reason why it has none.
+    size: of a group.
+  """
+
+  def group(shard, members, unusable=None):
+    loaded = [row for _, row in members]
+    conditions = {
+      name: [row.conditions[name] for row in loaded] for name in rows.conditions
+    }
+    of_rows = [image for image, _ in members]
+    return Group(shard, of_rows, conditions, unusable), loaded
+
+  for shard, part in itertools.groupby(of_images, key=lambda x: x[0]):
+    members, unusable, usable = [], {}, None  # the last usable image
+    for _, image, result in part:
+      if isinstance(result, str):
+        unusable[image] = result
+      else:
+        members += [(image, row) for row in result]
+        usable = image
+      if usable in unusable:
+        raise errors.UserError(
+          f"{rows.source.name(image)} changed while it was read "
+          f"({unusable[image]}); run again"
+        )
+      while len(members) > size:  # not the last group, which tells more
+        yield group(shard, members[:size])
+        members = members[size:]
+    yield group(shard, members, unusable)

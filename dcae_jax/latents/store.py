@@ -3,10 +3,12 @@
 A shard is written by one process. It is finished when its record says so, which
 is written after its objects: a process that is killed at any moment leaves
 finished shards and others, never half of one.
+
+A shard has gaps where images turn out to be unusable when they are decoded: it
+has fewer rows than its place, or none; `placement` closes them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from concurrent import futures
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,13 +18,20 @@ from dcae_jax.latents import layout as store_layout
 from dcae_jax.runs import json_types, resumable_store, storage
 
 _FIRST = "first_sha256"  # of a shard's first rows
+_SURVEY = "progress/survey/"  # that earlier versions began with
+_EMPTY, _SHARDS = "progress/empty/", "progress/shards/"
+_MOVED, _CLOSED = "progress/moved/", "progress/closed.json"
 _OF_SHARD = {"rows": int, "sha256": dict}  # a record
+_RECORD = _OF_SHARD | {"unusable?": dict}
 
 
 class LatentStore(resumable_store.ResumableStore):
   """Fills a store; any number of processes may, each with shards of its own."""
 
-  progress = (*resumable_store.ResumableStore.progress, "progress/survey/")
+  progress = (
+    resumable_store.PROBE, _SURVEY, _EMPTY, _SHARDS, _MOVED, _CLOSED,
+    resumable_store.IDENTITY,
+  )  # fmt: skip
 
   def __init__(
     self,
@@ -37,6 +46,7 @@ class LatentStore(resumable_store.ResumableStore):
       description=store_layout.format_of(kind),
       retries=retries,
     )
+    self._options = {"retries": retries, "kind": kind}
     self._arrays: dict[str, Any] = {}
 
   def clear(self) -> None:
@@ -45,47 +55,75 @@ class LatentStore(resumable_store.ResumableStore):
     for name in sorted(arrays):
       self.storage.delete(f"{name}/")
 
-  def survey_blocks(self, total: int) -> dict[int, range]:
-    """The blocks of images that were not tried yet, by number."""
-    size = store_layout.block_size(total)
-    done = self.storage.list_keys("progress/survey/")
+  def moved(self) -> "LatentStore":
+    """A store beside this one, until it is finished: of rows that move."""
+    return LatentStore(f"{self.storage.path}/{_MOVED}", **self._options)
+
+  def discard_moved(self) -> None:
+    self.storage.delete(_MOVED)
+
+  def surveyed(self) -> dict[int, str]:
+    """Unusable images, with the reason, that an earlier version has found.
+
+    It tried all of them before it wrote its first shard.
+    """
+    return self._unusable(sorted(self.storage.list_keys(_SURVEY)))
+
+  def closed(self) -> dict[int, str] | None:
+    """What `write_closed` wrote, if it did."""
+    there = self.storage.list_keys(_CLOSED)
+    return self._unusable([_CLOSED]) if there else None
+
+  def write_closed(self, unusable: Mapping[int, str]) -> None:
+    """By one process, when all rows are in `moved` that have to move.
+
+    From then on, shards may be overwritten.
+    """
+    self._write_unusable(_CLOSED, unusable)
+
+  def empty(self) -> dict[int, dict[int, str]]:
+    """The shards without rows, with their unusable images and the reasons."""
+    keys = sorted(self.storage.list_keys(_EMPTY))
+    parts = zip(keys, self.storage.read_all_json(keys), strict=True)
     return {
-      block: range(block * size, min(total, (block + 1) * size))
-      for block in range(-(-total // size))
-      if _survey_key(block) not in done
+      int(key.removeprefix(_EMPTY).removesuffix(".json")): self._indices(
+        key, part
+      )
+      for key, part in parts
     }
 
-  def survey(
-    self,
-    blocks: Mapping[int, range],
-    reason: Callable[[int], str | None],
-    threads: int,
-  ) -> Iterable[int]:
-    """Tries the images of some blocks; yields their number, block by block.
+  def write_empty(self, shard: int, unusable: Mapping[int, str]) -> None:
+    """Of a shard, none of whose images can be used: it has no objects."""
+    self._write_unusable(_empty_key(shard), unusable)
 
-    `reason` tells why an image cannot be used; None if it can.
-    """
-    with futures.ThreadPoolExecutor(threads) as pool:
-      for block, images in blocks.items():
-        reasons = zip(images, pool.map(reason, images), strict=True)
-        unusable = {str(i): why for i, why in reasons if why is not None}
-        self.storage.write_sealed_json(_survey_key(block), unusable)
-        yield len(images)
+  def gaps(self, shards: int) -> list[dict[int, str]]:
+    """The unusable images of each shard, all of which are finished."""
+    empty = self.empty()
+    others = [i for i in range(shards) if i not in empty]
+    found = {
+      i: self._indices(_record_key(i), record.get("unusable", {}))
+      for i, record in zip(others, self.records(others), strict=True)
+    }
+    return [empty.get(i, found.get(i)) for i in range(shards)]
 
-  def unusable(self, total: int) -> dict[int, str]:
-    """Index to reason, when the survey is complete."""
-    blocks = -(-total // store_layout.block_size(total))
-    keys = [_survey_key(block) for block in range(blocks)]
+  def _write_unusable(self, key: str, unusable: Mapping[int, str]) -> None:
+    values = {str(index): reason for index, reason in unusable.items()}
+    self.storage.write_sealed_json(key, values)
+
+  def _unusable(self, keys: list[str]) -> dict[int, str]:
     found = {}
-    for key, block in zip(keys, self.storage.read_all_json(keys), strict=True):
-      for index, reason in block.items():
-        if not index.isdecimal():
-          raise errors.UserError(
-            f"{self.storage.path}/{key} is damaged: {index} is no number of an "
-            "image; remove it, and run again"
-          )
-        found[int(index)] = reason
+    for key, part in zip(keys, self.storage.read_all_json(keys), strict=True):
+      found |= self._indices(key, part)
     return found
+
+  def _indices(self, key: str, unusable: Mapping[str, str]) -> dict[int, str]:
+    for index in unusable:
+      if not index.isdecimal():
+        raise errors.UserError(
+          f"{self.storage.path}/{key} is damaged: {index} is no number of an "
+          "image; remove it, and run again"
+        )
+    return {int(index): reason for index, reason in unusable.items()}
 
   def create_arrays(self, layout: store_layout.Layout) -> None:
     """Writes the arrays' metadata, by one process; again does no harm."""
@@ -130,10 +168,8 @@ class LatentStore(resumable_store.ResumableStore):
       if name not in layout.strings:
         parts[name] = np.asarray(arrays[name], column.dtype)
     for name, part in parts.items():
-      if name not in self._arrays:
-        self._arrays[name] = self.storage.open_array(name)
       self.storage.write_rows(
-        self._arrays[name], shard * layout.shard_rows, part
+        self._array(name), shard * layout.shard_rows, part
       )
     for name in layout.strings:
       texts = keys if name == "keys" else list(arrays[name])
@@ -150,14 +186,78 @@ class LatentStore(resumable_store.ResumableStore):
       _record_key(shard), record | {"rows": rows} | checksums
     )
 
-  def records(self, shards: int) -> list[dict[str, Any]]:
-    """The records of all shards, which are finished."""
-    keys = [_record_key(i) for i in range(shards)]
+  def _array(self, name: str) -> Any:
+    if name not in self._arrays:
+      self._arrays[name] = self.storage.open_array(name)
+    return self._arrays[name]
+
+  def records(self, shards: Iterable[int]) -> list[dict[str, Any]]:
+    """The records of some shards, which are finished."""
+    keys = [_record_key(i) for i in shards]
     records = self.storage.read_all_json(keys)
     for key, record in zip(keys, records, strict=True):
       path = f"{self.storage.path}/{key}"
-      json_types.check(path, record, _OF_SHARD, "remove it, and run again")
+      json_types.check(path, record, _RECORD, "remove it, and run again")
     return records
+
+  def read_rows(
+    self, layout: store_layout.Layout, rows: np.ndarray
+  ) -> dict[str, Any]:
+    """Rows [n] of finished shards by array, "keys" among them.
+
+    Raises UserError where strings are damaged; numbers have checksums of their
+    own, and then it is an OSError.
+    """
+    with self.storage.errors():
+      parts = {x: self._array(x)[rows].read() for x in layout.arrays()}
+      parts = {name: part.result() for name, part in parts.items()}
+    for view in layout.views:
+      parts[view] = parts[view].view(store_layout.DTYPES[layout.dtype])
+    where, at = np.divmod(rows, layout.shard_rows)
+    shards = np.unique(where).tolist()
+    records = self.records(shards)
+    for name in layout.strings:
+      keys = [f"{name}/c/{shard}" for shard in shards]
+      texts = {}
+      for shard, key, record, data in zip(
+        shards, keys, records, self.storage.read_all(keys), strict=True
+      ):
+        if store_layout.sha256(data) != record["sha256"].get(name):
+          raise errors.UserError(
+            f"{self.storage.path}/{key} is damaged: it is not what was "
+            "written; remove it, and run again"
+          )
+        texts[shard] = store_layout.decode_strings(data)
+      parts[name] = [texts[i][j] for i, j in zip(where, at, strict=True)]
+    return parts
+
+  def take_metadata(
+    self, layout: store_layout.Layout, other: "LatentStore"
+  ) -> None:
+    """The arrays' metadata of another store, by one process."""
+    self._take(layout.metadata_keys, other)
+
+  def take_shard(
+    self, layout: store_layout.Layout, shard: int, other: "LatentStore"
+  ) -> None:
+    """Another store's shard, byte for byte, which is then not finished there.
+
+    Again does no harm, as long as it is finished there.
+    """
+    record = _record_key(shard)
+    self._take([*sorted(layout.objects(shard)), record], other)
+    other.storage.delete_all([record])
+
+  def _take(self, keys: list[str], other: "LatentStore") -> None:
+    for key, data in zip(keys, other.storage.read_all(keys), strict=True):
+      self.storage.write(key, data)
+
+  def remove_shards(
+    self, layout: store_layout.Layout, shards: Iterable[int]
+  ) -> None:
+    """The objects of some shards, by one process."""
+    objects = set().union(*map(layout.objects, shards))
+    self.storage.delete_all(objects & self.storage.list_keys())
 
   def finish(
     self, layout: store_layout.Layout, manifest: dict[str, Any]
@@ -179,7 +279,7 @@ class LatentStore(resumable_store.ResumableStore):
         "shards": [
           # Begun before records had all, an export goes on.
           {k: record[k] for k in (*_OF_SHARD, _FIRST) if k in record}
-          for record in self.records(layout.shards)
+          for record in self.records(range(layout.shards))
         ],
         "metadata_sha256": {
           key: store_layout.sha256(data) for key, data in metadata
@@ -189,9 +289,9 @@ class LatentStore(resumable_store.ResumableStore):
     self.remove_progress()
 
 
-def _survey_key(block: int) -> str:
-  return f"progress/survey/{block:06d}.json"
+def _empty_key(shard: int) -> str:
+  return f"{_EMPTY}{shard:06d}.json"
 
 
 def _record_key(shard: int) -> str:
-  return f"progress/shards/{shard:06d}.json"
+  return f"{_SHARDS}{shard:06d}.json"

@@ -13,6 +13,7 @@ class Progress:
 
   def __init__(self, total: int, unit: str = "images"):
     self._total, self._done, self._unit = total, 0, unit
+    self._left_out = 0
     self._start = self._said = time.monotonic()
 
   @property
@@ -20,8 +21,10 @@ class Progress:
     """Since the start."""
     return time.monotonic() - self._start
 
-  def add(self, number: int) -> None:
-    self._done += number
+  def add(self, number: int, left_out: int = 0) -> None:
+    """So many that were used, and others that cannot be."""
+    self._done += number + left_out
+    self._left_out += left_out
     now = time.monotonic()
     if now - self._said < _SECONDS_BETWEEN_LINES:
       return
@@ -35,7 +38,8 @@ class Progress:
 
   def finish(self) -> None:
     """Says how many of the images could be used."""
-    rate = self._done / self.seconds
+    used = self._done - self._left_out
     _LOG.info(
-      "%d of %d images used, %.3g images/s", self._done, self._total, rate
-    )
+      "%d of %d images used, %.3g images/s",
+      used, self._total, used / self.seconds,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from dcae_jax import errors
 from dcae_jax.runs import differences, lease, storage
 
 MANIFEST, IDENTITY = "manifest.json", "progress/identity.json"
-_PROBE = "progress.probe_"
+PROBE = "progress.probe_"
 
 
 class ResumableStore:
@@ -21,7 +21,7 @@ class ResumableStore:
     progress: prefixes of what is only there until the end.
   """
 
-  progress: tuple[str, ...] = (_PROBE, "progress/shards/", IDENTITY)
+  progress: tuple[str, ...] = (PROBE, "progress/shards/", IDENTITY)
 
   def __init__(
     self,
@@ -58,7 +58,7 @@ class ResumableStore:
           f"{self.storage.path} holds {min(foreign)} of something else; choose "
           "another config.output"
         )
-    self.storage.check_writable(f"{_PROBE}{process_index}")
+    self.storage.check_writable(f"{PROBE}{process_index}")
 
   def _described(self) -> dict[str, Any] | None:
     manifest = self.manifest()

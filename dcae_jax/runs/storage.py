@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -113,12 +113,14 @@ class Storage:
 
   def delete(self, prefix: str) -> None:
     """All objects whose keys begin so; a local folder of that name, too."""
-    keys = self.list_keys(prefix)
+    self.delete_all(self.list_keys(prefix))
+    if not self._is_remote and prefix.endswith("/"):
+      shutil.rmtree(os.path.join(self.path, prefix), ignore_errors=True)
+
+  def delete_all(self, keys: Iterable[str]) -> None:
     with self.errors():
       for deleted in [self._objects().write(key, None) for key in keys]:
         deleted.result()
-    if not self._is_remote and prefix.endswith("/"):
-      shutil.rmtree(os.path.join(self.path, prefix), ignore_errors=True)
 
   def read_json(self, key: str) -> dict[str, Any] | None:
     """An object's JSON, or None; raises UserError if it is no mapping."""

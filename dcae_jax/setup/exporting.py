@@ -105,7 +105,6 @@ def parts(config: ConfigDict, workdir: epath.Path | None = None) -> list[Part]:
   if config.max_images:
     total = sources.limited(source, config.max_images)
     source = sources.Subset(source, range(total))
-  source = sources.at_least(source, config.min_size)
   with errors.renamed("config.data.", "config."):
     dealt = aspect_ratios.dealt(
       [(source, 1.0)], known, least=config.least_images, shorter_side=0
@@ -132,7 +131,9 @@ def open_source(
     )
     source = image_sources.part_of(source, config.source)
   else:
-    source = image_sources.single_source(config.source, workdir)
+    source = image_sources.single_source(
+      config.source, workdir, config.min_size
+    )
   if config.class_per_image:
     total = sources.limited(source, config.max_images)
     source = sources.ClassPerImage(source, total)

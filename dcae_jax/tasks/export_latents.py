@@ -75,8 +75,10 @@ def _fill_store(
   work.begin(lambda begun: store.check_identity(identity, begun), begin)
   if store.manifest() is not None:
     _LOG.info("%s is finished", store.storage.path)
-    if is_first:
+    if is_first:  # what it was perhaps killed before
       store.remove_progress()
+      if not (workdir / "result.json").exists():
+        _write_result(workdir, store, watch)
     return True
   plan = export.fill(work, watch)
   if plan is None:

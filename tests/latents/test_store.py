@@ -245,11 +245,11 @@ def test_a_manifest_or_a_record_with_another_number_is_damaged(tmp_path):
   store = latent_store.LatentStore(str(tmp_path / "begun"))
   record = {"rows": 5, "sha256": {}, "first_sha256": {}}
   store.storage.write_sealed_json("progress/shards/000000.json", record)
-  assert store.records(1) == [record]
+  assert store.records([0]) == [record]
   file = tmp_path / "begun/progress/shards/000000.json"
   file.write_text(file.read_text().replace('"rows": 5', '"rows": 4'))
   with pytest.raises(ValueError, match="not what was written"):
-    store.records(1)
+    store.records([0])
 
 
 def test_missing_objects_and_wrong_counts_are_found(tmp_path):
@@ -328,7 +328,7 @@ def test_a_damaged_survey_is_named(tmp_path):
   store = latent_store.LatentStore(str(tmp_path))
   store.storage.write_json("progress/survey/000000.json", {"x": "too small"})
   with pytest.raises(ValueError, match=r"000000\.json is damaged: x is no"):
-    store.unusable(3)
+    store.surveyed()
 
 
 @pytest.mark.parametrize("key", ["zarr.json", "keys/zarr.json"])
@@ -350,11 +350,11 @@ def test_damaged_records_are_errors_in_one_line(text, tmp_path):
   store = latent_store.LatentStore(str(tmp_path / "begun"))
   store.storage.write("progress/shards/000000.json", text.encode())
   with pytest.raises(ValueError, match="damaged"):
-    store.records(1)
+    store.records([0])
   if text != "{}":  # nothing was unusable
     store.storage.write("progress/survey/000000.json", text.encode())
     with pytest.raises(ValueError, match="damaged"):
-      store.unusable(5)
+      store.surveyed()
 
 
 @pytest.mark.parametrize(
