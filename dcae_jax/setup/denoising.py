@@ -22,7 +22,7 @@ from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.diffusion.denoisers import released
 from dcae_jax.latents import reader
 from dcae_jax.runs import differences, work_directory
-from dcae_jax.setup import text
+from dcae_jax.setup import latent_reading, text
 from dcae_jax.training import checkpoint
 
 _LOG = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def open_store(config: ConfigDict) -> reader.Latents:
   return reader.Latents(
     config.latents,
     conditions=(conditioning_of(config.model).name,),
-    cache_megabytes=config.data.cache_megabytes,
+    cache_megabytes=latent_reading.cache_megabytes(config),
     retries=config.data.retries,
   )
 

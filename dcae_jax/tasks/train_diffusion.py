@@ -23,6 +23,7 @@ from dcae_jax.setup import (
   denoising,
   diffusion_training,
   keys,
+  latent_reading,
   start,
   text,
   training_run,
@@ -48,6 +49,7 @@ def run(
     )
   store = denoising.open_store(config)
   config = denoising.with_store(config, store)
+  config = latent_reading.decided(config, store, workdir)
   training = diffusion_training.build(config)
   training.check_machine()
   if config.init_from:
@@ -104,6 +106,7 @@ def _batches(
     workers=config.data.workers,
     threads=config.data.threads,
     shuffle_shards=config.data.shuffle_shards,
+    shuffle_streams=config.data.shuffle_streams,
     prepare=told.prepare,
   )
 
