@@ -678,6 +678,10 @@ def latent_diffusion() -> ConfigDict:
   # of processes.
   c.data.shuffle_streams = Key(-1, -1, is_decided=True)
   c.data.retries = Key(10, 0, 1000, may_change=True)  # of a bucket's requests
+  # Of latents: "factor", by the autoencoder's scaling factor [paper]; or
+  # "channels", each of them to mean 0 and deviation 1 over the store, as
+  # LightningDiT has it [arXiv 2501.01423, its authors' code].
+  c.data.normalisation = "factor"
 
   # --- pictures of samples during training, of the averages ----------------
   c.samples = ConfigDict()

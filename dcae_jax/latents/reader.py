@@ -1,7 +1,7 @@
 """Reading a latent store: at random, or in shuffled batches; local or `gs://`.
 
-What comes out is what diffusion learns from: float32, scaled by the numbers of
-the store's manifest.
+What comes out is what diffusion learns from: float32, normalised by the numbers
+of the store's manifest.
 """
 
 import functools
@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from dcae_jax import errors
+from dcae_jax.autoencoder import latent_statistics
 from dcae_jax.data import batches
 from dcae_jax.latents import layout, verification
 from dcae_jax.runs import places, storage
@@ -36,6 +37,7 @@ class Latents:
     shape: [h, w, c] of a latent.
     conditions: the names of their arrays; "labels" is one.
     classes: names, by label; empty if the source had none.
+    normalisation: of the latents that are read.
   """
 
   def __init__(
@@ -45,6 +47,7 @@ class Latents:
     conditions: Sequence[str] | None = None,
     cache_megabytes: float = 64,
     retries: int = storage.RETRIES,
+    normalisation: str = "factor",
   ):
     """Reads the manifest.
 
@@ -53,9 +56,12 @@ class Latents:
       conditions: the names of those that are read; None: all.
       cache_megabytes: of rows kept in memory; a store that fits is read once.
       retries: of a request to a bucket.
+      normalisation: "factor", by the autoencoder's scaling and shift factor; or
+        "channels", each of them to mean 0 and deviation 1 over the store.
 
     Raises:
-      UserError: there is no finished store, or it lacks one of the conditions.
+      UserError: there is no finished store, or it lacks one of the conditions,
+        or what the normalisation needs.
       OSError: no such bucket, no permission, no answer.
     """
     self._retries = retries
@@ -77,8 +83,15 @@ class Latents:
         )
     self.classes = self.manifest["classes"]
     self._dtype = layout.DTYPES[self.manifest["dtype"]]
-    self._scale = np.float32(self.manifest["scaling_factor"])
-    self._shift = np.float32(self.manifest["shift_factor"])
+    latent_statistics.check_normalisation(normalisation)
+    create = latent_statistics.NORMALISATIONS[normalisation]
+    try:
+      self.normalisation = create(self.manifest)
+    except errors.UserError as error:
+      raise errors.UserError(
+        f"{self.path} cannot be read with normalisation={normalisation!r}: "
+        f"{error}; export it again, or use normalisation='factor'"
+      ) from error
     self._arrays: dict[str, Any] = {}
     self._columns: dict[str, np.ndarray] = {}
 
@@ -113,7 +126,7 @@ class Latents:
     rows = np.asarray(rows, np.int64)
     latents = self.read_unscaled(rows)
     images = rows % self.manifest["count"]
-    return {"latents": (latents - self._shift) * self._scale} | {
+    return {"latents": self.normalisation.apply(latents)} | {
       name: self.condition(name)[images] for name in self.conditions
     }
 

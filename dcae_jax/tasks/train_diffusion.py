@@ -145,7 +145,7 @@ def _sample(
         continue
       rms = float(np.sqrt(np.mean(np.square(z))))
       values[f"eval/latent_rms/guidance_{scale:g}"] = rms
-      z = decode.unscaled(store.manifest, z)
+      z = store.normalisation.undo(z)
       columns[f"guidance {scale:g}"] = decode.to_pixels(ae, z)
     if columns:
       rows = list(np.stack(list(columns.values()), axis=1))

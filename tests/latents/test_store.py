@@ -113,6 +113,35 @@ def test_rows_come_scaled_and_mirrored_ones_last(path):
       source[row]
 
 
+def test_each_channel_is_normalised_by_its_own_statistics(tmp_path):
+  """Where the store has them; an older one is refused in one line."""
+  channels = {"mean": [1.0, -2.0, 3.0], "std": [4.0, 0.5, 2.0]}
+  numbers = {"mean": 0.0, "std": 1.0, "rms": 1.0}
+  statistics = numbers | {"channels": channels | {"rms": [1.0] * 3}}
+  make_store(tmp_path / "store", statistics=statistics)
+  source = reader.Latents(tmp_path / "store", normalisation="channels")
+  values = source.read_unscaled([3, 5])
+  found = source.read([3, 5])["latents"]
+  expected = (values - np.float32([1, -2, 3])) / np.float32([4, 0.5, 2])
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  plain = reader.Latents(tmp_path / "store").read([3])["latents"]
+  np.testing.assert_array_equal(plain, values[:1] * np.float32(0.25))
+  make_store(tmp_path / "none")
+  statistics["channels"].update(std=[4.0, 0.0, 2.0])
+  make_store(tmp_path / "flat", statistics=statistics)
+  del statistics["channels"]["mean"]
+  make_store(tmp_path / "older", statistics=statistics)
+  lacks = "it has no mean and standard deviation of each channel; export it"
+  for name, kind, message in (
+    ("none", "channels", lacks),
+    ("older", "channels", lacks),
+    ("flat", "channels", "its channel 1 has a standard deviation of 0.0; exp"),
+    ("store", "each", "unknown normalisation='each'; known are factor, channe"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      reader.Latents(tmp_path / name, normalisation=kind)
+
+
 def _epoch(batches, count):
   found = [next(batches) for _ in range(count)]
   return [float(x) for batch in found for x in batch["latents"][:, 0, 0, 0]]

@@ -13,12 +13,15 @@ from conftest import fill_store
 from etils import epath
 from jax.experimental import multihost_utils
 from latents.test_store import make_store
+from PIL import Image
 
+import dcae_jax
 from configs import base
 from dcae_jax.diffusion import conditioning, objectives
 from dcae_jax.diffusion import train_step as diffusion_train_step
 from dcae_jax.diffusion.denoisers import families as denoisers
-from dcae_jax.latents import reader
+from dcae_jax.evaluation.report import figures
+from dcae_jax.latents import decode, reader
 from dcae_jax.runs import host_memory, processes
 from dcae_jax.setup import denoising, diffusion_training, latent_reading
 from dcae_jax.tasks import train_diffusion
@@ -237,6 +240,37 @@ def test_other_latents_are_refused_on_resume(
     train_diffusion.run(config(latents=moved, steps=3), run)
 
 
+def test_channels_are_normalised_in_training_and_back_in_its_samples(
+  config, tiny_autoencoder, tiny_latents, tmp_path
+):
+  settings = {"data.normalisation": "channels", "samples.count": 2}
+  settings |= {"samples.guidance": (1.0,)}
+  run = epath.Path(tmp_path / "run")
+  train_diffusion.run(config(steps=1, **settings), run)
+  statistics = reader.Latents(tiny_latents).manifest["statistics"]["channels"]
+  mean, std = (np.float32(statistics[key]) for key in ("mean", "std"))
+  kept = json.loads((run / "latents.json").read_text())["normalisation"]
+  np.testing.assert_allclose(kept["shift"], mean, rtol=1e-6)
+  np.testing.assert_allclose(kept["scale"], 1 / std, rtol=1e-6)
+  c = denoising.with_store(config(), reader.Latents(tiny_latents))
+  model = denoising.create(c.model, c.objective, c.sampler)
+  whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  key = jax.random.fold_in(jax.random.key(0), 2)
+  sample = jax.jit(model.sample_function(1.0, whole))
+  z = np.asarray(sample(_variables(tmp_path / "run")[1][1], key, np.arange(2)))
+  pixels = decode.to_pixels(dcae_jax.load(tiny_autoencoder), z * std + mean)
+  titles = ["class 0", "class 1"]
+  expected = figures.grid(list(pixels[:, None]), titles, {0: "guidance 1"})
+  (file,) = (tmp_path / "run/samples").glob("*.png")
+  difference = np.asarray(Image.open(file)).astype(int) - expected
+  assert abs(difference).max() <= 2 and expected.std() > 10
+  with pytest.raises(ValueError, match="'channels' there, 'factor' now"):
+    train_diffusion.run(config(steps=4, **{"samples.count": 0}), run)
+  fine = config(init_from=str(run), steps=1)
+  with pytest.raises(ValueError, match="normalisation: 'channels' there, 'fa"):
+    train_diffusion.run(fine, epath.Path(tmp_path / "fine"))
+
+
 def _shuffling(workdir):
   data = json.loads((workdir / "config.json").read_text())["data"]
   return data["shuffle_shards"], data["shuffle_streams"]
@@ -350,6 +384,7 @@ def test_processes_agree_on_the_windows(config, tmp_path, monkeypatch):
     ({"mesh.spatial": 2, "mesh.data": 4}, "splits images"),
     ({"optimizer.schedule": "step"}, "schedule='step'; known are constant"),
     ({"optimizer.final_rate": -1.0}, "final_rate=-1.0 is below 0"),
+    ({"data.normalisation": "x"}, "unknown normalisation='x'; known are fact"),
     ({"label_dropout": 1.5}, "label_dropout=1.5 is above 1"),
     ({"autoencoder": "/nowhere", "samples.count": 1}, "cannot be loaded"),
   ],
