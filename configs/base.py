@@ -25,7 +25,9 @@ class Key:
   Runs made before there was the key count as having its default. A number is
   `least` to `most`. What `may_change` between two starts in one work directory
   does not change what is computed, or only how far it goes. The `example` has
-  the form of the values where the default, an empty tuple, has not.
+  the form of the values where the default, an empty tuple, has not. Where
+  `is_decided`, the default stands for what a run decides at its first start,
+  and goes on with.
   """
 
   default: Any
@@ -33,6 +35,7 @@ class Key:
   most: float = 2**31 - 1
   may_change: bool = False
   example: Any = None
+  is_decided: bool = False
 
   @property
   def form(self) -> Any:
@@ -708,10 +711,21 @@ def latent_diffusion() -> ConfigDict:
 
   # --- the latents ---------------------------------------------------------
   c.data = _loading(workers=0)  # a thread reads a batch
-  # Of latents kept in memory, a process
-  c.data.cache_megabytes = Key(1_000.0, 0, may_change=True)
-  c.data.shuffle_shards = Key(0, 0)  # 0: all rows with each other; a bucket: 16
+  # Of latents kept in memory, in each process and each of its workers. -1: a
+  # quarter of the memory, shared by all of those on a machine.
+  c.data.cache_megabytes = Key(-1.0, -1, may_change=True)
+  # Shards whose rows are shuffled with each other; 0: all. -1: all if they fit
+  # what is kept in memory, else as many as do: an epoch then reads each once.
+  c.data.shuffle_shards = Key(-1, -1, is_decided=True)
+  # Equal parts of a batch with shards of their own, so many in each part, so
+  # that each process reads others. -1: 1 for a shuffle of all, else the number
+  # of processes.
+  c.data.shuffle_streams = Key(-1, -1, is_decided=True)
   c.data.retries = Key(10, 0, 1000, may_change=True)  # of a bucket's requests
+  # Of latents: "factor", by the autoencoder's scaling factor [paper]; or
+  # "channels", each of them to mean 0 and deviation 1 over the store, as
+  # LightningDiT has it [arXiv 2501.01423, its authors' code].
+  c.data.normalisation = "factor"
 
   # --- pictures of samples during training, of the averages ----------------
   c.samples = ConfigDict()

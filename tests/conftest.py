@@ -173,6 +173,7 @@ def fill_store(
   With other conditions, by the names of their arrays.
   """
   import dcae_jax
+  from dcae_jax.autoencoder import latent_statistics
   from dcae_jax.autoencoder.weights import conversion
   from dcae_jax.latents import encode
   from dcae_jax.latents import layout as store_layout
@@ -203,6 +204,8 @@ def fill_store(
     ["a"] * rows,
     {"moments": {"mean": [0.0]}},
   )
+  statistics = latent_statistics.LatentStatistics(shape[-1])
+  statistics.add(values)
   encoder = encode.encoder_variables(dcae_jax.load(folder).variables)
   made_with = {
     "init_from": str(folder),
@@ -216,6 +219,7 @@ def fill_store(
       "classes": [f"class {i}" for i in range(classes)],
       "scaling_factor": 0.5,
       "shift_factor": 0.0,
+      "statistics": statistics.compute(),
       "crop": {"kind": "dm_crop"},
       "source": {"kind": "folder", "fingerprint": f"{rows}"},
     },

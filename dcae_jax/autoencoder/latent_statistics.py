@@ -1,12 +1,74 @@
 """Mean, standard deviation and RMS of latents, over all and per channel.
 
-The reciprocal of the RMS is the scaling factor (DC-AE, appendix B).
+The reciprocal of the RMS is the scaling factor (DC-AE, appendix B). Diffusion
+learns from latents that are multiplied by it, or each channel by its own.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from dcae_jax import errors
+from dcae_jax.runs import json_types
+
+NORMALISATION_TYPES = {key: [json_types.NUMBER] for key in ("shift", "scale")}
+
+
+class Normalisation(NamedTuple):
+  """What diffusion makes of latents [..., c], in float32, and takes back.
+
+  Numbers for all channels, or lists with one for each.
+  """
+
+  shift: float | Sequence[float]
+  scale: float | Sequence[float]
+
+  def apply(self, z: Any) -> Any:
+    shift, scale = self._of_axes(z.ndim)
+    return (z - shift) * scale
+
+  def undo(self, z: Any) -> Any:
+    shift, scale = self._of_axes(z.ndim)
+    return z / scale + shift
+
+  def _of_axes(self, axes: int) -> list[np.ndarray]:
+    return [np.array(numbers, np.float32, ndmin=axes) for numbers in self]
+
+
+def by_factor(manifest: dict[str, Any]) -> Normalisation:
+  """By the factors of a store's autoencoder."""
+  return Normalisation(manifest["shift_factor"], manifest["scaling_factor"])
+
+
+def by_channels(manifest: dict[str, Any]) -> Normalisation:
+  """Each channel of a store to mean 0 and deviation 1; UserError if unknown."""
+  channels = manifest.get("statistics", {}).get("channels", {})
+  mean, std = channels.get("mean", ()), channels.get("std", ())
+  if not len(mean) == len(std) == manifest["shape"][-1]:
+    raise errors.UserError(
+      "it has no mean and standard deviation of each channel"
+    )
+  if (least := min(std)) <= 0:
+    raise errors.UserError(
+      f"its channel {std.index(least)} has a standard deviation of {least}"
+    )
+  return Normalisation(mean, [1 / x for x in std])
+
+
+NORMALISATIONS: dict[str, Callable[[dict[str, Any]], Normalisation]] = {
+  "factor": by_factor,
+  "channels": by_channels,
+}
+
+
+def check_normalisation(kind: str) -> None:
+  """Raises UserError for one that there is not."""
+  if kind not in NORMALISATIONS:
+    raise errors.UserError(
+      f"unknown normalisation={kind!r}; known are {', '.join(NORMALISATIONS)}"
+    )
 
 
 class LatentStatistics:

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder as autoencoder_lib
-from dcae_jax.autoencoder import network
+from dcae_jax.autoencoder import latent_statistics, network
 from dcae_jax.diffusion import conditioning, sampling
 from dcae_jax.diffusion.denoisers import released
 from dcae_jax.diffusion.text import encoders
@@ -62,7 +62,8 @@ class Denoiser:
       null_is_empty_text: there is no null caption: guidance leads away from an
         empty prompt.
       name: of released weights.
-      origin: `autoencoder` and `scaling_factor`, as far as they are known.
+      origin: `autoencoder`, `scaling_factor` and, if it is of each channel,
+        `normalisation` of the latents, as far as they are known.
     """
     self.variant, self.diffusion, self.variables = variant, diffusion, variables
     self._load_autoencoder = load_autoencoder
@@ -196,6 +197,10 @@ class Denoiser:
       network.check_side(side, ae.spatial_compression)
     latent_size = size and tuple(x // ae.spatial_compression for x in size)
     draw = self._sampler(guidance, steps, latent_size)
+    normalisation = latent_statistics.Normalisation(
+      **self._origin.get("normalisation")
+      or {"shift": ae.shift_factor, "scale": float(ae.scaling_factor)}
+    )
     key, images = jax.random.key(seed), []
     for number, first in enumerate(range(0, len(chosen), _LARGEST_BATCH)):
       part = chosen[first : first + _LARGEST_BATCH]
@@ -210,7 +215,7 @@ class Denoiser:
           f"samples at guidance {guidance:g} are not finite: the scale is too "
           "large, or the model has diverged"
         )
-      z = z[: len(part)] / ae.scaling_factor + ae.shift_factor
+      z = normalisation.undo(z[: len(part)])
       images.append(jnp.clip(ae.decode(z), -1, 1))
     return jnp.concatenate(images)
 
@@ -223,7 +228,8 @@ class Denoiser:
       layout: "original" or, of PixArt and SANA, "diffusers".
 
     Raises:
-      UserError: a layout that there is not, or the folder holds something else,
+      UserError: a layout that there is not, or that does not know how the
+        latents are normalised, or the folder holds something else,
         is or is in the work directory of a run, or cannot be written.
     """
     released.save(

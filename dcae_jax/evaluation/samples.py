@@ -167,9 +167,9 @@ class Drawing:
     }
 
     def show(variables, parameters, z):
-      unscaled = decode.unscaled(description, z)
+      latents = decode.normalisation(description).undo(z)
       pixels = quantisation.quantise(
-        ae.apply(variables, unscaled, method="decode")
+        ae.apply(variables, latents, method="decode")
       )
       described = set_measures.describe(metrics, parameters, pixels)
       return {

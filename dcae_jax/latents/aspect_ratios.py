@@ -88,8 +88,14 @@ class LatentsOfShapes:
             f"{key} is {other.get(key)} and {first.get(key)}; export the "
             "latents again"
           )
+    if any(x.normalisation != stores[0].normalisation for x in stores):
+      raise errors.UserError(
+        "config.data.normalisation='channels' is of one store, and the latents "
+        f"of each shape in {self.path} have other statistics; use 'factor'"
+      )
     side = first["resolution"] // first["autoencoder"]["spatial_compression"]
     self.shape = (side, side, stores[0].shape[-1])
+    self.normalisation = stores[0].normalisation
     self.classes = stores[0].classes
     manifests = [store.manifest for store in stores]
     sources = [manifest["source"] for manifest in manifests]
@@ -109,6 +115,16 @@ class LatentsOfShapes:
   def shapes(self) -> list[tuple[int, int, int]]:
     """Those of the latents in batches, each of which has one."""
     return [store.shape for store in self.stores]
+
+  @property
+  def shards(self) -> int:
+    """At most in a store."""
+    return max(store.shards for store in self.stores)
+
+  @property
+  def shard_bytes(self) -> int:
+    """Of a shard of each store: one of each is read in turn."""
+    return sum(store.shard_bytes for store in self.stores)
 
   def batches(self, **options: Any) -> "Batches":
     """With the options of `Batches`."""

@@ -12,7 +12,11 @@ import numpy as np
 from etils import epath
 
 from dcae_jax import errors
-from dcae_jax.autoencoder import autoencoder, quantisation
+from dcae_jax.autoencoder import (
+  autoencoder,
+  latent_statistics,
+  quantisation,
+)
 from dcae_jax.autoencoder.weights import conversion
 from dcae_jax.latents import aspect_ratios, encode, layout, reader
 from dcae_jax.runs import (
@@ -33,8 +37,13 @@ _TYPES = {
   "autoencoder": layout.TYPES["autoencoder?"], "encoder": str, "count": int,
   "views": [str], "rows_of_shards": [int], "crop": dict, "source": dict,
   "text_encoder?": dict,
+  "normalisation?": latent_statistics.NORMALISATION_TYPES,
 }  # fmt: skip
-_OPTIONAL = ("text_encoder",)  # which must be the same where there is one
+# What must be the same where there is one, and what it is.
+_OPTIONAL = {
+  "text_encoder": "another text encoder",
+  "normalisation": "another normalisation",
+}
 
 
 def load_autoencoder(
@@ -78,10 +87,11 @@ def to_pixels(ae: autoencoder.Autoencoder, z: np.ndarray) -> np.ndarray:
   return np.asarray(quantisation.quantise(ae.decode(z)), np.uint8)
 
 
-def unscaled(manifest: dict[str, Any], z: Any) -> Any:
-  """What diffusion works with, as the autoencoder decodes it."""
-  scale, shift = manifest["scaling_factor"], manifest["shift_factor"]
-  return z / np.float32(scale) + np.float32(shift)
+def normalisation(described: dict[str, Any]) -> latent_statistics.Normalisation:
+  """Of what a run learned from, by its description."""
+  if own := described.get("normalisation"):
+    return latent_statistics.Normalisation(**own)
+  return latent_statistics.by_factor(described)
 
 
 def description(
@@ -96,7 +106,10 @@ def description(
   path = f"{store.path}/{layout.MANIFEST}"
   needed = dict.fromkeys(kept, json_types.ANYTHING)
   json_types.check(path, described, needed, "export it again")
-  return {key: described[key] for key in kept}
+  described = {key: described[key] for key in kept}
+  if store.normalisation != normalisation(described):
+    described["normalisation"] = store.normalisation._asdict()
+  return described
 
 
 def write_description(workdir: epath.Path, described: dict[str, Any]) -> None:
@@ -131,11 +144,12 @@ def check_same_latents(workdir: epath.Path, described: dict[str, Any]) -> None:
       f"the run in {workdir} began with other latents",
       "bring them back, or choose another --workdir",
     )
-    differences.check_same(
-      *({key: x.get(key) for key in _OPTIONAL} for x in (before, described)),
-      f"the run in {workdir} began with another text encoder",
-      "name it again, or choose another --workdir",
-    )
+    for key, other in _OPTIONAL.items():
+      differences.check_same(
+        *({key: x.get(key)} for x in (before, described)),
+        f"the run in {workdir} began with {other}",
+        "name it again, or choose another --workdir",
+      )
 
 
 def check_same_meaning(run: str, store: reader.Latents) -> None:

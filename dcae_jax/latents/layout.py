@@ -44,7 +44,7 @@ _AUTOENCODER = {
 }  # fmt: skip
 _STATISTICS = {
   "mean": _NUMBER, "std": _NUMBER, "rms": _NUMBER,
-  "channels": {"rms": [_NUMBER]},
+  "channels": {"rms": [_NUMBER], "mean?": [_NUMBER], "std?": [_NUMBER]},
 }  # fmt: skip
 TYPES = {  # of what is read of the manifest
   "count": int, "shape": [int, int, int], "dtype": str, "views": [str],

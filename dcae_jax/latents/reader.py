@@ -1,10 +1,11 @@
 """Reading a latent store: at random, or in shuffled batches; local or `gs://`.
 
-What comes out is what diffusion learns from: float32, scaled by the numbers of
-the store's manifest.
+What comes out is what diffusion learns from: float32, normalised by the numbers
+of the store's manifest.
 """
 
 import functools
+import math
 import os
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import grain
 import numpy as np
 
 from dcae_jax import errors
+from dcae_jax.autoencoder import latent_statistics
 from dcae_jax.data import batches
 from dcae_jax.latents import layout, verification
 from dcae_jax.runs import places, storage
@@ -35,6 +37,7 @@ class Latents:
     shape: [h, w, c] of a latent.
     conditions: the names of their arrays; "labels" is one.
     classes: names, by label; empty if the source had none.
+    normalisation: of the latents that are read.
   """
 
   def __init__(
@@ -44,6 +47,7 @@ class Latents:
     conditions: Sequence[str] | None = None,
     cache_megabytes: float = 64,
     retries: int = storage.RETRIES,
+    normalisation: str = "factor",
   ):
     """Reads the manifest.
 
@@ -52,9 +56,12 @@ class Latents:
       conditions: the names of those that are read; None: all.
       cache_megabytes: of rows kept in memory; a store that fits is read once.
       retries: of a request to a bucket.
+      normalisation: "factor", by the autoencoder's scaling and shift factor; or
+        "channels", each of them to mean 0 and deviation 1 over the store.
 
     Raises:
-      UserError: there is no finished store, or it lacks one of the conditions.
+      UserError: there is no finished store, or it lacks one of the conditions,
+        or what the normalisation needs.
       OSError: no such bucket, no permission, no answer.
     """
     self._retries = retries
@@ -76,10 +83,28 @@ class Latents:
         )
     self.classes = self.manifest["classes"]
     self._dtype = layout.DTYPES[self.manifest["dtype"]]
-    self._scale = np.float32(self.manifest["scaling_factor"])
-    self._shift = np.float32(self.manifest["shift_factor"])
+    latent_statistics.check_normalisation(normalisation)
+    create = latent_statistics.NORMALISATIONS[normalisation]
+    try:
+      self.normalisation = create(self.manifest)
+    except errors.UserError as error:
+      raise errors.UserError(
+        f"{self.path} cannot be read with normalisation={normalisation!r}: "
+        f"{error}; export it again, or use normalisation='factor'"
+      ) from error
     self._arrays: dict[str, Any] = {}
     self._columns: dict[str, np.ndarray] = {}
+
+  @property
+  def shard_bytes(self) -> int:
+    """Of the largest shard of a view, as it is kept in memory."""
+    rows = max(shard["rows"] for shard in self.manifest["shards"])
+    return rows * math.prod(self.shape) * self._dtype.itemsize
+
+  @property
+  def shards(self) -> int:
+    """Of all views."""
+    return len(self.manifest["shards"]) * len(self.manifest["views"])
 
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {"_arrays": {}}  # a worker opens its own
@@ -110,7 +135,7 @@ class Latents:
     rows = np.asarray(rows, np.int64)
     latents = self.read_unscaled(rows)
     images = rows % self.manifest["count"]
-    return {"latents": (latents - self._shift) * self._scale} | {
+    return {"latents": self.normalisation.apply(latents)} | {
       name: self.condition(name)[images] for name in self.conditions
     }
 
@@ -209,6 +234,7 @@ class LatentBatches(batches.Batches):
     workers: int = 0,
     threads: int = 4,
     shuffle_shards: int = 0,
+    shuffle_streams: int = 1,
     prepare: Mapping[str, Prepare] = _NOTHING,
   ):
     """Describes the iterator; nothing is read before the first batch.
@@ -222,8 +248,11 @@ class LatentBatches(batches.Batches):
       workers: loader processes; 0 reads in threads of this one.
       threads: batches that each process reads at once.
       shuffle_shards: 0 shuffles all rows with each other. Else that many shards
-        at a time, in random order: a bucket is then read once an epoch, if the
+        at a time, in random order: each is then read once an epoch, if the
         store's cache holds as many.
+      shuffle_streams: equal parts of the batch of all processes, each of shards
+        of its own and shuffled for itself. Where each process has one, or
+        several, it reads other shards than the rest; with 1, all read all.
       prepare: of conditions by name, what they are made of in a batch; the
         others are as the store has them.
 
@@ -234,12 +263,15 @@ class LatentBatches(batches.Batches):
     for name, value, least in (
       ("batch_size", batch_size, 1), ("seed", seed, 0), ("threads", threads, 1),
       ("workers", workers, 0), ("shuffle_shards", shuffle_shards, 0),
+      ("shuffle_streams", shuffle_streams, 1),
     ):  # fmt: skip
       if value < least:
         raise errors.UserError(f"{name}={value} is below {least}")
     if not 0 <= process_index < process_count:
       raise errors.UserError(f"process {process_index} of {process_count}")
-    order = _Order(latents, batch_size * process_count, seed, shuffle_shards)
+    order = _Order(
+      latents, batch_size * process_count, seed, shuffle_shards, shuffle_streams
+    )
     part = slice(process_index * batch_size, (process_index + 1) * batch_size)
     read = functools.partial(_read, latents, order, part, dict(prepare))
     dataset = grain.MapDataset.range(_Order.batches).map(read)
@@ -274,13 +306,24 @@ class _Order:
   batches = 2**40  # more than anybody reads
 
   def __init__(
-    self, latents: Latents, batch_size: int, seed: int, shuffle_shards: int
+    self,
+    latents: Latents,
+    batch_size: int,
+    seed: int,
+    shuffle_shards: int,
+    shuffle_streams: int = 1,
   ):
     shards = latents.manifest["shards"]
     sizes = [shard["rows"] for shard in shards] * len(latents.manifest["views"])
+    if batch_size % shuffle_streams:
+      raise errors.UserError(
+        f"shuffle_streams={shuffle_streams} does not divide {batch_size}, the "
+        "batch of all processes; use a divisor, such as their number"
+      )
     self._starts = np.concatenate([[0], np.cumsum(sizes)])
     self._batch_size, self._seed = batch_size, seed
     self._window = shuffle_shards or len(sizes)
+    self._streams = shuffle_streams
     self._batches = len(latents) // batch_size  # of an epoch
     if not self._batches:
       raise errors.UserError(
@@ -305,13 +348,22 @@ class _Order:
       return rows
     rng = np.random.default_rng((self._seed, epoch))
     shards = rng.permutation(len(self._starts) - 1)
-    windows = []
-    for i in range(0, len(shards), self._window):
-      window = [
-        np.arange(self._starts[shard], self._starts[shard + 1])
-        for shard in shards[i : i + self._window]
-      ]
-      windows.append(rng.permutation(np.concatenate(window)))
-    rows = np.concatenate(windows)
+    in_order = [
+      np.arange(self._starts[shard], self._starts[shard + 1])
+      for shard in shards
+    ]
+    # A stream has as many rows as the others, of shards that follow each other.
+    ends = np.cumsum([len(rows) for rows in in_order])
+    size = ends[-1] // self._streams
+    cuts = {*ends[self._window - 1 :: self._window]}
+    cuts |= {size * i for i in range(1, self._streams + 1)}
+    windows = np.split(np.concatenate(in_order), sorted(cuts))
+    rows = np.concatenate([rng.permutation(window) for window in windows])
+    # Of each batch, a part from each stream.
+    rows = rows[: size * self._streams].reshape(self._streams, size)
+    part = self._batch_size // self._streams
+    rows = rows[:, : self._batches * part]
+    rows = rows.reshape(self._streams, self._batches, part)
+    rows = rows.swapaxes(0, 1).reshape(-1)
     self._epoch = (epoch, rows)
     return rows

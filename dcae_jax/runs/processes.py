@@ -1,8 +1,10 @@
 """The processes of a run: waiting for all, counting over all, leaving."""
 
 import errno
+import hashlib
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +12,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from dcae_jax.runs import host_memory
 
 _SECONDS_FOR_OTHERS = 5  # to leave after SIGTERM
 
@@ -23,11 +27,27 @@ def total(number: int) -> int:
 
 def sums(numbers: Sequence[int]) -> list[int]:
   """Of each of several numbers over all processes, modulo 2**64."""
+  return _gathered(numbers).sum(axis=0, dtype=np.uint64).tolist()
+
+
+def memory() -> int:
+  """Bytes for a process: the machine's over its processes, where least."""
+  digest = hashlib.sha256(platform.node().encode()).digest()
+  machine = int.from_bytes(digest[:8], "big")
+  machines, totals = _gathered([machine, host_memory.total()]).T
+  _, of_process, counts = np.unique(
+    machines, return_inverse=True, return_counts=True
+  )
+  return int((totals // counts[of_process].astype(np.uint64)).min())
+
+
+def _gathered(numbers: Sequence[int]) -> np.ndarray:
+  """Those of every process, uint64 [processes, n]."""
+  own = np.array(numbers, np.uint64)
   if jax.process_count() == 1:
-    return list(numbers)
-  halves = np.array(numbers, np.uint64).view(np.uint32)  # jax has no 64 bits
-  gathered = np.asarray(multihost_utils.process_allgather(halves))
-  return gathered.view(np.uint64).sum(axis=0, dtype=np.uint64).tolist()
+    return own[None]
+  halves = own.view(np.uint32)  # jax has no 64 bits
+  return np.asarray(multihost_utils.process_allgather(halves)).view(np.uint64)
 
 
 def wait_for_all(name: str) -> None:

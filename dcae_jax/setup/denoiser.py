@@ -96,6 +96,7 @@ def load(
     origin={
       "autoencoder": found.autoencoder,
       "scaling_factor": found.scaling_factor,
+      "normalisation": found.normalisation,
     },
   )
 
@@ -151,5 +152,8 @@ def _of_run(
       if diffusion.conditioning.is_text
       else None
     ),
-    origin={"scaling_factor": description["scaling_factor"]},
+    origin={
+      "scaling_factor": description["scaling_factor"],
+      "normalisation": description.get("normalisation"),
+    },
   )

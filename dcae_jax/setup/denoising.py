@@ -22,7 +22,7 @@ from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.diffusion.denoisers import released
 from dcae_jax.latents import aspect_ratios, reader
 from dcae_jax.runs import differences, work_directory
-from dcae_jax.setup import text
+from dcae_jax.setup import latent_reading, text
 from dcae_jax.training import checkpoint
 
 _LOG = logging.getLogger(__name__)
@@ -101,8 +101,9 @@ def open_store(config: ConfigDict) -> Store:
   open_one = lambda path, count: reader.Latents(
     path,
     conditions=(conditioning_of(config.model).name,),
-    cache_megabytes=config.data.cache_megabytes / count,
+    cache_megabytes=latent_reading.cache_megabytes(config) / count,
     retries=config.data.retries,
+    normalisation=config.data.normalisation,
   )
   return aspect_ratios.opened(config.latents, open_one, config.data.retries)
 
@@ -220,18 +221,24 @@ def check_same_model(
     found = released.find(source)
     there = _described(released.create(found), found.objective)
     here = _described(model.denoiser, model.objective)
+    there["normalisation"] = "channels" if found.normalisation else "factor"
+    here["normalisation"] = config.data.normalisation
     differences.check_same(
       there,
       here,
       f"the model of config.init_from={source} is another one",
-      "set config.model and config.objective to what it has",
+      "set config.model, config.objective and config.data.normalisation to "
+      "what it has",
     )
     return
   before = work_directory.read_run_config(source, "train_diffusion")
   shaping = ("variant", "patch_size", *numbers_of_latents(config.model))
   models = [
     {key: x["model"].get(key) for key in shaping}
-    | {"objective": x["objective"]["kind"] == "improved_ddpm"}
+    | {
+      "objective": x["objective"]["kind"] == "improved_ddpm",
+      "normalisation": x.get("data", {}).get("normalisation", "factor"),
+    }
     for x in (before, config.to_dict())
   ]
   differences.check_same(

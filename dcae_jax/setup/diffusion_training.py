@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
+from dcae_jax.autoencoder import latent_statistics
 from dcae_jax.diffusion import (
   conditioning,
   objectives,
@@ -121,6 +122,7 @@ class Training(training_run.Training):
 def check(config: ConfigDict) -> None:
   """Raises UserError for a config that no latents can be trained with."""
   keys.check(config)
+  latent_statistics.check_normalisation(config.data.normalisation)
   denoising.check_guidance("config.samples.guidance", config.samples.guidance)
   if config.samples.count and not config.samples.guidance:
     raise errors.UserError(

@@ -161,14 +161,19 @@ def completed(config: dict[str, Any], run: str) -> ConfigDict:
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """What differs from an earlier run's config, and must not."""
-  there, keys = differences.flat(before), _keys(now)
+  keys = _keys(now)
+  there, here = differences.flat(before), differences.flat(now)
   for path, key in keys.items():
     there.setdefault(path, json.loads(json.dumps(key.default)))
   return [
     text
     for path, text in differences.differences(there, now).items()
-    if path not in keys or not keys[path].may_change
+    if path not in keys or not _may_differ(keys[path], there[path], here[path])
   ]
+
+
+def _may_differ(key: base.Key, before: Any, now: Any) -> bool:
+  return key.may_change or (key.is_decided and key.default in (before, now))
 
 
 def for_device(config: ConfigDict, backend: str) -> ConfigDict:

@@ -14,6 +14,7 @@ from dcae_jax.diffusion.text import encoders
 from dcae_jax.latents import captions, reader
 from dcae_jax.nn import precision
 from dcae_jax.runs import differences
+from dcae_jax.setup import latent_reading
 from dcae_jax.training import sharding
 
 DESCRIBED = "text_encoder"  # in what a run keeps of its latents
@@ -85,7 +86,7 @@ def told(
     prepare = captions.States(
       of_text.cache,
       encoder.max_tokens,
-      cache_megabytes=config.data.cache_megabytes,
+      cache_megabytes=latent_reading.cache_megabytes(config),
       retries=config.data.retries,
     )
     prepare.check(rows, encoder.description())

@@ -24,6 +24,7 @@ from dcae_jax.setup import (
   denoising,
   diffusion_training,
   keys,
+  latent_reading,
   start,
   text,
   training_run,
@@ -49,6 +50,7 @@ def run(
     )
   store = denoising.open_store(config)
   config = denoising.with_store(config, store)
+  config = latent_reading.decided(config, store, workdir)
   training = diffusion_training.build(config)
   training.check_machine()
   training.check_shapes(store.shapes)
@@ -105,6 +107,7 @@ def _batches(
     workers=config.data.workers,
     threads=config.data.threads,
     shuffle_shards=config.data.shuffle_shards,
+    shuffle_streams=config.data.shuffle_streams,
     prepare=told.prepare,
   )
 
@@ -143,7 +146,7 @@ def _sample(
         continue
       rms = float(np.sqrt(np.mean(np.square(z))))
       values[f"eval/latent_rms/guidance_{scale:g}"] = rms
-      z = decode.unscaled(store.manifest, z)
+      z = store.normalisation.undo(z)
       columns[f"guidance {scale:g}"] = decode.to_pixels(ae, z)
     if columns:
       rows = list(np.stack(list(columns.values()), axis=1))

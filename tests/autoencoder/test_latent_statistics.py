@@ -44,3 +44,18 @@ def test_latents_that_are_all_zero_have_no_scaling_factor():
   found = _compute(np.zeros((2, 2, 3, 3)), 2)
   assert latent_statistics.scaling_factor(found, 0.0) is None
   assert latent_statistics.scaling_factor(found, 2.0) == 0.5
+
+
+def test_channels_are_normalised_each_by_its_own_and_back():
+  rng = np.random.default_rng(0)
+  scales, means = np.array([0.1, 5.0, 1.0]), np.array([3.0, -20.0, 0.0])
+  z = (rng.normal(size=(8, 4, 4, 3)) * scales + means).astype(np.float32)
+  statistics = latent_statistics.LatentStatistics(3)
+  statistics.add(z)
+  manifest = {"statistics": statistics.compute(), "shape": [4, 4, 3]}
+  found = latent_statistics.by_channels(manifest)
+  normalised = found.apply(z)
+  assert normalised.dtype == np.float32
+  np.testing.assert_allclose(normalised.mean((0, 1, 2)), 0, atol=1e-5)
+  np.testing.assert_allclose(normalised.std((0, 1, 2)), 1, atol=1e-5)
+  np.testing.assert_allclose(found.undo(normalised), z, rtol=1e-5, atol=1e-6)

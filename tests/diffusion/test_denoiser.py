@@ -1,5 +1,8 @@
 """The public face of a denoiser: of a run, and of weights that were saved."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +96,48 @@ def test_what_is_saved_loads_with_the_same_predictions(
   np.testing.assert_allclose(
     images, denoiser.sample(labels=[1], steps=4), atol=1e-4
   )
+
+
+def test_normalised_channels_are_taken_back_wherever_a_model_goes(
+  run, tiny_diffusion, tiny_autoencoder, tmp_path
+):
+  """By a run's numbers, without its store; they go with what is saved."""
+  rng = np.random.default_rng(0)
+  shift, scale = rng.normal(size=16), rng.uniform(0.2, 5, 16)
+  shutil.copytree(run, tmp_path / "run")
+  file = tmp_path / "run/latents.json"
+  numbers = {"shift": shift.tolist(), "scale": scale.tolist()}
+  described = json.loads(file.read_text()) | {"normalisation": numbers}
+  file.write_text(json.dumps(described))
+  denoiser = dcae_jax.load_denoiser(tmp_path / "run")
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  draw = jax.jit(denoiser.diffusion.sample_function(1.0, device))
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  z = np.asarray(draw(denoiser.variables, key, np.array([1], np.int32), None))
+  z = (z / scale + shift).astype(np.float32)
+  expected = np.clip(dcae_jax.load(tiny_autoencoder).decode(z), -1, 1)
+  images = denoiser.sample(labels=[1])
+  np.testing.assert_allclose(images, expected, atol=1e-4)
+
+  denoiser.save(tmp_path / "saved")
+  again = dcae_jax.load_denoiser(
+    tmp_path / "saved", autoencoder=tiny_autoencoder
+  )
+  again.diffusion = denoiser.diffusion  # with its sampler
+  np.testing.assert_allclose(again.sample(labels=[1]), images, atol=1e-4)
+  again.save(tmp_path / "again")
+  files = [tmp_path / name / "config.json" for name in ("saved", "again")]
+  assert files[0].read_text() == files[1].read_text()
+  card = (tmp_path / "again/README.md").read_text()
+  assert "each channel less its `shift`, times its `scale`" in card
+  c = tiny_diffusion(init_from=str(tmp_path / "saved"), steps=1)
+  with pytest.raises(ValueError, match="'channels' there, 'factor' now"):
+    train_diffusion.run(c, epath.Path(tmp_path / "fine"))
+  config = json.loads(files[0].read_text())
+  config["_dcae_jax"]["normalisation"]["shift"] = 3
+  files[0].write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=r"normalisation\.shift is 3, where a l"):
+    dcae_jax.load_denoiser(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

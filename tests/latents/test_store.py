@@ -1,5 +1,6 @@
 """The latent store and its readers, filled by hand: no autoencoder."""
 
+import collections
 import json
 import pathlib
 import shutil
@@ -18,20 +19,28 @@ SHAPE = (2, 2, 3)
 SHARD_ROWS = 16
 
 
-def _values(rows: int, view: str, dtype: str = "float32") -> np.ndarray:
+def _values(
+  rows: int, view: str, dtype: str = "float32", shape=SHAPE
+) -> np.ndarray:
   rng = np.random.default_rng(store_layout.VIEWS.index(view))
-  values = rng.normal(1.5, 4, (rows, *SHAPE))
+  values = rng.normal(1.5, 4, (rows, *shape))
   return values.astype(store_layout.DTYPES[dtype])
 
 
 def make_store(
-  path, rows=40, dtype="float32", views=("latents",), shift_factor=0.0
+  path,
+  rows=40,
+  dtype="float32",
+  views=("latents",),
+  shift_factor=0.0,
+  shape=SHAPE,
+  **described,
 ) -> latent_store.LatentStore:
   """A finished store; the label of a row is its number."""
   store = latent_store.LatentStore(str(path), retries=2)
   store.check_writable()
   store.write_identity({"resolution": 16})
-  layout = store_layout.Layout(rows, SHAPE, dtype, tuple(views), SHARD_ROWS)
+  layout = store_layout.Layout(rows, shape, dtype, tuple(views), SHARD_ROWS)
   store.create_arrays(layout)
   for shard in reversed(range(layout.shards)):
     part = slice(shard * SHARD_ROWS, min(rows, (shard + 1) * SHARD_ROWS))
@@ -39,7 +48,7 @@ def make_store(
     store.write_shard(
       layout,
       shard,
-      {view: _values(rows, view, dtype)[part] for view in views}
+      {view: _values(rows, view, dtype, shape)[part] for view in views}
       | {"labels": numbers},
       [f"ünicode/{i}.png" for i in numbers],
       {"moments": {"mean": [0.0]}},
@@ -49,7 +58,7 @@ def make_store(
     layout,
     {
       "resolution": 16, "classes": ["one"], "scaling_factor": 0.25,
-      "shift_factor": shift_factor,
+      "shift_factor": shift_factor, **described,
     },
   )  # fmt: skip
   return store
@@ -104,6 +113,35 @@ def test_rows_come_scaled_and_mirrored_ones_last(path):
       source[row]
 
 
+def test_each_channel_is_normalised_by_its_own_statistics(tmp_path):
+  """Where the store has them; an older one is refused in one line."""
+  channels = {"mean": [1.0, -2.0, 3.0], "std": [4.0, 0.5, 2.0]}
+  numbers = {"mean": 0.0, "std": 1.0, "rms": 1.0}
+  statistics = numbers | {"channels": channels | {"rms": [1.0] * 3}}
+  make_store(tmp_path / "store", statistics=statistics)
+  source = reader.Latents(tmp_path / "store", normalisation="channels")
+  values = source.read_unscaled([3, 5])
+  found = source.read([3, 5])["latents"]
+  expected = (values - np.float32([1, -2, 3])) / np.float32([4, 0.5, 2])
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  plain = reader.Latents(tmp_path / "store").read([3])["latents"]
+  np.testing.assert_array_equal(plain, values[:1] * np.float32(0.25))
+  make_store(tmp_path / "none")
+  statistics["channels"].update(std=[4.0, 0.0, 2.0])
+  make_store(tmp_path / "flat", statistics=statistics)
+  del statistics["channels"]["mean"]
+  make_store(tmp_path / "older", statistics=statistics)
+  lacks = "it has no mean and standard deviation of each channel; export it"
+  for name, kind, message in (
+    ("none", "channels", lacks),
+    ("older", "channels", lacks),
+    ("flat", "channels", "its channel 1 has a standard deviation of 0.0; exp"),
+    ("store", "each", "unknown normalisation='each'; known are factor, channe"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      reader.Latents(tmp_path / name, normalisation=kind)
+
+
 def _epoch(batches, count):
   found = [next(batches) for _ in range(count)]
   return [float(x) for batch in found for x in batch["latents"][:, 0, 0, 0]]
@@ -139,12 +177,14 @@ def test_windows_of_shards_are_read_one_after_the_other(path):
   assert (np.diff(shards[:16]) != 0).any()  # rows of a window are mixed
 
 
-def test_processes_share_the_batches_of_one(path):
+@pytest.mark.parametrize("streams", [1, 2, 3, 12])
+def test_processes_share_the_batches_of_one(streams, path):
   source = reader.Latents(path)
-  one = reader.LatentBatches(source, batch_size=12, seed=3)
+  options = {"seed": 3, "shuffle_shards": 1, "shuffle_streams": streams}
+  one = reader.LatentBatches(source, batch_size=12, **options)
   parts = [
     reader.LatentBatches(
-      source, batch_size=4, seed=3, process_index=i, process_count=3
+      source, batch_size=4, process_index=i, process_count=3, **options
     )
     for i in range(3)
   ]
@@ -156,6 +196,49 @@ def test_processes_share_the_batches_of_one(path):
       np.testing.assert_array_equal(joined, values)
   for batches in (one, *parts):
     batches.close()
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_streams_have_every_row_once_and_shards_of_their_own(window, tmp_path):
+  make_store(tmp_path, rows=12 * SHARD_ROWS)
+  source = reader.Latents(tmp_path)
+  order = reader._Order(source, 8, 0, window, shuffle_streams=4)
+  rows = np.array([order.rows(batch) for batch in range(2 * 24)])
+  for epoch in (rows[:24], rows[24:]):
+    assert sorted(epoch.flat) == list(range(192))
+    shards = epoch // SHARD_ROWS
+    owned = [set(shards[:, i : i + 2].flat) for i in (0, 2, 4, 6)]
+    assert [len(x) for x in owned] == [3, 3, 3, 3]
+    assert (np.diff(shards[:4, :2].flat) != 0).any()  # mixed within a window
+    if window:
+      assert len(set(shards[:16, :2].flat)) == 2
+  assert (rows[:24] != rows[24:]).any()
+
+
+@pytest.mark.parametrize(("streams", "stores"), [(1, 2), (2, 1)])
+def test_a_bucket_is_read_once_an_epoch_where_a_window_fits(
+  streams, stores, gs, emulator
+):
+  """By all processes together with a stream for each, else by each."""
+  shape = (8, 8, 16)  # beside which what the cache notes is small
+  make_store(f"{gs}/store", rows=12 * SHARD_ROWS, shape=shape)
+  emulator.forget()
+  for process in range(2):
+    megabytes = 5 * SHARD_ROWS * 4 * np.prod(shape) / 1e6
+    source = reader.Latents(f"{gs}/store", cache_megabytes=megabytes)
+    batches = reader.LatentBatches(
+      source, batch_size=4, seed=0, threads=1, process_index=process,
+      process_count=2, shuffle_shards=4, shuffle_streams=streams,
+    )  # fmt: skip
+    for _ in range(21):  # it reads three more ahead
+      next(batches)
+    batches.close()
+  read = collections.Counter(
+    path.partition("?")[0]
+    for _, path in emulator.requests
+    if "latents%2Fc" in path
+  )
+  assert len(read) == 12 and set(read.values()) == {stores}
 
 
 def test_batches_go_on_where_they_were_with_any_number_of_workers(path):
@@ -360,12 +443,16 @@ def test_damaged_records_are_errors_in_one_line(text, tmp_path):
 @pytest.mark.parametrize(
   "changes",
   [{"batch_size": 0}, {"seed": -1}, {"workers": -1}, {"threads": 0},
-   {"shuffle_shards": -1}, {"process_index": 1}],
+   {"shuffle_shards": -1}, {"shuffle_streams": 0}, {"process_index": 1}],
 )  # fmt: skip
 def test_numbers_that_cannot_be_are_refused(changes, path):
   with pytest.raises(ValueError, match=r"is below|process 1 of 1"):
     reader.LatentBatches(
       reader.Latents(path), **({"batch_size": 4, "seed": 0} | changes)
+    )
+  with pytest.raises(ValueError, match="shuffle_streams=3 does not divide 4"):
+    reader.LatentBatches(
+      reader.Latents(path), batch_size=4, seed=0, shuffle_streams=3
     )
   with pytest.raises(ValueError, match="cache_megabytes=-1"):
     reader.Latents(path, cache_megabytes=-1)

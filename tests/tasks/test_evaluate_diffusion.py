@@ -385,11 +385,12 @@ def test_chosen_classes_come_in_turn(config, tmp_path):
   assert (images[0] != images[BATCH]).any()  # each part has noise of its own
 
 
+@pytest.mark.parametrize("normalisation", ["factor", "channels"])
 def test_latents_are_decoded_as_the_autoencoder_has_them(
-  tiny_autoencoder, tiny_latents
+  normalisation, tiny_autoencoder, tiny_latents
 ):
   """With what the store's manifest multiplies and subtracts taken back."""
-  store = reader.Latents(tiny_latents)
+  store = reader.Latents(tiny_latents, normalisation=normalisation)
   description = decode.description(store) | {"shift_factor": 0.25}
   z = store.read(np.arange(BATCH))["latents"]
   drawing = samples.Drawing(
@@ -410,6 +411,8 @@ def test_latents_are_decoded_as_the_autoencoder_has_them(
   )
   found = drawing.part(samples.parts(1.0, BATCH, BATCH)[0])
   unscaled = z / description["scaling_factor"] + 0.25
+  if normalisation == "channels":
+    unscaled = store.read_unscaled(np.arange(BATCH))
   decoded = dcae_jax.load(tiny_autoencoder).decode(unscaled)
   expected = np.clip(np.round(np.asarray(decoded) * 127.5 + 127.5), 0, 255)
   difference = np.asarray(found["images"]).astype(float) - expected

@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 from conftest import fill_store
 from etils import epath
+from jax.experimental import multihost_utils
+from latents.test_store import make_store
+from PIL import Image
 
+import dcae_jax
 from configs import base
 from dcae_jax.diffusion import conditioning, objectives
 from dcae_jax.diffusion import train_step as diffusion_train_step
 from dcae_jax.diffusion.denoisers import families as denoisers
-from dcae_jax.latents import reader
-from dcae_jax.setup import denoising, diffusion_training
+from dcae_jax.evaluation.report import figures
+from dcae_jax.latents import decode, reader
+from dcae_jax.runs import host_memory, processes
+from dcae_jax.setup import denoising, diffusion_training, latent_reading
 from dcae_jax.tasks import train_diffusion
 from dcae_jax.training import checkpoint, learning, loop, optimizer
 
@@ -234,6 +240,123 @@ def test_other_latents_are_refused_on_resume(
     train_diffusion.run(config(latents=moved, steps=3), run)
 
 
+def test_channels_are_normalised_in_training_and_back_in_its_samples(
+  config, tiny_autoencoder, tiny_latents, tmp_path
+):
+  settings = {"data.normalisation": "channels", "samples.count": 2}
+  settings |= {"samples.guidance": (1.0,)}
+  run = epath.Path(tmp_path / "run")
+  train_diffusion.run(config(steps=1, **settings), run)
+  statistics = reader.Latents(tiny_latents).manifest["statistics"]["channels"]
+  mean, std = (np.float32(statistics[key]) for key in ("mean", "std"))
+  kept = json.loads((run / "latents.json").read_text())["normalisation"]
+  np.testing.assert_allclose(kept["shift"], mean, rtol=1e-6)
+  np.testing.assert_allclose(kept["scale"], 1 / std, rtol=1e-6)
+  c = denoising.with_store(config(), reader.Latents(tiny_latents))
+  model = denoising.create(c.model, c.objective, c.sampler)
+  whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  key = jax.random.fold_in(jax.random.key(0), 2)
+  sample = jax.jit(model.sample_function(1.0, whole))
+  z = np.asarray(sample(_variables(tmp_path / "run")[1][1], key, np.arange(2)))
+  pixels = decode.to_pixels(dcae_jax.load(tiny_autoencoder), z * std + mean)
+  titles = ["class 0", "class 1"]
+  expected = figures.grid(list(pixels[:, None]), titles, {0: "guidance 1"})
+  (file,) = (tmp_path / "run/samples").glob("*.png")
+  difference = np.asarray(Image.open(file)).astype(int) - expected
+  assert abs(difference).max() <= 2 and expected.std() > 10
+  with pytest.raises(ValueError, match="'channels' there, 'factor' now"):
+    train_diffusion.run(config(steps=4, **{"samples.count": 0}), run)
+  fine = config(init_from=str(run), steps=1)
+  with pytest.raises(ValueError, match="normalisation: 'channels' there, 'fa"):
+    train_diffusion.run(fine, epath.Path(tmp_path / "fine"))
+
+
+def _shuffling(workdir):
+  data = json.loads((workdir / "config.json").read_text())["data"]
+  return data["shuffle_shards"], data["shuffle_streams"]
+
+
+def test_a_run_goes_on_with_the_windows_that_it_began_with(
+  whole, config, tmp_path, caplog
+):
+  """However much memory there is now; also where nothing was decided then."""
+  caplog.set_level("INFO")
+  assert _shuffling(whole) == (0, 1)
+  run = epath.Path(tmp_path / "run")
+  few, many = {"data.cache_megabytes": 0.01}, {"data.cache_megabytes": 1.0}
+  train_diffusion.run(config(steps=1, **few), run)
+  assert _shuffling(run) == (2, 1)
+  (line,) = (x for x in caplog.messages if x.startswith("latents: "))
+  assert line == (
+    "latents: 0.01229 MB in 1 shards, of which a process keeps up to 0.01 MB "
+    "in memory (config.data.cache_megabytes); shuffling 2 shards at a time, "
+    "which do not fit: they are read repeatedly"
+  )
+  train_diffusion.run(config(steps=2, **many), run)
+  assert _shuffling(run) == (2, 1)
+  with pytest.raises(ValueError, match="shuffle_shards: 2 there, 0 now"):
+    train_diffusion.run(config(steps=2, **{"data.shuffle_shards": 0}), run)
+  before = json.loads((run / "config.json").read_text())
+  del before["data"]["shuffle_streams"]
+  before["data"]["shuffle_shards"] = 0
+  (run / "config.json").write_text(json.dumps(before))
+  train_diffusion.run(config(steps=3, **few), run)
+  assert _shuffling(run) == (0, 1)
+
+
+@pytest.mark.parametrize(
+  ("memory", "changes", "kept", "shuffling"),
+  [
+    # A shard is 131,072 bytes, and a quarter is for all processes of a machine.
+    (4 * 8 * 131_072, {}, 8, (0, 1)),
+    (4 * 7 * 131_072, {}, 7, (5, 1)),
+    (4 * 7 * 131_072, {"workers": 2}, 3.5, (2, 1)),
+    (4096, {}, 1 / 128, (2, 1)),
+    (4096, {"shuffle_shards": 3}, 1 / 128, (3, 1)),
+    (4096, {"shuffle_shards": 0}, 1 / 128, (0, 1)),
+    (4 * 7 * 131_072, {"shuffle_streams": 2}, 7, (2, 2)),
+    (4096, {"cache_megabytes": 1.1}, 1.1e6 / 131_072, (0, 1)),
+    (4096, {"cache_megabytes": 0.5}, 0.5e6 / 131_072, (3, 1)),
+  ],
+)
+def test_windows_are_of_as_many_shards_as_fit_a_quarter_of_the_memory(
+  memory, changes, kept, shuffling, config, tmp_path, monkeypatch
+):
+  (tmp_path / "memory.max").write_text(f"{memory}")
+  limits = (str(tmp_path / "memory.max"),)
+  monkeypatch.setattr(host_memory, "_LIMITS", limits)
+  make_store(tmp_path / "store", rows=128, shape=(8, 8, 32))
+  c = config(latents=str(tmp_path / "store"))
+  c.data.update(changes)
+  store = denoising.open_store(c)
+  run = epath.Path(tmp_path / "run")
+  found = latent_reading.decided(c, store, run).data
+  assert (found.shuffle_shards, found.shuffle_streams) == shuffling
+  megabytes = latent_reading.cache_megabytes(c)
+  assert megabytes == pytest.approx(kept * 131_072 / 1e6)
+
+
+def test_processes_agree_on_the_windows(config, tmp_path, monkeypatch):
+  """On those of the one with least memory; two of three share a machine."""
+  (tmp_path / "memory.max").write_text(f"{10**6}")
+  limits = (str(tmp_path / "memory.max"),)
+  monkeypatch.setattr(host_memory, "_LIMITS", limits)
+
+  def gathered(own):  # of this machine, of it again, and of another one
+    machine, other = own.view(np.uint64)[0], 12345
+    rows = [[machine, 10**6], [machine, 10**6], [other, 8 * 10**5]]
+    return np.array(rows, np.uint64).view(np.uint32)
+
+  make_store(tmp_path / "store", rows=128, shape=(8, 8, 8))
+  store = reader.Latents(tmp_path / "store")
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+  assert processes.memory() == 5 * 10**5
+  run = epath.Path(tmp_path / "run")
+  found = latent_reading.decided(config(), store, run).data
+  assert (found.shuffle_shards, found.shuffle_streams) == (3, 3)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -261,6 +384,7 @@ def test_other_latents_are_refused_on_resume(
     ({"mesh.spatial": 2, "mesh.data": 4}, "splits images"),
     ({"optimizer.schedule": "step"}, "schedule='step'; known are constant"),
     ({"optimizer.final_rate": -1.0}, "final_rate=-1.0 is below 0"),
+    ({"data.normalisation": "x"}, "unknown normalisation='x'; known are fact"),
     ({"label_dropout": 1.5}, "label_dropout=1.5 is above 1"),
     ({"autoencoder": "/nowhere", "samples.count": 1}, "cannot be loaded"),
   ],

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcae_jax import errors
+from dcae_jax.autoencoder import latent_statistics
 from dcae_jax.autoencoder.weights import conversion, safetensors_files
 from dcae_jax.autoencoder.weights import released as released_autoencoders
 from dcae_jax.diffusion import conditioning as conditioning_lib
@@ -28,6 +29,7 @@ from dcae_jax.diffusion.denoisers import (
   pixart,
   tensor_names,
 )
+from dcae_jax.runs import json_types
 
 _LOG = logging.getLogger(__name__)
 Tree = Any
@@ -101,6 +103,8 @@ class Released(NamedTuple):
     objective: what it learned, as its authors trained.
     autoencoder: the released name of that of its latents, or "".
     scaling_factor: of the latents; None if it is not known.
+    normalisation: `shift` and `scale` of each channel of the latents; None: by
+      the scaling factor.
     layout: of its files.
     entries: where each of our parameters is in the files.
     files: of each tensor.
@@ -119,6 +123,7 @@ class Released(NamedTuple):
   objective: objectives.Objective
   autoencoder: str
   scaling_factor: float | None
+  normalisation: dict[str, Any] | None
   layout: str
   entries: list[conversion.Entry]
   files: dict[str, pathlib.Path]
@@ -190,6 +195,12 @@ def find(source: str) -> Released:
   _check(file, model, entries)
   name = _released_name(source, config, family)
   description = config.get(_DESCRIPTION, {})
+  json_types.check(
+    f"{_DESCRIPTION} in config.json of {source}",
+    description,
+    {"normalisation?": latent_statistics.NORMALISATION_TYPES},
+    "save the model again",
+  )
   convention = RELEASED[name][1] if name else _usual_convention(model)
   autoencoder = description.get("autoencoder") or (
     RELEASED[name][2]
@@ -205,6 +216,7 @@ def find(source: str) -> Released:
     _learned(description) or _objective(convention, numbers.learn_sigma),
     autoencoder,
     description.get("scaling_factor") or published,
+    description.get("normalisation"),
     layout,
     [
       entry._replace(names=tuple(f"{file.prefix}{n}" for n in entry.names))
@@ -253,6 +265,7 @@ def save(
   objective: objectives.Objective | None = None,
   autoencoder: str = "",
   scaling_factor: float | None = None,
+  normalisation: dict[str, Any] | None = None,
 ) -> None:
   """Writes weights, `config.json` and a model card.
 
@@ -269,13 +282,20 @@ def save(
     objective: what it learned; None: what is usual for its family.
     autoencoder: the released name of that of its latents, if it has one.
     scaling_factor: of the latents, if it is known.
+    normalisation: as in `Released`.
 
   Raises:
-    UserError: the family has no such layout, latents are not square, or what
+    UserError: the family has no such layout, latents are not square, or not
+      normalised by a factor as diffusers takes them to be, or what
       `safetensors_files.save` refuses.
   """
   family = families.family_of(model)
   entries = tensor_names.table(family, model, layout)
+  if normalisation and layout == "diffusers":
+    raise errors.UserError(
+      "diffusers multiplies latents by a factor, and this model learned from "
+      "latents that are normalised by channels; save it with layout='original'"
+    )
   height, width = model.latent_size
   if height != width:
     raise errors.UserError(
@@ -314,6 +334,8 @@ def save(
     "autoencoder": autoencoder,
     "scaling_factor": scaling_factor,
   }
+  if normalisation:
+    config[_DESCRIPTION]["normalisation"] = normalisation
   safetensors_files.save(
     folder,
     conversion.LAYOUTS[layout],
@@ -570,6 +592,11 @@ def _model_card(family: str, layout: str, config: dict[str, Any]) -> str:
     )
   d = config[_DESCRIPTION]
   latents = d["autoencoder"] or "an autoencoder without a released name"
+  if "normalisation" in d:
+    latents += (
+      ", each channel less its `shift`, times its `scale` "
+      f"(`{_DESCRIPTION}` in `config.json`)"
+    )
   return (
     f"---\nlibrary_name: {library}\ntags:\n- diffusion\n---\n\n# {family}\n\n"
     f"Removes noise from latents of {d['latent_channels']} channels, of "

@@ -305,6 +305,17 @@ def test_what_is_saved_keeps_its_objective(objective, tmp_path):
   assert (again.objective, again.scaling_factor) == (objective, 0.7)
 
 
+def test_diffusers_knows_no_normalisation_of_channels(tmp_path):
+  found = released.find(_write(tmp_path / "original", _tensors("SANA")))
+  numbers = {"shift": [0.0], "scale": [1.0]}
+  with pytest.raises(ValueError, match="normalised by channels; save it with"):
+    released.save(
+      tmp_path / "a", released.read(found), released.create(found),
+      "diffusers", normalisation=numbers,
+    )  # fmt: skip
+  assert not (tmp_path / "a").exists()
+
+
 def test_networks_see_the_times_that_they_learned(original):
   family, _, source = original
   found = released.find(source)
