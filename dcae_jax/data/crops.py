@@ -1,6 +1,7 @@
 """Squares of decoded images: at random for training, central for evaluation."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -43,15 +44,24 @@ def random_crop(
   return image.crop((left, top, left + size, top + size))
 
 
-def random_resized_crop(
-  image: Image.Image, size: int, rng: np.random.Generator, min_area: float
-) -> Image.Image:
-  """A random part of the image, resized to a square.
+class Box(NamedTuple):
+  """A part of an image of a size, (width, height), all in pixels."""
 
-  The part covers `min_area` to all of the area, at an aspect ratio of 3:4 to
-  4:3; bicubic with antialiasing.
+  left: int
+  top: int
+  width: int
+  height: int
+  size: tuple[int, int]
+
+
+def random_box(
+  size: tuple[int, int], rng: np.random.Generator, min_area: float
+) -> Box:
+  """A random part of an image.
+
+  It covers `min_area` to all of the area, at an aspect ratio of 3:4 to 4:3.
   """
-  width, height = image.size
+  width, height = size
   for _ in range(10):
     area = width * height * rng.uniform(min_area, 1.0)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -61,6 +71,19 @@ def random_resized_crop(
   else:
     w = h = min(width, height)
   left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+  return Box(left, top, w, h, size)
+
+
+def resized_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
+  """A part of the image, resized to a square; bicubic with antialiasing.
+
+  The image may have been reduced since the box was drawn.
+  """
+  (width, height), (of_width, of_height) = image.size, box.size
+  left, right = (x * width / of_width for x in (box.left, box.left + box.width))
+  top, bottom = (
+    y * height / of_height for y in (box.top, box.top + box.height)
+  )
   return image.resize(
-    (size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)
+    (size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom)
   )

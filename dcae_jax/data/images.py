@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
@@ -101,9 +101,14 @@ def read_record(source: sources.Source, index: int) -> sources.Record:
 
 
 def open_image(
-  source: sources.Source, index: int, decoding: Decoding
+  source: sources.Source,
+  index: int,
+  decoding: Decoding,
+  reduction: Callable[[tuple[int, int]], int] | None = None,
 ) -> tuple[Image.Image, sources.Record]:
   """Reads and decodes an image; returns it with its record.
+
+  `reduction` is that of `decoding.decode`.
 
   Raises:
     decoding.TooSmallError: it is left out on purpose.
@@ -112,7 +117,7 @@ def open_image(
   """
   record = read_record(source, index)
   try:
-    image = image_decoding.decode(record.encoded, decoding)
+    image = image_decoding.decode(record.encoded, decoding, reduction)
   except (image_decoding.TooSmallError, MemoryError):
     raise
   except Exception as error:  # Pillow raises anything
@@ -122,24 +127,52 @@ def open_image(
 
 
 def crop(
-  image: Image.Image, cropping: Cropping, rng: np.random.Generator | None
+  image: Image.Image,
+  cropping: Cropping,
+  rng: np.random.Generator | None,
+  box: crops.Box | None = None,
 ) -> np.ndarray:
   """A square of an image, uint8 [size, size, channels]; see `Cropping`.
 
-  `rng` is not used by a `dm_crop` without flips.
+  `rng` is not used by a `dm_crop` without flips. A `box` is that of a
+  random-resized crop of which the place is drawn already.
   """
   if cropping.kind == "dm_crop":
     image = crops.dm_crop(image, cropping.size)
   elif cropping.kind == "random_crop":
     image = crops.random_crop(image, cropping.size, rng)
   else:
-    image = crops.random_resized_crop(
-      image, cropping.size, rng, cropping.min_area
-    )
+    box = box or crops.random_box(image.size, rng, cropping.min_area)
+    image = crops.resized_crop(image, box, cropping.size)
   pixels = np.asarray(image).reshape(cropping.size, cropping.size, -1)
   if cropping.flip and rng.random() < 0.5:
     pixels = pixels[:, ::-1]
   return np.ascontiguousarray(pixels)
+
+
+class _Reduction:
+  """How many times smaller a JPEG is decoded than it is, for one crop.
+
+  Attributes:
+    times: 1 as long as nobody asked.
+    size: (width, height) of the whole image; None likewise.
+    box: of a random-resized crop; None likewise.
+  """
+
+  def __init__(self, cropping: Cropping, rng: np.random.Generator):
+    self._cropping, self._rng = cropping, rng
+    self.times, self.size, self.box = 1, None, None
+
+  def __call__(self, size: tuple[int, int]) -> int:
+    if self.size is None:  # else the box is drawn
+      self.size, kind, least = size, self._cropping.kind, 0
+      if kind == "dm_crop":
+        least = min(size)
+      elif kind == "random_resized_crop":
+        self.box = crops.random_box(size, self._rng, self._cropping.min_area)
+        least = min(self.box.width, self.box.height)
+      self.times = image_decoding.halved(least, self._cropping.size)
+    return self.times
 
 
 class Skipped:
@@ -190,33 +223,50 @@ class _Load:
     self._cropping, self._skipped = cropping, skipped
     self._cache, self._room = {}, cache_megabytes * 1e6
 
-  def decode(self, index: int):
+  def _open(self, index: int, reduction: _Reduction | None = None):
     """(image, label), or None for one that is too small or not decodable."""
-    if index in self._cache:
-      return self._cache[index]
     try:
-      image, record = open_image(self._source, index, self._decoding)
+      image, record = open_image(self._source, index, self._decoding, reduction)
     except image_decoding.TooSmallError:
-      self._cache[index] = None
       return None
     except UnusableError as error:
       self._skipped.add(self._source.name(index), error)
+      return None
+    return image, record.label
+
+  def _cached(self, index: int, reduction: _Reduction):
+    """The same, from the cache only at the same reduction: same pixels."""
+    if index in self._cache:
+      if self._cache[index] is None:
+        return None
+      size, label, images = self._cache[index]
+      if size is not None:
+        reduction(size)
+      if reduction.times in images:
+        return images[reduction.times], label
+    opened = self._open(index, reduction)
+    if opened is None:
       self._cache[index] = None
       return None
+    image, label = opened
     size = image.width * image.height * len(image.getbands())
     if size <= self._room:
       self._room -= size
-      self._cache[index] = (image, record.label)
-    return image, record.label
+      known = self._cache.setdefault(index, (reduction.size, label, {}))
+      known[-1][reduction.times] = image
+    return opened
 
   def random(self, index: int, rng: np.random.Generator) -> batches.Batch:
     """Training: a bad image is replaced by a random other one."""
     for _ in range(_ATTEMPTS):
-      decoded = self.decode(index)
-      if decoded is not None:
-        image, label = decoded
-        pixels = crop(image, self._cropping, rng)
+      before = rng.bit_generator.state
+      reduction = _Reduction(self._cropping, rng)
+      opened = self._cached(index, reduction)
+      if opened is not None:
+        image, label = opened
+        pixels = crop(image, self._cropping, rng, reduction.box)
         return {"images": pixels, "labels": np.int32(label)}
+      rng.bit_generator.state = before  # as if it was known to be bad
       index = int(rng.integers(len(self._source)))
     raise errors.UserError(
       f"{_ATTEMPTS} images in a row could not be used, the last "
@@ -225,7 +275,7 @@ class _Load:
 
   def fixed(self, index: int) -> batches.Batch:
     """Evaluation: a bad image, or an index past the end, is masked."""
-    decoded = self.decode(index) if index < len(self._source) else None
+    decoded = self._open(index) if index < len(self._source) else None
     if decoded is None:
       size = self._cropping.size
       pixels = np.zeros((size, size, self._decoding.channels), np.uint8)
