@@ -4,19 +4,19 @@
 
 Photographs (the embedded ones, or those of a folder) become JPEGs of 12
 megapixels (mosaics, so that their detail is that of photographs) and of the
-usual size of ImageNet's. One core takes random-resized crops of 512 px from
-them in turns: a bare loop over Pillow, and the same crops by
-`images.TrainingImages`, in a thread and in a worker process. Then a small model
-trains on each, without a cache, and says how long its steps wait for data.
+usual size of ImageNet's. Random-resized crops of 512 px are taken from them in
+turns: in a bare loop over Pillow with one thread, and by
+`images.TrainingImages`, with one thread and with one worker process. Rates are
+per second of a core that is at work, so that other work on the machine counts
+for little. Then a small model is trained on each set, without a cache, and logs
+how long its steps wait for data.
 """
 
 import argparse
-import io
 import json
 import multiprocessing
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,13 +29,14 @@ from PIL import Image, ImageOps
 
 from dcae_jax.data import batches, crops, decoding, images, sources
 
-_SIDE, _MIN_AREA, _BATCH = 512, 0.25, 16
-_ROUNDS = 7
+_SIDE, _MIN_AREA, _BATCH, _ROUNDS = 512, 0.25, 16, 7
 # Name: files, size, photographs in a row and column, batches a round.
 _SETS = {
   "12 megapixels": (32, (4000, 3000), 4, 6),
   "ImageNet": (64, (500, 375), 1, 24),
 }
+_NAMES = 20_000  # of few files: shuffling fewer than 1,000 takes grain longer
+_STEPS = 60
 
 
 def _photographs(photos: str) -> Iterator[Image.Image]:
@@ -68,43 +69,34 @@ def _write(
   return files
 
 
-class _Clock:
-  """Seconds on the clock and of CPUs, of this process and its children."""
-
-  def __init__(self):
-    self._begin = self._now()
-
-  def _now(self) -> np.ndarray:
-    cpu = [time.process_time(), 0.0]
-    for child in multiprocessing.active_children():
-      stat = pathlib.Path(f"/proc/{child.pid}/stat").read_text().split()
-      cpu[1] += (int(stat[13]) + int(stat[14])) / os.sysconf("SC_CLK_TCK")
-    return np.array([time.perf_counter(), *cpu])
-
-  def seconds(self) -> np.ndarray:
-    return self._now() - self._begin
+def _seconds_of_cpus() -> float:
+  """Of this process and its workers."""
+  seconds = time.process_time()
+  for child in multiprocessing.active_children():
+    stat = pathlib.Path(f"/proc/{child.pid}/stat").read_text()
+    ticks = stat.rpartition(")")[2].split()[11:13]  # of the user, the system
+    seconds += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+  return seconds
 
 
-def _alone(paths: list[str], boxes: list[crops.Box]) -> np.ndarray:
-  """Seconds per image of Pillow in a loop."""
-  clock = _Clock()
-  batch = []
+def _alone(paths: list[str], boxes: list[crops.Box]) -> float:
+  """Images per second of a core, by Pillow in a loop."""
+  start, batch = _seconds_of_cpus(), []
   for i, box in enumerate(boxes):
     image = Image.open(paths[i % len(paths)])
     times = decoding.halved(min(box.width, box.height), _SIDE)
     image.draft(None, (image.width // times, image.height // times))
-    image = crops.resized_crop(image, box, _SIDE)
-    batch.append(np.asarray(image))
+    batch.append(np.asarray(crops.resized_crop(image, box, _SIDE)))
     if len(batch) == _BATCH:
       np.stack(batch)
       batch = []
-  return clock.seconds() / len(boxes)
+  return len(boxes) / (_seconds_of_cpus() - start)
 
 
-def _trained_on(
+def _in_training(
   source: sources.Source, rounds: int, seed: int, workers: int
-) -> np.ndarray:
-  """Seconds per image of what training reads, after the first batch."""
+) -> float:
+  """Images per second of a core, as training reads them."""
   loader = images.TrainingImages(
     [(source, 1.0)],
     images.Decoding(),
@@ -113,39 +105,56 @@ def _trained_on(
     seed=seed,
   )
   next(loader)
-  clock = _Clock()
+  start = _seconds_of_cpus()
   for _ in range(rounds):
     next(loader)
-  seconds = clock.seconds() / (rounds * _BATCH)
+  rate = rounds * _BATCH / (_seconds_of_cpus() - start)
   loader.close()
   before = -1.0
   while time.process_time() - before > 0.005:  # it was reading ahead
     before = time.process_time()
     time.sleep(0.1)
-  return seconds
+  return rate
 
 
 def _compare(
-  folder: pathlib.Path, paths: list[str], size: tuple[int, int], rounds: int
-) -> None:
-  source = sources.folder(str(folder))
-  found = {"a": [], "thread": [], "worker": []}
+  paths: list[str], size: tuple[int, int], rounds: int
+) -> dict[str, np.ndarray]:
+  """Images per second of a core, in each round."""
+  names = [paths[i % len(paths)] for i in range(_NAMES)]
+  keys = list(map(str, range(_NAMES)))
+  source = sources.Files(names, [0] * _NAMES, keys, [""])
+  rates = {"Pillow alone": [], "one thread": [], "one worker": []}
   for seed in range(_ROUNDS):
     rng = np.random.default_rng(seed)
-    boxes = [
-      crops.random_box(size, rng, _MIN_AREA) for _ in range(rounds * _BATCH)
-    ]
-    found["a"].append(_alone(paths, boxes))
-    for name, workers in (("thread", 0), ("worker", 1)):
-      found[name].append(_trained_on(source, rounds, seed, workers))
-  t = {k: np.array(v) * 1e3 for k, v in found.items()}
-  for k, v in t.items():
-    print(
-      k, np.median(v, 0).round(2), v.min(0).round(2),
-      np.median(t["a"] / v, 0).round(3),
-      np.median(t["a"][:, 1] / v[:, 1:].sum(1)).round(3),
-      (t["a"].sum(0) / v.sum(0)).round(3),
-    )
+    count = rounds * _BATCH
+    boxes = [crops.random_box(size, rng, _MIN_AREA) for _ in range(count)]
+    rates["Pillow alone"].append(_alone(paths, boxes))
+    rates["one thread"].append(_in_training(source, rounds, seed, 0))
+    rates["one worker"].append(_in_training(source, rounds, seed, 1))
+  return {name: np.array(rate) for name, rate in rates.items()}
+
+
+def _waits(folder: pathlib.Path, workdir: pathlib.Path) -> float:
+  """The part of its time that a small training run waits for data."""
+  options = {
+    "data.source.path": folder, "data.source.part": "",
+    "evaluation.source.path": folder, "evaluation.source.part": "",
+    "evaluation.max_images": 1, "evaluation.every": 0, "steps": _STEPS,
+    "data.shorter_side": 0, "data.cache_megabytes": 0.0, "lpips.weight": 0.0,
+  }  # fmt: skip
+  subprocess.run(
+    [sys.executable, "-m", "dcae_jax.main", f"--workdir={workdir}",
+     "--config=configs/small_phase1.py",
+     *(f"--config.{key}={value}" for key, value in options.items())],
+    check=True, stderr=subprocess.DEVNULL,
+  )  # fmt: skip
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  logged = [x for x in map(json.loads, lines) if "train/seconds/data" in x]
+  parts = ("data", "step", "host")  # the first log is of compiling
+  times = [[x[f"train/seconds/{part}"] for part in parts] for x in logged[1:]]
+  data, *others = np.sum(times, 0)
+  return data / (data + sum(others))
 
 
 def main() -> None:
@@ -153,12 +162,18 @@ def main() -> None:
   parser.add_argument("--photos", default="", help="a folder of photographs")
   options = parser.parse_args()
   flags.FLAGS.mark_as_parsed()  # grain's worker processes want it
+  print("| JPEGs | read by | images/s and core | of Pillow alone |")
+  print("| --- | --- | --- | --- |")
   with tempfile.TemporaryDirectory() as place:
-    for name, (count, size, across, rounds) in _SETS.items():
-      folder = pathlib.Path(place, name.split()[0])
-      files = _write(folder, _photographs(options.photos), count, size, across)
-      print(name)
-      _compare(folder, files, size, rounds)
+    for i, (name, (count, size, across, rounds)) in enumerate(_SETS.items()):
+      folder = pathlib.Path(place, f"set{i}")
+      paths = _write(folder, _photographs(options.photos), count, size, across)
+      rates = _compare(paths, size, rounds)
+      for reader, rate in rates.items():
+        part = np.median(rate / rates["Pillow alone"])
+        print(f"| {name} | {reader} | {np.median(rate):.1f} | {part:.2f} |")
+      waits = _waits(folder, pathlib.Path(place, f"run{i}"))
+      print(f"| {name} | training waits for | | {waits:.1%} |", flush=True)
 
 
 if __name__ == "__main__":
