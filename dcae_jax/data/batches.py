@@ -18,6 +18,7 @@ from absl import flags
 
 from dcae_jax import errors
 from dcae_jax.data import handover
+from dcae_jax.runs import host_memory
 
 Batch = dict[str, np.ndarray]
 _WORKERS_PER_CPU = 8  # more only take memory
@@ -92,7 +93,7 @@ class Batches:
         self._handover = handover.Handover()
         options = grain.MultiprocessingOptions(num_workers=self._workers)
         rest = rest.map(self._handover.give).mp_prefetch(
-          options, worker_init_fn=lambda *_: follow_the_main_process()
+          options, worker_init_fn=_begin_worker
         )
       self._iterator = iter(rest)
     try:
@@ -134,6 +135,12 @@ class Batches:
     if self._iterator is not None:
       self._iterator.close()
       self._iterator = self._handover = None
+
+
+def _begin_worker(worker_index: int, worker_count: int) -> None:
+  del worker_index, worker_count
+  follow_the_main_process()
+  host_memory.keep_freed()
 
 
 def follow_the_main_process() -> None:

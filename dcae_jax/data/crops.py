@@ -4,6 +4,7 @@ A size is the side of a square, or a height and a width.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -66,29 +67,54 @@ def random_crop(
   return image.crop((left, top, left + width, top + height))
 
 
-def random_resized_crop(
-  image: Image.Image, size: Size, rng: np.random.Generator, min_area: float
-) -> Image.Image:
-  """A random part of the image, resized.
+class Box(NamedTuple):
+  """A part of an image of a size, (width, height), all in pixels."""
 
-  The part covers `min_area` to all of the area, at 3:4 to 4:3 of the aspect
-  ratio that it is resized to; bicubic with antialiasing.
+  left: int
+  top: int
+  width: int
+  height: int
+  size: tuple[int, int]
+
+
+def random_box(
+  of_size: tuple[int, int],
+  size: Size,
+  rng: np.random.Generator,
+  min_area: float,
+) -> Box:
+  """A random part of an image of (width, height), to be resized to a size.
+
+  It covers `min_area` to all of the area, at 3:4 to 4:3 of the aspect ratio of
+  the size.
   """
-  height, width = shape(size)
+  (width, height), (rows, columns) = of_size, shape(size)
   for _ in range(10):
-    area = image.width * image.height * rng.uniform(min_area, 1.0)
+    area = width * height * rng.uniform(min_area, 1.0)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    aspect *= width / height
+    aspect *= columns / rows
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    if 0 < w <= image.width and 0 < h <= image.height:
+    if 0 < w <= width and 0 < h <= height:
       break
   else:
-    scale = min(image.width / width, image.height / height)
-    w, h = max(1, round(width * scale)), max(1, round(height * scale))
-  left = rng.integers(0, image.width - w + 1)
-  top = rng.integers(0, image.height - h + 1)
+    scale = min(width / columns, height / rows)
+    w, h = max(1, round(columns * scale)), max(1, round(rows * scale))
+  left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+  return Box(left, top, w, h, of_size)
+
+
+def resized_crop(image: Image.Image, box: Box, size: Size) -> Image.Image:
+  """A part of the image, resized; bicubic with antialiasing.
+
+  The image may have been reduced since the box was drawn.
+  """
+  (width, height), (of_width, of_height) = image.size, box.size
+  left, right = (x * width / of_width for x in (box.left, box.left + box.width))
+  top, bottom = (
+    y * height / of_height for y in (box.top, box.top + box.height)
+  )
   return image.resize(
-    (width, height),
+    shape(size)[::-1],
     Image.Resampling.BICUBIC,
-    box=(left, top, left + w, top + h),
+    box=(left, top, right, bottom),
   )

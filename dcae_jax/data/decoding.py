@@ -7,16 +7,17 @@ bomb is never unpacked.
 
 import dataclasses
 import io
-import math
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from dcae_jax import errors
 from dcae_jax.data import crops
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MAX_ASPECT = 50  # crops enlarge to the shorter side: a strip would explode
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -50,13 +51,29 @@ def check_channels(channels: int) -> None:
     )
 
 
-def decode(encoded: bytes, decoding: Decoding) -> Image.Image:
+def halved(least: int, size: int) -> int:
+  """How many times smaller a side of `least` pixels keeps `size` of them.
+
+  What a JPEG can be decoded at, faster: 1, 2, 4 or 8.
+  """
+  return next((x for x in (8, 4, 2) if least >= x * size), 1)
+
+
+def decode(
+  encoded: bytes,
+  decoding: Decoding,
+  reduction: Callable[[tuple[int, int]], int] | None = None,
+) -> Image.Image:
   """Decodes a whole file as a viewer would show it.
 
   The first frame of an animation; EXIF orientation applied; colours converted
   from the file's profile to sRGB; alpha composited over white; 16 bits scaled
   to 8; CMYK and palettes converted. Raises TooSmallError for a side below
   `min_size`, and any other exception for what cannot be decoded.
+
+  A JPEG that is not reduced to a `shorter_side` is decoded as many times
+  smaller as `reduction`, a power of two, says for the (width, height) that a
+  viewer shows; of other files it is not asked.
   """
   Image.MAX_IMAGE_PIXELS = None  # the limit below is stricter
   try:
@@ -75,12 +92,16 @@ def decode(encoded: bytes, decoding: Decoding) -> Image.Image:
     raise errors.UserError(
       f"{width}x{height} pixels are too narrow: more than {_MAX_ASPECT}:1"
     )
-  if shorter_side and image.format == "JPEG":
-    ratio = shorter_side / min(width, height)
-    draft = (math.ceil(width * ratio), math.ceil(height * ratio))
-    image.draft(None, draft)  # decodes at a power of two above that size
-  image.load()
-  image = _to_srgb(ImageOps.exif_transpose(image))
+  if image.format in ("JPEG", "MPO"):  # MPO: with previews, as of telephones
+    times = 1
+    if shorter_side:
+      times = halved(min(width, height), shorter_side)
+    elif reduction:
+      is_turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+      times = reduction((height, width) if is_turned else (width, height))
+    image.draft(None, (width // times, height // times))
+  ImageOps.exif_transpose(image, in_place=True)
+  image = _to_srgb(image)
   image = _to_mode(image, _MODES[decoding.channels])
   if shorter_side and min(image.size) > shorter_side:
     image = crops.resize_shorter_side(image, shorter_side)
@@ -120,4 +141,4 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image)
-  return image.convert(mode)
+  return image if image.mode == mode else image.convert(mode)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -103,9 +103,14 @@ def read_record(source: sources.Source, index: int) -> sources.Record:
 
 
 def open_image(
-  source: sources.Source, index: int, decoding: Decoding
+  source: sources.Source,
+  index: int,
+  decoding: Decoding,
+  reduction: Callable[[tuple[int, int]], int] | None = None,
 ) -> tuple[Image.Image, sources.Record]:
   """Reads and decodes an image; returns it with its record.
+
+  `reduction` is that of `decoding.decode`.
 
   Raises:
     decoding.TooSmallError: it is left out on purpose.
@@ -114,7 +119,7 @@ def open_image(
   """
   record = read_record(source, index)
   try:
-    image = image_decoding.decode(record.encoded, decoding)
+    image = image_decoding.decode(record.encoded, decoding, reduction)
   except (image_decoding.TooSmallError, MemoryError):
     raise
   except Exception as error:  # Pillow raises anything
@@ -124,24 +129,60 @@ def open_image(
 
 
 def crop(
-  image: Image.Image, cropping: Cropping, rng: np.random.Generator | None
+  image: Image.Image,
+  cropping: Cropping,
+  rng: np.random.Generator | None,
+  box: crops.Box | None = None,
 ) -> np.ndarray:
   """A part of an image, uint8 [height, width, channels]; see `Cropping`.
 
-  `rng` is not used by a `dm_crop` without flips.
+  `rng` is not used by a `dm_crop` without flips. A `box` is that of a
+  random-resized crop of which the place is drawn already.
   """
   if cropping.kind == "dm_crop":
     image = crops.dm_crop(image, cropping.size)
   elif cropping.kind == "random_crop":
     image = crops.random_crop(image, cropping.size, rng)
   else:
-    image = crops.random_resized_crop(
-      image, cropping.size, rng, cropping.min_area
+    box = box or crops.random_box(
+      image.size, cropping.size, rng, cropping.min_area
     )
+    image = crops.resized_crop(image, box, cropping.size)
   pixels = np.asarray(image).reshape(*crops.shape(cropping.size), -1)
   if cropping.flip and rng.random() < 0.5:
     pixels = pixels[:, ::-1]
   return np.ascontiguousarray(pixels)
+
+
+class _Reduction:
+  """How many times smaller a JPEG is decoded than it is, for one crop.
+
+  Attributes:
+    times: 1 as long as nobody asked.
+    size: (width, height) of the whole image; None likewise.
+    box: of a random-resized crop; None likewise.
+  """
+
+  def __init__(self, cropping: Cropping, rng: np.random.Generator):
+    self._cropping, self._rng = cropping, rng
+    self.times, self.size, self.box = 1, None, None
+
+  def __call__(self, size: tuple[int, int]) -> int:
+    if self.size is None:  # else the box is drawn
+      self.size, cropping, seen = size, self._cropping, (0, 0)
+      if cropping.kind == "dm_crop":
+        seen = size
+      elif cropping.kind == "random_resized_crop":
+        self.box = crops.random_box(
+          size, cropping.size, self._rng, cropping.min_area
+        )
+        seen = self.box.width, self.box.height
+      height, width = crops.shape(cropping.size)
+      self.times = min(
+        image_decoding.halved(seen[0], width),
+        image_decoding.halved(seen[1], height),
+      )
+    return self.times
 
 
 class Skipped:
@@ -192,33 +233,50 @@ class _Load:
     self._cropping, self._skipped = cropping, skipped
     self._cache, self._room = {}, cache_megabytes * 1e6
 
-  def decode(self, index: int):
+  def _open(self, index: int, reduction: _Reduction | None = None):
     """(image, label), or None for one that is too small or not decodable."""
-    if index in self._cache:
-      return self._cache[index]
     try:
-      image, record = open_image(self._source, index, self._decoding)
+      image, record = open_image(self._source, index, self._decoding, reduction)
     except image_decoding.TooSmallError:
-      self._cache[index] = None
       return None
     except UnusableError as error:
       self._skipped.add(self._source.name(index), error)
+      return None
+    return image, record.label
+
+  def _cached(self, index: int, reduction: _Reduction):
+    """The same, from the cache only at the same reduction: same pixels."""
+    if index in self._cache:
+      if self._cache[index] is None:
+        return None
+      size, label, images = self._cache[index]
+      if size is not None:
+        reduction(size)
+      if reduction.times in images:
+        return images[reduction.times], label
+    opened = self._open(index, reduction)
+    if opened is None:
       self._cache[index] = None
       return None
+    image, label = opened
     size = image.width * image.height * len(image.getbands())
     if size <= self._room:
       self._room -= size
-      self._cache[index] = (image, record.label)
-    return image, record.label
+      known = self._cache.setdefault(index, (reduction.size, label, {}))
+      known[-1][reduction.times] = image.copy()  # which holds no file
+    return opened
 
   def random(self, index: int, rng: np.random.Generator) -> batches.Batch:
     """Training: a bad image is replaced by a random other one."""
     for _ in range(_ATTEMPTS):
-      decoded = self.decode(index)
-      if decoded is not None:
-        image, label = decoded
-        pixels = crop(image, self._cropping, rng)
+      before = rng.bit_generator.state
+      reduction = _Reduction(self._cropping, rng)
+      opened = self._cached(index, reduction)
+      if opened is not None:
+        image, label = opened
+        pixels = crop(image, self._cropping, rng, reduction.box)
         return {"images": pixels, "labels": np.int32(label)}
+      rng.bit_generator.state = before  # as if it was known to be bad
       index = int(rng.integers(len(self._source)))
     raise errors.UserError(
       f"{_ATTEMPTS} images in a row could not be used, the last "
@@ -227,7 +285,7 @@ class _Load:
 
   def fixed(self, index: int) -> batches.Batch:
     """Evaluation: a bad image, or an index past the end, is masked."""
-    decoded = self.decode(index) if index < len(self._source) else None
+    decoded = self._open(index) if index < len(self._source) else None
     if decoded is None:
       shape = (*crops.shape(self._cropping.size), self._decoding.channels)
       pixels = np.zeros(shape, np.uint8)

@@ -145,6 +145,97 @@ def test_shorter_side_reduces_and_never_enlarges(kind):
     assert decoding.decode(encoded, how).size == size
 
 
+def _photograph(height, width):
+  """Smooth, and another one from each side."""
+  rows, columns = np.mgrid[:height, :width] / min(height, width)
+  waves = [np.sin(5 * rows + columns), np.cos(4 * columns), rows * columns]
+  pixels = np.stack([127 + 100 * wave for wave in waves], -1)
+  return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _turned(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  return exif
+
+
+@pytest.mark.parametrize("least", range(1, 40))
+def test_a_jpeg_is_halved_as_often_as_the_crop_allows(least):
+  rng = np.random.default_rng(least)
+  for size in (1, 2, 3, 5, 8, least):
+    times = decoding.halved(least, size)
+    assert least >= times * size or times == 1  # nothing is enlarged
+    assert times == 8 or least < 2 * times * size  # nothing is left to halve
+    width, height = least + rng.integers(0, 50, 2)
+    encoded = _encode(_gradient(height, width), "JPEG")
+    image = decoding.decode(encoded, decoding.Decoding(), lambda _, x=times: x)
+    assert image.size == (-(-width // times), -(-height // times))
+
+
+@pytest.mark.parametrize("shape", [(200, 250), (251, 203)])
+def test_shorter_side_decodes_at_the_least_scale(shape, monkeypatch):
+  resized = []
+  monkeypatch.setattr(
+    image_crops,
+    "resize_shorter_side",
+    lambda image, size: resized.append(image.size) or image,
+  )
+  encoded = _encode(_gradient(*shape), "JPEG")
+  decoding.decode(encoded, decoding.Decoding(shorter_side=99))
+  assert resized == [tuple(-(-side // 2) for side in shape[::-1])]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("options", [{}, {"mode": "CMYK"}, {"mode": "L"}])
+def test_reduced_images_are_what_a_viewer_shows(orientation, options):
+  image = _photograph(301, 404).convert(options.get("mode", "RGB"))
+  encoded = _encode(image, "JPEG", quality=95, exif=_turned(orientation))
+  whole = decoding.decode(encoded, decoding.Decoding())
+  asked = []
+  reduced = decoding.decode(
+    encoded, decoding.Decoding(), lambda size: asked.append(size) or 4
+  )
+  assert asked == [whole.size]
+  assert reduced.size == tuple(-(-side // 4) for side in whole.size)
+  expected = np.asarray(whole.resize(reduced.size, Image.Resampling.BOX))
+  found = np.asarray(reduced)
+  assert np.abs(found.astype(int) - expected.astype(int)).mean() < 1.5
+
+
+def test_pictures_with_previews_are_reduced():
+  frames = [_photograph(160, 200), _photograph(16, 20)]
+  encoded = _encode(frames[0], "MPO", save_all=True, append_images=frames[1:])
+  assert Image.open(io.BytesIO(encoded)).format == "MPO"
+  found = decoding.decode(encoded, decoding.Decoding(), lambda _: 2)
+  assert found.size == (100, 80)
+
+
+def test_other_files_are_decoded_whole():
+  image = _photograph(160, 200)
+  for kind in ("PNG", "TIFF", "WEBP"):
+    found = decoding.decode(
+      _encode(image, kind, lossless=True), decoding.Decoding(), lambda _: 2
+    )
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(image))
+
+
+def test_a_box_is_the_same_part_of_a_reduced_image():
+  image, rng = _photograph(301, 404), np.random.default_rng(0)
+  for _ in range(20):
+    box = image_crops.random_box(image.size, 64, rng, 0.2)
+    crops = [
+      np.asarray(image_crops.resized_crop(x, box, 32)).astype(int)
+      for x in (image, image.reduce(4))
+    ]
+    assert np.abs(crops[0] - crops[1]).mean() < 1.5
+  part = image.resize(
+    (32, 32),
+    Image.Resampling.BICUBIC,
+    (box.left, box.top, box.left + box.width, box.top + box.height),
+  )
+  np.testing.assert_array_equal(crops[0], part)
+
+
 def test_dm_crop_halves_then_resizes_then_crops_the_centre():
   image = _gradient(200, 240)
   expected = image.resize((120, 100), Image.Resampling.BOX)
@@ -160,7 +251,9 @@ def test_random_crops_have_the_size_and_differ(shape):
   rng = np.random.default_rng(0)
   for crop in (
     lambda: image_crops.random_crop(image, 64, rng),
-    lambda: image_crops.random_resized_crop(image, 64, rng, 0.2),
+    lambda: image_crops.resized_crop(
+      image, image_crops.random_box(image.size, 64, rng, 0.2), 64
+    ),
   ):
     crops = [np.asarray(crop()) for _ in range(5)]
     assert {c.shape for c in crops} == {(64, 64, 3)}

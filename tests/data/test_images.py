@@ -5,6 +5,8 @@ import json
 import logging
 import multiprocessing
 import os
+import pathlib
+import platform
 import re
 import signal
 import time
@@ -360,6 +362,27 @@ def test_worker_processes_share_no_memory_that_could_be_left(folder):
   assert not [name for name in left if name.startswith("psm_")]
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of its malloc")
+def test_a_worker_does_not_take_new_memory_for_each_batch(folder):
+  cropping = images.Cropping("dm_crop", 256)
+  iterator = _training(
+    [(folder, 1.0)], cropping=cropping, batch_size=8, workers=1, threads=1
+  )
+  for _ in range(10):
+    next(iterator)
+  (worker,) = multiprocessing.active_children()
+
+  def page_faults():
+    stat = pathlib.Path(f"/proc/{worker.pid}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[7])
+
+  before = page_faults()
+  pages = sum(next(iterator)["images"].nbytes for _ in range(20)) / 4096
+  taken = page_faults() - before
+  iterator.close()
+  assert taken < 0.2 * pages
+
+
 def test_a_killed_worker_is_one_line(folder):
   iterator = _training([(folder, 1.0)], workers=1)
   next(iterator)
@@ -381,6 +404,114 @@ def test_cached_images_are_the_same(folder):
   np.testing.assert_array_equal(
     _take(_training(pairs), 8), _take(_training(pairs, cache_megabytes=1), 8)
   )
+
+
+@pytest.fixture
+def large(tmp_path):
+  """Smooth JPEGs that may be decoded smaller, one of them damaged, a PNG."""
+  for i in range(6):
+    height, width = ((300, 407), (361, 280))[i % 2]
+    rows, columns = np.mgrid[:height, :width] / 300
+    waves = [np.sin(i + 3 * rows + columns), np.cos(3 * columns), rows - 1]
+    pixels = np.stack([127 + 100 * wave for wave in waves], -1)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = i + 1  # orientations 1 to 6
+    image.save(tmp_path / f"{i}.jpg", quality=95, exif=exif)
+  image.save(tmp_path / "6.png")
+  path = tmp_path / "5.jpg"
+  path.write_bytes(path.read_bytes()[:-900])
+  return sources.folder(str(tmp_path))
+
+
+_CROPPINGS = [
+  images.Cropping(kind, 32, min_area=0.05, flip=True) for kind in crops.CROPS
+]
+
+
+def _spy(monkeypatch, *, whole=False):
+  """Sizes and times of the reductions that were asked for."""
+  asked, original = [], images.image_decoding.decode
+
+  def decode(encoded, decoding, reduction=None):
+    def recorded(size):
+      times = reduction(size)
+      asked.append((size, times, reduction.box))
+      return 1 if whole else times
+
+    return original(encoded, decoding, reduction and recorded)
+
+  monkeypatch.setattr(images.image_decoding, "decode", decode)
+  return asked
+
+
+@pytest.mark.parametrize("cropping", _CROPPINGS, ids=lambda x: x.kind)
+def test_training_decodes_as_small_as_its_crops_allow(
+  large, cropping, monkeypatch
+):
+  asked = _spy(monkeypatch)
+  _take(_training([(large, 1.0)], cropping=cropping), 20)
+  assert len(asked) > 60
+  for size, times, box in asked:
+    assert sorted(size) in ([300, 407], [280, 361])
+    least = min(size) if box is None else min(box.width, box.height)
+    if cropping.kind == "random_crop":
+      assert times == 1
+    else:
+      assert least >= times * 32 or times == 1
+      assert times == 8 or least < 2 * times * 32
+
+
+@pytest.mark.parametrize("cropping", _CROPPINGS, ids=lambda x: x.kind)
+def test_crops_of_reduced_images_show_the_same(large, cropping, monkeypatch):
+  found = _take(_training([(large, 1.0)], cropping=cropping), 10)
+  _spy(monkeypatch, whole=True)
+  expected = _take(_training([(large, 1.0)], cropping=cropping), 10)
+  difference = np.abs(found.astype(int) - expected)
+  assert difference.mean((2, 3, 4)).max() < 4
+  if cropping.kind == "random_crop":
+    assert not difference.any()
+
+
+@pytest.mark.parametrize("cropping", _CROPPINGS, ids=lambda x: x.kind)
+def test_how_images_are_loaded_changes_no_crop(large, cropping):
+  pairs = [(large, 1.0)]
+  expected = _take(_training(pairs, cropping=cropping, threads=1), 15)
+  for changes in (
+    {"threads": 4},
+    {"cache_megabytes": 10},
+    {"cache_megabytes": 0.2},  # there is not room for all
+  ):
+    found = _take(_training(pairs, cropping=cropping, **changes), 15)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_processes_with_caches_change_no_crop(large):
+  options = {"cropping": _CROPPINGS[1], "cache_megabytes": 0.2}
+  expected = _take(_training([(large, 1.0)], **options), 15)
+  found = _take(_training([(large, 1.0)], workers=2, **options), 15)
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_cached_images_are_decoded_once_for_each_scale(large, monkeypatch):
+  asked = _spy(monkeypatch)
+  cropping = images.Cropping("dm_crop", 16)
+  iterator = _training(
+    [(large, 1.0)], cropping=cropping, cache_megabytes=1, threads=1
+  )
+  _take(iterator, 20)
+  assert len(asked) == 6
+
+
+def test_evaluations_decode_whole_images(large, monkeypatch):
+  asked = _spy(monkeypatch)
+  (batch,) = images.evaluation_batches(
+    large, images.Decoding(), 16, batches.Reading(7), skipped=images.Skipped()
+  )
+  assert not asked
+  image, _ = images.open_image(large, 2, images.Decoding())
+  expected = np.asarray(crops.dm_crop(image, 16))
+  np.testing.assert_array_equal(batch["images"][2], expected)
 
 
 def test_sources_without_a_usable_image_are_refused(folder, tmp_path):
