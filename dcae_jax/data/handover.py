@@ -1,24 +1,20 @@
 """Batches from loader processes to the main one: files in memory.
 
 What goes through pipes stays small, so that a process that is killed leaves no
-half of a message, for which others would wait. A file is gone when it is taken;
-those of a main process that was killed are removed by the next one.
+half of a message, for which others would wait. A file is gone when it is taken.
 """
 
 import contextlib
-import fcntl
 import mmap
 import os
-import pathlib
 import pickle
 import shutil
-import tempfile
 import uuid
-import weakref
 from typing import Any
 
+from dcae_jax.runs import owned_directory
+
 _MEMORY, _ENOUGH = "/dev/shm", 2**30  # bytes; containers may have less
-_PREFIX, _LOCK = "dcae_jax_batches_", "lock"
 _ALIGNMENT = 64  # bytes, of arrays
 
 
@@ -26,17 +22,12 @@ class Handover:
   """One main process's; workers get a copy."""
 
   def __init__(self):
-    place = tempfile.gettempdir()
+    place = ""
     with contextlib.suppress(OSError):  # there is none
       if shutil.disk_usage(_MEMORY).free >= _ENOUGH:
         place = _MEMORY
-    _remove_left(pathlib.Path(place))
-    self._directory = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
-    path = os.path.join(self._directory, _LOCK)
-    lock = os.open(f"{path}.new", os.O_CREAT | os.O_WRONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    os.rename(f"{path}.new", path)  # nobody finds it before it is held
-    weakref.finalize(self, _end, self._directory, lock)
+    self._owned = owned_directory.OwnedDirectory("dcae_jax_batches", place)
+    self._directory = self._owned.path
 
   def __getstate__(self) -> str:
     return self._directory
@@ -69,18 +60,5 @@ class Handover:
     return pickle.loads(parts[0], buffers=parts[1:])
 
 
-def _end(directory: str, lock: int) -> None:
-  shutil.rmtree(directory, ignore_errors=True)
-  os.close(lock)
-
-
 def _aligned(position: int) -> int:
   return -(-position // _ALIGNMENT) * _ALIGNMENT
-
-
-def _remove_left(place: pathlib.Path) -> None:
-  """Directories whose main process no longer holds their lock."""
-  for lock in place.glob(f"{_PREFIX}*/{_LOCK}"):
-    with contextlib.suppress(OSError), lock.open("rb") as file:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it is alive
-      shutil.rmtree(lock.parent, ignore_errors=True)

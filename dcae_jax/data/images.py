@@ -11,11 +11,8 @@ import hashlib
 import itertools
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -25,6 +22,7 @@ from PIL import Image
 from dcae_jax import errors
 from dcae_jax.data import aspect_ratios, batches, crops, sources, windows
 from dcae_jax.data import decoding as image_decoding
+from dcae_jax.runs import owned_directory
 
 Decoding = image_decoding.Decoding
 
@@ -193,10 +191,8 @@ class Skipped:
   """
 
   def __init__(self):
-    self._directory = tempfile.mkdtemp(prefix="dcae_jax_skipped_")
-    self._cleanup = weakref.finalize(
-      self, shutil.rmtree, self._directory, ignore_errors=True
-    )
+    self._owned = owned_directory.OwnedDirectory("dcae_jax_skipped")
+    self._directory = self._owned.path
 
   def __getstate__(self):
     return self._directory
@@ -215,7 +211,7 @@ class Skipped:
     _LOG.warning("skipped image %r: %s", name, reason)
 
   def __len__(self) -> int:
-    return len(os.listdir(self._directory))
+    return len(os.listdir(self._directory)) - 1  # its lock
 
 
 class _Load:

@@ -6,9 +6,6 @@ temporary file, so that the processes of a machine share one copy of it.
 
 import hashlib
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dcae_jax import errors
+from dcae_jax.runs import owned_directory
 
 # One row an image. `captions` are as `data.captions.joined` has them. Its bytes
 # are `bytes` from `offset` on of the file `file`, see the source that has it.
@@ -47,30 +45,26 @@ class Index:
   """
 
   def __init__(self, table: pa.Table):
-    """Writes the table, which has the schema, where it is mapped from."""
-    directory = tempfile.mkdtemp(prefix="dcae_jax_index_")
-    self._cleanup = weakref.finalize(
-      self, shutil.rmtree, directory, ignore_errors=True
-    )
-    self._map(os.path.join(directory, "index.arrow"), table)
+    """Writes the table, which has the schema, where it is mapped from.
 
-  def _map(self, path: str, table: pa.Table | None = None) -> None:
-    if table is not None:
-      with pa.ipc.new_file(path, SCHEMA) as writer:
-        writer.write_table(
-          table.select(SCHEMA.names).cast(SCHEMA).combine_chunks(),
-          max_chunksize=max(len(table), 1),
-        )
+    Its memory is free again if the caller does not keep it.
+    """
+    self._owned = owned_directory.OwnedDirectory("dcae_jax_index")
+    path, rows = os.path.join(self._owned.path, "index.arrow"), len(table)
+    table = table.select(SCHEMA.names).cast(SCHEMA).combine_chunks()
+    with pa.ipc.new_file(path, SCHEMA) as writer:
+      writer.write_table(table, max_chunksize=max(rows, 1))
+    del table
     pa.default_memory_pool().release_unused()
-    self._path = path
-    with pa.memory_map(path) as file:
-      self._table = pa.ipc.open_file(file).read_all()
+    self.__setstate__(path)
 
   def __getstate__(self) -> str:
     return self._path
 
   def __setstate__(self, path: str) -> None:
-    self._map(path)
+    self._path = path
+    with pa.memory_map(path) as file:
+      self._table = pa.ipc.open_file(file).read_all()
 
   def __len__(self) -> int:
     return len(self._table)

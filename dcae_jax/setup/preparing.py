@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import process
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict
 from dcae_jax import errors
 from dcae_jax.data import batches, index, preparation
 from dcae_jax.data.sources import records
-from dcae_jax.runs import resumable_store
+from dcae_jax.runs import owned_directory, resumable_store
 from dcae_jax.setup import image_sources, keys
 
 _LEFT_OUT = b"left_out"  # of a piece's rows, in its metadata
@@ -202,16 +201,16 @@ class Writer:
   def write(self, shard: preparation.Shard) -> int:
     """Writes a shard, then its rows; returns how many images it is made of."""
     storage = self._store.storage
-    with tempfile.TemporaryDirectory(prefix="dcae_jax_shard_") as directory:
-      path = pathlib.Path(directory) / "shard"
-      rows, left_out = preparation.write(
-        shard,
-        self._members[shard.member],
-        self._encoding,
-        self._threads,
-        os.fspath(path),
-      )
-      data = path.read_bytes()
+    owned = owned_directory.OwnedDirectory("dcae_jax_shard")
+    path = pathlib.Path(owned.path) / "shard"
+    rows, left_out = preparation.write(
+      shard,
+      self._members[shard.member],
+      self._encoding,
+      self._threads,
+      os.fspath(path),
+    )
+    data = path.read_bytes()
     storage.write(shard.name, data)
     noted = {_LEFT_OUT: json.dumps(left_out), _BYTES: str(len(data))}
     table = rows.replace_schema_metadata(noted)

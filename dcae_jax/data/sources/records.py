@@ -62,17 +62,12 @@ class Records:
     self._shards = [shard["name"] for shard in manifest["shards"]]
     self._has_captions = captions
     self._check_shards(manifest["shards"])
-    table = self._table(manifest)
-    table = _of_split(table, split, self._place.path)
-    table = _of_classes(table, classes, self.classes, self._place.path)
-    if captions and not pc.any(pc.not_equal(table["captions"], "")).as_py():
-      raise errors.UserError(
-        f"{self._place.path} was prepared without captions; set "
-        "config.source.captions=False, or prepare it with them"
-      )
-    self._rows = index.Index(table)
+    self._rows = index.Index(self._table(manifest, split, classes))
 
-  def _table(self, manifest: dict[str, Any]) -> pa.Table:
+  def _table(
+    self, manifest: dict[str, Any], split: str, classes: tuple[str | int, ...]
+  ) -> pa.Table:
+    """The rows of the index that are kept."""
     data, path = self._place.read(INDEX), f"{self._place.path}/{INDEX}"
     if data is None:
       raise errors.UserError(f"{path} is gone; {_ADVICE}")
@@ -80,7 +75,16 @@ class Records:
       raise errors.UserError(
         f"{path} is not the index of these shards, or damaged; {_ADVICE}"
       )
-    return index.from_parquet(data, path)
+    table = index.from_parquet(data, path)
+    table = _of_split(table, split, self._place.path)
+    table = _of_classes(table, classes, self.classes, self._place.path)
+    has_captions = pc.any(pc.not_equal(table["captions"], "")).as_py()
+    if self._has_captions and not has_captions:
+      raise errors.UserError(
+        f"{self._place.path} was prepared without captions; set "
+        "config.source.captions=False, or prepare it with them"
+      )
+    return table
 
   def _check_shards(self, shards: list[dict[str, Any]]) -> None:
     """Raises UserError where one is missing, or of another size."""
