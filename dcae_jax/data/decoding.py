@@ -141,4 +141,4 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image)
-  return image.convert(mode)
+  return image if image.mode == mode else image.convert(mode)

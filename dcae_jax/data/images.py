@@ -253,7 +253,7 @@ class _Load:
     if size <= self._room:
       self._room -= size
       known = self._cache.setdefault(index, (reduction.size, label, {}))
-      known[-1][reduction.times] = image
+      known[-1][reduction.times] = image.copy()  # which holds no file
     return opened
 
   def random(self, index: int, rng: np.random.Generator) -> batches.Batch:

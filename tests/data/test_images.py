@@ -5,6 +5,8 @@ import json
 import logging
 import multiprocessing
 import os
+import pathlib
+import platform
 import re
 import signal
 import time
@@ -224,6 +226,27 @@ def test_worker_processes_share_no_memory_that_could_be_left(folder):
   iterator.close()
   # Semaphores have names for a moment only.
   assert not [name for name in left if name.startswith("psm_")]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of its malloc")
+def test_a_worker_does_not_take_new_memory_for_each_batch(folder):
+  cropping = images.Cropping("dm_crop", 256)
+  iterator = _training(
+    [(folder, 1.0)], cropping=cropping, batch_size=8, workers=1, threads=1
+  )
+  for _ in range(10):
+    next(iterator)
+  (worker,) = multiprocessing.active_children()
+
+  def page_faults():
+    stat = pathlib.Path(f"/proc/{worker.pid}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[7])
+
+  before = page_faults()
+  pages = sum(next(iterator)["images"].nbytes for _ in range(20)) / 4096
+  taken = page_faults() - before
+  iterator.close()
+  assert taken < 0.2 * pages
 
 
 def test_a_killed_worker_is_one_line(folder):
