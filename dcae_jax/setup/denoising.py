@@ -93,7 +93,7 @@ def conditioning_of(config: ConfigDict) -> type[conditioning.Conditioning]:
   return denoisers.DENOISERS[variant.family].conditioning
 
 
-Store = reader.Latents | aspect_ratios.LatentsOfShapes
+Store = latent_reading.Store
 
 
 def open_store(config: ConfigDict) -> Store:

@@ -176,6 +176,7 @@ def test_each_caption_is_learned_as_often_as_its_weight_says(
   training, store, encoder
 ):
   c = training()
+  c.data.shuffle_shards, c.data.shuffle_streams = 0, 1
   batches = train_diffusion._batches(
     denoising.with_store(c, denoising.open_store(c)),
     denoising.open_store(c),
