@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.latents import reader
+from dcae_jax.latents import aspect_ratios
 from dcae_jax.runs import processes, work_directory
 from dcae_jax.setup import keys
 
@@ -33,7 +33,7 @@ def cache_megabytes(config: ConfigDict) -> float:
 
 
 def decided(
-  config: ConfigDict, store: reader.Latents, workdir: epath.Path
+  config: ConfigDict, store: aspect_ratios.Store, workdir: epath.Path
 ) -> ConfigDict:
   """The config with how rows are shuffled; a run goes on as it began.
 
