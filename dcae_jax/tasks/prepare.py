@@ -64,10 +64,13 @@ def _fill(
       store.write_identity(identity)
 
     work.begin(lambda begun: store.check_identity(identity, begun), begin)
-  if store.manifest() is not None:
+  manifest = store.manifest()
+  if manifest is not None:
     _LOG.info("%s is finished", store.storage.path)
-    if is_first:
+    if is_first:  # what it was perhaps killed before
       store.remove_progress()
+      if not (workdir / "result.json").exists():
+        _write_result(workdir, store, manifest, watch)
     return True
   missing = store.missing(shards)
   own = work.share(missing)

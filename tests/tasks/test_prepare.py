@@ -281,6 +281,17 @@ def test_a_killed_preparation_ends_byte_equal(whole, config, tmp_path):
   assert _files(tmp_path) == expected
 
 
+def test_killed_before_its_result_it_has_one_in_the_end(
+  whole, config, tmp_path
+):
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  (tmp_path / "result.json").unlink()
+  assert prepare.run(config(), epath.Path(tmp_path))
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert (result["count"], result["left_out"]) == (24, 2)
+  assert _files(tmp_path) == _files(whole)
+
+
 def test_stopped_by_sigterm_it_goes_on(whole, config, pictures, tmp_path):
   file = tmp_path / "prepare.py"
   file.write_text(
