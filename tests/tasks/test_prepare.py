@@ -400,6 +400,10 @@ def test_settings_that_cannot_be_are_refused(config, tmp_path):
   }.items():
     with pytest.raises(ValueError, match=message):
       prepare.run(config(**dict([changes])), epath.Path(tmp_path / "x"))
+  mixture = config()
+  mixture.source = base.source("mixture")
+  with pytest.raises(ValueError, match="needs at least one member"):
+    prepare.run(mixture, epath.Path(tmp_path / "x"))
   assert not (tmp_path / "x").exists()
 
 
