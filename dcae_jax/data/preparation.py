@@ -16,10 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
-
 from dcae_jax import errors
-from dcae_jax.data import array_records, images, index, sources
+from dcae_jax.data import array_records, headers, images, index, sources
 from dcae_jax.data import captions as image_captions
 from dcae_jax.data import decoding as image_decoding
 
@@ -29,7 +27,6 @@ _SAVED = {  # by `Encoding.kind`
 }
 _VERIFIED_AT = 16  # pixels: all of a JPEG is read, and little is computed
 _SAMPLES = 64  # images that tell how large they are
-_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # of EXIF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +96,9 @@ class Shard(NamedTuple):
 def prepared(encoded: bytes, encoding: Encoding) -> Prepared:
   """Of an image file; raises whatever `decode` does if it cannot be decoded."""
   limit = image_decoding.Decoding(max_megapixels=encoding.max_megapixels)
-  width, height = shown_size(encoded)
+  width, height = headers.shown_size(io.BytesIO(encoded))
   side = encoding.shorter_side
-  if not encoding.kind or 0 < min(width, height) <= side:
+  if not encoding.kind or min(width, height) <= side:
     image_decoding.decode(
       encoded, dataclasses.replace(limit, shorter_side=_VERIFIED_AT)
     )
@@ -115,17 +112,6 @@ def prepared(encoded: bytes, encoding: Encoding) -> Prepared:
   buffer = io.BytesIO()
   image.save(buffer, **saved)
   return Prepared(buffer.getvalue(), *image.size)
-
-
-def shown_size(encoded: bytes) -> tuple[int, int]:
-  """Width and height, turned as EXIF says; (0, 0) if it is no image."""
-  try:
-    with Image.open(io.BytesIO(encoded)) as image:
-      width, height = image.size
-      turned = image.getexif().get(_ORIENTATION) in _TRANSPOSED
-  except Exception:  # Pillow raises anything, and decoding tells what
-    return 0, 0
-  return (height, width) if turned else (width, height)
 
 
 def plan(
