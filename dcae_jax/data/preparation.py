@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+
 from dcae_jax import errors
 from dcae_jax.data import array_records, headers, images, index, sources
 from dcae_jax.data import captions as image_captions
