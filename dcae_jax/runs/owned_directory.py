@@ -35,7 +35,10 @@ class OwnedDirectory:
 
 
 def _end(path: str, lock: int) -> None:
-  shutil.rmtree(path, ignore_errors=True)
+  gone = f"{path}.gone"
+  with contextlib.suppress(OSError):  # somebody has removed it
+    os.rename(path, gone)  # no other process makes a file there meanwhile
+  shutil.rmtree(gone, ignore_errors=True)
   os.close(lock)
 
 

@@ -1,5 +1,6 @@
 """Batches of other processes: what is taken is what was given, and is gone."""
 
+import contextlib
 import os
 import pathlib
 import pickle
@@ -60,6 +61,21 @@ def test_files_of_a_killed_process_are_removed_by_the_next_one():
   process.communicate()
   handover.Handover()
   assert not os.path.exists(os.path.dirname(path))
+
+
+def test_a_worker_that_still_writes_leaves_nothing_behind(monkeypatch):
+  main = handover.Handover()
+  worker, rmdir = pickle.loads(pickle.dumps(main)), os.rmdir
+  place = pathlib.Path(main.give([0])[0]).parent
+
+  def remove(*arguments, **options):
+    with contextlib.suppress(FileNotFoundError):
+      worker.give([1])
+    rmdir(*arguments, **options)
+
+  monkeypatch.setattr(os, "rmdir", remove)
+  del main
+  assert not list(place.parent.glob(f"{place.name}*"))
 
 
 def _large(number):
