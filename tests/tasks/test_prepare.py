@@ -420,7 +420,7 @@ def test_a_bucket_is_asked_once_for_each_image(
   whole, config, bucket, emulator, tmp_path
 ):
   output = f"{bucket}/prepared"
-  with emulator.fail(503, every=3, times=None):
+  with emulator.fail(503, every=5, times=4):
     assert prepare.run(config(output=output), epath.Path(tmp_path))
   emulator.forget()
   source = sources.Records(output)
