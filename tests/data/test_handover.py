@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -76,6 +77,19 @@ def test_a_worker_that_still_writes_leaves_nothing_behind(monkeypatch):
   monkeypatch.setattr(os, "rmdir", remove)
   del main
   assert not list(place.parent.glob(f"{place.name}*"))
+
+
+def test_a_removal_that_was_cut_off_is_finished_by_the_next_one(monkeypatch):
+  place = pathlib.Path(handover.Handover().give([0])[0]).parent.parent
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    main = handover.Handover()
+    name = pathlib.Path(main.give([0])[0]).parent.name
+    del main
+  (left,) = place.glob(f"{name}*")
+  (left / "lock").unlink()
+  handover.Handover()
+  assert not list(place.glob(f"{name}*"))
 
 
 def _large(number):
