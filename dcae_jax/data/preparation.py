@@ -27,7 +27,9 @@ _SAVED = {  # by `Encoding.kind`
   "webp_lossless": {"format": "WEBP", "lossless": True},
 }
 _VERIFIED_AT = 16  # pixels: all of a JPEG is read, and little is computed
-_SAMPLES = 64  # images that tell how large they are
+# Images that tell how large they are: so many that follow each other, which are
+# perhaps read together, in so many places.
+_NEIGHBOURS, _PLACES = 8, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,9 @@ def plan(
   shards: list[Shard] = []
   for number, member in enumerate(members):
     total = len(member.source)
-    chosen = np.linspace(0, total - 1, min(_SAMPLES, total)).astype(int)
+    starts = np.linspace(0, max(total - _NEIGHBOURS, 0), _PLACES).astype(int)
+    chosen = np.unique(starts[:, None] + np.arange(_NEIGHBOURS))
+    chosen = chosen[chosen < total]
     sizes = [
       len(loaded.encoded)
       for i in chosen.tolist()
@@ -177,9 +181,11 @@ def write(
         left_out[key] = image
         continue
       label = record.label
+      if member.labels and label >= 0:  # hubs note -1 where they tell none
+        label = member.labels[label]
       row = {
         "key": key,
-        "label": member.labels[label] if member.labels else label,
+        "label": label,
         "captions": image_captions.joined(record.captions),
         "split": member.split,
         "width": image.width,
