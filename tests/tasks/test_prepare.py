@@ -246,9 +246,14 @@ def test_whatever_they_came_from_they_train_bit_equally(
 
 def test_processes_and_workers_change_nothing(whole):
   source = sources.Records(str(whole / "records"))
-  expected = [x["images"] for x in _batches(source, 6)]
-  workers = [x["images"] for x in _batches(source, 6, workers=2)]
-  np.testing.assert_array_equal(workers, expected)
+  pixels = lambda count, **options: np.concatenate(
+    [x["images"] for x in _batches(source, count, **options)]
+  )
+  expected = pixels(6)
+  np.testing.assert_array_equal(pixels(6, workers=2), expected)
+  halves = [pixels(3, process_count=2, process_index=i) for i in range(2)]
+  together = np.stack(halves, axis=1).reshape(expected.shape)
+  np.testing.assert_array_equal(together, expected)
 
 
 def test_classes_and_splits_are_looked_up(whole):
