@@ -236,7 +236,7 @@ def _training_images() -> ConfigDict:
   c.min_area = Key(0.25, 0.001, 1)  # [ours] least part that a crop covers
   # Above 1: each batch has one of the shapes up to this ratio of their sides,
   # of about the square's area, and images of about that shape. The source must
-  # know their sizes without reading them (records). 1: squares.
+  # know their sizes without reading them (records, tar). 1: squares.
   c.max_aspect_ratio = Key(1.0, 1, 50)
   c.flip = True  # [ours] mirror at random; [community]: never
   c.min_size = Key(0, 0)  # images with a smaller side are left out; 0: none

@@ -61,7 +61,7 @@ OTHERS = {
   "training/checkpoint.py": {"etils", "jax", "orbax"},
   "data/array_records.py": {"array_record"},
   "data/index.py": {"pyarrow"},
-  "data/preparation.py": {"PIL", "pyarrow"},
+  "data/preparation.py": {"pyarrow"},
   "data/listings.py": {"fsspec"},
   "data/sources/containers.py": {"pyarrow"},
   "data/sources/files.py": {"etils", "pyarrow"},

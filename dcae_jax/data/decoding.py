@@ -17,7 +17,7 @@ from dcae_jax.data import crops
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MAX_ASPECT = 50  # crops enlarge to the shorter side: a strip would explode
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -97,7 +97,7 @@ def decode(
     if shorter_side:
       times = halved(min(width, height), shorter_side)
     elif reduction:
-      is_turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+      is_turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
       times = reduction((height, width) if is_turned else (width, height))
     image.draft(None, (width // times, height // times))
   ImageOps.exif_transpose(image, in_place=True)

@@ -6,7 +6,6 @@ from PIL import ExifTags, Image
 
 from dcae_jax.data import decoding
 
-_TURNED = (5, 6, 7, 8)  # by a quarter, of EXIF's orientations
 NO_IMAGE = 1, 1  # below any size that is asked for
 
 
@@ -28,4 +27,4 @@ def shown_size(file: io.IOBase) -> tuple[int, int]:
     return NO_IMAGE
   except Exception:  # Pillow raises anything
     return NO_IMAGE
-  return (height, width) if orientation in _TURNED else (width, height)
+  return (height, width) if orientation in decoding.TURNED else (width, height)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dcae_jax import errors
@@ -76,6 +77,10 @@ class Index:
       return np.empty(0, SCHEMA.field(column).type.to_pandas_dtype())
     return chunks[0].to_numpy(zero_copy_only=True)
 
+  def of_row(self, row: int, *columns: str) -> list[int]:
+    """Numbers of a row."""
+    return [int(self.numbers(column)[row]) for column in columns]
+
   def text(self, column: str, row: int) -> str:
     return self._table[column][row].as_py()
 
@@ -104,6 +109,11 @@ class Index:
         for buffer in chunk.buffers():
           digest.update(buffer or b"")
     return digest.hexdigest()
+
+
+def has_captions(table: pa.Table) -> bool:
+  """Whether any row has some."""
+  return bool(pc.any(pc.not_equal(table["captions"], "")).as_py())
 
 
 def to_parquet(table: pa.Table) -> bytes:

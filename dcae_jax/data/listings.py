@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import fsspec
 
+from dcae_jax import errors
 from dcae_jax.runs import storage
 
 _FIELDS = "nextPageToken,items(name,size,generation)"
@@ -79,6 +80,9 @@ def _remote(prefix: str) -> dict[str, dict[str, Any]]:
       )  # fmt: skip
     except FileNotFoundError as error:
       raise OSError(errno.ENOENT, "there is no such bucket", bucket) from error
+    except Exception as error:  # the client has its own kinds
+      reason = errors.first_line(error)
+      raise OSError(errno.EIO, reason, f"gs://{bucket}/{prefix}") from error
     for item in page.get("items", ()):
       found[f"gs://{bucket}/{item['name']}"] = item
     token = page.get("nextPageToken")

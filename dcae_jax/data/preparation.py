@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from dcae_jax import errors
-from dcae_jax.data import array_records, images, index, sources
+from dcae_jax.data import array_records, headers, images, index, sources
 from dcae_jax.data import captions as image_captions
 from dcae_jax.data import decoding as image_decoding
 
@@ -28,8 +27,9 @@ _SAVED = {  # by `Encoding.kind`
   "webp_lossless": {"format": "WEBP", "lossless": True},
 }
 _VERIFIED_AT = 16  # pixels: all of a JPEG is read, and little is computed
-_SAMPLES = 64  # images that tell how large they are
-_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # of EXIF
+# Images that tell how large they are: so many that follow each other, which are
+# perhaps read together, in so many places.
+_NEIGHBOURS, _PLACES = 8, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +99,9 @@ class Shard(NamedTuple):
 def prepared(encoded: bytes, encoding: Encoding) -> Prepared:
   """Of an image file; raises whatever `decode` does if it cannot be decoded."""
   limit = image_decoding.Decoding(max_megapixels=encoding.max_megapixels)
-  width, height = shown_size(encoded)
+  width, height = headers.shown_size(io.BytesIO(encoded))
   side = encoding.shorter_side
-  if not encoding.kind or 0 < min(width, height) <= side:
+  if not encoding.kind or min(width, height) <= side:
     image_decoding.decode(
       encoded, dataclasses.replace(limit, shorter_side=_VERIFIED_AT)
     )
@@ -117,17 +117,6 @@ def prepared(encoded: bytes, encoding: Encoding) -> Prepared:
   return Prepared(buffer.getvalue(), *image.size)
 
 
-def shown_size(encoded: bytes) -> tuple[int, int]:
-  """Width and height, turned as EXIF says; (0, 0) if it is no image."""
-  try:
-    with Image.open(io.BytesIO(encoded)) as image:
-      width, height = image.size
-      turned = image.getexif().get(_ORIENTATION) in _TRANSPOSED
-  except Exception:  # Pillow raises anything, and decoding tells what
-    return 0, 0
-  return (height, width) if turned else (width, height)
-
-
 def plan(
   members: Sequence[Member], encoding: Encoding, shard_bytes: float
 ) -> list[Shard]:
@@ -135,7 +124,9 @@ def plan(
   shards: list[Shard] = []
   for number, member in enumerate(members):
     total = len(member.source)
-    chosen = np.linspace(0, total - 1, min(_SAMPLES, total)).astype(int)
+    starts = np.linspace(0, max(total - _NEIGHBOURS, 0), _PLACES).astype(int)
+    chosen = np.unique(starts[:, None] + np.arange(_NEIGHBOURS))
+    chosen = chosen[chosen < total]
     sizes = [
       len(loaded.encoded)
       for i in chosen.tolist()
@@ -190,9 +181,11 @@ def write(
         left_out[key] = image
         continue
       label = record.label
+      if member.labels and label >= 0:  # hubs note -1 where they tell none
+        label = member.labels[label]
       row = {
         "key": key,
-        "label": member.labels[label] if member.labels else label,
+        "label": label,
         "captions": image_captions.joined(record.captions),
         "split": member.split,
         "width": image.width,

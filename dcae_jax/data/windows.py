@@ -19,16 +19,16 @@ class Order:
 
   def __init__(self, groups: sources.Groups, seed: int):
     self._groups, self._seed = groups, seed
-    self._epoch = (-1, np.empty(0, np.int64))
+    self._epochs: dict[int, np.ndarray] = {}  # of which threads read two
 
   def __call__(self, position: int) -> int:
     epoch, place = divmod(position, len(self._groups.of))
     return int(self._images(epoch)[place])
 
   def _images(self, epoch: int) -> np.ndarray:
-    known, images = self._epoch  # read at once: other threads replace it
-    if known == epoch:
-      return images
+    known = self._epochs  # read at once: other threads replace it
+    if epoch in known:
+      return known[epoch]
     of, window = self._groups
     rng = np.random.default_rng((self._seed, epoch))
     places = rng.permutation(of.max() + 1)[of]  # of groups
@@ -38,5 +38,6 @@ class Order:
     turns = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
     places = places[images]
     images = images[np.lexsort((places, turns, places // window))]
-    self._epoch = epoch, images
+    near = {x: order for x, order in known.items() if abs(x - epoch) == 1}
+    self._epochs = near | {epoch: images}
     return images

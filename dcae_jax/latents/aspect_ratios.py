@@ -45,8 +45,8 @@ def check_place(path: str, is_one: bool, retries: int) -> None:
 
 
 def opened(
-  path: str, open_store: Callable[[str], reader.Latents], retries: int
-) -> "reader.Latents | LatentsOfShapes":
+  path: str, open_store: Callable[[str, int], reader.Latents], retries: int
+) -> "Store":
   """The store in a place, or the stores of several shapes as one.
 
   `open_store` opens a store, given its path and how many there are.
@@ -141,6 +141,9 @@ class LatentsOfShapes:
   def condition(self, name: str) -> np.ndarray:
     """Those of all images, a store after the other."""
     return np.concatenate([store.condition(name) for store in self.stores])
+
+
+Store = reader.Latents | LatentsOfShapes
 
 
 class Batches(batches.Batches):

@@ -18,7 +18,7 @@ from dcae_jax.autoencoder import (
   quantisation,
 )
 from dcae_jax.autoencoder.weights import conversion
-from dcae_jax.latents import aspect_ratios, encode, layout, reader
+from dcae_jax.latents import aspect_ratios, encode, layout
 from dcae_jax.runs import (
   differences,
   json_types,
@@ -94,9 +94,7 @@ def normalisation(described: dict[str, Any]) -> latent_statistics.Normalisation:
   return latent_statistics.by_factor(described)
 
 
-def description(
-  store: reader.Latents | aspect_ratios.LatentsOfShapes,
-) -> dict[str, Any]:
+def description(store: aspect_ratios.Store) -> dict[str, Any]:
   """What a run needs to know of its latents; UserError if it is not there."""
   kept = ("autoencoder", *_SAME)
   described = store.manifest | {
@@ -152,7 +150,7 @@ def check_same_latents(workdir: epath.Path, described: dict[str, Any]) -> None:
       )
 
 
-def check_same_meaning(run: str, store: reader.Latents) -> None:
+def check_same_meaning(run: str, store: aspect_ratios.Store) -> None:
   """Raises UserError if a store has other latents than a run learned from."""
   differences.check_same(
     *_parts(_MEANING, read_description(run), description(store)),

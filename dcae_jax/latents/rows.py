@@ -13,16 +13,15 @@ import numpy as np
 
 from dcae_jax import errors
 from dcae_jax.data import captions as image_captions
-from dcae_jax.data import crops as image_crops
+from dcae_jax.data import crops, images, sources
 from dcae_jax.data import decoding as image_decoding
-from dcae_jax.data import images, sources
 from dcae_jax.latents import layout
 
 
 class Row(NamedTuple):
   """A row before it is encoded, and what a denoiser is told of it.
 
-  Values are uint8 [h, w, channels], or a latent, float32 [h, w, c].
+  Values are uint8 [height, width, channels], or a latent, float32 [h, w, c].
   Conditions are by the name of their array.
   """
 
@@ -124,9 +123,8 @@ class Crops(_Images):
     return [Row(crop(rng), conditions) for rng in rngs]
 
   def zeros(self, count: int) -> np.ndarray:
-    height, width = image_crops.shape(self._cropping.size)
-    shape = (count, height, width, self._decoding.channels)
-    return np.zeros(shape, np.uint8)
+    shape = (*crops.shape(self._cropping.size), self._decoding.channels)
+    return np.zeros((count, *shape), np.uint8)
 
 
 class LatentFiles(_Images):

@@ -13,6 +13,7 @@ import tempfile
 import weakref
 
 _LOCK = "lock"  # held as long as the process lives
+_GONE = ".gone"
 
 
 class OwnedDirectory:
@@ -35,12 +36,24 @@ class OwnedDirectory:
 
 
 def _end(path: str, lock: int) -> None:
-  shutil.rmtree(path, ignore_errors=True)
+  _remove(path)
   os.close(lock)
+
+
+def _remove(path: str) -> None:
+  """Under another name: nobody makes a file there meanwhile.
+
+  The name also says, if this is killed half-way, that nobody needs the rest.
+  """
+  with contextlib.suppress(OSError):  # somebody has removed it
+    os.rename(path, path + _GONE)
+  shutil.rmtree(path + _GONE, ignore_errors=True)
 
 
 def _remove_left(place: pathlib.Path, name: str) -> None:
   for lock in place.glob(f"{name}_*/{_LOCK}"):
     with contextlib.suppress(OSError), lock.open("rb") as file:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it is alive
-      shutil.rmtree(lock.parent, ignore_errors=True)
+      _remove(os.fspath(lock.parent))
+  for path in place.glob(f"{name}_*{_GONE}"):
+    shutil.rmtree(path, ignore_errors=True)

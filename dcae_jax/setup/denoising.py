@@ -93,10 +93,7 @@ def conditioning_of(config: ConfigDict) -> type[conditioning.Conditioning]:
   return denoisers.DENOISERS[variant.family].conditioning
 
 
-Store = latent_reading.Store
-
-
-def open_store(config: ConfigDict) -> Store:
+def open_store(config: ConfigDict) -> aspect_ratios.Store:
   """The latents of a training, with the conditions that its denoiser takes."""
   open_one = lambda path, count: reader.Latents(
     path,
@@ -108,7 +105,7 @@ def open_store(config: ConfigDict) -> Store:
   return aspect_ratios.opened(config.latents, open_one, config.data.retries)
 
 
-def with_store(config: ConfigDict, store: Store) -> ConfigDict:
+def with_store(config: ConfigDict, store: aspect_ratios.Store) -> ConfigDict:
   """The config, with the model's numbers taken from the store.
 
   Raises UserError if the config has others, or for conditions that cannot be.

@@ -97,7 +97,7 @@ class Part(NamedTuple):
   size: tuple[int, int]
 
 
-def parts(config: ConfigDict, workdir: epath.Path | None = None) -> list[Part]:
+def parts(config: ConfigDict, workdir: epath.Path) -> list[Part]:
   """What is exported, by shape; UserError if sizes of images are not known."""
   source, known = open_source(config, workdir), _shapes(config)
   if len(known) == 1:

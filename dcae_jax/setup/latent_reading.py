@@ -10,12 +10,11 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.latents import aspect_ratios, reader
+from dcae_jax.latents import aspect_ratios
 from dcae_jax.runs import processes, work_directory
 from dcae_jax.setup import keys
 
 _LOG = logging.getLogger(__name__)
-Store = reader.Latents | aspect_ratios.LatentsOfShapes
 _SHARE = 4  # of the memory: a quarter
 _LEAST = 2  # shards that are shuffled with each other
 _SLACK = 1.25  # the last batches of some shards are read with the next ones
@@ -34,7 +33,7 @@ def cache_megabytes(config: ConfigDict) -> float:
 
 
 def decided(
-  config: ConfigDict, store: Store, workdir: epath.Path
+  config: ConfigDict, store: aspect_ratios.Store, workdir: epath.Path
 ) -> ConfigDict:
   """The config with how rows are shuffled; a run goes on as it began.
 

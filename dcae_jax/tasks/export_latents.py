@@ -48,11 +48,11 @@ def _fill(
     if not _fill_store(config, workdir, export, ae, work, watch):
       return False
   path = exporting.output(config, workdir, "latents")
-  if jax.process_index() == 0 and parts[0].name:
-    aspect_ratios.write(path, [part.name for part in parts])
-  is_new |= not (workdir / "result.json").exists()  # it was killed before that
-  if jax.process_index() == 0 and is_new:
-    _write_result(workdir, path, stores, watch)
+  if jax.process_index() == 0:
+    if parts[0].name:
+      aspect_ratios.write(path, [part.name for part in parts])
+    if is_new or not (workdir / "result.json").exists():
+      _write_result(workdir, path, stores, watch)
   return True
 
 

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.data import preparation
+from dcae_jax.data import preparation, record_store
 from dcae_jax.runs import (
   exclusive,
   json_types,
@@ -47,7 +47,7 @@ def _fill(
     work_directory.check_nothing_foreign(workdir, ())
     encoding = preparing.encoding(config)
     members, classes = preparing.members(config, workdir)
-    store = preparing.Store(output, config.retries)
+    store = record_store.RecordStore(output, config.retries)
     store.check_writable(jax.process_index())
     shards = preparation.plan(members, encoding, config.shard_megabytes * 1e6)
     identity = {
@@ -64,10 +64,13 @@ def _fill(
       store.write_identity(identity)
 
     work.begin(lambda begun: store.check_identity(identity, begun), begin)
-  if store.manifest() is not None:
+  manifest = store.manifest()
+  if manifest is not None:
     _LOG.info("%s is finished", store.storage.path)
-    if is_first:
+    if is_first:  # what it was perhaps killed before
       store.remove_progress()
+      if not (workdir / "result.json").exists():
+        _write_result(workdir, store, manifest, watch)
     return True
   missing = store.missing(shards)
   own = work.share(missing)
@@ -75,7 +78,7 @@ def _fill(
     "%d images; %d of %d shards are missing, %d of them for this process",
     sum(len(x.source) for x in members), len(missing), len(shards), len(own),
   )  # fmt: skip
-  writer = preparing.Writer(
+  writer = record_store.Writer(
     output, config.retries, members, encoding, config.threads
   )
   with watch.measure("shards"):
@@ -95,7 +98,7 @@ def _fill(
 
 def _write_result(
   workdir: epath.Path,
-  store: preparing.Store,
+  store: record_store.RecordStore,
   manifest: dict,
   watch: stopwatch.Stopwatch,
 ) -> None:

@@ -18,7 +18,7 @@ from dcae_jax.autoencoder import autoencoder
 from dcae_jax.data import batches as batches_lib
 from dcae_jax.diffusion import conditioning
 from dcae_jax.evaluation.report import figures
-from dcae_jax.latents import decode
+from dcae_jax.latents import aspect_ratios, decode
 from dcae_jax.runs import metrics_writer
 from dcae_jax.setup import (
   denoising,
@@ -97,7 +97,7 @@ def run(
 
 
 def _batches(
-  config: ConfigDict, store: denoising.Store, told: text.Told
+  config: ConfigDict, store: aspect_ratios.Store, told: text.Told
 ) -> batches_lib.Batches:
   return store.batches(
     batch_size=config.batch_size // jax.process_count(),
@@ -114,7 +114,7 @@ def _batches(
 
 def _sample(
   training: diffusion_training.Training,
-  store: denoising.Store,
+  store: aspect_ratios.Store,
   condition: conditioning.Condition,
   titles: list[str],
   ae: autoencoder.Autoencoder | None,

@@ -1,8 +1,10 @@
 """Batches of other processes: what is taken is what was given, and is gone."""
 
+import contextlib
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -60,6 +62,34 @@ def test_files_of_a_killed_process_are_removed_by_the_next_one():
   process.communicate()
   handover.Handover()
   assert not os.path.exists(os.path.dirname(path))
+
+
+def test_a_worker_that_still_writes_leaves_nothing_behind(monkeypatch):
+  main = handover.Handover()
+  worker, rmdir = pickle.loads(pickle.dumps(main)), os.rmdir
+  place = pathlib.Path(main.give([0])[0]).parent
+
+  def remove(*arguments, **options):
+    with contextlib.suppress(FileNotFoundError):
+      worker.give([1])
+    rmdir(*arguments, **options)
+
+  monkeypatch.setattr(os, "rmdir", remove)
+  del main
+  assert not list(place.parent.glob(f"{place.name}*"))
+
+
+def test_a_removal_that_was_cut_off_is_finished_by_the_next_one(monkeypatch):
+  place = pathlib.Path(handover.Handover().give([0])[0]).parent.parent
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    main = handover.Handover()
+    name = pathlib.Path(main.give([0])[0]).parent.name
+    del main
+  (left,) = place.glob(f"{name}*")
+  (left / "lock").unlink()
+  handover.Handover()
+  assert not list(place.glob(f"{name}*"))
 
 
 def _large(number):

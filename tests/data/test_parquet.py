@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from data.test_tar import described, picture, take, training
-from dcae_jax.data import batches, images, sources
+from dcae_jax.data import batches, images, sources, windows
 from dcae_jax.data.sources import parquet
 from dcae_jax.setup import start
 
@@ -98,6 +98,21 @@ def test_windows_of_row_groups_are_shuffled_in_one_order(tmp_path, monkeypatch):
     [x for _, x in take(training(part, batch_size=1), 99)]
   )
   assert len(set(labels[: len(part)])) == len(part)
+
+
+def test_threads_on_two_sides_of_an_epoch_draw_each_order_once(monkeypatch):
+  drawn, draw = [], np.random.default_rng
+  monkeypatch.setattr(
+    np.random, "default_rng", lambda seed: drawn.append(seed) or draw(seed)
+  )
+  groups = sources.Groups(np.repeat(np.arange(4, dtype=np.int32), 5), 2)
+  order = windows.Order(groups, 7)
+  for place in range(5):
+    for position in (15 + place, 20 + place):  # the last and the first ones
+      order(position)
+  assert drawn == [(7, 0), (7, 1)]
+  order(40)
+  assert len(order._epochs) == 2  # one order is 10 MB of ImageNet
 
 
 def _reads(source, monkeypatch, process_count):

@@ -117,6 +117,14 @@ def test_what_cannot_be_listed_is_refused(bucket, path):
     sources.Tars(f"{path}.tar")
 
 
+def test_a_bucket_that_refuses_to_be_listed_is_one_line(bucket, emulator):
+  with (
+    emulator.fail(418, times=None),
+    pytest.raises(ValueError, match="cannot be listed"),
+  ):
+    sources.folder(bucket)
+
+
 def test_remote_tars_are_streamed_once_and_read_by_ranges(
   bucket, emulator, photographs, tmp_path, monkeypatch
 ):

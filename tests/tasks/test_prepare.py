@@ -246,9 +246,14 @@ def test_whatever_they_came_from_they_train_bit_equally(
 
 def test_processes_and_workers_change_nothing(whole):
   source = sources.Records(str(whole / "records"))
-  expected = [x["images"] for x in _batches(source, 6)]
-  workers = [x["images"] for x in _batches(source, 6, workers=2)]
-  np.testing.assert_array_equal(workers, expected)
+  pixels = lambda count, **options: np.concatenate(
+    [x["images"] for x in _batches(source, count, **options)]
+  )
+  expected = pixels(6)
+  np.testing.assert_array_equal(pixels(6, workers=2), expected)
+  halves = [pixels(3, process_count=2, process_index=i) for i in range(2)]
+  together = np.stack(halves, axis=1).reshape(expected.shape)
+  np.testing.assert_array_equal(together, expected)
 
 
 def test_classes_and_splits_are_looked_up(whole):
@@ -279,6 +284,17 @@ def test_a_killed_preparation_ends_byte_equal(whole, config, tmp_path):
     assert done or not (tmp_path / "result.json").exists()
   assert number > 7
   assert _files(tmp_path) == expected
+
+
+def test_killed_before_its_result_it_has_one_in_the_end(
+  whole, config, tmp_path
+):
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  (tmp_path / "result.json").unlink()
+  assert prepare.run(config(), epath.Path(tmp_path))
+  result = json.loads((tmp_path / "result.json").read_text())
+  assert (result["count"], result["left_out"]) == (24, 2)
+  assert _files(tmp_path) == _files(whole)
 
 
 def test_stopped_by_sigterm_it_goes_on(whole, config, pictures, tmp_path):
@@ -389,6 +405,10 @@ def test_settings_that_cannot_be_are_refused(config, tmp_path):
   }.items():
     with pytest.raises(ValueError, match=message):
       prepare.run(config(**dict([changes])), epath.Path(tmp_path / "x"))
+  mixture = config()
+  mixture.source = base.source("mixture")
+  with pytest.raises(ValueError, match="needs at least one member"):
+    prepare.run(mixture, epath.Path(tmp_path / "x"))
   assert not (tmp_path / "x").exists()
 
 
@@ -405,7 +425,7 @@ def test_a_bucket_is_asked_once_for_each_image(
   whole, config, bucket, emulator, tmp_path
 ):
   output = f"{bucket}/prepared"
-  with emulator.fail(503, every=3, times=None):
+  with emulator.fail(503, every=5, times=4):
     assert prepare.run(config(output=output), epath.Path(tmp_path))
   emulator.forget()
   source = sources.Records(output)

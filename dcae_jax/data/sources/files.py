@@ -97,7 +97,7 @@ class Files:
   def __getitem__(self, index: int) -> protocol.Record:
     path = self.name(index)
     captions = self._captions.of(path) if self._captions else ()
-    label = int(self._rows.numbers("label")[index])
+    (label,) = self._rows.of_row(index, "label")
     return protocol.Record(path, _read(path, self._root), label, captions)
 
 

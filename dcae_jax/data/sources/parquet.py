@@ -87,7 +87,7 @@ class Parquet:
     self.classes = described["classes"]
     self._column = described["column"]
     self._has_captions = captions
-    if captions and not pc.any(pc.not_equal(table["captions"], "")).as_py():
+    if captions and not index.has_captions(table):
       raise errors.UserError(
         f"{path!r} has no captions in a column {_or(image_captions.KEYS)}; "
         "name it with config.source.columns.text, or set "
@@ -102,9 +102,7 @@ class Parquet:
     return len(self._rows)
 
   def name(self, index: int) -> str:
-    file, row = (
-      int(self._rows.numbers(column)[index]) for column in ("file", "position")
-    )
+    file, row = self._rows.of_row(index, "file", "position")
     return f"{self._files.path(file)}[{row}]"
 
   def key(self, index: int) -> str:
@@ -143,7 +141,7 @@ class Parquet:
     encoded = images[index - int(self._starts[number])].as_py()
     if encoded is None:
       raise OSError(errno.ENXIO, "no image in this row", name)
-    label = int(rows.numbers("label")[index])
+    (label,) = rows.of_row(index, "label")
     return protocol.Record(name, encoded, label, captions)
 
   def _read(self, group: _RowGroup) -> pa.ChunkedArray:

@@ -5,6 +5,7 @@ is one request. The images are in the order of their digests, whatever they were
 prepared from: a fair shuffle, the same for the same images.
 """
 
+import errno
 import zlib
 from typing import Any
 
@@ -16,9 +17,9 @@ from dcae_jax import errors
 from dcae_jax.data import array_records, index, listings
 from dcae_jax.data import captions as image_captions
 from dcae_jax.data.sources import protocol
-from dcae_jax.runs import json_types, storage
+from dcae_jax.runs import json_types, resumable_store, storage
 
-MANIFEST, INDEX = "manifest.json", "index.parquet"
+INDEX = "index.parquet"
 FORMAT = {"format": "dcae_jax.records", "format_version": 1}
 _TYPES = {  # of what is read of the manifest
   "format": str, "format_version": int, "classes": [str], "count": int,
@@ -78,8 +79,7 @@ class Records:
     table = index.from_parquet(data, path)
     table = _of_split(table, split, self._place.path)
     table = _of_classes(table, classes, self.classes, self._place.path)
-    has_captions = pc.any(pc.not_equal(table["captions"], "")).as_py()
-    if self._has_captions and not has_captions:
+    if self._has_captions and not index.has_captions(table):
       raise errors.UserError(
         f"{self._place.path} was prepared without captions; set "
         "config.source.captions=False, or prepare it with them"
@@ -123,16 +123,18 @@ class Records:
 
   def __getitem__(self, index: int) -> protocol.Record:
     rows, name = self._rows, self.name(index)
-    size, offset = (
-      int(rows.numbers(column)[index]) for column in ("bytes", "offset")
+    file, offset, size, crc32, label = rows.of_row(
+      index, "file", "offset", "bytes", "crc32", "label"
     )
-    shard = self._shards[rows.numbers("file")[index]]
+    shard = self._shards[file]
     stop = array_records.stop(offset, size)
     data = self._place.read_range(shard, offset, stop)
     if data is None:
-      raise FileNotFoundError(f"{self._place.path}/{shard} is gone")
+      raise FileNotFoundError(
+        errno.ENOENT, "it is gone", f"{self._place.path}/{shard}"
+      )
     encoded = array_records.without_headers(data, offset)
-    if zlib.crc32(encoded) != rows.numbers("crc32")[index]:
+    if zlib.crc32(encoded) != crc32:
       raise errors.UserError(
         f"{name} is not what was indexed: {self._place.path}/{shard} was "
         f"changed, or is damaged; {_ADVICE}"
@@ -140,22 +142,23 @@ class Records:
     captions = ()
     if self._has_captions:
       captions = tuple(image_captions.split(rows.text("captions", index)))
-    label = int(rows.numbers("label")[index])
     return protocol.Record(name, encoded, label, captions)
 
 
 def _manifest(place: storage.Storage) -> dict[str, Any]:
-  manifest, path = place.read_json(MANIFEST), f"{place.path}/{MANIFEST}"
+  name = resumable_store.MANIFEST
+  manifest, path = place.read_json(name), f"{place.path}/{name}"
   if manifest is None:
     raise errors.UserError(
-      f"{place.path} has no {MANIFEST}: the task prepare has not made it, or "
+      f"{place.path} has no {name}: the task prepare has not made it, or "
       "has not finished; run it again, which goes on where it was"
     )
   json_types.check(path, manifest, _TYPES, _ADVICE)
   if {key: manifest[key] for key in FORMAT} != FORMAT:
     raise errors.UserError(
       f"{path} is of {manifest['format']}, version "
-      f"{manifest['format_version']}, not of {FORMAT['format']}, version 1"
+      f"{manifest['format_version']}, not of {FORMAT['format']}, version "
+      f"{FORMAT['format_version']}"
     )
   return manifest
 

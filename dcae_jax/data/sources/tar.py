@@ -64,7 +64,7 @@ class Tars:
     table = indexed(self._tars.table_name("tar"), lambda: _table(self._tars))
     self.classes = json.loads(table.schema.metadata[_METADATA])
     self._has_captions = captions
-    if captions and not pc.any(pc.not_equal(table["captions"], "")).as_py():
+    if captions and not index.has_captions(table):
       raise errors.UserError(
         f"{path!r} has no captions, neither x.txt nor x.json beside x.jpg; set "
         "config.source.captions=False"
@@ -75,8 +75,8 @@ class Tars:
     return len(self._rows)
 
   def name(self, index: int) -> str:
-    tar = self._tars.path(int(self._rows.numbers("file")[index]))
-    return f"{tar}:{self.key(index)}"
+    (file,) = self._rows.of_row(index, "file")
+    return f"{self._tars.path(file)}:{self.key(index)}"
 
   def key(self, index: int) -> str:
     """Its name in the tar."""
@@ -95,9 +95,8 @@ class Tars:
 
   def __getitem__(self, index: int) -> protocol.Record:
     rows, name = self._rows, self.name(index)
-    file, offset, size, label = (
-      int(rows.numbers(column)[index])
-      for column in ("file", "offset", "bytes", "label")
+    file, offset, size, label = rows.of_row(
+      index, "file", "offset", "bytes", "label"
     )
     if size > files.LARGEST_FILE:
       raise OSError(errno.EFBIG, f"{size} bytes are no image", name)
