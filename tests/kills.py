@@ -39,7 +39,7 @@ def _watch(event, arguments):
   elif event in _CHANGES:
     path, *_, descriptor = arguments
     if event in ("os.remove", "os.rmdir") and descriptor != -1:
-      path = os.path.join(folder, path)  # of a tree, which is below it
+      path = os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), path)
   else:
     return
   if not isinstance(path, str | bytes | os.PathLike):
