@@ -48,10 +48,11 @@ def _fill(
     if not _fill_store(config, workdir, export, ae, work, watch):
       return False
   path = exporting.output(config, workdir, "latents")
-  if jax.process_index() == 0 and parts[0].name:
-    aspect_ratios.write(path, [part.name for part in parts])
-  if jax.process_index() == 0 and is_new:
-    _write_result(workdir, path, stores, watch)
+  if jax.process_index() == 0:
+    if parts[0].name:
+      aspect_ratios.write(path, [part.name for part in parts])
+    if is_new or not (workdir / "result.json").exists():  # it was killed before
+      _write_result(workdir, path, stores, watch)
   return True
 
 
@@ -75,10 +76,8 @@ def _fill_store(
   work.begin(lambda begun: store.check_identity(identity, begun), begin)
   if store.manifest() is not None:
     _LOG.info("%s is finished", store.storage.path)
-    if is_first:  # what it was perhaps killed before
+    if is_first:
       store.remove_progress()
-      if not (workdir / "result.json").exists():
-        _write_result(workdir, store, watch)
     return True
   plan = export.fill(work, watch)
   if plan is None:
