@@ -103,8 +103,8 @@ class Store(resumable_store.ResumableStore):
     shards: list[preparation.Shard],
     classes: list[str],
     described: dict[str, Any],
-  ) -> dict[str, Any]:
-    """Writes the index and the manifest, which is returned."""
+  ) -> None:
+    """Writes the index and the manifest."""
     names = [_ROWS.format(shard.number) for shard in shards]
     tables, files, left_out = [], [], {}
     for shard, name in zip(shards, names, strict=True):
@@ -136,7 +136,6 @@ class Store(resumable_store.ResumableStore):
       resumable_store.MANIFEST, self.description | manifest
     )
     self.remove_progress()
-    return manifest
 
 
 class Writer:

@@ -68,6 +68,8 @@ def _fill(
     _LOG.info("%s is finished", store.storage.path)
     if is_first:
       store.remove_progress()
+      if not (workdir / "result.json").exists():  # it was killed before
+        _write_result(workdir, store, watch)
     return True
   missing = store.missing(shards)
   own = work.share(missing)
@@ -87,8 +89,8 @@ def _fill(
   if is_first:
     with watch.measure("index"):
       described = identity | {"versions": versions.versions()}
-      manifest = store.finish(shards, classes, described)
-    _write_result(workdir, store, manifest, watch)
+      store.finish(shards, classes, described)
+    _write_result(workdir, store, watch)
   work.wait("finished")
   return True
 
@@ -96,9 +98,9 @@ def _fill(
 def _write_result(
   workdir: epath.Path,
   store: preparing.Store,
-  manifest: dict,
   watch: stopwatch.Stopwatch,
 ) -> None:
+  manifest = store.manifest()
   left_out = manifest["left_out"]
   for key, reason in sorted(left_out.items())[:20]:
     _LOG.warning("left out %s: %s", key, reason)

@@ -281,6 +281,15 @@ def test_a_killed_preparation_ends_byte_equal(whole, config, tmp_path):
   assert _files(tmp_path) == expected
 
 
+def test_killed_before_its_result_it_has_one_in_the_end(config, tmp_path):
+  assert prepare.run(config(), epath.Path(tmp_path))
+  before = json.loads((tmp_path / "result.json").read_text())
+  (tmp_path / "result.json").unlink()
+  assert prepare.run(config(), epath.Path(tmp_path))
+  after = json.loads((tmp_path / "result.json").read_text())
+  assert after | {"seconds": before["seconds"]} == before
+
+
 def test_stopped_by_sigterm_it_goes_on(whole, config, pictures, tmp_path):
   file = tmp_path / "prepare.py"
   file.write_text(
