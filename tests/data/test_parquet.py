@@ -311,3 +311,6 @@ def test_a_run_does_not_write_among_the_files_that_it_reads(tmp_path):
   config.source.path = str(tmp_path)
   with pytest.raises(ValueError, match=r"lies in config.source.path=.* fil"):
     start.check_work_directory(config, epath.Path(tmp_path) / "run")
+  config.output = str(tmp_path / "records")
+  with pytest.raises(ValueError, match=r"config.output=.* lies in config.sou"):
+    start.check_work_directory(config, epath.Path(tmp_path.parent) / "run")
