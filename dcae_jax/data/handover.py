@@ -22,11 +22,11 @@ class Handover:
   """One main process's; workers get a copy."""
 
   def __init__(self):
-    place = ""
-    with contextlib.suppress(OSError):  # there is none
+    name, self._owned = "dcae_jax_batches", None
+    with contextlib.suppress(OSError):  # there is none, or it is not for us
       if shutil.disk_usage(_MEMORY).free >= _ENOUGH:
-        place = _MEMORY
-    self._owned = owned_directory.OwnedDirectory("dcae_jax_batches", place)
+        self._owned = owned_directory.OwnedDirectory(name, _MEMORY)
+    self._owned = self._owned or owned_directory.OwnedDirectory(name)
     self._directory = self._owned.path
 
   def __getstate__(self) -> str:
@@ -41,10 +41,13 @@ class Handover:
     head = pickle.dumps(batch, 5, buffer_callback=buffers.append)
     parts = [head, *(buffer.raw() for buffer in buffers)]
     path = os.path.join(self._directory, uuid.uuid4().hex)
-    with open(path, "xb") as file:
-      for part in parts:
-        file.seek(_aligned(file.tell()))
-        file.write(part)
+    try:
+      with open(path, "xb") as file:
+        for part in parts:
+          file.seek(_aligned(file.tell()))
+          file.write(part)
+    except OSError as error:  # which names no file
+      raise OSError(error.errno, error.strerror, path) from error
     return path, [len(part) for part in parts]
 
   def take(self, given: tuple[str, list[int]]) -> Any:

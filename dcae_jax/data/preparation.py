@@ -167,7 +167,7 @@ def write(
 ) -> tuple[pa.Table, dict[str, str]]:
   """Writes the file of a shard; its rows of the index, and what was left out.
 
-  That is by key, with the reason.
+  That is by split and key, with the reason.
   """
   columns: dict[str, list] = {name: [] for name in index.SCHEMA.names}
   left_out: dict[str, str] = {}
@@ -178,7 +178,7 @@ def write(
     for i, (record, image) in loaded:
       key = member.source.key(i)
       if isinstance(image, str):
-        left_out[key] = image
+        left_out["/".join(filter(None, (member.split, key)))] = image
         continue
       label = record.label
       if member.labels and label >= 0:  # hubs note -1 where they tell none

@@ -49,7 +49,10 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
   if "://" in str(workdir):
     place = storage.Storage(os.fspath(workdir))
     place.check_writable(f"probe_{secrets.token_hex(8)}")
-  _check_outside_images(keys.resolved(config), workdir, "config")
+  values = keys.resolved(config)
+  _check_outside_images(values, "--workdir", workdir, ("folder", "parquet"))
+  if output := values.get("output"):  # it has no images, but maybe an index
+    _check_outside_images(values, "config.output", output, ("parquet",))
   path = workdir / "config.json"
   if workdir.exists() and not workdir.is_dir():
     raise errors.UserError(
@@ -72,23 +75,27 @@ def check_work_directory(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def _check_outside_images(
-  config: dict[str, Any], workdir: epath.Path, name: str
+  config: dict[str, Any],
+  key: str,
+  written: str | os.PathLike,
+  kinds: tuple[str, ...],
+  name: str = "config",
 ) -> None:
   """Raises UserError where what a task writes would become its images."""
-  if config.get("kind") in ("folder", "parquet") and config.get("path"):
+  if config.get("kind") in kinds and config.get("path"):
     folder, place = (
       os.path.realpath(os.path.expanduser(os.fspath(x)))
-      for x in (config["path"], workdir)
+      for x in (config["path"], written)
     )
     if os.path.commonpath([folder, place]) == folder:
       raise errors.UserError(
-        f"--workdir={workdir} lies in {name}.path={config['path']}, whose "
+        f"{key}={written} lies in {name}.path={config['path']}, whose "
         "images would be others with each file that is written; choose "
         "another directory"
       )
-  for key, value in config.items():
+  for part, value in config.items():
     if isinstance(value, dict):
-      _check_outside_images(value, workdir, f"{name}.{key}")
+      _check_outside_images(value, key, written, kinds, f"{name}.{part}")
 
 
 def write_config(config: ConfigDict, workdir: epath.Path) -> None:

@@ -51,7 +51,7 @@ def _fill(
   if jax.process_index() == 0:
     if parts[0].name:
       aspect_ratios.write(path, [part.name for part in parts])
-    if is_new or not (workdir / "result.json").exists():
+    if is_new or not (workdir / "result.json").exists():  # it was killed before
       _write_result(workdir, path, stores, watch)
   return True
 

@@ -1,17 +1,21 @@
 """Batches of other processes: what is taken is what was given, and is gone."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 import grain
 import ml_dtypes
 import numpy as np
+import pytest
 from conftest import REPOSITORY
 
 from dcae_jax.data import batches, handover
@@ -41,6 +45,31 @@ def test_what_is_taken_is_what_was_given():
   assert taken["nothing"].shape == (0, 4)
   taken["images"][:] = 0  # its own memory
   assert taken["images"].ctypes.data % 64 == 0
+
+
+def test_where_memory_is_not_for_us_files_are_temporary(monkeypatch):
+  make = tempfile.mkdtemp
+
+  def refusing(prefix, dir):
+    if dir == "/dev/shm":
+      raise PermissionError(errno.EACCES, "not for you", dir)
+    return make(prefix=prefix, dir=dir)
+
+  monkeypatch.setattr(tempfile, "mkdtemp", refusing)
+  monkeypatch.setattr(handover, "_ENOUGH", 0)
+  main = handover.Handover()
+  given = main.give([1])
+  assert given[0].startswith(tempfile.gettempdir()) and main.take(given) == [1]
+
+
+def test_no_room_for_a_batch_says_where():
+  unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, unlimited[1]))
+  try:
+    with pytest.raises(OSError, match=r"too large: '.*dcae_jax_batches"):
+      handover.Handover().give(_large(1))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
 def test_files_of_a_killed_process_are_removed_by_the_next_one():

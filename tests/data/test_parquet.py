@@ -196,6 +196,10 @@ def test_captions_labels_and_sizes_come_from_columns(tmp_path):
   assert plain.classes == [""] and plain[0].label == 0
 
 
+def _no_utf8():
+  return pa.array([b"\xff"]).view(pa.string())
+
+
 @pytest.mark.parametrize(
   ("values", "columns", "message"),
   [
@@ -215,6 +219,10 @@ def test_captions_labels_and_sizes_come_from_columns(tmp_path):
     ({"jpg": [b""], "label": [None]}, {}, "a.parquet has no column|no label"),
     ({"jpg": [b"", b""], "label": [1, None]}, {}, "has no label in row 1"),
     ({"jpg": pa.array([], pa.binary())}, {}, "has no rows"),
+    ({"jpg": [b""], "text": _no_utf8()}, {}, "damaged.*Invalid UTF8"),
+    ({"jpg": [b""], "label": _no_utf8()}, {}, "damaged.*Invalid UTF8"),
+    ({"jpg": [b""], "width": [2**40]}, {}, "not in range"),
+    ({"image": [{"bytes": {"bytes": b""}}]}, {}, "no column of images"),
   ],
 )
 def test_files_without_what_is_asked_for_are_refused(
@@ -241,6 +249,63 @@ def test_files_of_different_columns_and_damaged_ones_are_refused(tmp_path):
     opened(tmp_path / "a.parquet", captions=True)
 
 
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+  """Which one is meant, nobody knows."""
+  values = [pa.array([b"1"]), pa.array([1]), pa.array([2])]
+  table = pa.Table.from_arrays(values, ["image", "label", "label"])
+  pq.write_table(table, tmp_path / "a.parquet")
+  with pytest.raises(ValueError, match="has 2 columns 'label'; rename"):
+    opened(tmp_path)
+
+
+def test_files_without_rows_and_of_other_numbers_are_of_one_source(tmp_path):
+  def values(rows, kind):
+    images = pa.array([b"1"] * rows, pa.binary())
+    texts = pa.array(["a"] * rows, pa.string())
+    return {"image": images, "text": texts} | {
+      name: pa.array([4] * rows, kind) for name in ("width", "height")
+    }
+
+  for name, rows, kind in [
+    ("a", 0, pa.int64()),
+    ("b", 2, pa.int32()),
+    ("c", 1, pa.int64()),
+  ]:
+    write(tmp_path / f"{name}.parquet", values(rows, kind))
+  source = opened(tmp_path, captions=True)
+  keys = [source.key(i) for i in range(len(source))]
+  assert keys == ["b[0]", "b[1]", "c[0]"]
+  assert source.sizes().tolist() == [[4, 4]] * 3
+
+
+@pytest.mark.parametrize(
+  ("others", "message"),
+  [
+    ({"image": [b"1"], "label": [0]}, "b.* other columns .*: image, label, n"),
+    ({"image": [{"bytes": b"1"}], "label": [2]}, "label 2 .*notes 2 names"),
+    ({"image": [{"bytes": b"1"}], "label": [-1]}, None),
+  ],
+)
+def test_images_and_labels_are_as_the_first_file_says(
+  tmp_path, others, message
+):
+  noted = {"info": {"features": {"label": {"names": ["cat", "dog"]}}}}
+  metadata = {"huggingface": json.dumps(noted)}
+  first = {"image": [{"bytes": b"1"}], "label": [1]}
+  write(tmp_path / "a.parquet", first, metadata=metadata)
+  write(tmp_path / "b.parquet", others, metadata=metadata)
+  if message:
+    with pytest.raises(ValueError, match=message):
+      opened(tmp_path)
+    return
+  assert [opened(tmp_path)[i].label for i in range(2)] == [1, -1]
+  noted["info"]["features"]["label"]["names"] = ["bat", "dog"]
+  metadata = {"huggingface": json.dumps(noted)}
+  write(tmp_path / "b.parquet", others, metadata=metadata)
+  with pytest.raises(ValueError, match=r"b.parquet and .*a.parquet note other"):
+    opened(tmp_path)
+
+
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path):
   write(tmp_path / "a.parquet", {"image": [b"1", b"22"]})
   source = opened(tmp_path)
@@ -261,3 +326,6 @@ def test_a_run_does_not_write_among_the_files_that_it_reads(tmp_path):
   config.source.path = str(tmp_path)
   with pytest.raises(ValueError, match=r"lies in config.source.path=.* fil"):
     start.check_work_directory(config, epath.Path(tmp_path) / "run")
+  config.output = str(tmp_path / "records")
+  with pytest.raises(ValueError, match=r"config.output=.* lies in config.sou"):
+    start.check_work_directory(config, epath.Path(tmp_path.parent) / "run")

@@ -18,7 +18,9 @@ def write_tar(path, members, **options):
     for name, data in members.items():
       info = tarfile.TarInfo(name)
       if isinstance(data, dict):
-        info.type, info.linkname = data["type"], data.get("linkname", "")
+        info.type = data.get("type", tarfile.REGTYPE)
+        info.linkname = data.get("linkname", "")
+        info.pax_headers = data.get("pax", {})
         data = b""
       if isinstance(data, pathlib.Path):
         data = data.read_bytes()
@@ -141,8 +143,12 @@ def test_a_tar_for_each_class_is_a_class_and_numbered_ones_are_none(tmp_path):
   for pattern in ("{0..1}.tar", "{0,1}.tar", "n02.tar"):
     assert sources.Tars(str(tmp_path / pattern)).classes == [""]
   assert len(sources.Tars(str(tmp_path))) == 4
-  with pytest.raises(ValueError, match=r"no file '.*/2.tar', of"):
-    sources.Tars(str(tmp_path / "{0..2}.tar"))
+  for pattern in ("{0..2}.tar", "{0..99999999999}.tar"):
+    with pytest.raises(ValueError, match=r"no file '.*/2.tar', of"):
+      sources.Tars(str(tmp_path / pattern))
+  os.rename(tmp_path / "0.tar", os.fsencode(tmp_path) + b"/\xff.tar")
+  with pytest.raises(ValueError, match=r"has names that are no UTF-8; rename"):
+    sources.Tars(str(tmp_path))
 
 
 def _header_zeroed(path):
@@ -161,6 +167,22 @@ def _header_damaged(path):
   path.write_bytes(data)
 
 
+def _sized(size):
+  """The second header says so, in base 256."""
+
+  def damage(path):
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+      start = tar.getmembers()[1].offset
+    data[start + 124 : start + 136] = (size % 2**96).to_bytes(12, "big")
+    data[start + 148 : start + 156] = b" " * 8
+    total = sum(data[start : start + 512])
+    data[start + 148 : start + 156] = b"%06o\0 " % total
+    path.write_bytes(data)
+
+  return damage
+
+
 def _cut(size):
   return lambda path: path.write_bytes(path.read_bytes()[:size])
 
@@ -170,6 +192,9 @@ def _cut(size):
   [
     (_header_zeroed, "has a hole at byte"),
     (_header_damaged, "has a hole at byte"),
+    (_sized(-512), "2.jpg has -512 bytes"),  # back to itself, for ever
+    (_sized(2**95 + 2**80), r"2.jpg has [\d,]+ bytes"),
+    (_sized(2**95 + 2**46), r"2.jpg has [\d,]+ bytes"),
     (_cut(5 * 512), "cut off, damaged, or no uncompressed tar"),
     (_cut(3 * 512), "has no mark of its end"),
     (_cut(6 * 512 + 300), "is cut off"),
@@ -196,6 +221,7 @@ def test_a_tar_with_a_hole_is_refused(tmp_path, damage, message):
     ([{"1.txt": b"", "1.tif.gz": b""}], "holds no images"),
     ([{"1.jpg": b"", "1.cls": b"1", "2.jpg": b""}], "2.jpg has no class"),
     ([{"1.jpg": {"type": tarfile.GNUTYPE_SPARSE}}], "sparse|cut off"),
+    ([{"1.jpg": {"pax": {"GNU.sparse.map": "x"}}}], "no uncompressed tar"),
   ],
 )
 def test_tars_that_are_not_as_they_should_be_are_refused(

@@ -162,6 +162,36 @@ def test_another_source_of_the_same_images_trains_bit_equally(
   assert len(part) == 12 and set(part[i].label for i in range(12)) == {1}
 
 
+def test_members_lose_nothing_to_each_other(pictures, config, tmp_path):
+  """Names of what is left out, and that images have no class."""
+  jpeg = (pictures / "zoo/05.jpg").read_bytes()
+  for name, labels in {"bats": [0, -1], "cats": [-1, 1]}.items():
+    (tmp_path / name).mkdir()
+    noted = {"info": {"features": {"label": {"names": [name, "rest"]}}}}
+    images = pa.array([jpeg, jpeg, None], pa.binary())
+    table = pa.table({"image": images, "label": [*labels, 0]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(noted)})
+    pq.write_table(table, tmp_path / name / "a.parquet")
+  c = config()
+  c.source = base.source(
+    "mixture",
+    members={
+      name: base.source("parquet", str(tmp_path / name))
+      for name in ("bats", "cats")
+    },
+  )
+  assert prepare.run(c, epath.Path(tmp_path / "out"))
+  manifest = json.loads((tmp_path / "out/records/manifest.json").read_text())
+  assert manifest["left_out"].keys() == {"bats/a[2]", "cats/a[2]"}
+  rows = pq.read_table(tmp_path / "out/records/index.parquet").to_pylist()
+  found = {(row["split"], row["key"]): row["label"] for row in rows}
+  assert manifest["classes"] == ["bats", "cats", "rest"]
+  assert found == {
+    ("bats", "a[0]"): 0, ("bats", "a[1]"): -1,
+    ("cats", "a[0]"): -1, ("cats", "a[1]"): 2,
+  }  # fmt: skip
+
+
 def _in_tars(pictures, place):
   """In an order of their own, with what lies beside them."""
   for number, name in enumerate(("zoo", "animals")):

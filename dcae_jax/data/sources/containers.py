@@ -145,7 +145,7 @@ class Containers:
       )
       raise errors.UserError(f"{path!r} is, holds or matches no {what}{advice}")
     try:
-      str([self.path(file) for file in range(len(self.files))]).encode()
+      "".join(map(self.path, range(len(self.files)))).encode()
     except UnicodeEncodeError as error:
       raise errors.UserError(
         f"{path!r} has names that are no UTF-8; rename them"
@@ -228,9 +228,9 @@ def _expanded(pattern: str) -> Iterator[str]:
     yield pattern
     return
   first, last, names = part.groups()
-  values = names.split(",") if names is not None else [
+  values = names.split(",") if names is not None else (
     f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)
-  ]  # fmt: skip
+  )  # fmt: skip
   for value in values:
     yield from _expanded(
       pattern[: part.start()] + value + pattern[part.end() :]

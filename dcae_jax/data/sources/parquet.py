@@ -32,6 +32,7 @@ _AT_ONCE = 16  # files whose footers are read
 _CACHE = 2**29  # bytes of row groups that a process keeps
 _WINDOW = 2**27  # of those that it takes images from; threads differ by batches
 _METADATA = b"dcae_jax"
+_TEXT = pa.large_string()
 _IMAGES = (
   "image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes",
 )  # fmt: skip
@@ -241,21 +242,34 @@ def _table(
     found = list(pool.map(scan, range(count)))
   first = found[0]
   for file, scanned in enumerate(found):
-    if scanned.columns != first.columns:
+    if _shown(scanned) != _shown(first):
       raise errors.UserError(
         f"{files.path(file)} has other columns than {files.path(0)}: "
-        f"{_shown(scanned.columns)}, not {_shown(first.columns)}; files of one "
-        "source have the same"
+        f"{_shown(scanned)}, not {_shown(first)}; files of one source have the "
+        "same"
+      )
+    if scanned.classes != first.classes:
+      raise errors.UserError(
+        f"{files.path(file)} and {files.path(0)} note other names of classes "
+        f"in {scanned.columns.label}; files of one source have the same: make "
+        "each a member of a mixture"
       )
   groups = [group for scanned in found for group in scanned.groups]
   table = pa.concat_tables([scanned.table for scanned in found])
+  path = files.path(0)
   if not len(table):
-    raise errors.UserError(f"{files.path(0)} has no rows, nor has any other")
+    raise errors.UserError(f"{path} has no rows, nor has any other")
   classes = [""]
   if first.columns.label:
     labels, classes = containers.labelled(table["named"])
     table = table.append_column("label", labels)
-    classes = classes or first.classes
+    if not classes and first.classes:
+      classes, most = first.classes, pc.max(labels).as_py()
+      if most >= len(classes):
+        raise errors.UserError(
+          f"{path} has the label {most} in {first.columns.label}, and notes "
+          f"{len(classes)} names of classes; labels count from 0"
+        )
   described = {
     "classes": classes, "column": first.leaf, "groups": groups,
   }  # fmt: skip
@@ -292,22 +306,23 @@ def _scanned(
   is_struct = pa.types.is_struct(schema.field(columns.image).type)
   leaf = f"{columns.image}.bytes" if is_struct else columns.image
   read = opened.read([name for name in columns[1:] if name])
+  read.validate(full=True)  # that texts are UTF-8
   rows = opened.metadata.num_rows
   stem = files.files[file].name.removesuffix(".parquet")
   values = {
-    "key": [f"{stem}[{row}]" for row in range(rows)],
+    "key": pa.array([f"{stem}[{row}]" for row in range(rows)], _TEXT),
     "file": np.full(rows, file, np.int32),
     "position": np.arange(rows),
   }
   for name in ("width", "height"):
     if column := getattr(columns, name):
-      values[name] = pc.fill_null(read[column], 0)
+      values[name] = pc.fill_null(read[column], 0).cast(pa.int32())
   if columns.text:
-    values["captions"] = [
-      _noted(value) for value in read[columns.text].to_pylist()
-    ]
+    values["captions"] = pa.array(
+      map(_noted, read[columns.text].to_pylist()), _TEXT
+    )
   if columns.label:
-    values["named"] = read[columns.label].cast(pa.large_string())
+    values["named"] = read[columns.label].cast(_TEXT)
     if values["named"].null_count:
       row = pc.index(pc.is_null(values["named"]), True).as_py()
       raise errors.UserError(
@@ -354,6 +369,12 @@ def _columns(
   found = {}
   for what, (usual, fits) in _USUAL.items():
     name = wanted.get(what, "")
+    for known in (name, *usual):
+      if schema.names.count(known) > 1:
+        raise errors.UserError(
+          f"{path} has {schema.names.count(known)} columns {known!r}; rename "
+          "all but one"
+        )
     if name and name not in schema.names:
       raise errors.UserError(
         f"{path} has no column {name!r}, as config.source.columns.{what} says; "
@@ -388,7 +409,9 @@ def _names(schema: pa.Schema, label: str | None) -> list[str]:
 
 def _is_image(kind: pa.DataType) -> bool:
   if pa.types.is_struct(kind):
-    return kind.get_field_index("bytes") >= 0 and _is_image(kind["bytes"].type)
+    if kind.get_field_index("bytes") < 0:
+      return False
+    kind = kind["bytes"].type
   return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
@@ -411,8 +434,8 @@ def _or(names: Sequence[str]) -> str:
   return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _shown(columns: _Columns) -> str:
-  return ", ".join(filter(None, columns))
+def _shown(scanned: _Scanned) -> str:
+  return ", ".join(filter(None, (scanned.leaf, *scanned.columns[1:])))
 
 
 # Of what is looked for: names that columns usually have, and what they hold.

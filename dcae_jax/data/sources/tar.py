@@ -155,7 +155,8 @@ def _table(tars: containers.Containers) -> pa.Table:
 
   def scan(file: int) -> tuple[pa.Table, bool]:
     with tars.open(file, _AHEAD) as opened:
-      samples, has_others = _samples(opened, tars.path(file))
+      size = tars.files[file].size
+      samples, has_others = _samples(opened, size, tars.path(file))
     columns = [list(column) for column in zip(*samples, strict=True)]
     columns.append([file] * len(samples))
     return pa.table(columns, schema=_TYPES), has_others
@@ -175,8 +176,10 @@ def _table(tars: containers.Containers) -> pa.Table:
   return table.replace_schema_metadata({_METADATA: json.dumps(classes)})
 
 
-def _samples(file: io.IOBase, path: str) -> tuple[list[_Sample], bool]:
-  """Of a tar; and whether it has more of them than images."""
+def _samples(
+  file: io.IOBase, size: int, path: str
+) -> tuple[list[_Sample], bool]:
+  """Of a tar of so many bytes; and whether it has more than images."""
   images, others, links = {}, {}, 0
   try:
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
@@ -189,18 +192,22 @@ def _samples(file: io.IOBase, path: str) -> tuple[list[_Sample], bool]:
             f"{path}: {name} is stored as a sparse file, which is not read; "
             "make the tar without --sparse"
           )
+        if not 0 <= member.size <= size:
+          raise tarfile.ReadError(f"{name} has {member.size:,} bytes")
         links += member.islnk() or member.issym()
         stem, suffix = _parts(name)
         if not member.isfile() or not stem:
           continue
         if suffix.endswith(files.SUFFIXES):
-          size = headers.shown_size(tar.extractfile(member))
-          sample = _Sample(name, *size, member.offset_data, member.size)
+          shown = headers.shown_size(tar.extractfile(member))
+          sample = _Sample(name, *shown, member.offset_data, member.size)
           images.setdefault(stem, []).append(sample)
         elif suffix in (".cls", *image_captions.SIDECARS):
           others.setdefault(stem, {})[suffix] = tar.extractfile(member).read()
       _check_end(file, tar.offset, path)
-  except tarfile.TarError as error:
+  except errors.UserError:
+    raise
+  except (tarfile.TarError, ValueError) as error:  # of what is no number
     raise errors.UserError(
       f"{path} is cut off, damaged, or no uncompressed tar ({error}); copy it "
       "again, or decompress it"
