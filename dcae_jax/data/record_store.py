@@ -1,7 +1,8 @@
 """Filling a directory of record shards, by any number of processes and starts.
 
 A shard is finished when its rows of the index are below `progress/shards/`,
-which are written after it. The last one to finish makes one index of them.
+which are written after it. In the end, the first process makes one index of
+them.
 """
 
 import itertools
@@ -48,7 +49,10 @@ class RecordStore(resumable_store.ResumableStore):
     classes: list[str],
     described: dict[str, Any],
   ) -> dict[str, Any]:
-    """Writes the index and the manifest, which is returned."""
+    """Writes the index and the manifest, which is returned.
+
+    Raises UserError if no image can be used, or rows of a shard are damaged.
+    """
     names = [_ROWS.format(shard.number) for shard in shards]
     tables, files, left_out = [], [], {}
     for shard, name in zip(shards, names, strict=True):

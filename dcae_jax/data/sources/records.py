@@ -17,9 +17,9 @@ from dcae_jax import errors
 from dcae_jax.data import array_records, index, listings
 from dcae_jax.data import captions as image_captions
 from dcae_jax.data.sources import protocol
-from dcae_jax.runs import json_types, storage
+from dcae_jax.runs import json_types, resumable_store, storage
 
-MANIFEST, INDEX = "manifest.json", "index.parquet"
+INDEX = "index.parquet"
 FORMAT = {"format": "dcae_jax.records", "format_version": 1}
 _TYPES = {  # of what is read of the manifest
   "format": str, "format_version": int, "classes": [str], "count": int,
@@ -146,17 +146,19 @@ class Records:
 
 
 def _manifest(place: storage.Storage) -> dict[str, Any]:
-  manifest, path = place.read_json(MANIFEST), f"{place.path}/{MANIFEST}"
+  name = resumable_store.MANIFEST
+  manifest, path = place.read_json(name), f"{place.path}/{name}"
   if manifest is None:
     raise errors.UserError(
-      f"{place.path} has no {MANIFEST}: the task prepare has not made it, or "
+      f"{place.path} has no {name}: the task prepare has not made it, or "
       "has not finished; run it again, which goes on where it was"
     )
   json_types.check(path, manifest, _TYPES, _ADVICE)
   if {key: manifest[key] for key in FORMAT} != FORMAT:
     raise errors.UserError(
       f"{path} is of {manifest['format']}, version "
-      f"{manifest['format_version']}, not of {FORMAT['format']}, version 1"
+      f"{manifest['format_version']}, not of {FORMAT['format']}, version "
+      f"{FORMAT['format_version']}"
     )
   return manifest
 
