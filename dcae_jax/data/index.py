@@ -38,6 +38,8 @@ SCHEMA = pa.schema(
   ]
 )
 
+_NO_ROWS = pa.RecordBatch.from_pylist([], SCHEMA)
+
 
 class Index:
   """Columns of `SCHEMA`, and of strings the text of a row.
@@ -65,36 +67,32 @@ class Index:
   def __setstate__(self, path: str) -> None:
     self._path = path
     with pa.memory_map(path) as file:
-      self._table = pa.ipc.open_file(file).read_all()
+      (table,) = pa.ipc.open_file(file).read_all().to_batches() or [_NO_ROWS]
+    self._columns = dict(zip(SCHEMA.names, table.columns, strict=True))
 
   def __len__(self) -> int:
-    return len(self._table)
+    return len(self._columns["key"])
 
   def numbers(self, column: str) -> np.ndarray:
     """A column of numbers [n], mapped."""
-    chunks = self._table[column].chunks
-    if not chunks:
-      return np.empty(0, SCHEMA.field(column).type.to_pandas_dtype())
-    return chunks[0].to_numpy(zero_copy_only=True)
+    return self._columns[column].to_numpy(zero_copy_only=True)
 
   def of_row(self, row: int, *columns: str) -> list[int]:
     """Numbers of a row."""
     return [int(self.numbers(column)[row]) for column in columns]
 
   def text(self, column: str, row: int) -> str:
-    return self._table[column][row].as_py()
+    return self._columns[column][row].as_py()
 
   def texts(self, column: str) -> Iterator[str]:
     """Of all rows, without holding them all."""
     for start in range(0, len(self), 2**14):
-      yield from self._table[column].slice(start, 2**14).to_pylist()
+      yield from self._columns[column].slice(start, 2**14).to_pylist()
 
   def digests(self) -> np.ndarray:
     """The first eight bytes of `sha256` as numbers, uint64 [n]."""
-    chunks = self._table["sha256"].chunks
-    data = [np.frombuffer(x.buffers()[1], ">u8") for x in chunks]
-    digests = np.concatenate([np.empty(0, ">u8"), *data])
-    return digests.reshape(-1, 4)[:, 0]
+    data = self._columns["sha256"].buffers()[1]
+    return np.frombuffer(data, ">u8").reshape(-1, 4)[:, 0]
 
   def sizes(self) -> np.ndarray | None:
     """Widths and heights, int32 [n, 2]; None where one is not known."""
@@ -104,10 +102,9 @@ class Index:
   def digest(self) -> str:
     """sha256 of all rows."""
     digest = hashlib.sha256()
-    for column in self._table.columns:
-      for chunk in column.chunks:
-        for buffer in chunk.buffers():
-          digest.update(buffer or b"")
+    for column in self._columns.values():
+      for buffer in column.buffers():
+        digest.update(buffer or b"")
     return digest.hexdigest()
 
 

@@ -51,7 +51,7 @@ class RecordStore(resumable_store.ResumableStore):
   ) -> dict[str, Any]:
     """Writes the index and the manifest, which is returned.
 
-    Raises UserError if no image can be used, or a shard's rows are damaged.
+    Raises UserError if no image can be used, or rows of a shard are damaged.
     """
     names = [_ROWS.format(shard.number) for shard in shards]
     tables, files, left_out = [], [], {}
