@@ -175,8 +175,7 @@ def test_samples_of_prompts_are_shown(run):
 def test_each_caption_is_learned_as_often_as_its_weight_says(
   training, store, encoder
 ):
-  c = training()
-  c.data.shuffle_shards, c.data.shuffle_streams = 0, 1
+  c = training(**{"data.shuffle_shards": 0, "data.shuffle_streams": 1})
   batches = train_diffusion._batches(
     denoising.with_store(c, denoising.open_store(c)),
     denoising.open_store(c),
