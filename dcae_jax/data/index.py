@@ -94,7 +94,7 @@ class Index:
   def sizes(self) -> np.ndarray | None:
     """Widths and heights, int32 [n, 2]; None where one is not known."""
     sizes = np.stack([self.numbers("width"), self.numbers("height")], 1)
-    return sizes if sizes.all() else None
+    return sizes if (sizes > 0).all() else None
 
   def digest(self) -> str:
     """sha256 of all rows."""
