@@ -109,7 +109,13 @@ class Index:
 def to_parquet(table: pa.Table) -> bytes:
   """A table with the schema as a file."""
   sink = pa.BufferOutputStream()
-  pq.write_table(table, sink, compression="zstd", row_group_size=2**17)
+  pq.write_table(
+    table,
+    sink,
+    compression="zstd",
+    row_group_size=2**17,
+    write_page_checksum=True,
+  )
   return sink.getvalue().to_pybytes()
 
 
@@ -121,13 +127,15 @@ def sha256(data: bytes) -> str:
 def from_parquet(data: bytes, path: str) -> pa.Table:
   """The table of a file; UserError, which names the path, if it is none."""
   try:
-    table = pq.read_table(pa.BufferReader(data))
-  except (pa.ArrowException, OSError) as error:
+    table = pq.read_table(
+      pa.BufferReader(data), page_checksum_verification=True
+    )
+    missing = set(SCHEMA.names) - set(table.column_names)
+  except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
     raise errors.UserError(
       f"{path} is damaged ({errors.first_line(error)}); bring it back, or "
       "delete it and make it again"
     ) from error
-  missing = set(SCHEMA.names) - set(table.column_names)
   if missing:
     raise errors.UserError(
       f"{path} is no index of images: it has no column {min(missing)}"
