@@ -41,6 +41,11 @@ def _end(path: str, lock: int) -> None:
 
 def _remove_left(place: pathlib.Path, name: str) -> None:
   for lock in place.glob(f"{name}_*/{_LOCK}"):
-    with contextlib.suppress(OSError), lock.open("rb") as file:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it is alive
-      shutil.rmtree(lock.parent, ignore_errors=True)
+    with contextlib.suppress(OSError):
+      # Others may have put a pipe there, which would be waited for.
+      file = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it is alive
+        shutil.rmtree(lock.parent, ignore_errors=True)
+      finally:
+        os.close(file)
