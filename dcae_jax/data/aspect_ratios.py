@@ -4,13 +4,15 @@ Images keep about their aspect ratio where each batch has one of these shapes
 (buckets, as of PixArt and SANA).
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from dcae_jax import errors
-from dcae_jax.data import sources
+from dcae_jax.data import headers, sources
 
+_LOG = logging.getLogger(__name__)
 Shape = tuple[int, int]  # height, width
 Weighted = tuple[sources.Source, float]
 _TOO_SMALL = 1e6  # above all ratios
@@ -74,7 +76,8 @@ def dealt(
   A shape that fewer than `least` images have is left out, the rarest one first,
   and they go to others: no batch repeats an image, and no program is compiled
   for a few. The weights are such that all images of a source are drawn as
-  often, whatever their shape.
+  often, whatever their shape. What is known to be no image is left out, and
+  counted: else a shape may have no others.
 
   Args:
     weighted_sources: with the weights of their mixture.
@@ -91,6 +94,10 @@ def dealt(
     np.concatenate(sizes), axis=0, return_inverse=True
   )
   repeated = np.bincount(which.ravel())
+  is_none = (different == headers.NO_IMAGE).all(1)
+  if is_none.any():
+    _LOG.warning("%d files left out, which are no images", repeated[is_none][0])
+  repeated[is_none] = 0
   known = list(known)
   while True:
     of_size = nearest(different, known)
@@ -99,6 +106,7 @@ def dealt(
     if counts[rarest] >= least or len(known) == 1:
       break
     del known[rarest]
+  of_size[is_none] = -1
   ends = np.cumsum([len(x) for x in sizes])[:-1]
   of_source = np.split(of_size[which.ravel()], ends)
   found = []

@@ -97,7 +97,7 @@ class Index:
   def sizes(self) -> np.ndarray | None:
     """Widths and heights, int32 [n, 2]; None where one is not known."""
     sizes = np.stack([self.numbers("width"), self.numbers("height")], 1)
-    return sizes if sizes.all() else None
+    return sizes if (sizes > 0).all() else None
 
   def digest(self) -> str:
     """sha256 of all rows."""
@@ -116,7 +116,13 @@ def has_captions(table: pa.Table) -> bool:
 def to_parquet(table: pa.Table) -> bytes:
   """A table with the schema as a file."""
   sink = pa.BufferOutputStream()
-  pq.write_table(table, sink, compression="zstd", row_group_size=2**17)
+  pq.write_table(
+    table,
+    sink,
+    compression="zstd",
+    row_group_size=2**17,
+    write_page_checksum=True,
+  )
   return sink.getvalue().to_pybytes()
 
 
@@ -128,13 +134,15 @@ def sha256(data: bytes) -> str:
 def from_parquet(data: bytes, path: str) -> pa.Table:
   """The table of a file; UserError, which names the path, if it is none."""
   try:
-    table = pq.read_table(pa.BufferReader(data))
-  except (pa.ArrowException, OSError) as error:
+    table = pq.read_table(
+      pa.BufferReader(data), page_checksum_verification=True
+    )
+    missing = set(SCHEMA.names) - set(table.column_names)
+  except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
     raise errors.UserError(
       f"{path} is damaged ({errors.first_line(error)}); bring it back, or "
       "delete it and make it again"
     ) from error
-  missing = set(SCHEMA.names) - set(table.column_names)
   if missing:
     raise errors.UserError(
       f"{path} is no index of images: it has no column {min(missing)}"

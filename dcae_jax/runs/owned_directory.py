@@ -52,7 +52,12 @@ def _remove(path: str) -> None:
 
 def _remove_left(place: pathlib.Path, name: str) -> None:
   for lock in place.glob(f"{name}_*/{_LOCK}"):
-    with contextlib.suppress(OSError), lock.open("rb") as file:
+    # Others may have put a pipe there, which would be waited for.
+    opener = lambda path, flags: os.open(path, flags | os.O_NONBLOCK)
+    with (
+      contextlib.suppress(OSError),
+      open(lock, "rb", opener=opener) as file,
+    ):
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it is alive
       _remove(os.fspath(lock.parent))
   for path in place.glob(f"{name}_*{_GONE}"):

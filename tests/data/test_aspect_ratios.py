@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 from sized import folder as sized_folder
 
+from data.test_tar import picture, write_tar
 from dcae_jax import errors
 from dcae_jax.data import aspect_ratios, sources
 
@@ -87,6 +88,19 @@ def test_fewer_images_than_a_batch_have_one_shape(tmp_path):
     [(source, 1.0)], shapes, least=8, shorter_side=0
   )
   assert len(part) == 3
+
+
+def test_a_shape_of_no_images_is_not_drawn(tmp_path, caplog):
+  """Nothing would be there to replace them."""
+  tall = {f"{i}.jpg": picture(30, 60) for i in range(4)}
+  write_tar(tmp_path / "a.tar", tall | {f"x{i}.png": b"none" for i in range(9)})
+  source = sources.Tars(str(tmp_path / "a.tar"))
+  shapes = aspect_ratios.shapes(16, 2, 4)
+  ((shape, ((part, _),)),) = aspect_ratios.dealt(
+    [(source, 1.0)], shapes, least=2, shorter_side=0
+  )
+  assert shape[0] > shape[1] and len(part) == 4
+  assert "9 files left out, which are no images" in caplog.text
 
 
 def test_images_that_are_reduced_first_count_as_they_are_then(tmp_path):

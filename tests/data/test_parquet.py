@@ -186,6 +186,9 @@ def test_captions_labels_and_sizes_come_from_columns(tmp_path):
   with pytest.raises(OSError, match="captions are no texts"):
     other[2]
   assert other.fingerprint() != source.fingerprint()
+  values |= {"width": [20, 2, -3]}
+  write(tmp_path / "a.parquet", values)
+  assert opened(tmp_path, image="picture").sizes() is None
   values |= {"width": [20, 2, 3]}
   write(tmp_path / "a.parquet", values)
   source = opened(tmp_path, image="picture", label="width")
