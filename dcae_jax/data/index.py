@@ -99,11 +99,11 @@ class Index:
     sizes = np.stack([self.numbers("width"), self.numbers("height")], 1)
     return sizes if (sizes > 0).all() else None
 
-  def digest(self) -> str:
-    """sha256 of all rows."""
+  def digest(self, *columns: str) -> str:
+    """sha256 of all rows: of some columns, or of all."""
     digest = hashlib.sha256()
-    for column in self._columns.values():
-      for buffer in column.buffers():
+    for name in columns or SCHEMA.names:
+      for buffer in self._columns[name].buffers():
         digest.update(buffer or b"")
     return digest.hexdigest()
 

@@ -482,3 +482,11 @@ def test_a_preparation_whose_bucket_is_gone_goes_on(
   before = len(uploads())
   assert before and prepare.run(c, epath.Path(tmp_path))
   assert len(uploads()) == len(set(uploads()))  # none was made twice
+
+
+def test_shards_of_another_size_hold_the_same_images(whole, config, tmp_path):
+  assert prepare.run(config(shard_megabytes=1.0), epath.Path(tmp_path))
+  first = sources.Records(str(whole / "records"))
+  second = sources.Records(str(tmp_path / "records"))
+  assert _files(tmp_path).keys() != _files(whole).keys()
+  assert first.fingerprint() == second.fingerprint()

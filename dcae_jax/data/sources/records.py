@@ -118,8 +118,8 @@ class Records:
     return self._rows.digests() / 2.0**64
 
   def fingerprint(self) -> str:
-    """sha256 of the rows of the index."""
-    return self._rows.digest()
+    """sha256 of what the images are, not of where they are stored."""
+    return self._rows.digest("key", "label", "captions", "split", "sha256")
 
   def __getitem__(self, index: int) -> protocol.Record:
     rows, name = self._rows, self.name(index)
