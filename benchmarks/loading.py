@@ -140,8 +140,7 @@ def _compare(
 def _waits(folder: pathlib.Path, workdir: pathlib.Path) -> float:
   """The part of its steps that a small training run waits for data.
 
-  The median of its logs once the cache is filled; bringing batches to the
-  device counts, too.
+  The median of its logs once the cache is filled.
   """
   options = {
     "data.source.path": folder, "data.source.part": "",

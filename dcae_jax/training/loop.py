@@ -199,8 +199,13 @@ def run(
       with log.part("pause"):
         evaluate(done)
     for step in steps:
-      with waiting_for("data", f"the batch of step {step} to be loaded"):
+      with watchdog.waiting_for(f"the batch of step {step} to be loaded"):
+        began = time.perf_counter()
         batch = next(batches)
+        seconds = time.perf_counter() - began
+      # The devices miss nothing while they are at the step before.
+      is_idle = pending is None or _are_ready(pending[1])
+      log.count("data" if is_idle else "step", seconds)
       with waiting_for("pause", f"the program of step {step}"):
         program.prepare(batch)
       outlets.profiler.before(step)
@@ -231,6 +236,11 @@ def run(
     outlets.profiler.close()
     watchdog.close()
   return state, done
+
+
+def _are_ready(metrics: dict[str, Any]) -> bool:
+  """Whether the devices have computed them."""
+  return all(x.is_ready() for x in metrics.values() if isinstance(x, jax.Array))
 
 
 def _check_finite(
@@ -276,7 +286,10 @@ class _Log:
     """Of the time: waiting for data, for a step on the devices, or a pause."""
     start = time.perf_counter()
     yield
-    self._parts[name] += time.perf_counter() - start
+    self.count(name, time.perf_counter() - start)
+
+  def count(self, name: str, seconds: float) -> None:
+    self._parts[name] += seconds
 
   def add(self, step: int, metrics: dict[str, float], is_due: bool) -> None:
     """Takes in the metrics of a step, after which a log may be due."""

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -226,6 +227,37 @@ def test_the_time_of_a_step_is_told_apart():
   assert data >= 0.1 and step >= 0.05 and host >= 0
   total = 1 / found["train/steps_per_second"]
   assert data + step + host == pytest.approx(total, rel=1e-6)
+
+
+def test_reading_while_the_devices_work_is_no_wait():
+  """Four batches of 20 ms each; only for the first one nothing else is done."""
+  world, values = _World(), {}
+  world.scalars = lambda step, found: values.update(found)
+  x = jnp.ones((400, 400)) / 400
+
+  @jax.jit
+  def slow(x):
+    return jax.lax.fori_loop(0, 200, lambda _, x: x @ x, x).sum()
+
+  slow(x).block_until_ready()  # compiled
+  world.step = lambda state, batch: (state + 1, {"loss/l1": slow(x)})
+  batches = _Slow(world.__next__, world.get_state, 0.02)
+  loop.run(
+    loop.Program(world.step, world.evaluate, 8, 0.0, lambda batch: None),
+    0,
+    batches,
+    range(1, 5),
+    False,
+    loop.Cadence(4, 0, 0, 1e9),
+    loop.Outlets(
+      world.save,
+      world,
+      loop.Sigterm(),
+      profiler.Profiler(first=0, start=0, steps=0, on_signal=3, directory=""),
+    ),
+  )
+  assert 0.02 / 4 <= values["train/seconds/data"] < 0.02 * 2 / 4
+  assert values["train/seconds/step"] > 0.02 * 3 / 4
 
 
 class _Slow:
