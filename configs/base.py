@@ -147,8 +147,8 @@ def source(
   c.columns = ConfigDict({"image": "", "label": "", "text": ""})
   c.weight = 1.0  # within a mixture
   c.members = ConfigDict(members or {})  # mixture: name to source
-  # "held_out": some of the images, chosen by a hash of their names, the same in
-  # every run; "training": all others. "": all.
+  # "held_out": some of the images, chosen by a hash of their names (records: of
+  # their bytes), the same in every run; "training": all others. "": all.
   c.part = ""
   c.held_out = 0.1  # of all images, approximately; at least one
   c.lock().update(others)

@@ -1,6 +1,7 @@
 """What every task does before it writes anything."""
 
 import json
+import logging
 import os
 import secrets
 from typing import Any
@@ -10,8 +11,17 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.runs import differences, metrics_writer, storage, work_directory
+from dcae_jax.runs import (
+  differences,
+  metrics_writer,
+  resumable,
+  resumable_store,
+  storage,
+  work_directory,
+)
 from dcae_jax.setup import keys, models
+
+_LOG = logging.getLogger(__name__)
 
 
 def begin(
@@ -96,6 +106,31 @@ def _check_outside_images(
   for part, value in config.items():
     if isinstance(value, dict):
       _check_outside_images(value, key, written, kinds, f"{name}.{part}")
+
+
+def begin_store(
+  config: ConfigDict,
+  workdir: epath.Path,
+  work: resumable.Work,
+  store: resumable_store.ResumableStore,
+  identity: dict[str, Any],
+) -> bool:
+  """All processes begin the same work in a store, or find it finished: True.
+
+  Raises UserError if other work was begun or done there.
+  """
+
+  def begin():
+    write_config(config, workdir)
+    store.write_identity(identity)
+
+  work.begin(lambda begun: store.check_identity(identity, begun), begin)
+  if store.manifest() is None:
+    return False
+  _LOG.info("%s is finished", store.storage.path)
+  if jax.process_index() == 0:
+    store.remove_progress()
+  return True
 
 
 def write_config(config: ConfigDict, workdir: epath.Path) -> None:

@@ -73,16 +73,8 @@ def _fill(
       "lower it",
     )
     identity = captions.identity(rows, encoder.description())
-
-    def begin():
-      start.write_config(config, workdir)
-      store.write_identity(identity)
-
-    work.begin(lambda begun: store.check_identity(identity, begun), begin)
-  if store.manifest() is not None:
-    _LOG.info("%s is finished", store.storage.path)
-    if is_first:
-      store.remove_progress()
+    is_finished = start.begin_store(config, workdir, work, store, identity)
+  if is_finished:
     return True
   with watch.measure("tokens"):
     encoding = captions.Encoding(store, rows, _encoder(encoder, mesh, config))

@@ -68,16 +68,7 @@ def _fill_store(
   store, is_first = export.store, jax.process_index() == 0
   with watch.measure("start"):
     identity = exporting.identity(config, export, ae)
-
-    def begin():
-      start.write_config(config, workdir)
-      store.write_identity(identity)
-
-  work.begin(lambda begun: store.check_identity(identity, begun), begin)
-  if store.manifest() is not None:
-    _LOG.info("%s is finished", store.storage.path)
-    if is_first:
-      store.remove_progress()
+  if start.begin_store(config, workdir, work, store, identity):
     return True
   plan = export.fill(work, watch)
   if plan is None:

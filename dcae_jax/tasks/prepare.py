@@ -58,19 +58,10 @@ def _fill(
       "encoding": preparing.description(encoding),
       "plan": json_types.digest([list(shard) for shard in shards]),
     }
-
-    def begin():
-      start.write_config(config, workdir)
-      store.write_identity(identity)
-
-    work.begin(lambda begun: store.check_identity(identity, begun), begin)
-  manifest = store.manifest()
-  if manifest is not None:
-    _LOG.info("%s is finished", store.storage.path)
-    if is_first:  # what it was perhaps killed before
-      store.remove_progress()
-      if not (workdir / "result.json").exists():
-        _write_result(workdir, store, manifest, watch)
+    is_finished = start.begin_store(config, workdir, work, store, identity)
+  if is_finished:
+    if is_first and not (workdir / "result.json").exists():  # it was killed
+      _write_result(workdir, store, store.manifest(), watch)
     return True
   missing = store.missing(shards)
   own = work.share(missing)
