@@ -4,6 +4,7 @@ By every process of a pod at once; started again, it does what is missing.
 """
 
 import logging
+from typing import Any
 
 import jax
 from etils import epath
@@ -74,11 +75,19 @@ def _fill(
     )
     identity = captions.identity(rows, encoder.description())
     is_finished = start.begin_store(config, workdir, work, store, identity)
-  if is_finished:
+  has_result = (workdir / "result.json").exists()
+  if is_finished and (has_result or not is_first):
     return True
   with watch.measure("tokens"):
     encoding = captions.Encoding(store, rows, _encoder(encoder, mesh, config))
-    cut = encoder.tokenizer.cut
+    result = {
+      "states": store.storage.path,
+      **encoding.numbers,
+      "cut": encoder.tokenizer.cut,
+    }
+  if is_finished:  # it was killed before it could say so
+    _write_result(workdir, result, watch)
+    return True
   missing = encoding.missing()
   own = work.share(missing)
   if is_first:
@@ -101,16 +110,17 @@ def _fill(
   if is_first:
     described = {"versions": versions.versions(), "numbers": numbers}
     store.finish(encoding.layout, identity | described)
-    result = {
-      "states": store.storage.path,
-      **numbers,
-      "cut": cut,
-      "seconds": watch.seconds(),
-    }
-    metrics_writer.write_json(workdir / "result.json", result)
-    _LOG.info("states in %s\n%s", store.storage.path, watch.table())
+    _write_result(workdir, result, watch)
   work.wait("finished")
   return True
+
+
+def _write_result(
+  workdir: epath.Path, result: dict[str, Any], watch: stopwatch.Stopwatch
+) -> None:
+  result = result | {"seconds": watch.seconds()}
+  metrics_writer.write_json(workdir / "result.json", result)
+  _LOG.info("states in %s\n%s", result["states"], watch.table())
 
 
 def _encoder(

@@ -252,6 +252,17 @@ def test_latents_without_captions_teach_no_text(training, tiny_latents):
     denoising.open_store(c)
 
 
+def test_killed_before_its_result_encoding_has_one_in_the_end(
+  encoding, states, tmp_path
+):
+  assert encode_captions.run(encoding(output=states), epath.Path(tmp_path))
+  first = pathlib.Path(states).parent / "work"
+  before, after = (
+    json.loads((x / "result.json").read_text()) for x in (first, tmp_path)
+  )
+  assert before.pop("seconds") and after.pop("seconds") and after == before
+
+
 def test_encoding_again_does_nothing_and_other_captions_are_refused(
   encoding, states, tmp_path
 ):
