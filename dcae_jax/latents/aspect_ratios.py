@@ -16,7 +16,7 @@ import numpy as np
 from dcae_jax import errors
 from dcae_jax.data import batches
 from dcae_jax.latents import layout, reader
-from dcae_jax.runs import json_types, storage
+from dcae_jax.runs import json_types, resumable_store, storage
 
 FILE = "aspect_ratios.json"
 _FORMAT = layout.format_of("latents_of_shapes")
@@ -36,7 +36,8 @@ def write(path: str, names: list[str]) -> None:
 def check_place(path: str, is_one: bool, retries: int) -> None:
   """Raises UserError where a store would be mixed with those of shapes."""
   place = storage.Storage(path, retries=retries)
-  others = (FILE,) if is_one else (layout.IDENTITY, layout.MANIFEST)
+  of_one = resumable_store.IDENTITY, resumable_store.MANIFEST
+  others = (FILE,) if is_one else of_one
   if any(place.read(file) is not None for file in others):
     kind = "several shapes" if is_one else "squares"
     raise errors.UserError(

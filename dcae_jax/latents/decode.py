@@ -25,6 +25,7 @@ from dcae_jax.runs import (
   metrics_writer,
   places,
   regular_files,
+  resumable_store,
 )
 
 _FILE = "latents.json"
@@ -101,7 +102,7 @@ def description(store: aspect_ratios.Store) -> dict[str, Any]:
     "encoder": store.manifest.get("autoencoder", {}).get("encoder_sha256"),
     "rows_of_shards": [shard["rows"] for shard in store.manifest["shards"]],
   }
-  path = f"{store.path}/{layout.MANIFEST}"
+  path = f"{store.path}/{resumable_store.MANIFEST}"
   needed = dict.fromkeys(kept, json_types.ANYTHING)
   json_types.check(path, described, needed, "export it again")
   described = {key: described[key] for key in kept}

@@ -24,8 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from dcae_jax import errors
-from dcae_jax.runs import json_types, storage
-from dcae_jax.runs.resumable_store import IDENTITY, MANIFEST
+from dcae_jax.runs import json_types, resumable_store, storage
 
 VIEWS = ("latents", "latents_flipped")
 DTYPES = {
@@ -195,15 +194,16 @@ def read_manifest(
   types: Mapping[str, Any] = MappingProxyType(TYPES),
 ) -> dict[str, Any]:
   """The manifest; UserError unless this is a finished store of that kind."""
-  manifest, path = place.read_json(MANIFEST), f"{place.path}/{MANIFEST}"
-  if manifest is None and place.read(IDENTITY) is not None:
+  name = resumable_store.MANIFEST
+  manifest, path = place.read_json(name), f"{place.path}/{name}"
+  if manifest is None and place.read(resumable_store.IDENTITY) is not None:
     raise errors.UserError(
       f"{place.path} is not finished; run its export again, which goes on "
       "where it was"
     )
   if manifest is None:
     raise errors.UserError(
-      f"{place.path} is no {kind.removesuffix('s')} store: it has no {MANIFEST}"
+      f"{place.path} is no {kind.removesuffix('s')} store: it has no {name}"
     )
   expected = format_of(kind)
   if {key: manifest.get(key) for key in expected} != expected:

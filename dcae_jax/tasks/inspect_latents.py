@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 from dcae_jax import errors
 from dcae_jax.autoencoder import autoencoder
 from dcae_jax.evaluation.report import figures
-from dcae_jax.latents import decode, layout, reader
+from dcae_jax.latents import decode, reader
 from dcae_jax.runs import (
   json_types,
   metrics_writer,
   progress_lines,
+  resumable_store,
   work_directory,
 )
 from dcae_jax.setup import keys, start
@@ -47,7 +48,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   check(config)
   start.begin(config, workdir, ("samples",))
   store = reader.Latents(config.latents, retries=config.retries)
-  path = f"{store.path}/{layout.MANIFEST}"
+  path = f"{store.path}/{resumable_store.MANIFEST}"
   json_types.check(path, store.manifest, _SHOWN, "export it again")
   _LOG.info("%s\n%s", store.path, summary(store.manifest))
   ae = None
