@@ -1,6 +1,7 @@
 """Deep compression autoencoders (DC-AE), and diffusion on them, in JAX."""
 
 import importlib
+import importlib.metadata
 
 _HOMES = {
   "Autoencoder": ("autoencoder.autoencoder", "Autoencoder"),
@@ -18,4 +19,14 @@ def __getattr__(name: str):
   if name in _HOMES:
     module, attribute = _HOMES[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+  if name == "__version__":
+    try:
+      return importlib.metadata.version(__name__)
+    except importlib.metadata.PackageNotFoundError:  # a clone as it is
+      return "0+unknown"
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  """With what is imported on first use: `help` shows it."""
+  return sorted({*globals(), *_HOMES, "__version__"})

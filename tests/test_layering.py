@@ -19,6 +19,7 @@ BELOW = {
 }
 BELOW |= {
   "__init__.py": {"autoencoder", "diffusion", "setup"},
+  "__main__.py": {"main", "runs"},
   "main.py": {"errors", "runs"},
   "errors.py": set(),
 }
@@ -32,6 +33,7 @@ NETWORKS = {"einops", "flax", "jax", "jaxtyping"}
 OTHERS = {
   "errors.py": set(),
   "__init__.py": set(),
+  "__main__.py": set(),
   "main.py": {"absl", "etils", "jax", "ml_collections"},
   "tasks": {"etils", "jax", "ml_collections", "optax"},
   "setup": {"etils", "jax", "ml_collections"},

@@ -16,7 +16,6 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from configs import base
 from dcae_jax import errors
 from dcae_jax.runs import (
   config_files,
@@ -25,6 +24,9 @@ from dcae_jax.runs import (
   places,
   work_directory,
 )
+
+with config_files.importable():
+  from configs import base
 
 _LOG = logging.getLogger(__name__)
 _NOTHING = types.MappingProxyType({})

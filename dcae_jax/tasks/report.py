@@ -1,5 +1,7 @@
-"""Finished runs and their floor side by side: the page that evaluations have,
-and a picture, a table in Markdown and the loss curves for other documents.
+"""Finished runs and their floor side by side, on a page and for documents.
+
+The page is that of evaluations; for other documents there are a picture, a
+table in Markdown and the loss curves.
 """
 
 import json

@@ -1,8 +1,11 @@
 import os
 import re
+import sys
+import types
 
 import pytest
 
+from configs import base
 from dcae_jax.runs import config_files
 
 _FILE = "import types\n\n\ndef get_config():\n  {}\n"
@@ -59,12 +62,99 @@ def test_only_regular_files_are_configs(tmp_path):
   (tmp_path / "other.py").write_text("x = 3")
   for name, message in (
     ("pipe.py", "does not exist"),
-    ("absent.py", "does not exist; see configs/"),
+    ("absent.py", "does not exist; --help has some"),
     ("", "does not exist"),
     ("other.py", "it has no function get_config"),
   ):
     with pytest.raises(ValueError, match=message):
       config_files.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+  "name, task",
+  [("f64_phase2", "train_autoencoder"), ("studies/learning:1", "study")],
+)
+def test_a_name_alone_is_a_config_of_this_package(
+  name, task, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  assert config_files.load(name).task == task
+
+
+def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  told = "import types\n\n\ndef get_config():\n  "
+  text = told + "return types.SimpleNamespace(task='mine')\n"
+  (tmp_path / "f64_phase2").write_text(text)
+  assert config_files.load("f64_phase2").task == "mine"
+
+
+@pytest.mark.parametrize(
+  "name, meant",
+  [
+    ("f64_phas2", "f64_phase2"),
+    ("configs/quickstart.py", "quickstart"),
+    ("../there/configs/studies/learning.py:1", "studies/learning"),
+    ("learnin", "studies/learning"),
+    ("mine.py", "--help has some"),
+    ("base", "--help has some"),
+  ],
+)
+def test_an_unknown_config_says_which_is_meant(
+  name, meant, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="does not exist; ") as refused:
+    config_files.load(name)
+  path, advice = name.partition(":")[0], str(refused.value).split("; ")[1]
+  assert str(refused.value).startswith(f"config file {path!r} does")
+  assert meant in advice
+
+
+@pytest.fixture
+def of_a_user(tmp_path, monkeypatch):
+  """A current directory with a package `configs` of its own, imported."""
+  folder = tmp_path / "configs"
+  folder.mkdir()
+  (folder / "__init__.py").write_text("")
+  for name in ("base", "other", "quickstart"):
+    (folder / f"{name}.py").write_text(f"NAME = 'my {name}'\n")
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  mine = types.ModuleType("configs")
+  monkeypatch.setitem(sys.modules, "configs", mine)
+  monkeypatch.delitem(sys.modules, "configs.base")
+  monkeypatch.setattr(config_files, "_base", base)
+  return mine
+
+
+def test_config_files_import_our_base_and_else_their_neighbours(of_a_user):
+  path = "configs/run.py"
+  with open(path, "w") as file:
+    file.write(
+      "import types\nfrom configs import base, other, plan, quickstart\n\n\n"
+      "def get_config():\n  from configs import base as again\n"
+      "  return types.SimpleNamespace(task=3, found=(base, again, other.NAME,"
+      " plan.get_config().task, quickstart.NAME))\n"
+    )
+  expected = (base, base, "my other", "plan", "my quickstart")
+  assert config_files.load(path).found == expected
+  # Those of this package keep to themselves.
+  assert config_files.load("studies/learning:1").base.phase
+  assert sys.modules["configs"] is of_a_user
+  assert "configs.base" not in sys.modules
+
+
+def test_our_base_is_read_where_another_one_has_its_name(
+  of_a_user, monkeypatch
+):
+  monkeypatch.setattr(config_files, "_base", None)
+  with config_files.importable():
+    from configs import base as found
+  assert found.__file__ == base.__file__ and "plan" in found.KEYS
+  with config_files.importable():
+    from configs import base as again
+  assert again is found
 
 
 _CONFIG = {
