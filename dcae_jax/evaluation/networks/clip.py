@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
@@ -146,6 +145,8 @@ def tokenized(
   The last token of a text ends it, and has the largest number of all; zeros
   follow. Longer texts lose the tokens before it.
   """
+  import tokenizers  # of an extra: `load` asks for it
+
   file = folder / TOKENIZER
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
@@ -279,8 +280,9 @@ def load(path: str = "") -> pretrained.Pretrained:
 
   Raises:
     AbsentWeightsError: it or the tokenizer is not in the cache.
-    UserError: no such file; one with other names or shapes.
+    UserError: no such file; one with other names or shapes; no `tokenizers`.
   """
+  errors.require("tokenizers", "text", "the CLIP score")
   folder = pretrained.cache_directory() / REPOSITORY.rpartition("/")[2]
   source = pathlib.Path(path).expanduser() if path else folder / FILE
   if not path:
