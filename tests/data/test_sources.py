@@ -280,7 +280,7 @@ def test_every_embedded_photograph_has_captions_of_its_own():
 
 def test_embedded_photographs_say_how_to_get_them(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match="pip install -r requirements-quickst"):
+  with pytest.raises(ValueError, match=r"pip install .dcae_jax.quickst"):
     sources.embedded("train")
 
 
