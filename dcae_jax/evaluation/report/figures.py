@@ -1,14 +1,18 @@
 """Pictures for people: grids of images, and loss curves."""
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dcae_jax import errors
 from dcae_jax.runs import plain_text
 
+_LOG = logging.getLogger(__name__)
 _GAP = 4  # pixels between images
 MOST_CHANNELS = 64  # of latents, in a picture
 
@@ -140,6 +144,29 @@ def latent_channels(latents: np.ndarray) -> np.ndarray:
   )
 
 
+def _by_matplotlib(draw: Callable[..., bytes]) -> Callable[..., bytes]:
+  """Where it is not installed, the PNG says so, and the log does.
+
+  Curves come at the end of work that can do without them.
+  """
+
+  @functools.wraps(draw)
+  def drawn(*arguments: Any, **options: Any) -> bytes:
+    try:
+      errors.require("matplotlib", "metrics", "a picture of curves")
+    except errors.UserError as error:
+      _LOG.warning("%s", error)
+      font, buffer = ImageFont.load_default(size=16), io.BytesIO()
+      size = (int(font.getlength(str(error))) + 32, 48)
+      canvas = Image.new("RGB", size, "white")
+      ImageDraw.Draw(canvas).text((16, 14), str(error), "black", font)
+      canvas.save(buffer, format="png")
+      return buffer.getvalue()
+    return draw(*arguments, **options)
+
+  return drawn
+
+
 def loss_curves(
   runs: Mapping[str, Sequence[Mapping[str, float]]], metrics: Sequence[str]
 ) -> bytes:
@@ -157,6 +184,7 @@ def loss_curves(
   return curves(panels, "step")
 
 
+@_by_matplotlib
 def curves(
   panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
   x_label: str,
@@ -192,6 +220,7 @@ class Line(NamedTuple):
   color: str = ""
 
 
+@_by_matplotlib
 def ranges(
   panels: Mapping[str, Mapping[str, Line]],
   x_label: str,
