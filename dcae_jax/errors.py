@@ -27,6 +27,15 @@ def renamed(before: str, after: str) -> Iterator[None]:
     raise UserError(re.sub(names, lambda _: after, str(error))) from error
 
 
+@contextlib.contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+  """Messages from within begin with what they are about."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"{prefix}{error}") from error
+
+
 def first_line(error: BaseException) -> str:
   """Of the message of another package's error, which can be pages long."""
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,9 +1,16 @@
-"""Config files, and the names of keys: one line for what is wrong with them."""
+"""Config files, the modules that they name, and the names of keys.
+
+One line for what is wrong with them.
+"""
 
 import difflib
+import importlib
+import importlib.util
+import os
 import pathlib
 import re
 import runpy
+import sys
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +45,50 @@ def load(path: str) -> Any:
     raise errors.UserError(
       f"config file {path}{_line(error, path)}: {_text(error)}"
     ) from error
+
+
+def import_plugins(config: dict[str, Any]) -> None:
+  """Imports the modules that `plugins` of a config, or of its parts, name.
+
+  They are on Python's path, or in the current directory. Raises UserError, with
+  the line, for one that is not there, or fails.
+  """
+  for name, value in config.items():
+    if isinstance(value, dict):
+      import_plugins(value)
+    elif name == "plugins":
+      for module in value:
+        _import(module)
+
+
+def _import(name: Any) -> None:
+  if not all(part.isidentifier() for part in str(name).split(".")):
+    raise errors.UserError(
+      f"config.plugins names {name!r}, which is no module; name it as `import` "
+      "does, such as my_module for my_module.py"
+    )
+  here = os.getcwd()
+  if here not in sys.path:  # of an installed command
+    sys.path.append(here)
+  path = ""
+  try:
+    found = importlib.util.find_spec(name)
+    path = found.origin or "" if found else ""
+    importlib.import_module(name)
+  except (Exception, SystemExit) as error:  # whatever a program makes
+    missing = getattr(error, "name", None)
+    if isinstance(error, ModuleNotFoundError) and _is_within(name, missing):
+      raise errors.UserError(
+        f"config.plugins names {name!r}, and there is no module {missing!r} on "
+        f"Python's path, nor in {here}; correct the name, or set PYTHONPATH"
+      ) from error
+    raise errors.UserError(
+      f"config.plugins: module {name}{_line(error, path)}: {_text(error)}"
+    ) from error
+
+
+def _is_within(name: str, package: str | None) -> bool:
+  return f"{name}.".startswith(f"{package}.")
 
 
 def _line(error: BaseException, path: str) -> str:

@@ -28,7 +28,7 @@ from dcae_jax.data.sources.tar import Tars
 from dcae_jax.data.sources.tensorflow_dataset import TensorFlowDataset
 
 # By `kind`: what opens it. Its parameters are named after the keys of
-# `source()` in configs/base.py that it is called with.
+# `source()` in configs/base.py that it is called with; others are `options`.
 KINDS: dict[str, Callable[..., Source]] = {
   "folder": folder,
   "tfds": TensorFlowDataset,
