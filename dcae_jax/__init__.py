@@ -7,6 +7,8 @@ _HOMES = {
   "Autoencoder": ("autoencoder.autoencoder", "Autoencoder"),
   "Denoiser": ("diffusion.denoiser", "Denoiser"),
   "TextEncoder": ("diffusion.text.encoders", "TextEncoder"),
+  "list_denoisers": ("diffusion.denoisers.families", "list_denoisers"),
+  "list_variants": ("autoencoder.families", "list_variants"),
   "load": ("autoencoder.autoencoder", "load"),
   "load_denoiser": ("setup.denoiser", "load"),
   "load_text_encoder": ("diffusion.text.encoders", "load"),

@@ -45,6 +45,15 @@ def require(package: str, extra: str, what: str) -> None:
     raise missing_extra(extra, what)
 
 
+@contextlib.contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+  """Messages from within begin with what they are about."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"{prefix}{error}") from error
+
+
 def first_line(error: BaseException) -> str:
   """Of the message of another package's error, which can be pages long."""
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

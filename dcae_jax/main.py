@@ -26,15 +26,9 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from dcae_jax import errors
+from dcae_jax import errors, tasks
 from dcae_jax.runs import plain_text
 
-TASKS = (
-  "prepare", "train_autoencoder", "train_phases", "report", "reconstruct",
-  "evaluate_autoencoder", "reference_statistics", "export_latents",
-  "inspect_latents", "encode_captions", "train_diffusion", "evaluate_diffusion",
-  "export_and_diffuse", "study", "plan", "throughput",
-)  # fmt: skip
 _WITHOUT_WORKDIR = ("plan",)  # they can do without
 _SHARING = ("study",)  # several processes work in the directory
 _HELP = ("-h", "-help", "--help", "-helpshort", "--helpshort")
@@ -116,9 +110,12 @@ def _run(config, workdir: str | None) -> None:
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   threading.excepthook = _say_of_thread
   sys.unraisablehook = lambda _: None
-  if config.task not in TASKS:
+  from dcae_jax.runs import config_files
+
+  config_files.import_plugins(config.to_dict())
+  if config.task not in tasks.TASKS:
     raise errors.UserError(
-      f"unknown config.task {config.task!r}; known are {', '.join(TASKS)}"
+      f"unknown config.task {config.task!r}; known are {', '.join(tasks.TASKS)}"
     )
   if workdir == "":
     raise errors.UserError(
@@ -138,7 +135,7 @@ def _run(config, workdir: str | None) -> None:
   _join_processes()
   from dcae_jax.runs import exclusive
 
-  task = importlib.import_module(f"dcae_jax.tasks.{config.task}")
+  task = importlib.import_module(tasks.TASKS[config.task])
   if workdir is None:
     task.run(config, None)
     return
@@ -302,7 +299,7 @@ def _parse(argv: list[str]) -> list[str]:
 
   if asks and not is_named:
     ours = flags.FLAGS.get_key_flags_for_module(__name__)
-    _show(help_pages.general(TASKS, {x.name: x.help for x in ours}))
+    _show(help_pages.general(tasks.TASKS, {x.name: x.help for x in ours}))
   try:
     rest = flags.FLAGS([program, *given])
   except (flags.Error, OSError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Config files, and the names of keys: one line for what is wrong with them.
+"""Config files, the modules that they name, and the names of keys.
 
 Those of this package are `configs/` in a clone, and within an installed
 package. They and those of users import `configs.base`: from there.
@@ -7,6 +7,7 @@ package. They and those of users import `configs.base`: from there.
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -112,6 +113,47 @@ def load(name: str) -> Any:
     raise errors.UserError(
       f"config file {path}{_line(error, path)}: {_text(error)}"
     ) from error
+
+
+def import_plugins(config: dict[str, Any]) -> None:
+  """Imports the modules that `plugins` of a config, or of its parts, name.
+
+  They are on Python's path, or in the current directory. Raises UserError, with
+  the line, for one that is not there, or fails.
+  """
+  for name, value in config.items():
+    if isinstance(value, dict):
+      import_plugins(value)
+    elif name == "plugins":
+      for module in value:
+        _import(module)
+
+
+def _import(name: Any) -> None:
+  if not all(part.isidentifier() for part in str(name).split(".")):
+    raise errors.UserError(
+      f"config.plugins names {name!r}, which is no module; name it as `import` "
+      "does, such as my_module for my_module.py"
+    )
+  path = ""
+  try:
+    found = importlib.util.find_spec(name)
+    path = found.origin or "" if found else ""
+    importlib.import_module(name)
+  except (Exception, SystemExit) as error:  # whatever a program makes
+    missing = getattr(error, "name", None)
+    if isinstance(error, ModuleNotFoundError) and _is_within(name, missing):
+      raise errors.UserError(
+        f"config.plugins names {name!r}, and there is no module {missing!r} on "
+        f"Python's path, nor in {os.getcwd()}; correct the name, or set PYTHONPATH"
+      ) from error
+    raise errors.UserError(
+      f"config.plugins: module {name}{_line(error, path)}: {_text(error)}"
+    ) from error
+
+
+def _is_within(name: str, package: str | None) -> bool:
+  return f"{name}.".startswith(f"{package}.")
 
 
 def _line(error: BaseException, path: str) -> str:

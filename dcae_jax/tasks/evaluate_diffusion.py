@@ -279,11 +279,13 @@ def open_model(
   config: ConfigDict, trained: dict[str, Any]
 ) -> sampling.LatentDiffusion:
   """Of the config of a training run; UserError if the sampler does not fit."""
+  named = work_directory.naming_plugins(config.init_from, trained)
   try:
     trained = keys.completed(trained, config.init_from)
     given = {k: v for k, v in config.sampler.items() if v is not None}
     sampler = ConfigDict(trained.sampler.to_dict() | given)
-    model = denoising.create(trained.model, trained.objective, sampler)
+    with named:
+      model = denoising.create(trained.model, trained.objective, sampler)
   except (AttributeError, KeyError, TypeError) as error:
     raise errors.UserError(
       f"config.json of {config.init_from} is damaged, or of an earlier version "

@@ -191,6 +191,7 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
     config = keys.completed(work_directory.read_config(run), path)
   elif config_files.find(path):
     config = config_files.load(path)
+    config_files.import_plugins(config.to_dict())
   else:
     raise errors.UserError(
       f"config.of={path!r} is neither a config file, nor the name of "

@@ -201,3 +201,46 @@ def test_a_group_takes_no_value_but_a_dictionary():
   )
   with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
     config_files.check_key("data.source", "photos", _CONFIG)
+
+
+@pytest.mark.parametrize(
+  "body, message",
+  [
+    ("x = {}['steps']", "module broken, line 1: KeyError: 'steps'"),
+    (
+      "\nimport nowhere",
+      "module broken, line 2: ModuleNotFoundError: No module",
+    ),
+    ("x = = 3", "module broken, line 1: SyntaxError: invalid syntax"),
+    ("raise SystemExit(3)", "module broken, line 1: SystemExit: 3"),
+  ],
+)
+def test_an_error_in_a_module_has_its_line(
+  body, message, tmp_path, monkeypatch
+):
+  (tmp_path / "broken.py").write_text(body)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr("sys.path", sys.path[:])
+  with pytest.raises(ValueError, match=re.escape(message)) as refused:
+    config_files.import_plugins({"plugins": ("broken",)})
+  assert "\n" not in str(refused.value)
+  assert str(refused.value).startswith("config.plugins: ")
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("nowhere", "there is no module 'nowhere' on Python's path, nor in"),
+    ("json.nowhere", "there is no module 'json.nowhere' on"),
+    ("nowhere.inside", "there is no module 'nowhere' on"),
+    ("my-module", "which is no module; name it as `import` does"),
+    ("a/b.py", "which is no module"),
+    (".a", "which is no module"),
+    (3, "config.plugins names 3, which is no module"),
+  ],
+)
+def test_modules_that_are_not_there_are_named(name, message, monkeypatch):
+  monkeypatch.setattr("sys.path", sys.path[:])
+  with pytest.raises(ValueError, match=message) as refused:
+    config_files.import_plugins({"plugins": (name,)})
+  assert "\n" not in str(refused.value)

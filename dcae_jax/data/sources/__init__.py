@@ -37,7 +37,7 @@ def tfds(name: str, split: str, path: str, captions: bool = False) -> Source:
 
 
 # By `kind`: what opens it. Its parameters are named after the keys of
-# `source()` in configs/base.py that it is called with.
+# `source()` in configs/base.py that it is called with; others are `options`.
 KINDS: dict[str, Callable[..., Source]] = {
   "folder": folder,
   "tfds": tfds,
