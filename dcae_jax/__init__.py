@@ -1,6 +1,14 @@
 """Deep compression autoencoders (DC-AE), and diffusion on them, in JAX."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names, for editors and type checkers
+  from dcae_jax.autoencoder.autoencoder import Autoencoder, load
+  from dcae_jax.diffusion.denoiser import Denoiser
+  from dcae_jax.diffusion.text.encoders import TextEncoder
+  from dcae_jax.diffusion.text.encoders import load as load_text_encoder
+  from dcae_jax.setup.denoiser import load as load_denoiser
 
 _HOMES = {
   "Autoencoder": ("autoencoder.autoencoder", "Autoencoder"),
@@ -10,7 +18,10 @@ _HOMES = {
   "load_denoiser": ("setup.denoiser", "load"),
   "load_text_encoder": ("diffusion.text.encoders", "load"),
 }
-__all__ = list(_HOMES)
+__all__ = [
+  "Autoencoder", "Denoiser", "TextEncoder",
+  "load", "load_denoiser", "load_text_encoder",
+]  # fmt: skip
 
 
 def __getattr__(name: str):
