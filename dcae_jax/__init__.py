@@ -2,6 +2,16 @@
 
 import importlib
 import importlib.metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names, for editors and type checkers
+  from dcae_jax.autoencoder.autoencoder import Autoencoder, load
+  from dcae_jax.autoencoder.families import list_variants
+  from dcae_jax.diffusion.denoiser import Denoiser
+  from dcae_jax.diffusion.denoisers.families import list_denoisers
+  from dcae_jax.diffusion.text.encoders import TextEncoder
+  from dcae_jax.diffusion.text.encoders import load as load_text_encoder
+  from dcae_jax.setup.denoiser import load as load_denoiser
 
 _HOMES = {
   "Autoencoder": ("autoencoder.autoencoder", "Autoencoder"),
@@ -13,7 +23,10 @@ _HOMES = {
   "load_denoiser": ("setup.denoiser", "load"),
   "load_text_encoder": ("diffusion.text.encoders", "load"),
 }
-__all__ = list(_HOMES)
+__all__ = [
+  "Autoencoder", "Denoiser", "TextEncoder", "list_denoisers", "list_variants",
+  "load", "load_denoiser", "load_text_encoder",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

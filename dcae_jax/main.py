@@ -327,6 +327,8 @@ def _show(text: str) -> NoReturn:
 
 def start() -> None:
   """Defines the flags, and does what they say; ends the process."""
+  # `python -m` finds modules of the current directory, a command does not.
+  sys.path.append(os.getcwd())
   for kind, parser in {
     tuple: _TupleParser(),
     ConfigDict: _DictParser(),

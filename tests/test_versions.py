@@ -80,3 +80,10 @@ def test_what_was_tested_is_what_is_installed(python):
       # What moves the work to GPUs is not installed where it is tested.
       if not package.startswith(("jax-cuda12", "nvidia-")):
         assert tested[package] == version, package
+
+
+def test_hooks_before_a_commit_have_the_versions_of_the_tests():
+  text = (REPOSITORY / ".pre-commit-config.yaml").read_text()
+  hooks = re.findall(r"additional_dependencies: \[(\S+)==(\S+)\]", text)
+  locked = _locked("-dev", "3.11")
+  assert hooks == [(name, locked[name]) for name, _ in hooks] and hooks

@@ -59,8 +59,7 @@ def create(
   """
   if isinstance(variant, str):
     variant = check_variant(variant)
-  options = network.Options(**options)
-  return of(variant).create(variant, image_channels, options)
+  return of(variant).create(variant, image_channels, network.Options(**options))
 
 
 def by_class(config: dict[str, Any]) -> family.Family:

@@ -144,8 +144,8 @@ def _import(name: Any) -> None:
     missing = getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and _is_within(name, missing):
       raise errors.UserError(
-        f"config.plugins names {name!r}, and there is no module {missing!r} on "
-        f"Python's path, nor in {os.getcwd()}; correct the name, or set PYTHONPATH"
+        f"config.plugins names {name!r}, and there is no module {missing!r} "
+        f"in {os.getcwd()} or on Python's path; correct it, or set PYTHONPATH"
       ) from error
     raise errors.UserError(
       f"config.plugins: module {name}{_line(error, path)}: {_text(error)}"
