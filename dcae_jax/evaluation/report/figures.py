@@ -289,24 +289,32 @@ def training_curves(
     }
     for run in runs.values()
   ]
-  columns = 1 + max(map(len, evaluated))
-  heights = [max(2.8, 1.9 * len(found) + 0.6) for found in groups]
-  figure = _figure(3.6 * columns, sum(heights))
+  across = min(max(map(len, evaluated)), 3)
+  heights = [
+    max(1.9 * len(of_losses) + 0.6, 2.9 * -(-len(found) // 3))
+    for of_losses, found in zip(groups, evaluated, strict=True)
+  ]
+  figure = _figure(3.6 * (1 + across), sum(heights))
   parts = figure.subfigures(len(runs), 1, squeeze=False, height_ratios=heights)
-  for i, (part, (name, run)) in enumerate(
-    zip(parts[:, 0], runs.items(), strict=True)
-  ):
+  for i, (name, run) in enumerate(runs.items()):
+    part = parts[i, 0]
     part.suptitle(_escaped(name), fontweight="bold")
-    places = part.add_gridspec(len(groups[i]), columns)
+    places = part.add_gridspec(1, 1 + across)
+    left = places[0].subgridspec(len(groups[i]), 1)
     for row, group in enumerate(groups[i]):
-      panel = part.add_subplot(places[row, 0])
+      panel = part.add_subplot(left[row])
       for key in group:
         name_of_loss = key.removeprefix("train/loss/")
         _plot(panel, losses[i][key], name_of_loss, color=colors[key])
       panel.set_title("" if row else "losses of training")
       _finish(panel, is_log=True)
-    for column, (measure, found) in enumerate(evaluated[i].items(), 1):
-      panel = part.add_subplot(places[:, column])
+    if not evaluated[i]:
+      continue
+    right = places[1:].subgridspec(-(-len(evaluated[i]) // across), across)
+    for place, (measure, found) in zip(
+      right, evaluated[i].items(), strict=False
+    ):
+      panel = part.add_subplot(place)
       for number, (key, points) in enumerate(found.items()):
         _plot(panel, points, key, marker="o", color=f"C{number}")
         floor = key.replace("eval/", "floor/", 1)
