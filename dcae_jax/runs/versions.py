@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 
 import jax
 
@@ -19,6 +20,15 @@ def versions() -> dict[str, str]:
     "python": platform.python_version(),
     "devices": f"{jax.device_count()} {_hardware()}",
   }
+
+
+def in_words(computed: Iterable[Mapping[str, str]]) -> str:
+  """What computed several results, each named once."""
+  named = (
+    f"dcae_jax {x['dcae_jax']}, jax {x['jax']}, {x['devices']}"
+    for x in computed
+  )
+  return "; ".join(dict.fromkeys(named))
 
 
 def _clone() -> str:
