@@ -25,7 +25,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from dcae_jax import errors
-from dcae_jax.runs import plain_text
+from dcae_jax.runs import live_line, plain_text
 
 TASKS = (
   "prepare", "train_autoencoder", "train_phases", "report", "reconstruct",
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
       f"unexpected arguments {argv[1:]}; options start with --config."
     )
   try:
-    _run(flags.FLAGS.config, flags.FLAGS.workdir)
+    with live_line.on_terminal():
+      _run(flags.FLAGS.config, flags.FLAGS.workdir)
   except (errors.UserError, FloatingPointError, OSError) as error:
     if isinstance(error, OSError) and error.errno is None:
       raise
@@ -186,6 +187,8 @@ def _join_processes() -> None:
       f"({errors.first_line(error)}); start all of them, with the same "
       "--coordinator_address and --num_processes"
     ) from error
+  if jax.process_index():
+    live_line.end()  # it is the first one's
 
 
 def _is_slurm_step() -> bool:
