@@ -27,7 +27,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from dcae_jax import errors, tasks
-from dcae_jax.runs import plain_text
+from dcae_jax.runs import live_line, plain_text
 
 _WITHOUT_WORKDIR = ("plan",)  # they can do without
 _SHARING = ("study",)  # several processes work in the directory
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
       "--workdir=DIR and --config.KEY=VALUE"
     )
   try:
-    _run(flags.FLAGS.config, flags.FLAGS.workdir)
+    with live_line.on_terminal():
+      _run(flags.FLAGS.config, flags.FLAGS.workdir)
   except (errors.UserError, FloatingPointError, OSError) as error:
     if isinstance(error, OSError) and error.errno is None:
       raise
@@ -187,6 +188,8 @@ def _join_processes() -> None:
       f"({errors.first_line(error)}); start all of them, with the same "
       "--coordinator_address and --num_processes"
     ) from error
+  if jax.process_index():
+    live_line.end()  # it is the first one's
 
 
 def _is_slurm_step() -> bool:

@@ -75,6 +75,7 @@ OTHERS = {
   "nn": NETWORKS,
   "runs": set(),
   "runs/bucket_retries.py": {"gcsfs"},
+  "runs/compiling.py": {"jax"},
   "runs/exclusive.py": {"jax"},
   "runs/metrics_writer.py": {"PIL", "etils", "tensorboardX"},
   "runs/places.py": {"etils"},

@@ -222,8 +222,11 @@ def fill(
   Raises:
     FloatingPointError: latents are not finite.
   """
-  progress = progress_lines.Progress(sum(part.rows for part in missing))
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  total = sum(part.rows for part in missing)
+  with (
+    progress_lines.Progress(total) as progress,
+    futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+  ):
     for part, arrays in _fetched(drawing, missing, stopped):
       if not np.isfinite(arrays["latent_rms"]).all():
         raise FloatingPointError(

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.data import batches
-from dcae_jax.runs import metrics_writer, processes
+from dcae_jax.runs import compiling, metrics_writer, processes
 from dcae_jax.setup import start
 from dcae_jax.training import (
   checkpoint,
@@ -297,19 +296,20 @@ class _Program:
     if self._compiled:
       shapes = ", ".join(map(str, _shapes(batch)))
       what += f" for batches of {shapes}, shape {len(self._compiled) + 1}"
-    _LOG.info("compiling %s", what)
-    began = time.perf_counter()
     state, _, *constants = training.arguments()
-    program = self._jitted.lower(state, batch, *constants).compile()
+    arguments = (state, batch, *constants)
+    devices = list(training.mesh.devices.flat)
+    with compiling.announced(what, arguments, devices):
+      program = self._jitted.lower(*arguments).compile()
     needed = program_cost.memory(program)
     hardware.check_memory(
       {f"a step with config.batch_size={training.config.batch_size}": needed},
-      training.mesh.devices.flat,
+      devices,
       training.advice,
     )
     self._compiled[_shapes(batch)] = program
-    memory = f"; needs {needed / _GIB:.3g} GiB a device" if needed else ""
-    _LOG.info("compiled in %.1f s%s", time.perf_counter() - began, memory)
+    if needed:
+      _LOG.info("it needs %.3g GiB a device", needed / _GIB)
     return needed
 
   def __call__(self, state: state_lib.TrainState, batch: Any) -> Any:

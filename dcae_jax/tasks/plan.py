@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.runs import (
+  compiling,
   config_files,
   differences,
   metrics_writer,
@@ -111,7 +112,6 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
   jobs = list(_jobs(config))
   plans = []
   for name, topology, training in jobs:
-    _LOG.info("compiling %s for %s", name, topology or "the devices here")
     plans.append(measure(name, topology, training, options))
     print(details(plans[-1]), flush=True)
   print(table(plans), flush=True)
@@ -236,15 +236,16 @@ def measure(
   compiler_options: dict[str, Any],
 ) -> Plan:
   """Compiles a step, and reads the program."""
-  device = training.mesh.devices.flat[0]
-  chip = hardware.chip(device.device_kind)
   arguments = training.arguments()
   state = arguments[0]
+  devices, failure = list(training.mesh.devices.flat), ""
+  chip = hardware.chip(devices[0].device_kind)
   began = time.perf_counter()
-  lowered = training.jitted().lower(*arguments)
-  failure = ""
+  what = f"{name} for {topology or 'the devices here'}"
   try:
-    compiled = lowered.compile(compiler_options=compiler_options)
+    with compiling.announced(what, arguments, devices):
+      lowered = training.jitted().lower(*arguments)
+      compiled = lowered.compile(compiler_options=compiler_options)
   except jax.errors.JaxRuntimeError as error:
     failure = str(error)
     if "RESOURCE_EXHAUSTED" not in failure:
@@ -266,7 +267,7 @@ def measure(
   flops = training.flops(remat=True) / chips
   plan = Plan(
     config=name,
-    topology=topology or f"{chips} x {device.device_kind}",
+    topology=topology or f"{chips} x {devices[0].device_kind}",
     chips=chips,
     mesh=dict(training.mesh.shape),
     batch_size=training.config.batch_size,
