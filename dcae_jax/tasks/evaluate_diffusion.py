@@ -529,14 +529,14 @@ def _plot(measured: dict[str, dict[str, float]]) -> bytes:
   points = sorted((float(scale), x) for scale, x in measured.items())
   panels = {
     metric.label: {
-      key: [(scale, x[key]) for scale, x in points if key in x]
+      column.title: [(scale, x[key]) for scale, x in points if key in x]
       for key, column in metric.columns.items()
       if column.better != "neither"
     }
     for metric in metrics_table.known("samples").values()
     if any(key in x for _, x in points for key in metric.columns)
   }
-  return figures.curves(panels, "guidance scale", marker="o")
+  return figures.curves(panels, "guidance scale")
 
 
 def _table(measured: dict[str, dict[str, float]]) -> list[list[str]]:

@@ -16,6 +16,7 @@ from dcae_jax import errors
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import comparison, evaluation_page, figures
 from dcae_jax.runs import (
+  json_types,
   metrics_writer,
   places,
   regular_files,
@@ -23,11 +24,8 @@ from dcae_jax.runs import (
 )
 
 CURVES, NUMBERS = "loss_curves.png", "numbers"
+_OF_TRAINING = {"*": json_types.NUMBER}
 _RESULT = {"name": str, "autoencoder": {"init_from": str}, "resolutions": dict}
-_LOSSES = (
-  "train/loss/l1", "train/loss/lpips", "train/loss/generator",
-  "train/loss/discriminator",
-)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -112,17 +110,27 @@ def _copy_numbers(report: epath.Path, run: Run) -> dict[str, str]:
 
 
 def _write_curves(report: epath.Path, runs: Sequence[Run]) -> str:
-  """A panel for each training run among them; "" if there is none."""
-  lines = {}
+  """Panels for each training run among them; "" if there is none."""
+  trainings = {}
   for run in runs:
     init_from = run.result["autoencoder"]["init_from"]
     path = places.found(init_from, os.fspath(run.directory))
-    file = epath.Path(path).expanduser() / "metrics.jsonl"
+    directory = epath.Path(path).expanduser()
+    file, result = directory / "metrics.jsonl", directory / "result.json"
     if init_from and file.exists():
-      lines[run.name] = metrics_writer.read_lines(file)
-  if not lines:
+      ended = {}
+      if result.exists():
+        ended = work_directory.read_result(result, _OF_TRAINING)
+      lines = metrics_writer.read_lines(file)
+      trainings[run.name] = figures.Training(lines, ended)
+  if not trainings:
     return ""
-  (report / CURVES).write_bytes(figures.loss_curves(lines, _LOSSES))
+  measures = {
+    key: figures.Measure(column.title, is_log=column.better == "lower")
+    for key, column in metrics_table.columns().items()
+  }
+  curves = figures.training_curves(trainings, measures)
+  (report / CURVES).write_bytes(curves)
   return CURVES
 
 
@@ -230,7 +238,7 @@ def _figure(
         _caption(values[index]),
         save(f"{prefix}.png", pixels),
         save(f"{prefix}_crop.png", pixels[window]),
-        save(f"{prefix}_error.png", figures.error_map(original, pixels)),
+        save(f"{prefix}_error.png", figures.error_picture(original, pixels)),
       )
     )
   return evaluation_page.Figure(
