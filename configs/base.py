@@ -328,6 +328,10 @@ def training_machine() -> ConfigDict:
   c.checkpoint.keep = Key(2, 1)  # latest ones
   # Steps, over which the logged metrics are means
   c.log_every = Key(100, 1, may_change=True)
+  # Where metrics and pictures go, besides metrics.jsonl and samples/:
+  # "tensorboard", "wandb" (Weights & Biases, as WANDB_PROJECT, WANDB_MODE and
+  # its other variables say).
+  c.writers = Key(("tensorboard",), may_change=True)
   # The terminal has a line after so many at the latest, of the steps so far.
   c.log_seconds = Key(10.0, 0, may_change=True)
   # Trace `steps` steps after `start` ones (0: never), and `on_signal` steps

@@ -77,12 +77,14 @@ OTHERS = {
   "runs/bucket_retries.py": {"gcsfs"},
   "runs/compiling.py": {"jax"},
   "runs/exclusive.py": {"jax"},
-  "runs/metrics_writer.py": {"PIL", "etils", "tensorboardX"},
+  "runs/metrics_writer.py": {"PIL", "etils"},
   "runs/places.py": {"etils"},
   "runs/processes.py": {"jax"},
   "runs/resumable.py": {"jax"},
   "runs/storage.py": {"tensorstore"},
+  "runs/tensorboard_events.py": {"etils", "tensorboardX"},
   "runs/versions.py": {"jax"},
+  "runs/weights_and_biases.py": {"PIL", "etils", "wandb"},
   "runs/work_directory.py": {"etils"},
 }  # fmt: skip
 # Packages that the core does without; whole files of ours that need one.
