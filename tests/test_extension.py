@@ -311,7 +311,8 @@ def test_names_of_conditions_come_into_a_config(plugin):
   c.model.variant = "Blend-small"
   rows = np.zeros((3, 5), np.float32)
   filled = denoising.with_numbers(c, "a store", (2, 2, 16), rows, ())
-  assert filled.model.tint_channels == 5
+  keys.check(filled)
+  assert filled.model.condition.tint_channels == 5
   c = filled.copy_and_resolve_references()
   with pytest.raises(ValueError, match=r"tint_channels=5, but a store has 3"):
     denoising.with_numbers(c, "a store", (2, 2, 16), rows[:, :3], ())
