@@ -160,6 +160,10 @@ def test_an_architecture_has_a_name_or_none(plugin, tmp_path):
   )
   named = families.check_variant(found[""].model.variant)
   assert named.spatial_compression == 16
+  fields = {"depth": 2, "hidden": 64, "heads": 2}
+  changes = {"model": {"variant": "UViT", "architecture": fields}}
+  found = plan.load(str(REPOSITORY / "configs/f64_uvit_h.py"), changes)
+  assert denoising.variant_of(found[""].model).fields == fields
 
 
 @pytest.mark.parametrize(
