@@ -686,6 +686,9 @@ def latent_diffusion() -> ConfigDict:
   c.model.patch_size = 1
   # Those of the store, filled in by the run.
   c.model.latent_size = c.model.latent_channels = c.model.num_classes = 0
+  c.model.condition = (
+    ConfigDict()
+  )  # those of a condition of one's own, likewise
   c.model.rematerialisation = False  # recompute each block: less memory
   c.model.dtype = "bfloat16"  # of linear layers; attention is float32
 
