@@ -7,7 +7,7 @@ import pytest
 from conftest import REPOSITORY
 
 from configs import base
-from dcae_jax import main
+from dcae_jax import tasks
 from dcae_jax.runs import config_files, help_pages
 
 FIRST = (
