@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 
+import html_pages
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,14 +88,17 @@ def test_evaluations_have_it_in_result_table_and_page(
     rows = list(csv.DictReader(file))
   mean = sum(float(row["brightness"]) for row in rows) / len(rows)
   assert mean == pytest.approx(found["brightness"])
-  page = (tmp_path / "report" / "index.html").read_text()
-  for text in (caplog.text, page):
-    assert "brightness error ↓" in text and "distance of colours ↓" in text
+  page = html_pages.read(tmp_path / "report" / "index.html")
+  assert {"brightness error ↓", "distance of colours ↓"} <= set(
+    page.tables[0][0]
+  )
+  assert "brightness error ↓ | distance of colours ↓" in caplog.text
+  for text in (caplog.text, page.text):
     assert f"{found['brightness']:.1f}" in text
     assert f"{found['colours']:.3f}" in text
-  assert "<b>brightness, 32 px</b>" in page  # the histogram
+  assert "<b>brightness, 32 px</b>" in page.text  # the histogram
   caption = found["pictures"]["samples"][0]["brightness"]
-  assert f"brightness {caption:.1f}" in page
+  assert f"brightness {caption:.1f}" in page.text
 
 
 def test_samples_are_measured_with_it(

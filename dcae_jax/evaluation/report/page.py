@@ -15,6 +15,7 @@ from dcae_jax.runs import plain_text
 
 # What a cell begins with, such as 1,024 or 20.1 (19.8 to 20.4).
 _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?(?=[\s,]|$)")
+_ARROW = re.compile(" (?=.$)")  # lines do not end before it
 _BEST = {"↑": max, "↓": min}  # by the arrow at the end of a head
 
 
@@ -77,7 +78,10 @@ def table(
     _column(head, cells, kinds)
     for head, *cells in zip(header, *rows, strict=True)
   ]
-  head = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in header)
+  head = "".join(
+    f"<th scope=col>{_ARROW.sub('&nbsp;', html.escape(cell))}</th>"
+    for cell in header
+  )
   body = "\n".join(
     f"<tr>{''.join(row)}</tr>" for row in zip(*columns, strict=True)
   )
@@ -101,7 +105,7 @@ def _column(
   for cell, kind, number in zip(cells, kinds, numbers, strict=True):
     text, sorted_by = html.escape(cell), ""
     if number is not None:
-      sorted_by = f" data-number={number:g}"
+      sorted_by = f" data-number={number}"
       alike = by_kind[kind]
       if best and len(alike) > 1 and number == best(alike):
         text = f"<b>{text}</b>"
@@ -175,15 +179,17 @@ th[aria-sort] button{text-decoration:underline}
 .notes{color:var(--faint);font-size:.9rem}
 img{display:block;width:100%}
 .zoom{display:block;cursor:zoom-in}
+a.plot{margin-top:1rem}
 .plot img{width:auto;max-width:max(100%,60rem);filter:var(--plot)}
 .sheet img{width:auto;max-width:100%}
 .pixels img,dialog.pixels img{image-rendering:pixelated}
 dialog{border:0;padding:.5rem;width:100vw;height:100dvh;max-width:none;
-max-height:none;background:#000d;color:#fff;cursor:zoom-out}
+max-height:none;background:#111;color:#fff;cursor:zoom-out}
 dialog[open]{display:flex;flex-direction:column;gap:.5rem}
 dialog img{flex:1;min-height:0;object-fit:contain}
-dialog.plot img{filter:var(--plot)}
-dialog form{display:flex;justify-content:space-between;gap:1rem}
+dialog.plot img{min-width:60rem}
+dialog form{position:sticky;left:0;display:flex;gap:1rem;
+justify-content:space-between}
 .figures{display:flex;flex-wrap:wrap;gap:1.5rem}
 figure{margin:0;flex:0 1 calc(var(--columns)*215px)}
 figcaption{font-weight:600;margin-bottom:.3rem}
