@@ -357,6 +357,8 @@ def test_reconstructions_stand_beside_their_own_originals(
   ]
   assert len(errors) == 6 and max(errors) < 2 * min(errors)
   assert "<b>images</b>" in text and "do not compare" in text
+  page = html_pages.read(second / "report" / "index.html")
+  assert len(page.tables[0]) == 3 and not page.bold[0]
 
 
 def test_runs_are_compared_whether_measured_before_or_not(

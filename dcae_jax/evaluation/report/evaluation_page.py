@@ -58,8 +58,8 @@ def html_of(contents: Contents) -> str:
     page.Part("Models", _models(contents)),
   ]
   if contents.curves:
-    curves = page.plot(contents.curves, "losses over steps")
-    parts.append(page.Part("Losses of training", curves))
+    curves = page.plot(contents.curves, "losses and metrics over steps")
+    parts.append(page.Part("Training", curves))
   parts.append(
     page.Part(
       "Distribution over images", distributions.html_of(runs, contents.images)
