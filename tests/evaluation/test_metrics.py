@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 
+import html_pages
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,15 +65,15 @@ def test_evaluations_have_it_in_result_table_and_page(
     rows = list(csv.DictReader(file))
   mean = sum(float(row["largest_error"]) for row in rows) / len(rows)
   assert mean == pytest.approx(found["largest_error"])
-  page = (tmp_path / "report" / "index.html").read_text()
-  page = page.replace("&nbsp;", " ")
-  for text in (caplog.text, page):
-    assert "largest error ↓" in text and "distance of colours ↓" in text
+  page = html_pages.read(tmp_path / "report" / "index.html")
+  assert {"largest error ↓", "distance of colours ↓"} <= set(page.tables[0][0])
+  assert "largest error ↓ | distance of colours ↓" in caplog.text
+  for text in (caplog.text, page.text):
     assert f"{found['largest_error']:.1f}" in text
     assert f"{found['colours']:.3f}" in text
-  assert "<b>largest error, 32 px</b>" in page  # the histogram
+  assert "<b>largest error at 32 px</b>" in page.text  # its dots
   caption = found["pictures"]["samples"][0]["largest_error"]
-  assert f"largest error {caption:.1f}" in page
+  assert f"largest error {caption:.1f}" in page.text
 
 
 def test_samples_are_measured_with_it(

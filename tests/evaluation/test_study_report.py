@@ -1,5 +1,6 @@
 import io
 
+import html_pages
 import numpy as np
 import pytest
 from PIL import Image
@@ -92,8 +93,9 @@ def test_tables_mark_what_is_published_and_the_floor():
   text = study_report.markdown(_study())
   assert "5 cells took 2.50 hours" in text
   assert "not finished: 1." in text
-  page = study_report.write_page(_study())
-  assert "b&lt;i&gt;" in page and "b<i>" not in page
+  page = html_pages.Page(study_report.write_page(_study()))
+  assert "b&lt;i&gt;" in page.text and "b<i>" not in page.text
+  assert "cells/b%3Ci%3E/2/result.json" in page.links
 
 
 def test_floors_that_differ_name_their_arms():

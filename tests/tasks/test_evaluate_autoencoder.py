@@ -1,7 +1,6 @@
 """The evaluation as a user runs it, and its report."""
 
 import csv
-import html.parser
 import itertools
 import json
 import os
@@ -11,6 +10,7 @@ import socket
 import subprocess
 import sys
 
+import html_pages
 import jax
 import jax.numpy as jnp
 import kills
@@ -206,36 +206,32 @@ def test_result_says_how_it_was_measured(workdir, weights_folder):
   assert {"jax", "flax", "python"} <= result["versions"].keys()
 
 
-class _References(html.parser.HTMLParser):
-  def __init__(self):
-    super().__init__()
-    self.found = set()
-
-  def handle_starttag(self, tag, attributes):
-    values = dict(attributes)
-    self.found |= {values[k] for k in ("src", "href") if k in values}
-    if tag == "option":
-      self.found.add(values["value"])
-
-
 def _check_page(workdir):
   """Everything it refers to is there, and nothing is on the network."""
-  text = (workdir / "report" / "index.html").read_text()
-  references = _References()
-  references.feed(text)
-  assert references.found
-  for name in references.found:
-    with Image.open(workdir / "report" / name) as image:
-      image.load()
-  return text
+  return html_pages.read(workdir / "report" / "index.html").text
 
 
 def test_report_opens_from_disk(workdir):
   text = _check_page(workdir)
   for words in ("rFID", "Worst PSNR", "Best PSNR", "Latent channels", "<svg"):
     assert words in text
-  assert text.count("<figure>") == 3 + 2 + 2
+  assert text.count("<figure") == 3 + 2 + 2
   assert "not the published file" in text  # of the random Inception
+
+
+def test_report_has_the_numbers_beside_it_wherever_it_is_moved(
+  workdir, pictures, weights_folder, tmp_path
+):
+  shutil.copytree(workdir / "report", tmp_path / "moved")
+  page = html_pages.read(tmp_path / "moved" / "index.html")
+  numbers = sorted(x for x in page.links if x.startswith("numbers/"))
+  table, result = (tmp_path / "moved" / x for x in numbers)
+  assert table.read_bytes() == (workdir / "images_32px.csv").read_bytes()
+  assert result.read_bytes() == (workdir / "result.json").read_bytes()
+  found = json.loads(result.read_bytes())
+  assert f"from {weights_folder}" in page.text and "tiny-f8, " in page.text
+  assert f"folder, path {pictures}: 13 files" in page.text
+  assert f"dcae_jax {found['versions']['dcae_jax']}, jax" in page.text
 
 
 def test_several_resolutions_in_one_run(config, tmp_path):
@@ -354,13 +350,15 @@ def test_reconstructions_stand_beside_their_own_originals(
     second,
   )
   text = _check_page(second)
-  assert text.count("<figure>") == 2 + 2  # 0 and 2 together, 1 and 1 apart
+  assert text.count("<figure") == 2 + 2  # 0 and 2 together, 1 and 1 apart
   errors = [
     np.asarray(Image.open(file)).mean()
     for file in (second / "report" / "pictures").glob("*_error.png")
   ]
   assert len(errors) == 6 and max(errors) < 2 * min(errors)
   assert "<b>images</b>" in text and "do not compare" in text
+  page = html_pages.read(second / "report" / "index.html")
+  assert len(page.tables[0]) == 3 and not page.bold[0]
 
 
 def test_runs_are_compared_whether_measured_before_or_not(
@@ -390,7 +388,7 @@ def test_runs_are_compared_whether_measured_before_or_not(
   assert "1 x 1 x 256" in text
   assert "2 x 2 x 64" in text and "4 x 4 x 16" in text
   assert "do not compare" not in text
-  assert text.count("<figure>") == 3 + 3 * 2  # together; extremes of each
+  assert text.count("<figure") == 3 + 3 * 2  # together; extremes of each
   # Alone, finished evaluations need neither images nor weights.
   third = tmp_path / "third"
   evaluate_autoencoder.run(
@@ -421,8 +419,11 @@ def test_the_floor_stands_beside_what_is_measured(
   assert theirs["psnr"] > ours["psnr"] + 3 and theirs["images"] == 11
   assert theirs["ssim"] > ours["ssim"]
   side = RESOLUTION // compression
-  page = _check_page(tmp_path / "out")
-  assert f"{side} x {side} x {channels}" in page
+  page = html_pages.read(tmp_path / "out" / "report" / "index.html")
+  assert f"{side} x {side} x {channels}" in page.text
+  heads, *_ = page.tables[0]
+  best = [heads.index(x) for x in ("PSNR, dB ↑", "SSIM ↑")]
+  assert page.bold[0] == [(2, column) for column in best]
   # As any finished evaluation, it can stand beside others.
   again = config(init_from="", compare=(str(tmp_path / "out/compared/0"),))
   evaluate_autoencoder.run(again, epath.Path(tmp_path / "again"))

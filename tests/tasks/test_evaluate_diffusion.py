@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import signal
 
+import html_pages
 import jax
 import kills
 import numpy as np
@@ -222,11 +223,16 @@ def test_classes_are_random_and_the_same_at_each_scale(measured):
 
 
 def test_there_is_a_picture_and_a_plot(measured):
-  workdir, _ = measured
+  workdir, result = measured
   picture = np.asarray(Image.open(workdir / "samples.png"))
   assert picture.shape[2] == 3
   # Two rows of 16 px; a column of training images, four for each scale.
   assert picture.shape[0] > 2 * 16 and picture.shape[1] > 9 * 16
+  page = html_pages.read(workdir / "index.html")
+  assert {"samples.png", "guidance.png", "result.json"} <= page.links
+  assert page.tables[0][0][:3] == ["guidance", "latent RMS", "gFID ↓"]
+  distances = [x["gfid"] for x in result["guidance"].values()]
+  assert (1 + np.argmin(distances), 2) in page.bold[0]
   with Image.open(workdir / "guidance.png") as plot:
     assert plot.size[0] > 3 * 300  # three panels
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import html_pages
 import jax
 import numpy as np
 import pytest
@@ -114,7 +115,10 @@ def test_the_report_has_means_and_paired_differences(whole):
   np.testing.assert_allclose(between["mean"], np.mean(fast - slow), rtol=1e-9)
   for name in ("study.md", "index.html", "figure.png", "over_steps.png"):
     assert (workdir / name).stat().st_size > 200
-  assert "figure.png" in (workdir / "index.html").read_text()
+  page = html_pages.read(workdir / "index.html")
+  cells = {f"cells/{cell}/result.json" for cell in psnr}
+  assert cells | {"figure.png", "study.json", "study.md"} <= page.links
+  assert page.tables[0][1][0] == "slow" and "written" in page.text
   assert not list((workdir / "leases").rglob("*/*"))
 
 

@@ -2,9 +2,9 @@
 
 import json
 import os
-import re
 import shutil
 
+import html_pages
 import pytest
 from conftest import REPOSITORY, run_main
 from etils import epath
@@ -78,14 +78,13 @@ def test_quickstart_writes_a_report(workdir):
 
 
 def test_the_report_is_a_page_with_curves_and_the_floor(workdir):
-  text = (workdir / "report" / "index.html").read_text()
-  for words in (floor.NAME, "phase3", "loss_curves.png", "LPIPS", "<svg"):
-    assert words in text
-  pictures = re.findall(r"<img [^>]*src='([^']+)'", text)
-  assert "loss_curves.png" in pictures
-  for name in pictures:
-    with Image.open(workdir / "report" / name) as image:
-      image.load()
+  page = html_pages.read(workdir / "report" / "index.html")
+  for words in (floor.NAME, "phase3", "LPIPS", "<svg"):
+    assert words in page.text
+  assert {"loss_curves.png", "report.md", "report.json"} <= page.links
+  for phase in ("phase1", "phase2", "phase3"):
+    place = f"latents f8c16, from {workdir / phase}<"
+    assert f"tiny-f8-rms, 1,165,612 parameters, {place}" in page.text
 
 
 def test_report_agrees_with_the_runs_own_evaluation(workdir):

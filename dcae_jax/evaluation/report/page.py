@@ -105,7 +105,7 @@ def _column(
   for cell, kind, number in zip(cells, kinds, numbers, strict=True):
     text, sorted_by = html.escape(cell), ""
     if number is not None:
-      sorted_by = f" data-number={number:g}"
+      sorted_by = f" data-number={number}"
       alike = by_kind[kind]
       if best and len(alike) > 1 and number == best(alike):
         text = f"<b>{text}</b>"
@@ -189,7 +189,7 @@ dialog[open]{display:flex;flex-direction:column;gap:.5rem}
 dialog img{flex:1;min-height:0;object-fit:contain}
 dialog.plot img{min-width:60rem}
 dialog form{position:sticky;left:0;display:flex;gap:1rem;
- justify-content:space-between}
+justify-content:space-between}
 .figures{display:flex;flex-wrap:wrap;gap:1.5rem}
 figure{margin:0;flex:0 1 calc(var(--columns)*215px)}
 figcaption{font-weight:600;margin-bottom:.3rem}
