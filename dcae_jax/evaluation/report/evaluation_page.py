@@ -4,12 +4,10 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from dcae_jax.evaluation import metrics as metrics_table
-from dcae_jax.evaluation.report import comparison, page
+from dcae_jax.evaluation.report import comparison, distributions, page
 from dcae_jax.runs import versions
 
 _SIDES = ("left", "right")  # of a slider
-_COLOURS = 6  # of the page's style, --0, --1, ...
 
 
 class Version(NamedTuple):
@@ -42,6 +40,7 @@ class Contents(NamedTuple):
   """What the page shows; files relative to it."""
 
   runs: comparison.Runs
+  images: distributions.Images  # of runs with few of them
   notes: Sequence[tuple[str, str]]  # as of `comparison.notes`
   numbers: Mapping[str, Mapping[str, str]]  # files by run and what they are
   curves: str  # a picture of the losses of training; "": there are none
@@ -61,7 +60,11 @@ def html_of(contents: Contents) -> str:
   if contents.curves:
     curves = page.plot(contents.curves, "losses over steps")
     parts.append(page.Part("Losses of training", curves))
-  parts.append(page.Part("Distribution over images", _histograms(runs)))
+  parts.append(
+    page.Part(
+      "Distribution over images", distributions.html_of(runs, contents.images)
+    )
+  )
   parts += [
     page.Part(
       title, f"<div class=figures>{''.join(map(_figure, figures))}</div>"
@@ -145,64 +148,6 @@ def _figure(figure: Figure) -> str:
     f"<figcaption>{html.escape(figure.title)}</figcaption>"
     f"<div class=tiles>{tiles}</div></figure>"
   )
-
-
-def _histograms(runs: comparison.Runs) -> str:
-  """A small chart per resolution and metric, one line per run."""
-  charts = []
-  sizes = dict.fromkeys(
-    size for _, result in runs for size in result["resolutions"]
-  )
-  for size in sizes:
-    for key, metric in metrics_table.METRICS.items():
-      lines = [
-        (name, result["resolutions"][size]["histograms"][key])
-        for name, result in runs
-        if key in result["resolutions"].get(size, {}).get("histograms", {})
-      ]
-      if lines:
-        edges = metric.of_pairs.edges.tolist()
-        charts.append(_chart(f"{metric.label}, {size} px", lines, edges))
-  keys = " ".join(
-    f"<span style='color:{_colour(i)}'>■</span> {html.escape(name)}"
-    for i, (name, _) in enumerate(runs)
-  )
-  return f"<p>{keys}</p><div class=charts>{''.join(charts)}</div>"
-
-
-def _chart(
-  title: str, lines: Sequence[tuple[str, list[int]]], edges: list[float]
-) -> str:
-  """Steps over the bins that any run has images in, as parts of the run."""
-  width, height = 320, 120
-  used = [i for _, bins in lines for i, n in enumerate(bins) if n]
-  first, last = max(min(used) - 1, 0), min(max(used) + 2, len(edges) - 1)
-  top = max(max(bins) / sum(bins) for _, bins in lines)
-  paths = []
-  for i, (_, bins) in enumerate(lines):
-    points = []
-    for j in range(first, last):
-      y = height - height * bins[j] / sum(bins) / top
-      for k in (j, j + 1):
-        x = width * (k - first) / (last - first)
-        points.append(f"{x:.1f},{y:.1f}")
-    paths.append(
-      f"<polyline points='{' '.join(points)}' fill=none stroke-width=1.5 "
-      f"style='stroke:{_colour(i)}'/>"
-    )
-  return (
-    f"<div><b>{html.escape(title)}</b>"
-    f"<svg viewBox='-2 -2 {width + 4} {height + 18}' width={width}>"
-    f"<path d='M0 {height}H{width}' style='stroke:var(--faint)'/>"
-    f"{''.join(paths)}"
-    f"<text y={height + 14}>{edges[first]:g}</text>"
-    f"<text x={width} y={height + 14} text-anchor=end>{edges[last]:g}</text>"
-    "</svg></div>"
-  )
-
-
-def _colour(run: int) -> str:
-  return f"var(--{run % _COLOURS})"
 
 
 def _latent_statistics(runs: comparison.Runs) -> str:

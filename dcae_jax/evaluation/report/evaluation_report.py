@@ -3,6 +3,8 @@
 Pictures and numbers are copied: the report can be moved and opened anywhere.
 """
 
+import csv
+import io
 import os
 import re
 import tempfile
@@ -14,7 +16,12 @@ from etils import epath
 
 from dcae_jax import errors
 from dcae_jax.evaluation import metrics as metrics_table
-from dcae_jax.evaluation.report import comparison, evaluation_page, figures
+from dcae_jax.evaluation.report import (
+  comparison,
+  distributions,
+  evaluation_page,
+  figures,
+)
 from dcae_jax.runs import (
   json_types,
   metrics_writer,
@@ -46,6 +53,11 @@ class Run(NamedTuple):
     """Name and metrics of the shown images, by their index."""
     pictures = self.result["resolutions"][size]["pictures"]
     return {row["index"]: row for row in pictures[group]}
+
+  def images(self, size: str) -> list[dict[str, str]]:
+    """Name and metrics of all images, as their table has them."""
+    data = regular_files.checked(self.directory / f"images_{size}px.csv")
+    return list(csv.DictReader(io.StringIO(data.read_text("utf-8"))))
 
 
 def check(directory: epath.Path) -> None:
@@ -83,8 +95,15 @@ def write(
     with_size = [run for run in runs if size in run.result["resolutions"]]
     sections += _sections(report, size, with_size)
     latents += [_latents(report, size, run) for run in with_size]
+  few = {
+    (run.name, size): run.images(size)
+    for run in runs
+    for size, numbers in run.result["resolutions"].items()
+    if numbers["images"] < distributions.FEWEST_IN_BINS
+  }
   contents = evaluation_page.Contents(
     named,
+    few,
     [*notes, *comparison.notes(named)],
     {run.name: _copy_numbers(report, run) for run in runs},
     _write_curves(report, runs),
