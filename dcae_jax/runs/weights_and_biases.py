@@ -93,7 +93,7 @@ class WeightsAndBiases:
 
   def _log(self, step: int, values: dict[str, Any]) -> None:
     # Steps that come again after a kill are there, and would be refused.
-    if step >= self._run.step:
+    if step >= self._run.starting_step:
       self._run.log(values, step=step)
 
   def close(self) -> None:
