@@ -40,8 +40,11 @@ def test_a_run_lives_in_a_bucket(
   file = config_file(tmp_path / "phase1.py", tiny_config(1, **changes))
   command = ["-m", "dcae_jax.main", f"--config={file}"]
   workdir = f"--workdir={root}/runs/phase1"
-  _python(environment, *command, workdir, "--config.steps=2")
-  _python(environment, *command, workdir, "--config.steps=4")
+  writers = [workdir, "--config.writers=tensorboard,wandb"]
+  offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+  for steps in (2, 4):
+    flags = [*writers, f"--config.steps={steps}"]
+    _python(environment | offline, *command, *flags)
   # Another run takes the parameters from there.
   tuned = [f"--workdir={root}/runs/tuned", "--config.steps=1"]
   tuned.append(f"--config.init_from={root}/runs/phase1")
@@ -62,6 +65,17 @@ def test_a_run_lives_in_a_bucket(
   lines = [json.loads(line) for line in found["metrics"].splitlines()]
   steps = [x["step"] for x in lines if "train/loss/l1" in x]
   assert steps == [1, 2, 3, 4] and found["result"]["step"] == 4
+  assert any("tfevents" in name for name in found["names"])
+  wandb_id = emulator.read("dcae-test", "runs/phase1/wandb_id").decode()
+  assert len(list(tmp_path.glob(f"wandb/offline-run-*-{wandb_id}"))) == 2
+  # metrics.jsonl is not uploaded with each line, but before each checkpoint:
+  # of step 2, at the first end, at the second start, of step 4, at its end.
+  place = "dcae-test/runs/phase1"
+  uploads = [x for x in emulator.uploads if x.startswith(place)]
+  count = lambda names: names.count(f"{place}/metrics.jsonl")
+  assert count(uploads) < len(lines)
+  saved = next(x for x in uploads if x.startswith(f"{place}/checkpoints/4"))
+  assert count(uploads[: uploads.index(saved)]) >= 4
   # It is evaluated into the bucket, and again over what is there.
   command = ["-m", "dcae_jax.main", "--config=configs/f32_evaluate.py"]
   flags = {

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from dcae_jax.runs import (
 )
 
 _LOG = logging.getLogger(__name__)
+_SECONDS_BETWEEN_UPLOADS = 120  # to a bucket, where each is of the whole file
 _LINE = {"step": int, "*": json_types.NUMBER}
 _SPEED = "train/steps_per_second"
 _RATES = (
@@ -105,13 +107,14 @@ class MetricsWriter:
     else:
       self._path.unlink(missing_ok=True)
     self._is_local = "://" not in str(workdir)
+    self._uploaded = time.monotonic(), len(self._lines)
     self._writers: dict[str, Writer] = {}
     for name in writers:
       with self._attempt(name):
         self._writers[name] = WRITERS[name](workdir, first_step)
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    """Adds one line; remote files are written whole, since they only are so."""
+    """Adds one line; to a bucket they are uploaded together, see `flush`."""
     if not self._enabled:
       return
     values = {k: float(v) for k, v in values.items()}
@@ -121,8 +124,8 @@ class MetricsWriter:
         file.write(json.dumps(line) + "\n")
     else:
       self._lines.append(line)
-      text = "".join(json.dumps(x) + "\n" for x in self._lines)
-      write_whole(self._path, text)
+      if time.monotonic() - self._uploaded[0] > _SECONDS_BETWEEN_UPLOADS:
+        self.flush()
     self._each(lambda writer: writer.scalars(step, values))
 
   def image(self, step: int, name: str, pixels: np.ndarray) -> None:
@@ -132,9 +135,18 @@ class MetricsWriter:
     write_png(self._samples / f"{name}_{step:08d}.png", pixels)
     self._each(lambda writer: writer.image(step, name, pixels))
 
+  def flush(self) -> None:
+    """What was added is in `metrics.jsonl` from here on."""
+    if self._enabled and not self._is_local:
+      if len(self._lines) > self._uploaded[1]:
+        text = "".join(json.dumps(x) + "\n" for x in self._lines)
+        write_whole(self._path, text)
+      self._uploaded = time.monotonic(), len(self._lines)
+
   def close(self) -> None:
     if self._enabled:
       self._each(lambda writer: writer.close())
+      self.flush()
 
   def _each(self, call: Callable[[Writer], None]) -> None:
     for name, writer in list(self._writers.items()):

@@ -81,7 +81,7 @@ class WeightsAndBiases:
     place = self._run.settings.sync_dir
     offline = f"offline; `wandb sync {place}` sends it"
     where = offline if self._run.offline else self._run.url
-    _LOG.info("Weights & Biases: %s", where)
+    _LOG.info("Weights & Biases: %s", where or "disabled")
     self._image = wandb.Image
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -93,7 +93,7 @@ class WeightsAndBiases:
 
   def _log(self, step: int, values: dict[str, Any]) -> None:
     # Steps that come again after a kill are there, and would be refused.
-    if step >= self._run.step:
+    if step >= self._run.starting_step:
       self._run.log(values, step=step)
 
   def close(self) -> None:

@@ -199,6 +199,10 @@ def run(
     checkpoints.add_evaluation(step, measured)
     return values
 
+  def save(step, state, position):
+    writer.flush()  # who goes on from there has the lines before
+    checkpoints.save(step, state, position, measured)
+
   with _closing(work.batches.close, writer.close, checkpoints.close):
     if not is_done:
       params, placed = training.abstract.params, training.shardings.params
@@ -225,7 +229,7 @@ def run(
           seconds=config.log_seconds,
         ),
         loop.Outlets(
-          save=lambda *args: checkpoints.save(*args, measured),
+          save=save,
           writer=writer,
           sigterm=sigterm,
           profiler=profiler.Profiler(
@@ -234,6 +238,7 @@ def run(
         ),
       )
     checkpoints.wait()
+    writer.flush()
     if step == last_step:
       work.finish(step, state)
   return step == last_step

@@ -1,11 +1,15 @@
 """The package itself, offline or with a server that is not there."""
 
+import contextlib
+import http.server
 import json
 import logging
 import os
 import socket
 import struct
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from dcae_jax.runs import metrics_writer, weights_and_biases
 from dcae_jax.tasks import train_autoencoder
 
 _BLOCK = 2**15
+PROJECT = {"id": "p", "name": "dcae_jax", "entity": {"id": "e", "name": "me"}}
 
 
 @pytest.fixture
@@ -39,6 +44,54 @@ def workdir(tmp_path):
   config = {"task": "a", "optimizer": {"kind": "adamw"}, "workdir": "/then"}
   metrics_writer.write_json(workdir / "config.json", config)
   return workdir
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+  """As much of theirs as a run needs; keeps what it was sent."""
+
+  resumed, history = None, ""
+
+  def do_POST(self):
+    size = int(self.headers.get("Content-Length", 0))
+    body, data = self.rfile.read(size).decode(), {}
+    if self.path.endswith("/file_stream"):
+      Server.history += body
+    elif "RunResumeStatus" in body:
+      data = {"model": Server.resumed}
+    elif "UpsertBucket" in body:
+      bucket = {"id": "b", "name": "run", "project": PROJECT}
+      data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
+    elif "CreateRunFiles" in body:
+      data = {"createRunFiles": {"runID": "b", "files": []}}
+    answer = json.dumps({"data": data}).encode()
+    self.send_response(200)
+    self.send_header("Content-Length", str(len(answer)))
+    self.end_headers()
+    self.wfile.write(answer)
+
+  do_PUT = do_POST  # noqa: N815
+
+  def log_message(self, *_):
+    pass
+
+
+@pytest.fixture
+def server(wandb, monkeypatch):
+  """Online, with a server on this machine, until the stack is closed."""
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+  thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+  thread.start()
+  monkeypatch.setattr(Server, "resumed", None)
+  monkeypatch.setattr(Server, "history", "")
+  address = f"http://127.0.0.1:{server.server_port}"
+  monkeypatch.setenv("WANDB_BASE_URL", address)
+  monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+  monkeypatch.setenv("WANDB_MODE", "online")
+  with contextlib.ExitStack() as stack:
+    stack.callback(thread.join)
+    stack.callback(server.server_close)
+    stack.callback(server.shutdown)
+    yield stack
 
 
 def _writer(workdir, first_step=0):
@@ -125,15 +178,39 @@ def test_a_restart_goes_on_in_the_same_run(wandb, workdir, monkeypatch):
   assert len({run.run_id for run in runs}) == 1
 
 
-def test_steps_that_are_there_are_not_sent_again(wandb, workdir, capfd):
-  """Those after the checkpoint that a killed run goes on from."""
-  writer = _writer(workdir)
-  for step in (1, 2, 3, 2, 3, 4):
+def test_a_killed_run_goes_on_after_what_the_server_has(server, workdir, capfd):
+  """Steps after its last checkpoint come again, and are not sent again."""
+  tail = json.dumps([json.dumps({"_step": 7})])
+  bucket = {
+    "id": "b", "name": "run", "displayName": "a", "tags": [],
+    "historyLineCount": 5, "eventsLineCount": 0, "logLineCount": 0,
+    "historyTail": tail, "eventsTail": "[]", "summaryMetrics": "{}",
+    "config": "{}", "wandbConfig": '{"t": 1}',
+  }  # fmt: skip
+  Server.resumed = PROJECT | {"bucket": bucket}
+  writer = _writer(workdir, 5)
+  for step in (6, 7, 8, 9):
     writer.scalars(step, {"train/loss/l1": step / 8})
   writer.close()
-  (folder,) = workdir.glob("wandb/offline-run-*")
-  assert list(_history(folder)) == [1, 2, 3, 4]
-  assert not capfd.readouterr().err
+  steps = [step for step in range(12) if f'_step\\":{step}' in Server.history]
+  assert steps == [8, 9]
+  assert "WARNING" not in capfd.readouterr().err
+
+
+def test_a_server_that_is_gone_is_not_waited_for(
+  server, workdir, monkeypatch, capfd
+):
+  monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
+  writer = _writer(workdir)
+  writer.scalars(1, {"train/loss/l1": 0.5})
+  server.close()
+  began = time.monotonic()
+  writer.scalars(2, {"train/loss/l1": 0.25})
+  writer.close()
+  assert time.monotonic() - began < 10
+  assert "`wandb sync`" in capfd.readouterr().err
+  (folder,) = workdir.glob("wandb/run-*")
+  assert list(_history(folder)) == [1, 2]
 
 
 def test_without_the_package_a_run_ends_before_anything_is_written(
