@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,17 @@ def run_main(config: str, *arguments: str) -> subprocess.CompletedProcess:
     text=True,
     check=False,
   )
+
+
+def made(log: str) -> set[str]:
+  """What the table at the end of a log names, all of which is there."""
+  lines = log[log.rindex("made:\n") :].splitlines()[1:]
+  names = set()
+  for line in lines:
+    name, path = re.fullmatch(r"  (.*?)  +(\S.*)", line).groups()
+    assert (REPOSITORY / path).exists(), line
+    names.add(name)
+  return names
 
 
 def smooth_image(seed: int, height: int, width: int) -> np.ndarray:

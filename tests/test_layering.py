@@ -74,6 +74,7 @@ OTHERS = {
   "runs/bucket_retries.py": {"gcsfs"},
   "runs/compiling.py": {"jax"},
   "runs/exclusive.py": {"jax"},
+  "runs/outcome.py": {"etils", "jax"},
   "runs/metrics_writer.py": {"PIL", "etils", "tensorboardX"},
   "runs/places.py": {"etils"},
   "runs/processes.py": {"jax"},

@@ -27,6 +27,7 @@ from dcae_jax.nn import precision
 from dcae_jax.runs import (
   differences,
   metrics_writer,
+  outcome,
   resumable,
   versions,
   work_directory,
@@ -272,7 +273,16 @@ def _finish(
     picture = _picture(config, inputs, drawing)
     metrics_writer.write_png(workdir / _PICTURE, picture)
   metrics_writer.write_json(workdir / "result.json", result)
-  _LOG.info("%s\nin %s", _table(measured), workdir)
+  _LOG.info("\n%s\n", _table(measured))
+  outcome.say(
+    workdir,
+    {
+      "images": "images",
+      "picture": _PICTURE,
+      "over guidance": _PLOT,
+      "result": "result.json",
+    },
+  )
 
 
 def open_model(

@@ -17,7 +17,7 @@ from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.data import decoding, images, sources
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.evaluation.report import figures
-from dcae_jax.runs import metrics_writer, plain_text, work_directory
+from dcae_jax.runs import metrics_writer, outcome, plain_text, work_directory
 from dcae_jax.setup import keys, start
 
 _LOG = logging.getLogger(__name__)
@@ -140,4 +140,8 @@ def _write(
   )
   result = {"psnr": mean, "pictures": rows, "skipped": skipped}
   metrics_writer.write_json(workdir / "result.json", result)
-  _LOG.info("\n%s\n\nsummary: %s", table, workdir / "summary.md")
+  _LOG.info("\n%s\n", table)
+  outcome.say(
+    workdir,
+    {"pictures": "pictures", "summary": "summary.md", "result": "result.json"},
+  )
