@@ -7,4 +7,3 @@ cd "$(dirname "$0")/.."
 source launch/install.sh requirements-quickstart.txt
 python -m dcae_jax.main --config=configs/quickstart.py \
   --workdir=runs/quickstart "$@"
-ls runs/quickstart/report

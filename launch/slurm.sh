@@ -25,7 +25,7 @@ VENV="${VENV:-.venv}"  # on a file system that all nodes share
 step() { printf '+'; printf ' %q' "$@"; echo; [ -n "$DRY" ] || "$@"; }
 if [ ! -x "$VENV/bin/python" ]; then
   step python3 -m venv "$VENV"
-  step "$VENV/bin/pip" install -q -r requirements.txt "jax[cuda12]"
+  step "$VENV/bin/pip" install -q --require-hashes -r requirements-cuda12.txt
 fi
 step srun --kill-on-bad-exit=1 "$VENV/bin/python" -m dcae_jax.main "$@"
 if [ -n "$DRY" ] || [ ! -e "$WORKDIR/result.json" ]; then

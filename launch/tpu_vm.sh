@@ -41,7 +41,7 @@ install() {  # the hosts' own Python can be too old: uv brings one
   local archive; archive="$(mktemp -d)/dcae_jax.tar.gz"
   step git archive --format=tar.gz --output="$archive" HEAD
   tpu tpu-vm scp "$archive" "$NAME:" --worker=all
-  on_all 'mkdir -p dcae_jax && tar -xzf dcae_jax.tar.gz -C dcae_jax && cd dcae_jax && python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python 3.11 .venv && python3 -m uv pip install -q -r requirements.txt "jax[tpu]"'
+  on_all 'mkdir -p dcae_jax && tar -xzf dcae_jax.tar.gz -C dcae_jax && cd dcae_jax && python3 -m pip install -q --user uv==0.13.9 && python3 -m uv venv -q --clear --python 3.12 .venv && python3 -m uv pip sync -q --require-hashes requirements-tpu.txt'
 }
 train() { on_all "cd dcae_jax && .venv/bin/python -m dcae_jax.main$(printf ' %q' "$@")"; }
 

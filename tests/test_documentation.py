@@ -19,8 +19,10 @@ import dcae_jax
 from dcae_jax import main
 from dcae_jax.setup import keys
 
-PAGES = ["README.md"] + sorted(
-  str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("docs/*.md")
+PAGES = sorted(
+  str(path.relative_to(REPOSITORY))
+  for pages in ("*.md", "docs/*.md")
+  for path in REPOSITORY.glob(pages)
 )
 CONFIGS = sorted(
   str(path.relative_to(REPOSITORY))

@@ -155,6 +155,8 @@ def test_slurm_starts_a_process_for_each_gpu_and_queues_itself_again(tmp_path):
 
 def test_the_image_holds_what_the_command_needs():
   text = (LAUNCH / "Dockerfile").read_text()
-  for name in ("configs", "dcae_jax", "requirements.txt"):
-    assert f"COPY {name}" in text and (REPOSITORY / name).exists()
+  for name in ("configs", "dcae_jax", "requirements-${ACCELERATOR}.txt"):
+    assert f"COPY {name}" in text
+  for accelerator in ("cuda12", "tpu"):
+    assert (REPOSITORY / f"requirements-{accelerator}.txt").exists()
   assert 'ENTRYPOINT ["python", "-m", "dcae_jax.main"]' in text

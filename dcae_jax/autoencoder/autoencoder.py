@@ -98,8 +98,10 @@ def load(
 def _load_run(
   run: str, scaling_factor: float | None, options: dict[str, Any]
 ) -> "Autoencoder":
-  config = work_directory.read_run_config(run)["model"]
-  architecture = families.of_model(config["variant"], config["architecture"])
+  whole = work_directory.read_run_config(run)
+  config = whole["model"]
+  with work_directory.naming_plugins(run, whole):
+    architecture = families.of_model(config["variant"], config["architecture"])
   network_options = options | {
     key: config[key] for key in ("image_channels", "residual_autoencoding")
   }
@@ -206,7 +208,7 @@ class Autoencoder:
     """
     is_exact = jnp.dtype(self.model.options.dtype) == jnp.float32
     with jax.default_matmul_precision("highest" if is_exact else None):
-      return self.model.apply(variables, x, method=method)
+      return self.model.apply(variables, x, method=method)  # pyright: ignore[reportReturnType]
 
   @property
   def scaling_factor(self) -> float | None:
@@ -382,7 +384,7 @@ class Autoencoder:
     self._provenance = self._provenance._replace(
       scaling_factor=f"1 / RMS of the latents of {images} {name}"
     )
-    return self.scaling_factor
+    return factor
 
   def save(self, folder: str | os.PathLike, layout: str = "diffusers") -> None:
     """Writes weights, `config.json` and a model card.
@@ -483,10 +485,13 @@ class Autoencoder:
       )
 
 
-def _checked_factor(value: float | ArrayLike | None) -> float | None:
+def _checked_factor(value: Any) -> float | None:
   if value is None:
     return None
-  is_number = np.ndim(value) == 0 and not isinstance(value, str | bool)
-  if not (is_number and 0 < value < 1e30):
+  if (
+    isinstance(value, str | bool | complex)
+    or np.ndim(value) > 0
+    or not 0 < value < 1e30
+  ):
     raise errors.UserError(f"scaling_factor={value!r} is not a positive number")
   return float(value)

@@ -96,7 +96,7 @@ class Denoiser:
     """The network as a function, for your own `jax.jit`; nothing is checked."""
     is_exact = jnp.dtype(self.diffusion.denoiser.dtype) == jnp.float32
     with jax.default_matmul_precision("highest" if is_exact else None):
-      return self.diffusion.denoiser.apply(variables, z, t, condition)
+      return self.diffusion.denoiser.apply(variables, z, t, condition)  # pyright: ignore[reportReturnType]
 
   def predict(
     self,
@@ -193,14 +193,15 @@ class Denoiser:
     chosen = np.asarray(chosen).tolist()
     kind.check_chosen(chosen)
     ae = self.autoencoder
-    for side in size or ():
-      network.check_side(side, ae.spatial_compression)
-    latent_size = size and tuple(x // ae.spatial_compression for x in size)
+    latent_size = None
+    if size:
+      for side in size:
+        network.check_side(side, ae.spatial_compression)
+      height, width = size
+      factor = ae.spatial_compression
+      latent_size = height // factor, width // factor
     draw = self._sampler(guidance, steps, latent_size)
-    normalisation = latent_statistics.Normalisation(
-      **self._origin.get("normalisation")
-      or {"shift": ae.shift_factor, "scale": float(ae.scaling_factor)}
-    )
+    normalisation = self._normalisation(ae)
     key, images = jax.random.key(seed), []
     for number, first in enumerate(range(0, len(chosen), _LARGEST_BATCH)):
       part = chosen[first : first + _LARGEST_BATCH]
@@ -241,6 +242,18 @@ class Denoiser:
       objective=self.diffusion.objective,
       **self._origin,
     )
+
+  def _normalisation(
+    self, ae: autoencoder_lib.Autoencoder
+  ) -> latent_statistics.Normalisation:
+    if of_channels := self._origin.get("normalisation"):
+      return latent_statistics.Normalisation(**of_channels)
+    if ae.scaling_factor is None:
+      raise errors.UserError(
+        "the scaling factor of the autoencoder is not known; set "
+        "denoiser.autoencoder.scaling_factor to that of the training"
+      )
+    return latent_statistics.Normalisation(ae.shift_factor, ae.scaling_factor)
 
   def _sampler(
     self,

@@ -292,7 +292,8 @@ def _write(
       (folder / "metadata.jsonl").write_text(json.dumps(metadata))
       files.append(folder / "samples" / name)
   if files:
-    texts = kind.texts(condition)
+    scale = {"guidance": f"{part.scale:g}"}
+    texts = [scale | of_row for of_row in kind.texts(condition)]
     list(pool.map(metrics_writer.write_png, files, pixels, texts))
   _write_npz(record, arrays)
 

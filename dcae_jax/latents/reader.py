@@ -5,6 +5,7 @@ of the store's manifest.
 """
 
 import functools
+import itertools
 import math
 import os
 import types
@@ -70,8 +71,8 @@ class Latents:
     )
     self.manifest = layout.read_manifest(self._place)
     made_with = self.manifest.get("autoencoder", {})
-    if path := made_with.get("init_from"):
-      made_with["init_from"] = places.found(path, self.path)
+    if source := made_with.get("init_from"):
+      made_with["init_from"] = places.found(source, self.path)
     self.shape = tuple(self.manifest["shape"])
     known = self.manifest["conditions"]
     self.conditions = tuple(known if conditions is None else conditions)
@@ -320,7 +321,7 @@ class _Order:
         f"shuffle_streams={shuffle_streams} does not divide {batch_size}, the "
         "batch of all processes; use a divisor, such as their number"
       )
-    self._starts = np.concatenate([[0], np.cumsum(sizes)])
+    self._starts = [0, *itertools.accumulate(sizes)]
     self._batch_size, self._seed = batch_size, seed
     self._window = shuffle_shards or len(sizes)
     self._streams = shuffle_streams

@@ -89,8 +89,13 @@ def _chosen(known: dict[str, Callable], config: ConfigDict, key: str) -> Any:
 
 def conditioning_of(config: ConfigDict) -> type[conditioning.Conditioning]:
   """The kind of condition that the denoiser of `config.model` takes."""
-  variant = denoisers.find(config.variant)
-  return denoisers.DENOISERS[variant.family].conditioning
+  return denoisers.DENOISERS[variant_of(config).family].conditioning
+
+
+def variant_of(config: ConfigDict) -> denoisers.Variant:
+  """The denoiser of `config.model`; UserError if there can be none."""
+  architecture = config.architecture.to_dict()
+  return denoisers.of_model(config.variant, architecture)
 
 
 def open_store(config: ConfigDict) -> aspect_ratios.Store:
@@ -161,7 +166,7 @@ def _filled(
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for key, value in numbers.items():
-      if config.model[key] not in (0, value):
+      if config.model.get(key, 0) not in (0, value):  # maybe a plugin's own
         raise errors.UserError(
           f"config.model.{key}={config.model[key]}, but {path} has {value}; "
           f"leave it 0, or name another {owner}"
@@ -184,7 +189,7 @@ def create(
 ) -> sampling.LatentDiffusion:
   """The model of a config whose numbers are filled in.
 
-  Its denoiser has the sizes of the `variant`, or of the one that it names.
+  Its denoiser has the sizes of the `variant`, or those that it names.
   Raises UserError for a sampler or steps that do not fit the objective, or an
   interval of guidance that is none.
   """
@@ -196,7 +201,7 @@ def create(
   kind, channels = conditioning_of(model), model.latent_channels
   fields = dataclasses.fields(kind)
   denoiser = denoisers.create(
-    variant or model.variant,
+    variant or variant_of(model),
     conditioning=kind(**{field.name: model[field.name] for field in fields}),
     latent_size=model.latent_size,
     latent_channels=channels,
@@ -229,15 +234,20 @@ def check_same_model(
     )
     return
   before = work_directory.read_run_config(source, "train_diffusion")
-  shaping = ("variant", "patch_size", *numbers_of_latents(config.model))
-  models = [
-    {key: x["model"].get(key) for key in shaping}
-    | {
-      "objective": x["objective"]["kind"] == "improved_ddpm",
-      "normalisation": x.get("data", {}).get("normalisation", "factor"),
+  shaping = ("patch_size", *numbers_of_latents(config.model))
+
+  def of_config(config):
+    model = config["model"]
+    architecture = model.get("architecture", {})  # earlier ones had none
+    variant = denoisers.of_model(model["variant"], architecture)
+    return {key: model.get(key) for key in shaping} | {
+      "denoiser": {"family": variant.family} | dict(variant.fields),
+      "objective": config["objective"]["kind"] == "improved_ddpm",
+      "normalisation": config.get("data", {}).get("normalisation", "factor"),
     }
-    for x in (before, config.to_dict())
-  ]
+
+  with work_directory.naming_plugins(source, before):
+    models = [of_config(x) for x in (before, config.to_dict())]
   differences.check_same(
     *models,
     f"the model of config.init_from={source} is another one",

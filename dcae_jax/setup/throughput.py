@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from dcae_jax.autoencoder import families, network
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.runs import compiling
-from dcae_jax.setup import diffusion_training
+from dcae_jax.setup import denoising, diffusion_training
 from dcae_jax.training import hardware, program_cost, sharding
 
 
@@ -67,7 +67,9 @@ def reduced(config: ConfigDict) -> Pair:
   """The denoiser that is measured, maybe a smaller one, as `whole`."""
   measured = config.measured
   variant = denoisers.resized(
-    config.training.model.variant, measured.depth, measured.hidden
+    denoising.variant_of(config.training.model),
+    measured.depth,
+    measured.hidden,
   )
   pair = _build(config, measured.training_batch, measured.dtype, variant)
   return pair._replace(is_whole=not measured.depth and not measured.hidden)

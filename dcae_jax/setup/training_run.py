@@ -98,6 +98,7 @@ class Training(abc.ABC):
 
   def check_machine(self) -> None:
     """Raises UserError for what surely cannot be run on what is here."""
+    metrics_writer.check(self.config.writers)
     batches.check_workers(self.config.data.workers)
     state, *inputs = self.arguments()
     hardware.check_memory(
@@ -185,8 +186,13 @@ def run(
   if first_step:
     measured, is_whole = _last_evaluation(workdir, first_step)
     evaluates = bool(evaluates and not is_whole)
+  is_done = first_step == last_step and not evaluates
   writer = metrics_writer.MetricsWriter(
-    workdir, first_step, evaluates, enabled=jax.process_index() == 0
+    workdir,
+    first_step,
+    evaluates,
+    enabled=jax.process_index() == 0,
+    writers=() if is_done else config.writers,
   )
 
   def evaluate(step, state):
@@ -198,7 +204,7 @@ def run(
     return values
 
   with _closing(work.batches.close, writer.close, checkpoints.close):
-    if first_step < last_step or evaluates:
+    if not is_done:
       params, placed = training.abstract.params, training.shardings.params
       _LOG.info(overview.table(params, training.learning.mask, placed))
       program = _Program(training, work.constants)

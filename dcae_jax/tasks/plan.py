@@ -191,12 +191,13 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
   if work_directory.is_run(path):
     run = epath.Path(path).expanduser() / "config.json"
     config = keys.completed(work_directory.read_config(run), path)
-  elif pathlib.Path(path).is_file():
+  elif config_files.find(path):
     config = config_files.load(path)
+    config_files.import_plugins(config.to_dict())
   else:
     raise errors.UserError(
-      f"config.of={path!r} is neither a config file, see configs/, nor the "
-      "work directory of a run"
+      f"config.of={path!r} is neither a config file, nor the name of "
+      "one, nor the work directory of a run"
     )
   task = config.get("task", "nothing")
   if task == "train_phases":

@@ -339,7 +339,7 @@ def test_unknown_scaling_factor_must_be_measured_before_saving(ae, tmp_path):
   unknown = dcae_jax.Autoencoder(ae.architecture, ae.variables)
   with pytest.raises(ValueError, match="measure it first"):
     unknown.save(tmp_path / "x")
-  for bad in (0.0, -1, float("nan")):
+  for bad in (0.0, -1, 1j, float("nan")):
     with pytest.raises(ValueError, match="not a positive number"):
       unknown.scaling_factor = bad
   unknown.scaling_factor = 1 / jnp.float32(4)

@@ -192,6 +192,22 @@ def test_weights_that_name_no_autoencoder_draw_nothing(tmp_path):
     denoiser.sample(labels=[0])
 
 
+def test_an_autoencoder_without_a_scaling_factor_decodes_no_samples(
+  run, tiny_autoencoder
+):
+  denoiser = dcae_jax.load_denoiser(run)
+  loaded = dcae_jax.load(tiny_autoencoder)
+  denoiser.autoencoder = dcae_jax.Autoencoder(
+    loaded.architecture, loaded.variables
+  )
+  with pytest.raises(
+    ValueError, match="factor of the autoencoder is not known"
+  ):
+    denoiser.sample(labels=[0])
+  denoiser.autoencoder.scaling_factor = loaded.scaling_factor
+  assert denoiser.sample(labels=[0]).shape == (1, 16, 16, 3)
+
+
 def test_nothing_is_no_denoiser(tmp_path):
   with pytest.raises(ValueError, match="safetensors"):
     dcae_jax.load_denoiser(tmp_path)

@@ -20,8 +20,8 @@ import scipy.linalg
 import skimage.metrics
 from conftest import (
   REPOSITORY,
-  made,
   run_main,
+  said_made,
   save_tiny_autoencoder,
   smooth_image,
 )
@@ -119,7 +119,7 @@ def workdir(
   assert "11 of 13 images" in found.stderr
   assert "rFID" in found.stderr
   of_images = f"images, {RESOLUTION} px"
-  assert made(found.stderr) == {"page", "pictures", of_images, "result"}
+  assert said_made(found.stderr) == {"page", "pictures", of_images, "result"}
   assert "fewer than 2048" in found.stderr
   return workdir
 
@@ -457,7 +457,7 @@ def test_reference_statistics_are_computed_saved_and_read(
   c.compilation_cache = compilation_cache
   caplog.set_level("INFO")
   reference_statistics.run(c, epath.Path(tmp_path / "reference"))
-  assert made(caplog.text) == {f"inception, {RESOLUTION} px", "result"}
+  assert said_made(caplog.text) == {f"inception, {RESOLUTION} px", "result"}
   file = tmp_path / "reference" / f"inception_{RESOLUTION}px.npz"
   mean, covariance, features, _ = fid.load_statistics(file, 2048)
   assert features.shape == (11, 2048)

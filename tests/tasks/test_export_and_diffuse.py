@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import made
+from conftest import said_made
 from etils import epath
 
 import dcae_jax
@@ -55,7 +55,7 @@ def test_images_become_classes_and_samples_of_them(config, tmp_path, caplog):
     assert export_and_diffuse.run(config, epath.Path(tmp_path))
     times.add(reference.stat().st_mtime_ns)
   assert len(times) == 1
-  assert made(caplog.text) == {
+  assert said_made(caplog.text) == {
     "latents", "reference", "training", "samples", "result"
   }  # fmt: skip
   assert np.load(reference)["features"].shape == (10, 1280)

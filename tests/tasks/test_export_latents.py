@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from conftest import (
   REPOSITORY,
-  made,
   run_main,
+  said_made,
   save_tiny_autoencoder,
   smooth_image,
 )
@@ -252,7 +252,7 @@ def test_killed_before_its_result_it_has_one_in_the_end(
   assert (tmp_path / "latents/manifest.json").exists()
   for _ in range(2):
     assert export_latents.run(few, epath.Path(tmp_path))
-    assert made(caplog.text) == {"latents", "result"}
+    assert said_made(caplog.text) == {"latents", "result"}
     text = (tmp_path / "result.json").read_text()
     assert json.loads(text)["count"] == 3
   export_latents.run(few, epath.Path(tmp_path))
@@ -807,7 +807,7 @@ def test_inspecting_decodes_rows_as_they_are(
   for text in ("f8c16", "0.5 (the autoencoder's)", "3 images", "no problems",
                "99_cut.png"):  # fmt: skip
     assert text in caplog.text
-  assert made(caplog.text) == {"pictures", "all of them", "result"}
+  assert said_made(caplog.text) == {"pictures", "all of them", "result"}
   files = sorted((tmp_path / "samples").glob("row_*.png"))
   assert len(files) == 3 and (tmp_path / "samples/rows.png").exists()
   ae, source = dcae_jax.load(tiny_autoencoder), reader.Latents(whole)

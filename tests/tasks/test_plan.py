@@ -4,7 +4,7 @@ import re
 
 import jax
 import pytest
-from conftest import made, run_main
+from conftest import run_main, said_made
 from etils import epath
 
 from configs import base
@@ -241,7 +241,7 @@ def test_the_command_needs_no_work_directory(config_file, tmp_path, caplog):
   config.compilation_cache = ""
   caplog.set_level("INFO")
   plan.run(config, workdir)
-  assert made(caplog.text) == {"result"}
+  assert said_made(caplog.text) == {"result"}
   row = json.loads((workdir / "result.json").read_text())["plans"][0]
   assert row["fits"] and row["chips"] == len(jax.devices())
   other = run_main("configs/f64_phase1.py")

@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, made
+from conftest import REPOSITORY, said_made
 from etils import epath
 
 import dcae_jax
@@ -124,7 +124,7 @@ def test_what_is_finished_is_not_run_again(whole, caplog):
   (workdir / "study.json").unlink()
   caplog.set_level("INFO")
   assert _run(config, workdir)
-  assert made(caplog.text) == {
+  assert said_made(caplog.text) == {
     "runs", "page", "report", "numbers", "figure", "curves"
   }  # fmt: skip
   assert (workdir / "study.json").exists()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_clip
 import tiny_text_encoders
-from conftest import fill_store, made
+from conftest import fill_store, said_made
 from etils import epath
 from PIL import Image
 
@@ -257,7 +257,7 @@ def test_killed_before_its_result_encoding_has_one_in_the_end(
 ):
   caplog.set_level("INFO")
   assert encode_captions.run(encoding(output=states), epath.Path(tmp_path))
-  assert made(caplog.text) == {"states", "result"}
+  assert said_made(caplog.text) == {"states", "result"}
   first = pathlib.Path(states).parent / "work"
   before, after = (
     json.loads((x / "result.json").read_text()) for x in (first, tmp_path)
@@ -302,7 +302,7 @@ def test_prompts_are_drawn_in_turn_and_stand_in_their_images(
   names = sorted(x.name for x in folder.iterdir())
   assert len(names) == 9 and names[4] == "0000004_gr_n_gr_er.png"
   with Image.open(folder / names[4]) as image:
-    assert image.text == {"prompt": "grün, größer"}
+    assert image.text == {"guidance": "2", "prompt": "grün, größer"}
   assert (tmp_path / "samples.png").exists()
   # Again, after a part is lost: the same images.
   before = _pixels(folder)
@@ -345,7 +345,7 @@ def test_images_lie_as_geneval_wants_them(evaluation, tmp_path):
     names = sorted(x.name for x in (folder / f"{i:05d}/samples").iterdir())
     assert names == [f"{k:05d}.png" for k in range(5)]
   with Image.open(folder / "00001/samples/00004.png") as image:
-    assert image.text == {"prompt": "two birds"}
+    assert image.text == {"guidance": "2", "prompt": "two birds"}
   (folder / "00001/samples/00004.png").unlink()
   assert evaluate_diffusion.run(c, epath.Path(tmp_path / "work"))
   assert (folder / "00001/samples/00004.png").exists()

@@ -6,7 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import made, run_main
+from conftest import run_main, said_made
 from etils import epath
 
 from configs import base
@@ -111,7 +111,7 @@ def test_a_smaller_denoiser_is_measured_and_the_real_one_counted(
   config = _config(**_measuring())
   caplog.set_level("INFO")
   found = _run(config, tmp_path)
-  assert made(caplog.text) == {"result"}
+  assert said_made(caplog.text) == {"result"}
   assert found["counted"] == _plain()
   assert set(found["measured"]) == {
     "training_images_per_second",

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import REPOSITORY, config_file, made
+from conftest import REPOSITORY, config_file, said_made
 from etils import epath
 
 import dcae_jax
@@ -372,7 +372,12 @@ def test_a_run_ends_with_a_table_of_before_after_and_the_floor(
   names = [row.split("|")[1].strip() for row in rows]
   assert names == ["step 0", "step 4", "floor: block PCA"]
   assert "1.23 | 0.5000" in rows[0]
-  assert made(caplog.text) == {"checkpoints", "metrics", "pictures", "result"}
+  assert said_made(caplog.text) == {
+    "checkpoints",
+    "metrics",
+    "pictures",
+    "result",
+  }
 
 
 def test_the_evaluation_of_a_run_measures_lpips(of_few_images):

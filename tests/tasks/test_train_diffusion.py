@@ -9,7 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import fill_store, made
+from conftest import fill_store, said_made
 from etils import epath
 from jax.experimental import multihost_utils
 from latents.test_store import make_store
@@ -259,7 +259,7 @@ def test_channels_are_normalised_in_training_and_back_in_its_samples(
   sample = jax.jit(model.sample_function(1.0, whole))
   z = np.asarray(sample(_variables(tmp_path / "run")[1][1], key, np.arange(2)))
   pixels = decode.to_pixels(dcae_jax.load(tiny_autoencoder), z * std + mean)
-  titles = ["class 0", "class 1"]
+  titles = ["0: class 0", "1: class 1"]
   expected = figures.grid(list(pixels[:, None]), titles, {0: "guidance 1"})
   (file,) = (tmp_path / "run/samples").glob("*.png")
   difference = np.asarray(Image.open(file)).astype(int) - expected
@@ -292,7 +292,7 @@ def test_a_run_goes_on_with_the_windows_that_it_began_with(
     "in memory (config.data.cache_megabytes); shuffling 2 shards at a time, "
     "which do not fit: they are read repeatedly"
   )
-  assert made(caplog.text) == {"checkpoints", "metrics", "result"}
+  assert said_made(caplog.text) == {"checkpoints", "metrics", "result"}
   train_diffusion.run(config(steps=2, **many), run)
   assert _shuffling(run) == (2, 1)
   with pytest.raises(ValueError, match="shuffle_shards: 2 there, 0 now"):

@@ -40,8 +40,8 @@ def draws(source: "Source") -> np.ndarray:
   The same in every run, whatever else is in the source; from its key, unless
   the source has better ones.
   """
-  if hasattr(source, "draws"):
-    return source.draws()
+  if known := getattr(source, "draws", None):
+    return known()
   keys = (source.key(i) for i in range(len(source)))
   digests = (
     hashlib.sha256(key.encode("utf-8", "backslashreplace")).digest()
