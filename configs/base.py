@@ -687,6 +687,7 @@ def latent_diffusion() -> ConfigDict:
   c.model.patch_size = 1
   # Those of the store, filled in by the run.
   c.model.latent_size = c.model.latent_channels = c.model.num_classes = 0
+  c.model.condition = ConfigDict()  # of a kind of one's own, likewise
   c.model.rematerialisation = False  # recompute each block: less memory
   c.model.dtype = "bfloat16"  # of linear layers; attention is float32
 
@@ -890,7 +891,8 @@ def export_and_diffuse() -> ConfigDict:
   metrics compare with `reference` there: centre crops of the exported images.
   """
   c = ConfigDict()
-  c.task, c.plugins = "export_and_diffuse", PLUGINS.default
+  c.task = "export_and_diffuse"
+  c.plugins = PLUGINS.default
   c.export = export_latents()
   c.captions = encode_captions()
   c.reference = reference_statistics()
@@ -987,7 +989,8 @@ def three_phases(variant: str) -> ConfigDict:
   Each phase starts from the one before; `init_from` of phase 1 is kept.
   """
   c = ConfigDict()
-  c.task, c.plugins = "train_phases", PLUGINS.default
+  c.task = "train_phases"
+  c.plugins = PLUGINS.default
   c.phase1 = phase1(variant)
   c.phase2 = phase2(variant)
   c.phase3 = phase3(variant)

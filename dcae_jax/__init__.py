@@ -1,7 +1,6 @@
 """Deep compression autoencoders (DC-AE), and diffusion on them, in JAX."""
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
@@ -35,9 +34,11 @@ def __getattr__(name: str):
     module, attribute = _HOMES[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
   if name == "__version__":
+    from importlib import metadata
+
     try:
-      return importlib.metadata.version(__name__)
-    except importlib.metadata.PackageNotFoundError:  # a clone as it is
+      return metadata.version(__name__)
+    except metadata.PackageNotFoundError:  # a clone as it is
       return "0+unknown"
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

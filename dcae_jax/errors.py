@@ -41,7 +41,8 @@ def require(package: str, extra: str, what: str) -> None:
 
   What is of an extra is imported after this, where it is used.
   """
-  if importlib.util.find_spec(package) is None:
+  spec = importlib.util.find_spec(package)
+  if spec is None or not spec.origin:  # a folder may have its name
     raise missing_extra(extra, what)
 
 

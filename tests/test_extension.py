@@ -160,6 +160,10 @@ def test_an_architecture_has_a_name_or_none(plugin, tmp_path):
   )
   named = families.check_variant(found[""].model.variant)
   assert named.spatial_compression == 16
+  fields = {"depth": 2, "hidden": 64, "heads": 2}
+  changes = {"model": {"variant": "UViT", "architecture": fields}}
+  found = plan.load(str(REPOSITORY / "configs/f64_uvit_h.py"), changes)
+  assert denoising.variant_of(found[""].model).fields == fields
 
 
 @pytest.mark.parametrize(
@@ -311,7 +315,8 @@ def test_names_of_conditions_come_into_a_config(plugin):
   c.model.variant = "Blend-small"
   rows = np.zeros((3, 5), np.float32)
   filled = denoising.with_numbers(c, "a store", (2, 2, 16), rows, ())
-  assert filled.model.tint_channels == 5
+  keys.check(filled)
+  assert filled.model.condition.tint_channels == 5
   c = filled.copy_and_resolve_references()
   with pytest.raises(ValueError, match=r"tint_channels=5, but a store has 3"):
     denoising.with_numbers(c, "a store", (2, 2, 16), rows[:, :3], ())

@@ -86,6 +86,14 @@ def test_a_run_ends_with_that_line_before_anything_is_written(
   assert not workdir.exists()
 
 
+def test_a_folder_that_has_its_name_is_no_package(tmp_path, monkeypatch):
+  (tmp_path / "wandb").mkdir()
+  monkeypatch.setattr(sys, "path", [str(tmp_path)])
+  monkeypatch.delitem(sys.modules, "wandb", raising=False)
+  with pytest.raises(errors.UserError, match=r"^It needs .*dcae_jax\[wandb\]"):
+    errors.require("wandb", "wandb", "It")
+
+
 def test_paths_in_buckets_within_lists_are_seen(without):
   without("gcsfs")
   c = base.evaluate()

@@ -129,11 +129,8 @@ class _Base:
   """The source of `configs/base.py`: functions that make groups of keys."""
 
   def __init__(self, source: str):
-    functions = [
-      node
-      for node in ast.parse(source).body
-      if isinstance(node, ast.FunctionDef)
-    ]
+    body = ast.parse(source).body
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
     self._functions = {node.name: node for node in functions}
     self._tasks = {task: node for node in functions for task in _named(node)}
     self._above: dict[int, str] = {}  # comments alone on their lines
@@ -143,11 +140,18 @@ class _Base:
         is_alone = not token.line[: token.start[1]].strip()
         lines = self._above if is_alone else self._beside
         lines[token.start[0]] = token.string.removeprefix("#").strip()
+    assigned = {
+      ast.unparse(node.targets): node
+      for node in body
+      if isinstance(node, ast.Assign)
+    }
+    plugins = assigned.get("PLUGINS")  # a key of every task
+    self._of_all_tasks = {"plugins": self._comment(plugins)} if plugins else {}
 
   def comments_of_task(self, task: str) -> dict[str, str]:
     """By the paths of a task's keys, in their order; maybe ""."""
     function = self._tasks.get(task)
-    return self._comments(function) if function else {}
+    return self._comments(function) | self._of_all_tasks if function else {}
 
   def _comments(self, function: ast.FunctionDef) -> dict[str, str]:
     """By paths. What is said first counts: later, a key has another default."""

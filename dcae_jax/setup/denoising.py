@@ -166,19 +166,24 @@ def _filled(
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for key, value in numbers.items():
-      if config.model.get(key, 0) not in (0, value):  # maybe a plugin's own
+      group = config.model
+      if key not in group:
+        group = group.condition
+      if group.get(key, 0) not in (0, value):
         raise errors.UserError(
-          f"config.model.{key}={config.model[key]}, but {path} has {value}; "
-          f"leave it 0, or name another {owner}"
+          f"config.model.{key}={group[key]}, but {path} has {value}; leave it "
+          f"0, or name another {owner}"
         )
-      config.model[key] = value
+      group[key] = value
   return config
 
 
-def numbers_of_latents(config: ConfigDict) -> tuple[str, ...]:
-  """The keys of `config.model` that `with_numbers` fills in."""
-  fields = dataclasses.fields(conditioning_of(config))
-  return ("latent_size", "latent_channels", *(field.name for field in fields))
+def numbers_of_latents(model: ConfigDict) -> dict[str, int]:
+  """What `with_numbers` fills in of `config.model`; 0: it has not yet."""
+  known = model.to_dict() | model.condition.to_dict()
+  fields = dataclasses.fields(conditioning_of(model))
+  names = ("latent_size", "latent_channels", *(field.name for field in fields))
+  return {name: known.get(name, 0) for name in names}
 
 
 def create(
@@ -199,10 +204,11 @@ def create(
   interval = _pair(sampler, "sampler", "interval")
   guidance.check_guidance(1.0, interval)
   kind, channels = conditioning_of(model), model.latent_channels
-  fields = dataclasses.fields(kind)
+  numbers = numbers_of_latents(model)
+  fields = {x.name: numbers[x.name] for x in dataclasses.fields(kind)}
   denoiser = denoisers.create(
     variant or variant_of(model),
-    conditioning=kind(**{field.name: model[field.name] for field in fields}),
+    conditioning=kind(**fields),
     latent_size=model.latent_size,
     latent_channels=channels,
     patch_size=model.patch_size,
@@ -241,6 +247,7 @@ def check_same_model(
     architecture = model.get("architecture", {})  # earlier ones had none
     variant = denoisers.of_model(model["variant"], architecture)
     return {key: model.get(key) for key in shaping} | {
+      "condition": model.get("condition", {}),
       "denoiser": {"family": variant.family} | dict(variant.fields),
       "objective": config["objective"]["kind"] == "improved_ddpm",
       "normalisation": config.get("data", {}).get("normalisation", "factor"),

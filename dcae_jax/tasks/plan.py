@@ -212,12 +212,24 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
   for planned in runs.values():
     with errors.renamed("config.", "config.changes."):
       for key in differences.flat(changes):
-        config_files.check_key(key, "", planned.to_dict())
+        if not _is_free(key, planned):
+          config_files.check_key(key, "", planned.to_dict())
     try:
-      planned.lock().update(changes)
+      with planned.unlocked():
+        planned.update(changes)
     except (AttributeError, KeyError, TypeError) as error:
       raise errors.UserError(f"config.changes: {error.args[0]}") from error
   return runs
+
+
+def _is_free(path: str, config: ConfigDict) -> bool:
+  """Whether a key is below an empty group, such as `model.architecture`."""
+  group = config
+  for name in path.split(".")[:-1]:
+    group = group.get(name)
+    if not isinstance(group, ConfigDict) or not group:
+      return isinstance(group, ConfigDict)
+  return False
 
 
 def set_batch_size(config: ConfigDict, per_chip: float, chips: int) -> None:

@@ -120,8 +120,8 @@ def test_an_architecture_differs_from_its_variant_in_some_keys():
     ("tiny-f9", {"latent_channels": 4}, "unknown variant 'tiny-f9'"),
     ("tiny-f8", {"widths": [8]}, "'tiny-f8': 'widths' is no key of Autoencoder"
      "DC; it has in_channels, "),
-    ("tiny-f8", {"latent_chanels": 8}, "; did you mean 'latent_channels'?$"),
-    ("custom", {"latent_chanels": 8}, "; did you mean 'latent_channels'?$"),
+    ("tiny-f8", {"latent_chanels": 8}, r"; did you mean 'latent_channels'\?$"),
+    ("custom", {"latent_chanels": 8}, r"; did you mean 'latent_channels'\?$"),
     ("tiny-f8", {"_class_name": "AutoencoderKL"}, "is not 'AutoencoderDC', as"),
     ("tiny-f8", {"latent_channels": 0}, "latent_channels=0"),
     ("custom", {"encoder_block_out_channels": [8, 16]},

@@ -65,6 +65,7 @@ def test_evaluations_have_it_in_result_table_and_page(
   mean = sum(float(row["largest_error"]) for row in rows) / len(rows)
   assert mean == pytest.approx(found["largest_error"])
   page = (tmp_path / "report" / "index.html").read_text()
+  page = page.replace("&nbsp;", " ")
   for text in (caplog.text, page):
     assert "largest error ↓" in text and "distance of colours ↓" in text
     assert f"{found['largest_error']:.1f}" in text

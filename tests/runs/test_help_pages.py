@@ -7,7 +7,7 @@ import pytest
 from conftest import REPOSITORY
 
 from configs import base
-from dcae_jax import main
+from dcae_jax import tasks
 from dcae_jax.runs import config_files, help_pages
 
 FIRST = (
@@ -22,8 +22,8 @@ def _of_config(name):
 
 
 def test_all_tasks_configs_and_flags_have_a_line():
-  page = help_pages.general(main.TASKS, {"workdir": "Where it is written."})
-  for name in (*main.TASKS, *config_files.packaged(), "--workdir"):
+  page = help_pages.general(tasks.TASKS, {"workdir": "Where it is written."})
+  for name in (*tasks.TASKS, *config_files.packaged(), "--workdir"):
     (line,) = [x for x in page.splitlines() if x.startswith(f"  {name} ")][:1]
     assert line.removeprefix(f"  {name}").strip(), name
   for line in FIRST:
@@ -31,7 +31,7 @@ def test_all_tasks_configs_and_flags_have_a_line():
   assert max(map(len, page.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("task", main.TASKS)
+@pytest.mark.parametrize("task", tasks.TASKS)
 def test_the_first_line_of_a_task_is_a_sentence(task):
   source = (REPOSITORY / f"dcae_jax/tasks/{task}.py").read_text()
   text = ast.get_docstring(ast.parse(source))

@@ -22,7 +22,9 @@ def test_an_installed_package_is_not_the_repository_that_it_lies_in(
   tmp_path, monkeypatch
 ):
   """Such as with .venv/ within a project of its own."""
-  subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+  git = ("git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=@")
+  subprocess.run([*git, "init", "-q"], check=True)
+  subprocess.run([*git, "commit", "-qm", "x", "--allow-empty"], check=True)
   place = tmp_path / "site-packages" / "dcae_jax" / "runs"
   place.mkdir(parents=True)
   file = pathlib.Path(shutil.copy(versions.__file__, place))

@@ -188,7 +188,8 @@ max-height:none;background:#111;color:#fff;cursor:zoom-out}
 dialog[open]{display:flex;flex-direction:column;gap:.5rem}
 dialog img{flex:1;min-height:0;object-fit:contain}
 dialog.plot img{min-width:60rem}
-dialog form{position:sticky;left:0;display:flex;justify-content:space-between;gap:1rem}
+dialog form{position:sticky;left:0;display:flex;gap:1rem;
+ justify-content:space-between}
 .figures{display:flex;flex-wrap:wrap;gap:1.5rem}
 figure{margin:0;flex:0 1 calc(var(--columns)*215px)}
 figcaption{font-weight:600;margin-bottom:.3rem}
