@@ -332,7 +332,8 @@ def training_machine() -> ConfigDict:
   # "tensorboard", "wandb" (Weights & Biases, as WANDB_PROJECT, WANDB_MODE and
   # its other variables say).
   c.writers = Key(("tensorboard",), may_change=True)
-  # The terminal has a line after so many at the latest, of the steps so far.
+  # The log has a line after so many at the latest, of the steps so far; on a
+  # terminal it is one that is drawn in place, all the time.
   c.log_seconds = Key(10.0, 0, may_change=True)
   # Trace `steps` steps after `start` ones (0: never), and `on_signal` steps
   # whenever a process gets SIGUSR1.

@@ -65,6 +65,17 @@ def run_main(config: str, *arguments: str) -> subprocess.CompletedProcess:
   )
 
 
+def said_made(log: str) -> set[str]:
+  """What the table at the end of a log names, all of which is there."""
+  lines = log[log.rindex("made:\n") :].splitlines()[1:]
+  names = set()
+  for line in lines:
+    name, path = re.fullmatch(r"  (.*?)  +(\S.*)", line).groups()
+    assert (REPOSITORY / path).exists(), line
+    names.add(name)
+  return names
+
+
 def smooth_image(seed: int, height: int, width: int) -> np.ndarray:
   """Colour gradients and shapes: learnable, and different for each seed."""
   rng = np.random.default_rng(seed)

@@ -78,6 +78,7 @@ OTHERS = {
   "runs/compiling.py": {"jax"},
   "runs/exclusive.py": {"jax"},
   "runs/metrics_writer.py": {"PIL", "etils"},
+  "runs/outcome.py": {"etils", "jax"},
   "runs/places.py": {"etils"},
   "runs/processes.py": {"jax"},
   "runs/resumable.py": {"jax"},

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.data import batches
-from dcae_jax.runs import compiling, metrics_writer, processes
+from dcae_jax.runs import compiling, metrics_writer, outcome, processes
 from dcae_jax.setup import start
 from dcae_jax.training import (
   checkpoint,
@@ -35,6 +35,10 @@ from dcae_jax.training import state as state_lib
 
 _LOG = logging.getLogger(__name__)
 _GIB = 2**30
+_MADE = {
+  "checkpoints": "checkpoints", "metrics": "metrics.jsonl",
+  "pictures": "samples", "traces": "profile", "result": "result.json",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +245,7 @@ def run(
     writer.flush()
     if step == last_step:
       work.finish(step, state)
+      outcome.say(workdir, _MADE)
   return step == last_step
 
 

@@ -16,6 +16,7 @@ from dcae_jax.latents import aspect_ratios, captions, reader
 from dcae_jax.runs import (
   exclusive,
   metrics_writer,
+  outcome,
   progress_lines,
   resumable,
   stopwatch,
@@ -45,7 +46,10 @@ def run(
   sigterm = sigterm or loop.Sigterm(each_alone=True)
   output = exporting.output(config, workdir, "captions")
   with exclusive.held(output):
-    return _fill(config, workdir, output, sigterm)
+    finished = _fill(config, workdir, output, sigterm)
+  if finished:
+    outcome.say(workdir, {"result": "result.json"}, {"states": output})
+  return finished
 
 
 def _fill(
@@ -123,7 +127,7 @@ def _write_result(
 ) -> None:
   result = result | {"seconds": watch.seconds()}
   metrics_writer.write_json(workdir / "result.json", result)
-  _LOG.info("states in %s\n%s", result["states"], watch.table())
+  _LOG.info("time of this process:\n%s", watch.table())
 
 
 def _encoder(

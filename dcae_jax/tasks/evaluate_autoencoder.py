@@ -24,7 +24,7 @@ from dcae_jax.evaluation.report import (
   text_table,
 )
 from dcae_jax.nn import precision
-from dcae_jax.runs import work_directory
+from dcae_jax.runs import outcome, work_directory
 from dcae_jax.setup import (
   evaluations,
   floor,
@@ -184,7 +184,11 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       ("report/index.html", "report", "images_*px.csv", "pictures", "compared"),
     )
   table = text_table.markdown(comparison.table(page.runs))
-  _LOG.info("\n%s\n\nreport: %s", table, workdir / "report" / "index.html")
+  _LOG.info("\n%s\n", table)
+  files = {"page": "report/index.html", "pictures": "pictures"}
+  for side in config.resolutions:
+    files[f"images, {side} px"] = f"images_{side}px.csv"
+  outcome.say(workdir, files | {"result": "result.json"})
   return True
 
 

@@ -27,6 +27,7 @@ from dcae_jax.nn import precision
 from dcae_jax.runs import (
   differences,
   metrics_writer,
+  outcome,
   resumable,
   versions,
   work_directory,
@@ -282,7 +283,17 @@ def _finish(
   )
   metrics_writer.write_whole(workdir / _PAGE, page)
   metrics_writer.write_json(workdir / "result.json", result)
-  _LOG.info("%s\nin %s", text_table.markdown(table), workdir)
+  _LOG.info("\n%s\n", text_table.markdown(table))
+  outcome.say(
+    workdir,
+    {
+      "page": _PAGE,
+      "images": "images",
+      "picture": _PICTURE,
+      "over guidance": _PLOT,
+      "result": "result.json",
+    },
+  )
 
 
 def open_model(

@@ -15,7 +15,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.runs import exclusive, metrics_writer, places, work_directory
+from dcae_jax.runs import (
+  exclusive,
+  metrics_writer,
+  outcome,
+  places,
+  work_directory,
+)
 from dcae_jax.setup import (
   denoising,
   diffusion_training,
@@ -76,6 +82,17 @@ def run(
       return False
   result = (workdir / "samples" / "result.json").read_bytes()
   metrics_writer.write_whole(workdir / "result.json", result)
+  outcome.say(
+    workdir,
+    {
+      "reference": "reference",
+      "captions": "captions",
+      "training": "training",
+      "samples": "samples",
+      "result": "result.json",
+    },
+    {"latents": config.export.output},
+  )
   return True
 
 

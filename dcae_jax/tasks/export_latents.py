@@ -13,7 +13,13 @@ from dcae_jax.autoencoder import autoencoder
 from dcae_jax.latents import aspect_ratios
 from dcae_jax.latents import export as latent_export
 from dcae_jax.latents import store as latent_store
-from dcae_jax.runs import exclusive, metrics_writer, resumable, stopwatch
+from dcae_jax.runs import (
+  exclusive,
+  metrics_writer,
+  outcome,
+  resumable,
+  stopwatch,
+)
 from dcae_jax.setup import exporting, start
 from dcae_jax.training import loop
 
@@ -53,6 +59,7 @@ def _fill(
       aspect_ratios.write(path, [part.name for part in parts])
     if is_new or not (workdir / "result.json").exists():  # it was killed before
       _write_result(workdir, path, stores, watch)
+  outcome.say(workdir, {"result": "result.json"}, {"latents": path})
   return True
 
 
@@ -103,7 +110,6 @@ def _write_result(
   }
   metrics_writer.write_json(workdir / "result.json", result)
   _LOG.info(
-    "%d rows in %s, %d images unreadable; %.1f %% of the time in the encoder",
-    result["count"], result["latents"], result["unreadable"],
-    100 * result["encoder_share"],
+    "%d rows, %d images unreadable; %.1f %% of the time in the encoder",
+    result["count"], result["unreadable"], 100 * result["encoder_share"],
   )  # fmt: skip

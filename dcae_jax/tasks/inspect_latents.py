@@ -16,6 +16,7 @@ from dcae_jax.latents import decode, reader
 from dcae_jax.runs import (
   json_types,
   metrics_writer,
+  outcome,
   progress_lines,
   resumable_store,
   work_directory,
@@ -80,6 +81,14 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       f"{store.path} is damaged: {'; '.join(problems[:10])}{more}; export it "
       "again to another place"
     )
+  outcome.say(
+    workdir,
+    {
+      "pictures": "samples",
+      "all of them": "samples/rows.png",
+      "result": "result.json",
+    },
+  )
   return True
 
 
@@ -159,4 +168,3 @@ def _write_samples(
   captions = [f"{row}: {os.path.basename(keys[row % count])}" for row in rows]
   together = figures.side_by_side(pictures, captions)
   metrics_writer.write_png(folder / "rows.png", together)
-  _LOG.info("pictures: %s", folder / "rows.png")

@@ -22,6 +22,7 @@ from dcae_jax.runs import (
   config_files,
   differences,
   metrics_writer,
+  outcome,
   plain_text,
   work_directory,
 )
@@ -121,6 +122,7 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
       plan._asdict() | {"step_seconds": plan.step_seconds} for plan in plans
     ]
     metrics_writer.write_json(workdir / "result.json", {"plans": rows})
+    outcome.say(workdir, {"result": "result.json"})
   return True
 
 

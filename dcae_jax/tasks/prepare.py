@@ -14,6 +14,7 @@ from dcae_jax.runs import (
   exclusive,
   json_types,
   metrics_writer,
+  outcome,
   progress_lines,
   resumable,
   stopwatch,
@@ -34,7 +35,10 @@ def run(
   sigterm = sigterm or loop.Sigterm(each_alone=True)
   output = exporting.output(config, workdir, "records")
   with exclusive.held(output):
-    return _fill(config, workdir, output, sigterm)
+    finished = _fill(config, workdir, output, sigterm)
+  if finished:
+    outcome.say(workdir, {"result": "result.json"}, {"records": output})
+  return finished
 
 
 def _fill(
@@ -109,7 +113,7 @@ def _write_result(
   }
   metrics_writer.write_json(workdir / "result.json", result)
   _LOG.info(
-    "%d images, %.1f MB in %d shards of %s, %d left out\n%s",
+    "%d images, %.1f MB in %d shards, %d left out; time of this process:\n%s",
     result["count"], result["bytes"] / 1e6, result["shards"],
-    result["records"], result["left_out"], watch.table(),
+    result["left_out"], watch.table(),
   )  # fmt: skip

@@ -18,7 +18,7 @@ from dcae_jax.autoencoder import autoencoder, quantisation
 from dcae_jax.data import decoding, images, sources
 from dcae_jax.evaluation import image_metrics
 from dcae_jax.evaluation.report import figures
-from dcae_jax.runs import metrics_writer, plain_text, work_directory
+from dcae_jax.runs import metrics_writer, outcome, plain_text, work_directory
 from dcae_jax.setup import keys, start
 
 _LOG = logging.getLogger(__name__)
@@ -155,4 +155,13 @@ def _write(
   )
   result = {"psnr": mean, "pictures": rows, "skipped": skipped}
   metrics_writer.write_json(workdir / "result.json", result)
-  _LOG.info("\n%s\n\nsummary: %s", table, workdir / "summary.md")
+  _LOG.info("\n%s\n", table)
+  outcome.say(
+    workdir,
+    {
+      "pictures": "pictures",
+      "reconstructions": "reconstructions",
+      "summary": "summary.md",
+      "result": "result.json",
+    },
+  )

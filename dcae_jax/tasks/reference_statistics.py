@@ -19,7 +19,7 @@ from dcae_jax.autoencoder import streaming_moments
 from dcae_jax.data import images
 from dcae_jax.evaluation import fid
 from dcae_jax.evaluation import metrics as metrics_table
-from dcae_jax.runs import metrics_writer, progress_lines
+from dcae_jax.runs import metrics_writer, outcome, progress_lines
 from dcae_jax.setup import image_sources, keys, measuring, start
 from dcae_jax.training import loop, sharding
 
@@ -92,7 +92,7 @@ def run(
     counts[str(side)] = moments.count
     if jax.process_index() == 0:
       fid.save_statistics(workdir / name, moments.mean, covariance, features)
-      _LOG.info("statistics of %d images: %s", moments.count, workdir / name)
+      _LOG.info("%s: statistics of %d images", name, moments.count)
   if jax.process_index() == 0:
     result = {
       "images": counts,
@@ -105,6 +105,8 @@ def run(
       },
     }
     metrics_writer.write_json(workdir / "result.json", result)
+  files = {f"{key}, {side} px": name for (key, side), name in names.items()}
+  outcome.say(workdir, files | {"result": "result.json"})
   return True
 
 

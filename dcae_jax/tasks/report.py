@@ -24,7 +24,7 @@ from dcae_jax.evaluation.report import (
   figures,
   text_table,
 )
-from dcae_jax.runs import metrics_writer, plain_text, work_directory
+from dcae_jax.runs import metrics_writer, outcome, plain_text, work_directory
 from dcae_jax.setup import (
   evaluations,
   floor,
@@ -103,10 +103,17 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     )
     start.write_config(config, made)
     evaluations.publish(made, workdir, _WRITTEN)
-  _LOG.info(
-    "held-out images:\n\n%s\n\npicture: %s\npage: %s\nreport: %s",
-    table, workdir / _PICTURE, workdir / "index.html", workdir / "report.md",
-  )  # fmt: skip
+  _LOG.info("held-out images:\n\n%s\n", table)
+  outcome.say(
+    workdir,
+    {
+      "page": "index.html",
+      "report": "report.md",
+      "numbers": "report.json",
+      "picture": _PICTURE,
+      "curves": _CURVES,
+    },
+  )
   return True
 
 

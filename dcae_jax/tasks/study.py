@@ -20,6 +20,7 @@ from dcae_jax.runs import (
   exclusive,
   lease,
   metrics_writer,
+  outcome,
   storage,
   versions,
 )
@@ -62,7 +63,18 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
     work.report(waits=False)
   if sigterm.received:
     return False
-  _LOG.info("%s\n\npage: %s", work.report(), workdir / "index.html")
+  _LOG.info("\n%s\n", work.report())
+  outcome.say(
+    workdir,
+    {
+      "runs": "cells",
+      "page": "index.html",
+      "report": "study.md",
+      "numbers": "study.json",
+      "figure": study_report.FIGURE,
+      "curves": study_report.CURVES,
+    },
+  )
   if work.failed:
     failures = "; ".join(f"{x}: {why}" for x, why in work.failed.items())
     raise errors.UserError(

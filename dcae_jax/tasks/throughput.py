@@ -13,7 +13,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dcae_jax.runs import metrics_writer, versions
+from dcae_jax.runs import metrics_writer, outcome, versions
 from dcae_jax.setup import keys, start, throughput
 from dcae_jax.training import loop
 
@@ -51,6 +51,7 @@ def run(
     )
     _LOG.info("measured: %s", _plain(result["measured"]))
   metrics_writer.write_json(workdir / "result.json", result)
+  outcome.say(workdir, {"result": "result.json"})
   return True
 
 

@@ -319,7 +319,7 @@ def _result(
 def _finish(
   config: ConfigDict, workdir: epath.Path, result: dict[str, float]
 ) -> None:
-  """Writes `result.json`; says what the run has reached, and where it is."""
+  """Writes `result.json`, and says what the run has reached."""
   metrics_writer.write_json(workdir / "result.json", result)
   first = metrics_writer.last_values(workdir / "metrics.jsonl", step=0)
   rows = {
@@ -329,10 +329,7 @@ def _finish(
   }
   if result["images_skipped"]:
     _LOG.warning("%d unusable images were skipped", result["images_skipped"])
-  _LOG.info(
-    "held-out images:\n\n%s\n\nsamples: %s\nresult: %s",
-    text_table.of_metrics(rows), workdir / "samples", workdir / "result.json",
-  )  # fmt: skip
+  _LOG.info("held-out images:\n\n%s\n", text_table.of_metrics(rows))
 
 
 def _metrics(

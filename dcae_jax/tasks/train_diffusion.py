@@ -169,4 +169,3 @@ def _finish(
     "forward_macs": training.model.denoiser.forward_macs,
   }
   metrics_writer.write_json(workdir / "result.json", result)
-  _LOG.info("result in %s", workdir)

@@ -9,7 +9,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dcae_jax import errors
-from dcae_jax.runs import exclusive, metrics_writer, places, work_directory
+from dcae_jax.runs import (
+  exclusive,
+  metrics_writer,
+  outcome,
+  places,
+  work_directory,
+)
 from dcae_jax.setup import autoencoder_training, keys, models, start
 from dcae_jax.tasks import report, train_autoencoder
 from dcae_jax.training import loop
@@ -76,6 +82,9 @@ def run(
     for name in _PHASES
   }
   metrics_writer.write_json(workdir / "result.json", results)
+  files = {name: name for name in _PHASES}
+  files |= {"page": "report/index.html", "result": "result.json"}
+  outcome.say(workdir, files)
   return True
 
 

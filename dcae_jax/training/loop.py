@@ -108,10 +108,11 @@ class Cadence(NamedTuple):
   """Numbers of steps between logs, evaluations and checkpoints; 0: never.
 
   Attributes:
-    log: of the written metrics, each with a line on the terminal.
+    log: of the written metrics, each with a line in the log.
     evaluate: also after the last step.
     checkpoint: also after the last step.
-    seconds: after which a step has a line on the terminal in any case.
+    seconds: after which a step has a line in any case. On a terminal there are
+      lines only where it evaluates or saves; else the live line has it all.
   """
 
   log: int

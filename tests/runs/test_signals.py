@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import terminal as terminals
 from conftest import REPOSITORY
 
 _BUSY = """
@@ -22,6 +23,13 @@ end = time.monotonic() + 4
 while time.monotonic() < end:
   np.linalg.svd(x)  # seconds, in which Python's own handlers do not run
 print("at its end", flush=True)
+"""
+_LIVE = """
+import time
+from dcae_jax.runs import live_line, signals
+signals.listen()
+with live_line.on_terminal(), live_line.showing(lambda: "live"):
+  time.sleep(60)
 """
 
 
@@ -53,6 +61,23 @@ def test_who_promises_to_stop_is_not_ended_before_a_second_signal(number):
     process.send_signal(number)
     assert process.wait() == 128 + number
     assert "left at once; run again" in process.stderr.read()
+
+
+def test_who_leaves_at_once_leaves_no_half_of_a_live_line():
+  terminal = terminals.Terminal(columns=80)
+  with subprocess.Popen(
+    [sys.executable, "-c", _LIVE],
+    cwd=REPOSITORY,
+    env=os.environ | {"TERM": "xterm"},
+    stderr=terminal.there,
+  ) as process:
+    terminal.wait_for("live")
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 128 + signal.SIGINT
+  lines = terminal.wait_for("is saved\r\n")
+  assert lines == [
+    "SIGINT: left at once; run again to go on from what is saved", ""
+  ]  # fmt: skip
 
 
 def test_a_signal_that_is_sent_twice_at_once_is_one():

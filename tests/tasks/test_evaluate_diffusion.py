@@ -13,7 +13,13 @@ import jax
 import kills
 import numpy as np
 import pytest
-from conftest import MITE, fill_store, run_main, save_tiny_autoencoder
+from conftest import (
+  MITE,
+  fill_store,
+  run_main,
+  said_made,
+  save_tiny_autoencoder,
+)
 from etils import epath
 from PIL import Image
 
@@ -269,6 +275,7 @@ def test_the_command_line_draws_the_same_on_one_device(
   )
   found = run_main(str(file), f"--workdir={tmp_path / 'out'}")
   assert found.returncode == 0, found.stderr[-2000:]
+  assert said_made(found.stderr) == {"page", "images", "result"}
   folder = tmp_path / "out" / "images" / "guidance_2.5"
   parts = [np.load(path) for path in sorted(folder.glob("*.npz"))]
   pixels = np.concatenate([part["arr_0"] for part in parts])

@@ -9,6 +9,7 @@ import signal
 
 import numpy as np
 import pytest
+from conftest import said_made
 from etils import epath
 
 import dcae_jax
@@ -41,7 +42,7 @@ def config(tiny_autoencoder, photographs, tiny_diffusion, compilation_cache):
   return c
 
 
-def test_images_become_classes_and_samples_of_them(config, tmp_path):
+def test_images_become_classes_and_samples_of_them(config, tmp_path, caplog):
   """And again, with nothing left to do; samples are compared with the images.
 
   Of two images in 12, features are not kept.
@@ -49,10 +50,14 @@ def test_images_become_classes_and_samples_of_them(config, tmp_path):
   config.samples.metrics, config.reference.features = OF_EFFICIENTNET, 10
   reference = tmp_path / "reference" / "efficientnet_lite0_16px.npz"
   times = set()
+  caplog.set_level("INFO")
   for _ in range(2):
     assert export_and_diffuse.run(config, epath.Path(tmp_path))
     times.add(reference.stat().st_mtime_ns)
   assert len(times) == 1
+  assert said_made(caplog.text) == {
+    "latents", "reference", "training", "samples", "result"
+  }  # fmt: skip
   assert np.load(reference)["features"].shape == (10, 1280)
   store = reader.Latents(tmp_path / "latents")
   assert store.classes == store.keys()[::2] and len(store.classes) == 12

@@ -18,6 +18,7 @@ import pytest
 from conftest import (
   REPOSITORY,
   run_main,
+  said_made,
   save_tiny_autoencoder,
   smooth_image,
 )
@@ -238,11 +239,12 @@ def test_stopped_before_any_write_it_ends_equal(
 
 
 def test_killed_before_its_result_it_has_one_in_the_end(
-  config, tmp_path, monkeypatch
+  config, tmp_path, monkeypatch, caplog
 ):
   def kill(*_):
     raise _Killed
 
+  caplog.set_level("INFO")
   few = config(max_images=3, flip=False)
   with monkeypatch.context() as patch, pytest.raises(_Killed):
     patch.setattr(metrics_writer, "write_json", kill)
@@ -250,6 +252,7 @@ def test_killed_before_its_result_it_has_one_in_the_end(
   assert (tmp_path / "latents/manifest.json").exists()
   for _ in range(2):
     assert export_latents.run(few, epath.Path(tmp_path))
+    assert said_made(caplog.text) == {"latents", "result"}
     text = (tmp_path / "result.json").read_text()
     assert json.loads(text)["count"] == 3
   export_latents.run(few, epath.Path(tmp_path))
@@ -804,6 +807,7 @@ def test_inspecting_decodes_rows_as_they_are(
   for text in ("f8c16", "0.5 (the autoencoder's)", "3 images", "no problems",
                "99_cut.png"):  # fmt: skip
     assert text in caplog.text
+  assert said_made(caplog.text) == {"pictures", "all of them", "result"}
   files = sorted((tmp_path / "samples").glob("row_*.png"))
   assert len(files) == 3 and (tmp_path / "samples/rows.png").exists()
   ae, source = dcae_jax.load(tiny_autoencoder), reader.Latents(whole)

@@ -4,7 +4,7 @@ import re
 
 import jax
 import pytest
-from conftest import run_main
+from conftest import run_main, said_made
 from etils import epath
 
 from configs import base
@@ -225,7 +225,7 @@ def test_bad_input_is_named_before_anything_is_compiled(
     plan.run(config, None)
 
 
-def test_the_command_needs_no_work_directory(config_file, tmp_path):
+def test_the_command_needs_no_work_directory(config_file, tmp_path, caplog):
   changes = "--config.changes={'batch_size': 2, 'mesh': {'data': 1}}"
   arguments = [f"--config.of={config_file(3)}", changes]
   arguments += ["--config.compilation_cache="]
@@ -233,12 +233,15 @@ def test_the_command_needs_no_work_directory(config_file, tmp_path):
   assert found.returncode == 0, found.stderr
   assert "| tiny_phase3 | 1 x cpu | 1 x 1 x 1 | 2 |" in found.stdout
   assert "roofline" not in found.stdout  # of a CPU no rates are published
+  assert "made:" not in found.stderr
   workdir = epath.Path(tmp_path / "out")
   config = base.plan()
   config.of = config_file(3)
   config.changes.update({"batch_size": 8})
   config.compilation_cache = ""
+  caplog.set_level("INFO")
   plan.run(config, workdir)
+  assert said_made(caplog.text) == {"result"}
   row = json.loads((workdir / "result.json").read_text())["plans"][0]
   assert row["fits"] and row["chips"] == len(jax.devices())
   other = run_main("configs/f64_phase1.py")

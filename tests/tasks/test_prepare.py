@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
-from conftest import REPOSITORY, smooth_image
+from conftest import REPOSITORY, said_made, smooth_image
 from etils import epath
 from PIL import Image
 
@@ -317,11 +317,13 @@ def test_a_killed_preparation_ends_byte_equal(whole, config, tmp_path):
 
 
 def test_killed_before_its_result_it_has_one_in_the_end(
-  whole, config, tmp_path
+  whole, config, tmp_path, caplog
 ):
   shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
   (tmp_path / "result.json").unlink()
+  caplog.set_level("INFO")
   assert prepare.run(config(), epath.Path(tmp_path))
+  assert said_made(caplog.text) == {"records", "result"}
   result = json.loads((tmp_path / "result.json").read_text())
   assert (result["count"], result["left_out"]) == (24, 2)
   assert _files(tmp_path) == _files(whole)

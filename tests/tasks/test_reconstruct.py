@@ -7,7 +7,7 @@ import shutil
 import kills
 import numpy as np
 import pytest
-from conftest import run_main, save_tiny_autoencoder, smooth_image
+from conftest import run_main, said_made, save_tiny_autoencoder, smooth_image
 from etils import epath
 from PIL import Image
 
@@ -54,6 +54,12 @@ def test_pictures_are_written_side_by_side_with_their_psnr(
   assert found.returncode == 0, found.stderr
   assert "skipped" in found.stderr and r"c\x1b[2J|_c.jpg" in found.stderr
   assert "\x1b" not in found.stderr
+  assert said_made(found.stderr) == {
+    "pictures",
+    "reconstructions",
+    "summary",
+    "result",
+  }
   result = json.loads((tmp_path / "out" / "result.json").read_text())
   rows = {row["image"].removeprefix(f"{pictures}/"): row for row in (
     result["pictures"]

@@ -13,7 +13,7 @@ import html_pages
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, said_made
 from etils import epath
 
 import dcae_jax
@@ -126,7 +126,11 @@ def test_what_is_finished_is_not_run_again(whole, caplog):
   config, workdir = whole
   before = {x: x.stat().st_mtime for x in workdir.rglob("metrics.jsonl")}
   (workdir / "study.json").unlink()
+  caplog.set_level("INFO")
   assert _run(config, workdir)
+  assert said_made(caplog.text) == {
+    "runs", "page", "report", "numbers", "figure", "curves"
+  }  # fmt: skip
   assert (workdir / "study.json").exists()
   assert before == {
     x: x.stat().st_mtime for x in workdir.rglob("metrics.jsonl")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_clip
 import tiny_text_encoders
-from conftest import fill_store
+from conftest import fill_store, said_made
 from etils import epath
 from PIL import Image
 
@@ -253,9 +253,11 @@ def test_latents_without_captions_teach_no_text(training, tiny_latents):
 
 
 def test_killed_before_its_result_encoding_has_one_in_the_end(
-  encoding, states, tmp_path
+  encoding, states, tmp_path, caplog
 ):
+  caplog.set_level("INFO")
   assert encode_captions.run(encoding(output=states), epath.Path(tmp_path))
+  assert said_made(caplog.text) == {"states", "result"}
   first = pathlib.Path(states).parent / "work"
   before, after = (
     json.loads((x / "result.json").read_text()) for x in (first, tmp_path)

@@ -6,7 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import run_main
+from conftest import run_main, said_made
 from etils import epath
 
 from configs import base
@@ -105,9 +105,13 @@ def _run(config, workdir):
   return json.loads((workdir / "result.json").read_text())
 
 
-def test_a_smaller_denoiser_is_measured_and_the_real_one_counted(tmp_path):
+def test_a_smaller_denoiser_is_measured_and_the_real_one_counted(
+  tmp_path, caplog
+):
   config = _config(**_measuring())
+  caplog.set_level("INFO")
   found = _run(config, tmp_path)
+  assert said_made(caplog.text) == {"result"}
   assert found["counted"] == _plain()
   assert set(found["measured"]) == {
     "training_images_per_second",

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import REPOSITORY, config_file
+from conftest import REPOSITORY, config_file, said_made
 from etils import epath
 
 import dcae_jax
@@ -367,12 +367,17 @@ def test_a_run_ends_with_a_table_of_before_after_and_the_floor(
     file.write('{"step": 0, "eval/psnr": 1.234, "eval/ssim": 0.5}\n')
   caplog.set_level("INFO")
   assert _run(tiny_config(1), tmp_path / "run")
-  text = caplog.messages[-1]
+  *_, text, _ = caplog.messages
   rows = [line for line in text.splitlines() if " 32 " in line]
   names = [row.split("|")[1].strip() for row in rows]
   assert names == ["step 0", "step 4", "floor: block PCA"]
   assert "1.23 | 0.5000" in rows[0]
-  assert "run/samples" in text and "run/result.json" in text
+  assert said_made(caplog.text) == {
+    "checkpoints",
+    "metrics",
+    "pictures",
+    "result",
+  }
 
 
 def test_the_evaluation_of_a_run_measures_lpips(of_few_images):

@@ -9,7 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import fill_store
+from conftest import fill_store, said_made
 from etils import epath
 from jax.experimental import multihost_utils
 from latents.test_store import make_store
@@ -292,6 +292,7 @@ def test_a_run_goes_on_with_the_windows_that_it_began_with(
     "in memory (config.data.cache_megabytes); shuffling 2 shards at a time, "
     "which do not fit: they are read repeatedly"
   )
+  assert said_made(caplog.text) == {"checkpoints", "metrics", "result"}
   train_diffusion.run(config(steps=2, **many), run)
   assert _shuffling(run) == (2, 1)
   with pytest.raises(ValueError, match="shuffle_shards: 2 there, 0 now"):

@@ -6,7 +6,7 @@ import shutil
 
 import html_pages
 import pytest
-from conftest import REPOSITORY, run_main
+from conftest import REPOSITORY, run_main, said_made
 from etils import epath
 from PIL import Image
 
@@ -34,8 +34,22 @@ def workdir(tmp_path_factory, compilation_cache):
     *flags,
   )
   assert found.returncode == 0, found.stderr
-  assert "report.md" in found.stderr.splitlines()[-1]
-  for text in (f"| {floor.NAME} | 64 |", "| step 3 ", "picture:", "samples:"):
+  assert said_made(found.stderr) == {
+    "phase1",
+    "phase2",
+    "phase3",
+    "page",
+    "result",
+  }
+  of_report, _ = found.stderr.rsplit("made:\n", 1)
+  assert said_made(of_report) == {
+    "page",
+    "report",
+    "numbers",
+    "picture",
+    "curves",
+  }
+  for text in (f"| {floor.NAME} | 64 |", "| step 3 "):
     assert text in found.stderr
   for noise in ("Warning", "Traceback", "Exception", "leaked"):
     assert noise not in found.stderr, found.stderr

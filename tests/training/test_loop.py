@@ -161,8 +161,10 @@ def test_on_a_terminal_steps_are_on_its_live_line(monkeypatch, caplog):
     world.run(last=6, log=1, evaluate=4, checkpoint=0, seconds=0.0)
     print("the end")
     assert terminal.wait_for("the end\r\n") == ["the end", ""]
+    monkeypatch.setattr(live_line, "SECONDS", 60)
+    _World().run(last=3, log=0, evaluate=2, checkpoint=0)
   lines = [x.split("  ")[0] for x in caplog.messages if x.startswith("step ")]
-  assert lines == ["step 4/6", "step 6/6"]
+  assert lines == ["step 4/6", "step 6/6", "step 2/3", "step 3/3"]
   assert world.of("log") == [1, 2, 3, 4, 5, 6]
   drawn = terminal.received.decode()
   assert "step 4/6  evaluating  0:00:00" in drawn
