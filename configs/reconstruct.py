@@ -1,4 +1,4 @@
-r"""Your own images through an autoencoder: side by side, with their PSNR.
+r"""Your own images through an autoencoder: files, side by side, PSNR.
 
   python -m dcae_jax.main --config=configs/reconstruct.py --workdir=out \
     --config.init_from=mit-han-lab/dc-ae-f64c128-in-1.0-diffusers \

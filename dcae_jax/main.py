@@ -1,5 +1,7 @@
 """The command line: `python -m dcae_jax.main --config=FILE --workdir=DIR`.
 
+`dcae FILE --workdir=DIR` is the same. What `--help` prints is `help_pages`.
+
 Flags, the work directory, and the task that the config names; nothing else.
 """
 
@@ -24,27 +26,24 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from dcae_jax import errors
-from dcae_jax.runs import plain_text
+from dcae_jax import errors, tasks
+from dcae_jax.runs import live_line, plain_text
 
-TASKS = (
-  "prepare", "train_autoencoder", "train_phases", "report", "reconstruct",
-  "evaluate_autoencoder", "reference_statistics", "export_latents",
-  "inspect_latents", "encode_captions", "train_diffusion", "evaluate_diffusion",
-  "export_and_diffuse", "study", "plan", "throughput",
-)  # fmt: skip
 _WITHOUT_WORKDIR = ("plan",)  # they can do without
 _SHARING = ("study",)  # several processes work in the directory
+_HELP = ("-h", "-help", "--help", "-helpshort", "--helpshort")
 
 
 def main(argv: list[str]) -> int:
   """Runs the task; 0 when done or stopped and saved, 2 for what went wrong."""
   if argv[1:]:
     return _fail(
-      f"unexpected arguments {argv[1:]}; options start with --config."
+      f"unexpected arguments {argv[1:]}; there is one config, and options are "
+      "--workdir=DIR and --config.KEY=VALUE"
     )
   try:
-    _run(flags.FLAGS.config, flags.FLAGS.workdir)
+    with live_line.on_terminal():
+      _run(flags.FLAGS.config, flags.FLAGS.workdir)
   except (errors.UserError, FloatingPointError, OSError) as error:
     if isinstance(error, OSError) and error.errno is None:
       raise
@@ -112,9 +111,12 @@ def _run(config, workdir: str | None) -> None:
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   threading.excepthook = _say_of_thread
   sys.unraisablehook = lambda _: None
-  if config.task not in TASKS:
+  from dcae_jax.runs import config_files
+
+  config_files.import_plugins(config.to_dict())
+  if config.task not in tasks.TASKS:
     raise errors.UserError(
-      f"unknown config.task {config.task!r}; known are {', '.join(TASKS)}"
+      f"unknown config.task {config.task!r}; known are {', '.join(tasks.TASKS)}"
     )
   if workdir == "":
     raise errors.UserError(
@@ -134,7 +136,7 @@ def _run(config, workdir: str | None) -> None:
   _join_processes()
   from dcae_jax.runs import exclusive
 
-  task = importlib.import_module(f"dcae_jax.tasks.{config.task}")
+  task = importlib.import_module(tasks.TASKS[config.task])
   if workdir is None:
     task.run(config, None)
     return
@@ -186,6 +188,8 @@ def _join_processes() -> None:
       f"({errors.first_line(error)}); start all of them, with the same "
       "--coordinator_address and --num_processes"
     ) from error
+  if jax.process_index():
+    live_line.end()  # it is the first one's
 
 
 def _is_slurm_step() -> bool:
@@ -284,18 +288,50 @@ class _TupleParser(config_flags.tuple_parser.TupleParser):
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """Flags, with one line for what is wrong with them."""
+  """Flags, with one line for what is wrong with them; or the end, with help."""
   for argument in argv:
     text = argument.encode("utf-8", "backslashreplace").decode()
     if text != argument:
       sys.exit(_fail(f"{text} is not UTF-8; rename what it names"))
+  program, *given = (x for x in argv if x not in _HELP)
+  asks = len(given) < len(argv) - 1
+  is_named = any(re.match("--?config(=|$)", x) for x in given)
+  if given and not is_named and not given[0].startswith("-"):
+    given[0], is_named = f"--config={given[0]}", True
+  from dcae_jax.runs import help_pages
+
+  if asks and not is_named:
+    ours = flags.FLAGS.get_key_flags_for_module(__name__)
+    _show(help_pages.general(tasks.TASKS, {x.name: x.help for x in ours}))
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS([program, *given])
   except (flags.Error, OSError, TypeError) as error:
     sys.exit(_fail(str(error)))
+  if flags.FLAGS.config is None:
+    sys.exit(
+      _fail(
+        "the config is missing; begin with a file, or one of the names that "
+        "--help lists"
+      )
+    )
+  if asks:
+    name = flags.FLAGS["config"].config_filename
+    _show(help_pages.of_config(name, flags.FLAGS.config.to_dict()))
+  return rest
 
 
-if __name__ == "__main__":
+def _show(text: str) -> NoReturn:
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:  # `| head` has seen enough
+    os._exit(0)
+  sys.exit()
+
+
+def start() -> None:
+  """Defines the flags, and does what they say; ends the process."""
+  # `python -m` finds modules of the current directory, a command does not.
+  sys.path.append(os.getcwd())
   for kind, parser in {
     tuple: _TupleParser(),
     ConfigDict: _DictParser(),
@@ -305,7 +341,7 @@ if __name__ == "__main__":
   }.items():
     config_flags.register_flag_parser_for_type(kind, parser)
   config_flags.DEFINE_config_file(
-    "config", None, "The run: a file of configs/."
+    "config", None, "The run: a config file, or the name of one of ours."
   )
   flags.FLAGS["config"].parser = _ConfigFile()
   flags.DEFINE_string("workdir", None, "Where it is written; local or gs://.")
@@ -320,5 +356,8 @@ if __name__ == "__main__":
   )
   flags.DEFINE_integer("num_processes", None, "Elsewhere: how many there are.")
   flags.DEFINE_integer("process_id", None, "Elsewhere: which one this is.")
-  flags.mark_flag_as_required("config")
   app.run(_main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+  start()

@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -250,6 +251,56 @@ def tiny_diffusion(tiny_latents, compilation_cache):
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(families.DENOISERS["UViT"].sizes, "mite", MITE)
     yield create
+
+
+def _tables() -> list[dict]:
+  from dcae_jax import tasks
+  from dcae_jax.autoencoder import families, phases
+  from dcae_jax.autoencoder.dcae import variants
+  from dcae_jax.data import sources
+  from dcae_jax.diffusion.denoisers import families as denoisers
+  from dcae_jax.diffusion.text import encoders
+  from dcae_jax.evaluation import metrics
+
+  return [
+    tasks.TASKS, base.KEYS, families.FAMILIES, phases.PHASES,
+    variants.VARIANTS, sources.KINDS, denoisers.DENOISERS, encoders.KINDS,
+    metrics.METRICS,
+  ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def examples(tmp_path_factory) -> pathlib.Path:
+  """A folder with the modules that docs/extend.md shows."""
+  folder = tmp_path_factory.mktemp("examples")
+  page = (REPOSITORY / "docs" / "extend.md").read_text()
+  for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+    if name := re.match(r"# (my_\w+\.py)\n", block):
+      (folder / name[1]).write_text(block)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def plugin(examples):
+  """A function: imports one of `examples`; the tables forget it afterwards."""
+  from dcae_jax.runs import config_files
+
+  added, imported = [], []
+
+  def load(name: str):
+    before = [(table, set(table)) for table in _tables()]
+    config_files.import_plugins({"plugins": (name,)})
+    added.extend((x, key) for x, keys in before for key in x.keys() - keys)
+    imported.append(name)
+    return sys.modules[name]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(examples)
+    yield load
+  for table, key in added:
+    del table[key]
+  for name in imported:
+    sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -70,12 +70,14 @@ class Emulator:
     environment: that of a subprocess which shall use it.
     requests: (method, path with query) of what was asked, failed or not.
     uploads: "bucket/name" of each object written, as often as it was.
+    sizes: of these, in bytes.
   """
 
   def __init__(self):
     self.requests: list[tuple[str, str]] = []
     self.uploads: list[str] = []
-    self._storage = _Storage(self.uploads)
+    self.sizes: list[int] = []
+    self._storage = _Storage(self.uploads, self.sizes)
     self._lock = threading.RLock()
     self._faults: list[Fault] = []
     self._forbidden: set[str] = set()
@@ -167,9 +169,10 @@ class Emulator:
     self.back()
 
   def forget(self) -> None:
-    """Empties `requests` and `uploads`."""
+    """Empties `requests`, `uploads` and `sizes`."""
     self.requests.clear()
     self.uploads.clear()
+    self.sizes.clear()
 
   def create(self, bucket: str) -> str:
     """`gs://bucket`, made if it is not there."""
@@ -259,9 +262,9 @@ class _Storage(storage.Storage):
   offsets, page = ("", ""), ("", _PAGE)
   following = ""  # the name after those of a page
 
-  def __init__(self, uploads: list[str]):
+  def __init__(self, uploads: list[str], sizes: list[int]):
     super().__init__(use_memory_fs=True)
-    self._uploads = uploads
+    self._uploads, self._sizes = uploads, sizes
 
   def get_file_list(self, *args, **kwargs):
     start, end = self.offsets
@@ -272,9 +275,10 @@ class _Storage(storage.Storage):
     self.following = "".join(x["name"] for x in files[most : most + 1])
     return files[:most], [prefix for prefix in prefixes if inside(prefix)]
 
-  def create_file(self, bucket_name, file_name, *args):
-    super().create_file(bucket_name, file_name, *args)
+  def create_file(self, bucket_name, file_name, content, *args):
+    super().create_file(bucket_name, file_name, content, *args)
     self._uploads.append(f"{bucket_name}/{file_name}")
+    self._sizes.append(len(content))
 
   def _write_config_to_file(self):
     pass  # all objects' metadata, again for each that is written

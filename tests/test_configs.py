@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import dcae_jax
 from configs import base
-from dcae_jax import errors, main
+from dcae_jax import errors, tasks
 from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.setup import (
   autoencoder_training,
@@ -81,7 +81,7 @@ def _keys(config, prefix=""):
 @pytest.mark.parametrize("name", NAMES)
 def test_config_has_the_keys_of_base_and_builds(name):
   config = importlib.import_module(f"configs.{name}").get_config()
-  assert config.task in main.TASKS
+  assert config.task in tasks.TASKS
   assert _keys(config) == _keys(DEFAULTS[config.task]())
   phases = {
     "train_autoencoder": [config],

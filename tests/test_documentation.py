@@ -73,6 +73,7 @@ def _commands(lines):
   Those of configs that readers write, `my_...`, are left out.
   """
   joined = re.sub(r"\\\n\s*", " ", lines)
+  joined = re.sub(r"^dcae (\w+)", r"--config=configs/\1.py", joined, flags=re.M)
   for line in joined.splitlines():
     words = shlex.split(line, comments=True)
     if any(re.match("--config=(?!my_)", word) for word in words):
@@ -100,6 +101,7 @@ def _check_tuples(config, defaults):
 
 def _parse(monkeypatch, arguments):
   """The config, as `dcae_jax.main` would get it."""
+  arguments = [word for word in arguments if word != "--help"]
   ours = [word for word in arguments if word.startswith("--config")]
   for word in arguments:
     name = word.removeprefix("--").partition("=")[0]

@@ -92,8 +92,8 @@ def test_tuples_on_the_command_line_need_no_quotes(text, expected):
     (["--config.source.captions=x"],
      "error: flag --config.source.captions=x: this is not True or False"),
     (["--config.source=x"], "error: config.source is a group of keys; set one "
-     "of captions, classes, columns, held_out, kind, members, name, part, "
-     "path, split, weight: --config.source.KEY=x"),
+     "of captions, classes, columns, held_out, kind, members, name, "
+     "options, part, path, split, weight: --config.source.KEY=x"),
     (["--config.batch=3"],
      "error: config.batch is no key; did you mean config.batch_size?"),
     (["--noconfig.source.caption"], "error: config.source.caption is no key; "
@@ -109,6 +109,88 @@ def test_tuples_on_the_command_line_need_no_quotes(text, expected):
 def test_what_is_wrong_with_an_argument_is_one_line(arguments, message):
   found = run_main("configs/report.py", *arguments)
   assert (found.returncode, found.stderr) == (2, f"{message}\n")
+
+
+@pytest.mark.parametrize("module", ["dcae_jax", "dcae_jax.main"])
+def test_the_config_comes_first_or_as_a_flag(module, tmp_path):
+  """Whichever module is run, in a directory with other configs."""
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "__init__.py").write_text("base = 3\n")
+  for config in ("plan", "--config=plan"):
+    found = subprocess.run(
+      [sys.executable, "-m", module, config, "--config.of=mine", "--help"],
+      cwd=tmp_path,
+      env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "\n  of = 'mine'\n" in found.stdout
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ([], "the config is missing; begin with a file, or one of the names that "
+     "--help lists"),
+    (["--workdir=a", "plan"], "the config is missing; begin with a file, or "
+     "one of the names that --help lists"),
+    (["plam"], "config file 'plam' does not exist; did you mean plan?"),
+    (["plan", "--config=report"], "unexpected arguments ['plan']; there is one "
+     "config, and options are --workdir=DIR and --config.KEY=VALUE"),
+  ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_config_that_is_named(arguments, message):
+  command = [sys.executable, "-m", "dcae_jax", *arguments]
+  found = subprocess.run(
+    command, cwd=REPOSITORY, capture_output=True, text=True, check=False
+  )
+  assert (found.returncode, found.stderr) == (2, f"error: {message}\n")
+
+
+def _printed(*arguments):
+  """What a process prints that must not import JAX."""
+  code = (
+    "import runpy, sys\nsys.modules['jax'] = None\n"
+    f"sys.argv = ['dcae', *{arguments}]\n"
+    "runpy.run_module('dcae_jax', run_name='__main__', alter_sys=True)\n"
+  )
+  command = [sys.executable, "-c", code]
+  found = subprocess.run(
+    command, cwd=REPOSITORY, capture_output=True, text=True, check=False
+  )
+  assert (found.returncode, found.stderr) == (0, "")
+  return found.stdout
+
+
+def test_help_needs_no_config_and_no_jax():
+  page = _printed("--help")
+  assert page.startswith("usage: dcae CONFIG --workdir=DIR")
+  assert "\n  train_phases " in page and "\n  --process_id " in page
+  assert "--verbosity" not in page  # of others
+
+
+def test_help_on_a_config_shows_its_keys_as_the_command_line_has_them():
+  page = _printed("quickstart", "--config.phase1.steps=3", "-h")
+  assert "\n  phase1.steps = 3  # " in page
+
+
+def test_help_can_be_read_in_part():
+  """As by `head`, which closes the pipe."""
+  command = [sys.executable, "-m", "dcae_jax", "--help"]
+  reading, writing = os.pipe()
+  os.close(reading)
+  found = subprocess.run(
+    command,
+    cwd=REPOSITORY,
+    stdout=writing,
+    stderr=subprocess.PIPE,
+    text=True,
+    check=False,
+  )
+  os.close(writing)
+  assert (found.returncode, found.stderr) == (0, "")
 
 
 def test_what_is_wrong_with_a_config_file_is_one_line(tmp_path):

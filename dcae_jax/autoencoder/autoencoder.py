@@ -98,8 +98,10 @@ def load(
 def _load_run(
   run: str, scaling_factor: float | None, options: dict[str, Any]
 ) -> "Autoencoder":
-  config = work_directory.read_run_config(run)["model"]
-  architecture = families.of_model(config["variant"], config["architecture"])
+  whole = work_directory.read_run_config(run)
+  config = whole["model"]
+  with work_directory.naming_plugins(run, whole):
+    architecture = families.of_model(config["variant"], config["architecture"])
   network_options = options | {
     key: config[key] for key in ("image_channels", "residual_autoencoding")
   }

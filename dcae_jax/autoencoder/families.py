@@ -3,6 +3,7 @@
 A family is one file with a `family.Family`, and one line of `FAMILIES`.
 """
 
+import difflib
 from typing import Any
 
 from dcae_jax import errors
@@ -11,21 +12,26 @@ from dcae_jax.autoencoder.dcae import family as dcae
 from dcae_jax.autoencoder.sd_vae import family as sd_vae
 
 Architecture = family.Architecture
-# The first one where a `config.json` names no class.
-FAMILIES: tuple[family.Family, ...] = (
-  dcae.DC_AE,
-  sd_vae.SD_VAE,
-)
+# By name; the first one where a `config.json` names no class.
+FAMILIES: dict[str, family.Family] = {
+  "DC-AE": dcae.DC_AE,
+  "SD-VAE": sd_vae.SD_VAE,
+}
 
 
 def of(architecture: Architecture) -> family.Family:
   """The family that an architecture belongs to."""
-  return {f.architecture: f for f in FAMILIES}[type(architecture)]
+  return {f.architecture: f for f in FAMILIES.values()}[type(architecture)]
 
 
 def variants() -> dict[str, Architecture]:
   """The architectures of all families by name."""
-  return {name: v for f in FAMILIES for name, v in f.variants.items()}
+  return {name: v for f in FAMILIES.values() for name, v in f.variants.items()}
+
+
+def list_variants() -> list[str]:
+  """The names that `config.model.variant` of an autoencoder takes."""
+  return list(variants())
 
 
 def check_variant(name: str) -> Architecture:
@@ -61,11 +67,12 @@ def by_class(config: dict[str, Any]) -> family.Family:
 
   Raises UserError for a class of no family.
   """
-  known = {f.class_name: f for f in FAMILIES}
-  name = config.get("_class_name") or FAMILIES[0].class_name
+  known = {f.class_name: f for f in FAMILIES.values()}
+  name = config.get("_class_name") or next(iter(known))
   if not isinstance(name, str) or name not in known:
     raise errors.UserError(
-      f"_class_name={name!r} is not among {', '.join(known)}"
+      f"_class_name={name!r} is not among {', '.join(known)}; a family of your "
+      "own is added by importing its module first"
     )
   return known[name]
 
@@ -108,18 +115,24 @@ def of_model(variant: str, config: dict[str, Any]) -> Architecture:
   """
   if not config:
     return check_variant(variant)
-  if variant in variants():
-    whole = to_config(variants()[variant], 3, 1.0)
-    name = whole["_class_name"]
-    if config.keys() - whole.keys() or config.get("_class_name", name) != name:
-      raise errors.UserError(
-        f"config.model.architecture={config} does not fit {variant!r}, an "
-        f"{name}, whose keys are {', '.join(whole)}"
-      )
-    config = whole | config
-  elif variant != "custom" and "_class_name" not in config:
+  known = variants().get(variant)
+  if known is None and variant != "custom" and "_class_name" not in config:
     check_variant(variant)  # it is unknown, and the config is not whole
-  return from_config(config)[0]
+  with errors.prefixed(f"config.model.architecture of {variant!r}: "):
+    whole = {} if known is None else to_config(known, 3, 1.0)
+    f = by_class(whole or config)
+    if config.get("_class_name", f.class_name) != f.class_name:
+      raise errors.UserError(
+        f"_class_name={config['_class_name']!r} is not {f.class_name!r}, as "
+        "that variant's is"
+      )
+    for key in config:
+      if key not in {"_class_name", *f.config_defaults, *whole}:
+        near = difflib.get_close_matches(key, f.config_defaults, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else "it has "
+        meant += "" if near else ", ".join(f.config_defaults)
+        raise errors.UserError(f"{key!r} is no key of {f.class_name}; {meant}")
+    return from_config(whole | config)[0]
 
 
 def described(

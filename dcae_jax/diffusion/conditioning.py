@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import pathlib
 import re
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +24,6 @@ from dcae_jax.data import captions
 from dcae_jax.diffusion.text import encoders
 
 _LOG = logging.getLogger(__name__)
-_LINE = 20  # characters of a title
 _DESCRIBED = 64  # captions that a run keeps of those that it learned from
 Condition = Any  # a tree of arrays [b, ...]
 
@@ -183,8 +181,10 @@ class ClassLabels(Conditioning):
 
   def titles(self, condition: np.ndarray, classes: Sequence[str]) -> list[str]:
     if not classes:
-      return list(map(str, condition))
-    return [pathlib.PurePath(classes[label]).stem[:16] for label in condition]
+      return [f"class {label}" for label in condition]
+    return [
+      f"{label}: {pathlib.PurePath(classes[label]).stem}" for label in condition
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +279,7 @@ class Captions(Conditioning):
     return [text.strip("_")[:48] or "prompt" for text in words]
 
   def titles(self, condition: np.ndarray, classes: Sequence[str]) -> list[str]:
-    return [textwrap.fill(prompt, _LINE) for prompt in condition]
+    return list(map(str, condition))
 
   def texts(self, condition: np.ndarray) -> list[dict[str, str]]:
     return [{"prompt": prompt} for prompt in condition]

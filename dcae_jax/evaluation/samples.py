@@ -222,8 +222,11 @@ def fill(
   Raises:
     FloatingPointError: latents are not finite.
   """
-  progress = progress_lines.Progress(sum(part.rows for part in missing))
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  total = sum(part.rows for part in missing)
+  with (
+    progress_lines.Progress(total) as progress,
+    futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+  ):
     for part, arrays in _fetched(drawing, missing, stopped):
       if not np.isfinite(arrays["latent_rms"]).all():
         raise FloatingPointError(
@@ -289,7 +292,8 @@ def _write(
       (folder / "metadata.jsonl").write_text(json.dumps(metadata))
       files.append(folder / "samples" / name)
   if files:
-    texts = kind.texts(condition)
+    scale = {"guidance": f"{part.scale:g}"}
+    texts = [scale | of_row for of_row in kind.texts(condition)]
     list(pool.map(metrics_writer.write_png, files, pixels, texts))
   _write_npz(record, arrays)
 

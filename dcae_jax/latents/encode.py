@@ -18,7 +18,7 @@ from dcae_jax.autoencoder import autoencoder, latent_statistics, quantisation
 from dcae_jax.latents import layout as store_layout
 from dcae_jax.latents import rows
 from dcae_jax.latents import store as latent_store
-from dcae_jax.runs import stopwatch
+from dcae_jax.runs import compiling, stopwatch
 from dcae_jax.training import hardware, program_cost, sharding
 
 Encode = Callable[[np.ndarray], dict[str, Any]]  # rows to latents, by view
@@ -89,8 +89,9 @@ def compiled(
 
   shape = (len(devices) * group_size, *size, ae.image_channels)
   pixels = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=by_row)
-  program = jax.jit(encode, out_shardings=by_row)
-  program = program.lower(variables, pixels).compile()
+  encode = jax.jit(encode, out_shardings=by_row)
+  with compiling.announced("the encoder", (variables, pixels), devices):
+    program = encode.lower(variables, pixels).compile()
   hardware.check_memory(
     {f"encoding {group_size} images at once": program_cost.memory(program)},
     devices,

@@ -117,9 +117,9 @@ class Export:
       closing.begin()
     work.wait("arrays")
     total = sum(len(after.shards[i]) for i in own)
-    progress = progress_lines.Progress(total, "rows")
-    for rows_of_shard in closing.move(own, work.stopped):
-      progress.add(rows_of_shard)
+    with progress_lines.Progress(total, "rows") as progress:
+      for rows_of_shard in closing.move(own, work.stopped):
+        progress.add(rows_of_shard)
     return work.all_done("moved")
 
   def _replace(self, closing: placement.Closing, work: resumable.Work) -> bool:
@@ -177,7 +177,7 @@ class Export:
     size = min(self.group_size, plan.layout.shard_rows)  # rows of one shard
     with watch.measure("compiling"):
       encoder = self.encoder(size)
-    progress = progress_lines.Progress(sum(len(plan.shards[i]) for i in own))
+    total = sum(len(plan.shards[i]) for i in own)
     loaded = rows.load_batches(
       self.rows,
       [(i, plan.shards[i]) for i in own],
@@ -185,7 +185,10 @@ class Export:
       groups=jax.local_device_count(),
       threads=self.threads,
     )
-    with encode.ShardWriter(self.store, plan.layout) as writer:
+    with (
+      progress_lines.Progress(total) as progress,
+      encode.ShardWriter(self.store, plan.layout) as writer,
+    ):
       for batch, latents in encode.encoded(loaded, encoder, writer, watch):
         for k, group in enumerate(batch.groups):
           if group.images:

@@ -1,33 +1,108 @@
-"""Config files, and the names of keys: one line for what is wrong with them."""
+"""Config files, the modules that they name, and the names of keys.
 
+Those of this package are `configs/` in a clone, and within an installed
+package. They and those of users import `configs.base`: from there.
+"""
+
+import contextlib
 import difflib
+import importlib
+import importlib.util
+import os
 import pathlib
 import re
 import runpy
+import sys
 import traceback
+import types
 from collections.abc import Iterator
 from typing import Any
 
 from dcae_jax import errors
 
 _NEAR = 0.6  # of names, from 0 to 1
+_PACKAGE = pathlib.Path(__file__).parents[1]
+_PLACES = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+FOLDER = next((path for path in _PLACES if path.is_dir()), _PLACES[0])
+_base: types.ModuleType | None = None
 
 
-def load(path: str) -> Any:
+@contextlib.contextmanager
+def importable(*folders: str) -> Iterator[None]:
+  """`configs` is a package of these folders and, after them, of this package.
+
+  `configs.base` is this package's in any case, and the same one each time.
+  Others that have the name are back afterwards.
+  """
+  global _base
+  others = _imported()
+  if (found := others.get("configs.base")) and _is_base(found):
+    _base = found  # as a program in a clone imports it
+  package = types.ModuleType("configs")
+  package.__path__ = [str(FOLDER)]
+  sys.modules["configs"] = package
+  try:
+    if _base is None:
+      _base = importlib.import_module("configs.base")
+    package.base = sys.modules["configs.base"] = _base
+    package.__path__ = [*folders, str(FOLDER)]
+    yield
+  finally:
+    _imported()
+    sys.modules.update(others)
+
+
+def _imported() -> dict[str, types.ModuleType]:
+  """`configs` and what belongs to it, which then are imported no more."""
+  names = [x for x in sys.modules if x.partition(".")[0] == "configs"]
+  return {name: sys.modules.pop(name) for name in names}
+
+
+def _is_base(module: types.ModuleType) -> bool:
+  return pathlib.Path(module.__file__ or "") == FOLDER / "base.py"
+
+
+def packaged() -> dict[str, pathlib.Path]:
+  """The config files of this package, by name, such as "studies/learning"."""
+  files = {
+    path.relative_to(FOLDER).with_suffix("").as_posix(): path
+    for path in sorted(FOLDER.rglob("*.py"))
+  }
+  return {
+    name: path
+    for name, path in files.items()
+    if "def get_config(" in path.read_text("utf-8")
+  }
+
+
+def find(name: str) -> pathlib.Path | None:
+  """A file by its path, or one of this package by its name alone."""
+  path = pathlib.Path(name)
+  return path if path.is_file() else packaged().get(name)
+
+
+def load(name: str) -> Any:
   """What `get_config` of a file returns; of "FILE:TEXT" it is told the text.
 
-  Raises UserError, with the line, for a file that is not there, or fails.
+  The file is as in `find`. Raises UserError, with the line, for a file that is
+  not there, or fails.
   """
-  path, *told = path.split(":", 1)
-  if not pathlib.Path(path).is_file():
-    raise errors.UserError(
-      f"config file {path!r} does not exist; see configs/ for some"
-    )
+  name, *told = name.split(":", 1)
+  if (file := find(name)) is None:
+    bare = name.removesuffix(".py").rpartition("configs/")[2]
+    near = difflib.get_close_matches(bare, packaged(), cutoff=_NEAR)
+    advice = f"did you mean {' or '.join(near)}?" if near else "--help has some"
+    raise errors.UserError(f"config file {name!r} does not exist; {advice}")
+  path = str(file)
+  folders = [os.path.join(place, "configs") for place in sys.path]
+  if file.is_relative_to(FOLDER):
+    folders = []
   try:
-    get_config = runpy.run_path(path).get("get_config")
-    if get_config is None:
-      raise errors.UserError("it has no function get_config")
-    config = get_config(*told)
+    with importable(*folders):
+      get_config = runpy.run_path(path).get("get_config")
+      if get_config is None:
+        raise errors.UserError("it has no function get_config")
+      config = get_config(*told)
     if not getattr(config, "task", None):
       raise errors.UserError(
         f"get_config returns {type(config).__name__}, and no config with a "
@@ -38,6 +113,47 @@ def load(path: str) -> Any:
     raise errors.UserError(
       f"config file {path}{_line(error, path)}: {_text(error)}"
     ) from error
+
+
+def import_plugins(config: dict[str, Any]) -> None:
+  """Imports the modules that `plugins` of a config, or of its parts, name.
+
+  They are on Python's path, or in the current directory. Raises UserError, with
+  the line, for one that is not there, or fails.
+  """
+  for name, value in config.items():
+    if isinstance(value, dict):
+      import_plugins(value)
+    elif name == "plugins":
+      for module in value:
+        _import(module)
+
+
+def _import(name: Any) -> None:
+  if not all(part.isidentifier() for part in str(name).split(".")):
+    raise errors.UserError(
+      f"config.plugins names {name!r}, which is no module; name it as `import` "
+      "does, such as my_module for my_module.py"
+    )
+  path = ""
+  try:
+    found = importlib.util.find_spec(name)
+    path = found.origin or "" if found else ""
+    importlib.import_module(name)
+  except (Exception, SystemExit) as error:  # whatever a program makes
+    missing = getattr(error, "name", None)
+    if isinstance(error, ModuleNotFoundError) and _is_within(name, missing):
+      raise errors.UserError(
+        f"config.plugins names {name!r}, and there is no module {missing!r} "
+        f"in {os.getcwd()} or on Python's path; correct it, or set PYTHONPATH"
+      ) from error
+    raise errors.UserError(
+      f"config.plugins: module {name}{_line(error, path)}: {_text(error)}"
+    ) from error
+
+
+def _is_within(name: str, package: str | None) -> bool:
+  return f"{name}.".startswith(f"{package}.")
 
 
 def _line(error: BaseException, path: str) -> str:

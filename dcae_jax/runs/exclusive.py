@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 
 from dcae_jax import errors
-from dcae_jax.runs import lease, processes, storage
+from dcae_jax.runs import lease, live_line, processes, storage
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class _Hold:
     """It was deleted, or others have waited for too long a time."""
     if self._try():
       return
+    live_line.end()
     print(
       f"error: {self._directory} was taken over by another process; left it to "
       "that",

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, PNG samples.
+"""Metrics of a run: metrics.jsonl, PNG samples, and writers beside them.
 
 Only the first process writes. After a resume the lines beyond the restored step
 are dropped, so that the file reads as if the run had never stopped.
@@ -9,21 +9,23 @@ import io
 import json
 import logging
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 from PIL import Image, PngImagePlugin
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2, summary_pb2
 
 from dcae_jax import errors
-from dcae_jax.runs import json_types, regular_files, storage
+from dcae_jax.runs import (
+  json_types,
+  regular_files,
+  storage,
+  tensorboard_events,
+  weights_and_biases,
+)
 
 _LOG = logging.getLogger(__name__)
-_SECONDS_BETWEEN_FLUSHES = 120  # of events: in a bucket all of them are written
 _LINE = {"step": int, "*": json_types.NUMBER}
 _SPEED = "train/steps_per_second"
 _RATES = (
@@ -31,8 +33,44 @@ _RATES = (
 )  # fmt: skip
 
 
+class Writer(Protocol):
+  """One more place for metrics and pictures, a value of `WRITERS`."""
+
+  @staticmethod
+  def check() -> None:
+    """Raises UserError where what it needs is not installed."""
+
+  def __init__(self, workdir: epath.Path, first_step: int): ...
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+  def image(self, step: int, name: str, pixels: np.ndarray) -> None: ...
+
+  def close(self) -> None: ...
+
+
+WRITERS: dict[str, type[Writer]] = {
+  "tensorboard": tensorboard_events.TensorBoardEvents,
+  "wandb": weights_and_biases.WeightsAndBiases,
+}
+
+
+def check(writers: Sequence[str]) -> None:
+  """Raises UserError for unknown writers, and those that are not installed."""
+  for name in writers:
+    if name not in WRITERS:
+      raise errors.UserError(
+        f"unknown writer {name!r} in config.writers; known are "
+        f"{', '.join(WRITERS)}"
+      )
+    WRITERS[name].check()
+
+
 class MetricsWriter:
-  """Writes below one work directory, local or `gs://`."""
+  """Writes below one work directory, local or `gs://`.
+
+  A run does without other writers that fail, and says so.
+  """
 
   def __init__(
     self,
@@ -40,12 +78,13 @@ class MetricsWriter:
     first_step: int,
     evaluates_first: bool,
     enabled: bool,
+    writers: Sequence[str] = (),
   ):
     """Goes on with the directory's files, or starts them.
 
     Lines after the restored `first_step` are dropped, and its evaluation, if it
     is made again. Unless `enabled`, as on all processes but the first, nothing
-    is written.
+    is written. `writers` are names of `WRITERS`.
     """
     self._enabled = enabled
     if not enabled:
@@ -66,13 +105,17 @@ class MetricsWriter:
     else:
       self._path.unlink(missing_ok=True)
     self._is_local = "://" not in str(workdir)
-    self._events = _Events(workdir, first_step)
+    self._writers: dict[str, Writer] = {}
+    for name in writers:
+      with self._attempt(name):
+        self._writers[name] = WRITERS[name](workdir, first_step)
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Adds one line; remote files are written whole, since they only are so."""
     if not self._enabled:
       return
-    line = {"step": step, **{k: float(v) for k, v in values.items()}}
+    values = {k: float(v) for k, v in values.items()}
+    line = {"step": step, **values}
     if self._is_local:
       with self._path.open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -80,65 +123,33 @@ class MetricsWriter:
       self._lines.append(line)
       text = "".join(json.dumps(x) + "\n" for x in self._lines)
       write_whole(self._path, text)
-    for name, value in values.items():
-      self._events.add(step, summary.scalar(name, float(value)))
+    self._each(lambda writer: writer.scalars(step, values))
 
   def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-    """Saves uint8 [h, w, c] as `samples/<name>_<step>.png` and an event."""
+    """Saves uint8 [h, w, c] as `samples/<name>_<step>.png`."""
     if not self._enabled:
       return
     write_png(self._samples / f"{name}_{step:08d}.png", pixels)
-    event = summary.image(name, pixels, dataformats="HWC")
-    self._events.add(step, event)
+    self._each(lambda writer: writer.image(step, name, pixels))
 
   def close(self) -> None:
     if self._enabled:
-      self._events.close()
+      self._each(lambda writer: writer.close())
 
-
-class _Events:
-  """TensorBoard events; where they cannot be written, a run does without.
-
-  tensorboardX's own writer has a thread, which would end with a traceback.
-  """
-
-  def __init__(self, workdir: epath.Path, first_step: int):
-    """After a resume, what other files have after `first_step` is hidden."""
-    self._prefix = f"{workdir}/events"
-    self._writer: event_file_writer.EventsWriter | None = None
-    self._flushed = time.monotonic()
-    self._failed = False
-    if first_step:
-      status = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      self._add(event_pb2.Event(step=first_step + 1, session_log=status))
-
-  def add(self, step: int, values: summary_pb2.Summary) -> None:
-    self._add(event_pb2.Event(step=step, summary=values))
-
-  def _add(self, event: event_pb2.Event) -> None:
-    event.wall_time = time.time()
-    if self._failed:
-      return
-    with self._attempt():
-      if self._writer is None:
-        self._writer = event_file_writer.EventsWriter(self._prefix)
-      self._writer.write_event(event)
-      if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
-        self._writer.flush()
-        self._flushed = time.monotonic()
-
-  def close(self) -> None:
-    if self._writer is not None and not self._failed:
-      with self._attempt():
-        self._writer.close()
+  def _each(self, call: Callable[[Writer], None]) -> None:
+    for name, writer in list(self._writers.items()):
+      with self._attempt(name):
+        call(writer)
 
   @contextlib.contextmanager
-  def _attempt(self) -> Iterator[None]:
+  def _attempt(self, name: str) -> Iterator[None]:
     try:
       yield
-    except Exception as error:  # clients of buckets have their own kinds
-      self._failed = True
-      _LOG.warning("no more TensorBoard events: %s", errors.first_line(error))
+    except errors.UserError:
+      raise
+    except Exception as error:  # clients have their own kinds
+      self._writers.pop(name, None)
+      _LOG.warning("%s writes no more: %s", name, errors.first_line(error))
 
 
 def is_evaluation(line: Mapping[str, float]) -> bool:

@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from dcae_jax.runs import live_line
+
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SECONDS_OF_ONE = 0.1  # what comes again sooner was sent twice: to a group, say
 
@@ -63,6 +65,7 @@ def _hear(reading: int) -> None:
         continue
       name = signal.Signals(number).name
       if _promise is None or first:
+        live_line.end()
         _say(f"{name}: left at once; run again to go on from what is saved")
         os._exit(128 + number)
       first = now

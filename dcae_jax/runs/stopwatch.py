@@ -36,3 +36,10 @@ class Stopwatch:
       f"  {name:<22} {value:9.1f} s {100 * value / seconds['total']:6.1f} %"
       for name, value in seconds.items()
     )
+
+
+def clock(seconds: float) -> str:
+  """Hours, minutes and seconds, as a clock has them."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}"

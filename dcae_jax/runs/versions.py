@@ -5,39 +5,52 @@ import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 
 import jax
 
-_PACKAGES = (
-  "dcae_jax", "jax", "jaxlib", "flax", "numpy", "pillow", "tensorstore"
-)  # fmt: skip
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "tensorstore")
 
 
 def versions() -> dict[str, str]:
   """What computed a result."""
-  found = {}
-  for name in _PACKAGES:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = _clone()
+  found = {"dcae_jax": _clone() or _installed()}
+  found |= {name: importlib.metadata.version(name) for name in _PACKAGES}
   return found | {
     "python": platform.python_version(),
     "devices": f"{jax.device_count()} {_hardware()}",
   }
 
 
+def in_words(computed: Iterable[Mapping[str, str]]) -> str:
+  """What computed several results, each named once."""
+  named = (
+    f"dcae_jax {x['dcae_jax']}, jax {x['jax']}, {x['devices']}"
+    for x in computed
+  )
+  return "; ".join(dict.fromkeys(named))
+
+
 def _clone() -> str:
-  """The commit of a clone that runs as it is; "+": with other changes."""
+  """The commit of a clone, installed or not; "+": with other changes."""
+  folder = pathlib.Path(__file__).parents[2]
+  if not (folder / ".git").exists():  # of others, which a package may be in
+    return ""
   command = ["git", "describe", "--always", "--dirty=+"]
-  folder = pathlib.Path(__file__).parent
   try:
     output = subprocess.check_output(
       command, cwd=folder, stderr=subprocess.DEVNULL, text=True
     )
   except (OSError, subprocess.CalledProcessError):
-    return "not installed"
+    return ""
   return f"a clone at {output.strip()}"
+
+
+def _installed() -> str:
+  try:
+    return importlib.metadata.version("dcae_jax")
+  except importlib.metadata.PackageNotFoundError:
+    return "not installed"
 
 
 def _hardware() -> str:

@@ -4,8 +4,10 @@ It is the interface between stages: what a run has left there is all that the
 next one needs.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -22,9 +24,10 @@ _OF_AUTOENCODER = _TRAINING | {
   },
 }  # fmt: skip
 _OF_DIFFUSION = _TRAINING | {
-  "model": {"variant": str},
+  "model": {"variant": str, "architecture?": dict},
   "objective": {"kind": str},
 }
+_OF_ALL = {f"{WRITTEN_IN}?": str, "plugins?": [str]}
 _TYPES = {  # of what is read of a config.json without `configs/base.py`
   "train_autoencoder": _OF_AUTOENCODER,
   "train_diffusion": _OF_DIFFUSION,
@@ -86,6 +89,25 @@ def read_run_config(
   return config
 
 
+@contextlib.contextmanager
+def naming_plugins(run: str, config: dict[str, Any]) -> Iterator[None]:
+  """Messages from within name the modules that a run of a config needs.
+
+  Nothing that a folder names is imported because it says so.
+  """
+  try:
+    yield
+  except errors.UserError as error:
+    missing = [x for x in config.get("plugins", ()) if x not in sys.modules]
+    if not missing:
+      raise
+    raise errors.UserError(
+      f"{error}; {run!r} was made with modules of its own: first import "
+      f"{', '.join(missing)}, in commands by --config.plugins="
+      f"{','.join(missing)}"
+    ) from error
+
+
 def read_config(path: epath.Path) -> dict[str, Any]:
   """The contents of a `config.json`; raises UserError if it is damaged.
 
@@ -107,7 +129,7 @@ def _read(path: epath.Path) -> tuple[dict[str, Any], str]:
   name, advice = os.fspath(path), "bring it back, or choose another directory"
   data = regular_files.checked(path).read_bytes()
   config = json_types.parsed(name, data, {"task": str}, advice)
-  types = _TYPES.get(config["task"], {}) | {f"{WRITTEN_IN}?": str}
+  types = _TYPES.get(config["task"], {}) | _OF_ALL
   json_types.check(name, config, types, advice)
   return config, config.pop(WRITTEN_IN, "")
 

@@ -129,17 +129,17 @@ def _autoencoder(
 def _of_run(
   run: str, autoencoder: str, text_encoder: str, dtype: DTypeLike
 ) -> denoiser.Denoiser:
-  config = keys.completed(
-    work_directory.read_run_config(run, "train_diffusion"), run
-  )
+  recorded = work_directory.read_run_config(run, "train_diffusion")
+  config = keys.completed(recorded, run)
   config.model.dtype = jnp.dtype(dtype).name
-  diffusion = denoising.create(config.model, config.objective, config.sampler)
+  with work_directory.naming_plugins(run, recorded):
+    diffusion = denoising.create(config.model, config.objective, config.sampler)
   mesh = sharding.create_mesh(1, 1, 1, jax.local_devices()[:1])
   whole = sharding.replicated(mesh)
   _, variables = denoising.averages(run, diffusion.denoiser, whole)
   description = decode.read_description(run)
   return denoiser.Denoiser(
-    config.model.variant,
+    "custom" if config.model.architecture else config.model.variant,
     diffusion,
     variables,
     load_autoencoder=functools.partial(

@@ -89,8 +89,13 @@ def _chosen(known: dict[str, Callable], config: ConfigDict, key: str) -> Any:
 
 def conditioning_of(config: ConfigDict) -> type[conditioning.Conditioning]:
   """The kind of condition that the denoiser of `config.model` takes."""
-  variant = denoisers.find(config.variant)
-  return denoisers.DENOISERS[variant.family].conditioning
+  return denoisers.DENOISERS[variant_of(config).family].conditioning
+
+
+def variant_of(config: ConfigDict) -> denoisers.Variant:
+  """The denoiser of `config.model`; UserError if there can be none."""
+  architecture = config.architecture.to_dict()
+  return denoisers.of_model(config.variant, architecture)
 
 
 def open_store(config: ConfigDict) -> aspect_ratios.Store:
@@ -161,19 +166,24 @@ def _filled(
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for key, value in numbers.items():
-      if config.model[key] not in (0, value):
+      group = config.model
+      if key not in group:
+        group = group.condition
+      if group.get(key, 0) not in (0, value):
         raise errors.UserError(
-          f"config.model.{key}={config.model[key]}, but {path} has {value}; "
-          f"leave it 0, or name another {owner}"
+          f"config.model.{key}={group[key]}, but {path} has {value}; leave it "
+          f"0, or name another {owner}"
         )
-      config.model[key] = value
+      group[key] = value
   return config
 
 
-def numbers_of_latents(config: ConfigDict) -> tuple[str, ...]:
-  """The keys of `config.model` that `with_numbers` fills in."""
-  fields = dataclasses.fields(conditioning_of(config))
-  return ("latent_size", "latent_channels", *(field.name for field in fields))
+def numbers_of_latents(model: ConfigDict) -> dict[str, int]:
+  """What `with_numbers` fills in of `config.model`; 0: it has not yet."""
+  known = model.to_dict() | model.condition.to_dict()
+  fields = dataclasses.fields(conditioning_of(model))
+  names = ("latent_size", "latent_channels", *(field.name for field in fields))
+  return {name: known.get(name, 0) for name in names}
 
 
 def create(
@@ -184,7 +194,7 @@ def create(
 ) -> sampling.LatentDiffusion:
   """The model of a config whose numbers are filled in.
 
-  Its denoiser has the sizes of the `variant`, or of the one that it names.
+  Its denoiser has the sizes of the `variant`, or those that it names.
   Raises UserError for a sampler or steps that do not fit the objective, or an
   interval of guidance that is none.
   """
@@ -194,10 +204,11 @@ def create(
   interval = _pair(sampler, "sampler", "interval")
   guidance.check_guidance(1.0, interval)
   kind, channels = conditioning_of(model), model.latent_channels
-  fields = dataclasses.fields(kind)
+  numbers = numbers_of_latents(model)
+  fields = {x.name: numbers[x.name] for x in dataclasses.fields(kind)}
   denoiser = denoisers.create(
-    variant or model.variant,
-    conditioning=kind(**{field.name: model[field.name] for field in fields}),
+    variant or variant_of(model),
+    conditioning=kind(**fields),
     latent_size=model.latent_size,
     latent_channels=channels,
     patch_size=model.patch_size,
@@ -229,15 +240,21 @@ def check_same_model(
     )
     return
   before = work_directory.read_run_config(source, "train_diffusion")
-  shaping = ("variant", "patch_size", *numbers_of_latents(config.model))
-  models = [
-    {key: x["model"].get(key) for key in shaping}
-    | {
-      "objective": x["objective"]["kind"] == "improved_ddpm",
-      "normalisation": x.get("data", {}).get("normalisation", "factor"),
+  shaping = ("patch_size", *numbers_of_latents(config.model))
+
+  def of_config(config):
+    model = config["model"]
+    architecture = model.get("architecture", {})  # earlier ones had none
+    variant = denoisers.of_model(model["variant"], architecture)
+    return {key: model.get(key) for key in shaping} | {
+      "condition": model.get("condition", {}),
+      "denoiser": {"family": variant.family} | dict(variant.fields),
+      "objective": config["objective"]["kind"] == "improved_ddpm",
+      "normalisation": config.get("data", {}).get("normalisation", "factor"),
     }
-    for x in (before, config.to_dict())
-  ]
+
+  with work_directory.naming_plugins(source, before):
+    models = [of_config(x) for x in (before, config.to_dict())]
   differences.check_same(
     *models,
     f"the model of config.init_from={source} is another one",

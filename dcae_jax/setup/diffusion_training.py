@@ -143,8 +143,8 @@ def build(
   """
   check(config)
   numbers = denoising.numbers_of_latents(config.model)
-  for key in numbers:
-    if not config.model[key]:
+  for key, number in numbers.items():
+    if not number:
       raise errors.UserError(
         f"config.model.{key}=0 is filled in from the latents, and config."
         f"latents is empty; name a store, or set {', '.join(numbers)}"

@@ -124,9 +124,11 @@ def _measure(
     _LOG.info(
       "%s at %d px: %d images", name_of(config), resolution, reader.total
     )
-    progress = progress_lines.Progress(reader.total)
     path = directory / f"images_{resolution}px.csv"
-    with _image_table(path, inputs) as add_rows:
+    with (
+      progress_lines.Progress(reader.total) as progress,
+      _image_table(path, inputs) as add_rows,
+    ):
 
       def on_batch(rows, progress=progress, add_rows=add_rows):
         progress.add(len(rows))

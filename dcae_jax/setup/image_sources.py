@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 import os
+from typing import Any
 
 import jax
 from etils import epath
@@ -67,25 +68,44 @@ def whole(
       f"{', '.join(sources.KINDS)}, mixture"
     )
   open_ = sources.KINDS[config.kind]
-  needed = list(inspect.signature(open_).parameters)
+  parameters = dict(inspect.signature(open_).parameters)
   shared = {}
-  if "indexed" in needed:
-    needed.remove("indexed")
+  if parameters.pop("indexed", None):
     shared["indexed"] = indexed_in(workdir)
-  if missing := [key for key in needed if key not in config]:
-    raise errors.UserError(
-      f"source kind {config.kind!r} needs {', '.join(missing)}, not among the "
-      f"keys of a source: {', '.join(config)}"
-    )
-  if "captions" not in needed and config.captions:
+  if "captions" not in parameters and config.captions:
     raise errors.UserError(
       f"config.source.kind={config.kind!r} has no captions; set "
       "config.source.captions=False"
     )
-  values = {key: config[key] for key in needed}
+  values = {key: config[key] for key in parameters if key in config}
   if "columns" in values:
     values["columns"] = values["columns"].to_dict()
-  return open_(**values, **shared)
+  return open_(**values, **_options(config, parameters), **shared)
+
+
+def _options(
+  config: ConfigDict, parameters: dict[str, inspect.Parameter]
+) -> dict[str, Any]:
+  """What `options` has for parameters that are no keys of a source.
+
+  Raises UserError for one that the kind does not have, or that is missing.
+  """
+  options = config.options.to_dict()
+  own = {key: x for key, x in parameters.items() if key not in config}
+  for key in options:
+    if key not in own:
+      takes = f"it takes {', '.join(own)}" if own else "it takes none"
+      raise errors.UserError(
+        f"config.source.options has {key!r}, which is none of kind "
+        f"{config.kind!r}; {takes}"
+      )
+  for key, parameter in own.items():
+    if key not in options and parameter.default is inspect.Parameter.empty:
+      raise errors.UserError(
+        f"a source of kind {config.kind!r} needs {key}, which is no key; give "
+        f"it as config.source.options=\"{{'{key}': ...}}\""
+      )
+  return options
 
 
 def indexed_in(workdir: epath.Path | None) -> containers.Indexed:

@@ -16,7 +16,6 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from configs import base
 from dcae_jax import errors
 from dcae_jax.runs import (
   config_files,
@@ -25,6 +24,9 @@ from dcae_jax.runs import (
   places,
   work_directory,
 )
+
+with config_files.importable():
+  from configs import base
 
 _LOG = logging.getLogger(__name__)
 _NOTHING = types.MappingProxyType({})
@@ -66,12 +68,16 @@ def recorded(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
 def check(config: ConfigDict) -> None:
   """Raises UserError for keys that a task does not have, or that are missing.
 
-  And for values of another form than that of their key, or numbers that are not
-  within its bounds.
+  And for values of another form than that of their key, numbers that are not
+  within its bounds, or paths in buckets without what reads these.
   """
   config = resolved(config)
   _check_names(config, None, "", config)
   values = differences.flat(config)
+  for path, value in values.items():
+    for text in value if isinstance(value, list) else [value]:
+      if isinstance(text, str) and text.startswith("gs://"):
+        errors.require("gcsfs", "gcs", f"config.{path}={text}")
   for path, key in _keys(config).items():
     value = values.get(path)
     if not _has_form(value, json.loads(json.dumps(key.form))):
@@ -95,9 +101,8 @@ def _check_names(
     described = base.KEYS[config["task"]].keys().to_dict()
   elif described is None:  # stages, each of a task
     is_stage = lambda x: isinstance(x, dict) and "task" in x
-    described = {
-      k: None for k, x in config.items() if k == "task" or is_stage(x)
-    }
+    described = {"task": None, "plugins": base.PLUGINS}
+    described |= {k: None for k, x in config.items() if is_stage(x)}
   for name in list(config):
     if name not in described:
       del config[name]
@@ -148,6 +153,7 @@ def completed(config: dict[str, Any], run: str) -> ConfigDict:
     f"config.json of {run}", config, _types_of_task(config), "bring it back"
   )
   config = copy.deepcopy(config)
+  _add_groups(config, {})
   known = differences.flat(config)
   for path, key in _keys(config).items():
     if path not in known:
@@ -157,6 +163,21 @@ def completed(config: dict[str, Any], run: str) -> ConfigDict:
         group = group.setdefault(part, {})
       group[name] = key.default
   return ConfigDict(config)
+
+
+def _add_groups(config: dict[str, Any], described: dict[str, Any]) -> None:
+  """Those that the config of a run from before there were them has not."""
+  if task := base.KEYS.get(config.get("task")):
+    described = task.keys().to_dict()
+  for name, key in described.items():
+    if isinstance(key, dict):
+      config.setdefault(name, {})
+  for name, value in config.items():
+    if isinstance(value, dict):
+      inner = described.get(name, {})
+      if name == "members":  # of a source: each is a source, too
+        inner = dict.fromkeys(value, described)
+      _add_groups(value, inner)
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -210,6 +231,8 @@ def _keys(
   task = base.KEYS.get(config.get("task"))  # maybe within another one
   if task is not None:
     described = task.keys().to_dict()
+  elif "task" in config:
+    described = {"plugins": base.PLUGINS}
   known = {}
   for name in dict.fromkeys((*described, *config)):
     key, value = described.get(name), config.get(name)

@@ -50,7 +50,9 @@ def identity_of(source: str) -> Identity:
   Raises UserError if `source` is neither, or damaged.
   """
   if work_directory.is_run(source):
-    return identity(work_directory.read_run_config(source)["model"])
+    config = work_directory.read_run_config(source)
+    with work_directory.naming_plugins(source, config):
+      return identity(config["model"])
   weights = released.find(source)
   architecture, channels = weights.architecture, weights.image_channels
   return Identity(
@@ -65,7 +67,8 @@ def in_whole(config: dict[str, Any]) -> dict[str, Any]:
   """The config of a run, whose models may be variants' names, with all keys."""
   for part in (config, *(x for x in config.values() if isinstance(x, dict))):
     model = part.get("model", {})
-    if "architecture" in model and model["variant"]:
+    is_autoencoder = "image_channels" in model
+    if is_autoencoder and "architecture" in model and model["variant"]:
       model |= identity(model)._asdict()
   return config
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.runs import (
+  compiling,
   differences,
   metrics_writer,
   resumable,
@@ -45,7 +46,11 @@ def begin(
 
 
 def keep_programs(config: ConfigDict) -> None:
-  """Keeps compiled programs between runs, where the config says."""
+  """Keeps compiled programs between runs, where the config says.
+
+  What is compiled for long has lines in the log from here on.
+  """
+  compiling.listen()
   if config.compilation_cache:
     directory = os.path.expanduser(config.compilation_cache)
     jax.config.update("jax_compilation_cache_dir", directory)

@@ -230,6 +230,7 @@ def of_arm(config: ConfigDict, arm: str) -> ConfigDict:
   """
   changed = copy.deepcopy(config.base)
   _change(changed, config.arms[arm], f"config.arms.{arm}")
+  changed.plugins = changed.plugins or config.plugins
   return changed.copy_and_resolve_references()
 
 

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from dcae_jax.autoencoder import families, network
 from dcae_jax.diffusion.denoisers import families as denoisers
-from dcae_jax.setup import diffusion_training
+from dcae_jax.runs import compiling
+from dcae_jax.setup import denoising, diffusion_training
 from dcae_jax.training import hardware, program_cost, sharding
 
 
@@ -27,6 +28,10 @@ class Pair(NamedTuple):
   autoencoder: network.Network
   guidance: float
   is_whole: bool = True
+
+  @property
+  def devices(self) -> list[jax.Device]:
+    return list(self.training.mesh.devices.flat)
 
   def condition(self, count: int) -> Any:
     """Shapes of what samples are told."""
@@ -62,7 +67,9 @@ def reduced(config: ConfigDict) -> Pair:
   """The denoiser that is measured, maybe a smaller one, as `whole`."""
   measured = config.measured
   variant = denoisers.resized(
-    config.training.model.variant, measured.depth, measured.hidden
+    denoising.variant_of(config.training.model),
+    measured.depth,
+    measured.hidden,
   )
   pair = _build(config, measured.training_batch, measured.dtype, variant)
   return pair._replace(is_whole=not measured.depth and not measured.hidden)
@@ -105,7 +112,7 @@ def check_memory(pair: Pair, count: int) -> None:
   )
   hardware.check_memory(
     {f"config.measured.sampling_batch={count}, decoded": sum(sizes)},
-    pair.training.mesh.devices.flat,
+    pair.devices,
     "lower it, or config.resolution",
   )
 
@@ -165,7 +172,8 @@ def measured(
   if decoding:
     decode, *shapes = pair.decoder(count)
     arrays = _filled(shapes, seed)
-    program = jax.jit(decode).lower(*arrays).compile()
+    with compiling.announced("the decoder", arrays, pair.devices):
+      program = jax.jit(decode).lower(*arrays).compile()
     seconds = _least(lambda: program(*arrays), rounds) / count
     found["decoding_seconds"] = seconds
     if pair.is_whole:
@@ -176,7 +184,8 @@ def measured(
 
 def _train(pair: Pair, steps: int, rounds: int, seed: int) -> float:
   arguments = pair.training.arguments()
-  program = pair.training.jitted().lower(*arguments).compile()
+  with compiling.announced("the training step", arguments, pair.devices):
+    program = pair.training.jitted().lower(*arguments).compile()
   state, *inputs = _filled(arguments, seed)
 
   def train():
@@ -193,7 +202,8 @@ def _sample(pair: Pair, count: int, rounds: int, seed: int) -> float:
   draw = jax.jit(pair.training.model.sample_function(pair.guidance, place))
   variables, condition = _filled((pair.params, pair.condition(count)), seed)
   arguments = variables, jax.random.key(seed), condition
-  program = draw.lower(*arguments).compile()
+  with compiling.announced("the sampler", arguments, pair.devices):
+    program = draw.lower(*arguments).compile()
   return _least(lambda: program(*arguments), rounds)
 
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.data import batches
-from dcae_jax.runs import metrics_writer, processes
+from dcae_jax.runs import compiling, metrics_writer, processes
 from dcae_jax.setup import start
 from dcae_jax.training import (
   checkpoint,
@@ -95,6 +94,7 @@ class Training(abc.ABC):
 
   def check_machine(self) -> None:
     """Raises UserError for what surely cannot be run on what is here."""
+    metrics_writer.check(self.config.writers)
     batches.check_workers(self.config.data.workers)
     state, *inputs = self.arguments()
     hardware.check_memory(
@@ -182,8 +182,13 @@ def run(
   if first_step:
     measured, is_whole = _last_evaluation(workdir, first_step)
     evaluates = bool(evaluates and not is_whole)
+  is_done = first_step == last_step and not evaluates
   writer = metrics_writer.MetricsWriter(
-    workdir, first_step, evaluates, enabled=jax.process_index() == 0
+    workdir,
+    first_step,
+    evaluates,
+    enabled=jax.process_index() == 0,
+    writers=() if is_done else config.writers,
   )
 
   def evaluate(step, state):
@@ -195,7 +200,7 @@ def run(
     return values
 
   with _closing(work.batches.close, writer.close, checkpoints.close):
-    if first_step < last_step or evaluates:
+    if not is_done:
       params, placed = training.abstract.params, training.shardings.params
       _LOG.info(overview.table(params, training.learning.mask, placed))
       program = _Program(training, work.constants)
@@ -297,19 +302,20 @@ class _Program:
     if self._compiled:
       shapes = ", ".join(map(str, _shapes(batch)))
       what += f" for batches of {shapes}, shape {len(self._compiled) + 1}"
-    _LOG.info("compiling %s", what)
-    began = time.perf_counter()
     state, _, *constants = training.arguments()
-    program = self._jitted.lower(state, batch, *constants).compile()
+    arguments = (state, batch, *constants)
+    devices = list(training.mesh.devices.flat)
+    with compiling.announced(what, arguments, devices):
+      program = self._jitted.lower(*arguments).compile()
     needed = program_cost.memory(program)
     hardware.check_memory(
       {f"a step with config.batch_size={training.config.batch_size}": needed},
-      training.mesh.devices.flat,
+      devices,
       training.advice,
     )
     self._compiled[_shapes(batch)] = program
-    memory = f"; needs {needed / _GIB:.3g} GiB a device" if needed else ""
-    _LOG.info("compiled in %.1f s%s", time.perf_counter() - began, memory)
+    if needed:
+      _LOG.info("it needs %.3g GiB a device", needed / _GIB)
     return needed
 
   def __call__(self, state: state_lib.TrainState, batch: Any) -> Any:

@@ -101,8 +101,11 @@ def _fill(
     numbers["tokens"], numbers["bytes"] / 1e6, len(missing),
     encoding.layout.shards, len(own),
   )  # fmt: skip
-  with watch.measure("encoder and store"):
-    progress = progress_lines.Progress(sum(map(encoding.tokens, own)), "tokens")
+  total = sum(map(encoding.tokens, own))
+  with (
+    watch.measure("encoder and store"),
+    progress_lines.Progress(total, "tokens") as progress,
+  ):
     for tokens in encoding.fill(own, work.stopped):
       progress.add(tokens)
   if not work.all_done("encoded"):

@@ -21,7 +21,7 @@ from dcae_jax.diffusion import sampling
 from dcae_jax.evaluation import fid, samples, set_measures
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation import prompts as prompts_lib
-from dcae_jax.evaluation.report import figures, text_table
+from dcae_jax.evaluation.report import figures, samples_page, text_table
 from dcae_jax.latents import decode, reader
 from dcae_jax.nn import precision
 from dcae_jax.runs import (
@@ -35,7 +35,7 @@ from dcae_jax.setup import denoising, keys, metric_networks, start, text
 from dcae_jax.training import hardware, loop, sharding
 
 _LOG = logging.getLogger(__name__)
-_PICTURE, _PLOT = "samples.png", "guidance.png"
+_PICTURE, _PLOT, _PAGE = "samples.png", "guidance.png", "index.html"
 _PICTURE_SIDE = 128  # pixels of an image in the picture, at most
 _IDENTITY = "parts/identity.json"
 _OF_PROMPTS = ("prompts", "prompt_file", "negative_prompt")
@@ -159,7 +159,9 @@ def _open(
   if not prompts and model.conditioning.is_text:
     prompts = prompts_lib.of_texts(map(str, choices))
   start.begin(
-    config, workdir, ("parts", "images", _PICTURE, _PLOT, "manifest.json")
+    config,
+    workdir,
+    ("parts", "images", _PICTURE, _PLOT, _PAGE, "manifest.json"),
   )
   store = _open_store(config)
   metrics = open_metrics(config)
@@ -240,7 +242,7 @@ def _finish(
   identity: dict[str, Any],
   drawing: samples.Drawing,
 ) -> None:
-  """Writes `result.json`, the plot and the picture."""
+  """Writes `result.json`, the plot, the picture and the page of them."""
   measured, absent = {}, dict(inputs.metrics.absent)
   prompts = set_measures.describe_prompts(
     inputs.metrics.metrics,
@@ -271,19 +273,29 @@ def _finish(
   if config.picture.classes:
     picture = _picture(config, inputs, drawing)
     metrics_writer.write_png(workdir / _PICTURE, picture)
+  table = _table(measured)
+  page = samples_page.html_of(
+    result,
+    table,
+    _PLOT if inputs.metrics.metrics else "",
+    _PICTURE if config.picture.classes else "",
+  )
+  metrics_writer.write_whole(workdir / _PAGE, page)
   metrics_writer.write_json(workdir / "result.json", result)
-  _LOG.info("%s\nin %s", _table(measured), workdir)
+  _LOG.info("%s\nin %s", text_table.markdown(table), workdir)
 
 
 def open_model(
   config: ConfigDict, trained: dict[str, Any]
 ) -> sampling.LatentDiffusion:
   """Of the config of a training run; UserError if the sampler does not fit."""
+  named = work_directory.naming_plugins(config.init_from, trained)
   try:
     trained = keys.completed(trained, config.init_from)
     given = {k: v for k, v in config.sampler.items() if v is not None}
     sampler = ConfigDict(trained.sampler.to_dict() | given)
-    model = denoising.create(trained.model, trained.objective, sampler)
+    with named:
+      model = denoising.create(trained.model, trained.objective, sampler)
   except (AttributeError, KeyError, TypeError) as error:
     raise errors.UserError(
       f"config.json of {config.init_from} is damaged, or of an earlier version "
@@ -445,7 +457,7 @@ def _write_identity(
   config: ConfigDict, workdir: epath.Path, identity: dict[str, Any]
 ) -> None:
   left = ("parts/.*.tmp", "parts/*/.*.tmp", "images/*/.*.tmp")  # by a kill
-  work_directory.begin_anew(workdir, (_PICTURE, _PLOT, *left))
+  work_directory.begin_anew(workdir, (_PICTURE, _PLOT, _PAGE, *left))
   start.write_config(config, workdir)
   metrics_writer.write_json(workdir / _IDENTITY, identity)
 
@@ -519,24 +531,24 @@ def _plot(measured: dict[str, dict[str, float]]) -> bytes:
   points = sorted((float(scale), x) for scale, x in measured.items())
   panels = {
     metric.label: {
-      key: [(scale, x[key]) for scale, x in points if key in x]
+      column.title: [(scale, x[key]) for scale, x in points if key in x]
       for key, column in metric.columns.items()
       if column.better != "neither"
     }
     for metric in metrics_table.known("samples").values()
     if any(key in x for _, x in points for key in metric.columns)
   }
-  return figures.curves(panels, "guidance scale", marker="o")
+  return figures.curves(panels, "guidance scale")
 
 
-def _table(measured: dict[str, dict[str, float]]) -> str:
+def _table(measured: dict[str, dict[str, float]]) -> list[list[str]]:
   columns = metrics_table.columns_of(measured.values())
   titles = [column.title for column in columns.values()]
   rows = [["guidance", "latent RMS", *titles]]
   for scale, values in measured.items():
     numbers = [column.text(values.get(key)) for key, column in columns.items()]
     rows.append([scale, f"{values['latent_rms']:.4g}", *numbers])
-  return text_table.markdown(rows)
+  return rows
 
 
 def _picture(

@@ -177,4 +177,6 @@ def chained(
       config.reference[key] = config.export[key]
     config.samples.init_from = str(workdir / "training")
     config.samples.picture.latents = store
+    for stage in ("export", "captions", "reference", "training", "samples"):
+      config[stage].plugins = config[stage].plugins or config.plugins
   return config

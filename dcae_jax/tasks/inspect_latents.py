@@ -128,7 +128,8 @@ def _plain(values: dict[str, Any]) -> str:
 
 def _verify(store: reader.Latents) -> list[str]:
   count = store.manifest["count"]
-  problems = store.verify(progress_lines.Progress(count).add)
+  with progress_lines.Progress(count) as progress:
+    problems = store.verify(progress.add)
   state = "; ".join(problems[:10]) or "no problems"
   _LOG.info("checksums of %d rows: %s", count, state)
   return problems

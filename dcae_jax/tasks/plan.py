@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from dcae_jax import errors
 from dcae_jax.runs import (
+  compiling,
   config_files,
   differences,
   metrics_writer,
@@ -111,7 +112,6 @@ def run(config: ConfigDict, workdir: epath.Path | None) -> bool:
   jobs = list(_jobs(config))
   plans = []
   for name, topology, training in jobs:
-    _LOG.info("compiling %s for %s", name, topology or "the devices here")
     plans.append(measure(name, topology, training, options))
     print(details(plans[-1]), flush=True)
   print(table(plans), flush=True)
@@ -189,12 +189,13 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
   if work_directory.is_run(path):
     run = epath.Path(path).expanduser() / "config.json"
     config = keys.completed(work_directory.read_config(run), path)
-  elif pathlib.Path(path).is_file():
+  elif config_files.find(path):
     config = config_files.load(path)
+    config_files.import_plugins(config.to_dict())
   else:
     raise errors.UserError(
-      f"config.of={path!r} is neither a config file, see configs/, nor the "
-      "work directory of a run"
+      f"config.of={path!r} is neither a config file, nor the name of "
+      "one, nor the work directory of a run"
     )
   task = config.get("task", "nothing")
   if task == "train_phases":
@@ -209,12 +210,24 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
   for planned in runs.values():
     with errors.renamed("config.", "config.changes."):
       for key in differences.flat(changes):
-        config_files.check_key(key, "", planned.to_dict())
+        if not _is_free(key, planned):
+          config_files.check_key(key, "", planned.to_dict())
     try:
-      planned.lock().update(changes)
+      with planned.unlocked():
+        planned.update(changes)
     except (AttributeError, KeyError, TypeError) as error:
       raise errors.UserError(f"config.changes: {error.args[0]}") from error
   return runs
+
+
+def _is_free(path: str, config: ConfigDict) -> bool:
+  """Whether a key is below an empty group, such as `model.architecture`."""
+  group = config
+  for name in path.split(".")[:-1]:
+    group = group.get(name)
+    if not isinstance(group, ConfigDict) or not group:
+      return isinstance(group, ConfigDict)
+  return False
 
 
 def set_batch_size(config: ConfigDict, per_chip: float, chips: int) -> None:
@@ -235,15 +248,16 @@ def measure(
   compiler_options: dict[str, Any],
 ) -> Plan:
   """Compiles a step, and reads the program."""
-  device = training.mesh.devices.flat[0]
-  chip = hardware.chip(device.device_kind)
   arguments = training.arguments()
   state = arguments[0]
+  devices, failure = list(training.mesh.devices.flat), ""
+  chip = hardware.chip(devices[0].device_kind)
   began = time.perf_counter()
-  lowered = training.jitted().lower(*arguments)
-  failure = ""
+  what = f"{name} for {topology or 'the devices here'}"
   try:
-    compiled = lowered.compile(compiler_options=compiler_options)
+    with compiling.announced(what, arguments, devices):
+      lowered = training.jitted().lower(*arguments)
+      compiled = lowered.compile(compiler_options=compiler_options)
   except jax.errors.JaxRuntimeError as error:
     failure = str(error)
     if "RESOURCE_EXHAUSTED" not in failure:
@@ -265,7 +279,7 @@ def measure(
   flops = training.flops(remat=True) / chips
   plan = Plan(
     config=name,
-    topology=topology or f"{chips} x {device.device_kind}",
+    topology=topology or f"{chips} x {devices[0].device_kind}",
     chips=chips,
     mesh=dict(training.mesh.shape),
     batch_size=training.config.batch_size,

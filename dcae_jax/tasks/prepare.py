@@ -72,8 +72,11 @@ def _fill(
   writer = record_store.Writer(
     output, config.retries, members, encoding, config.threads
   )
-  with watch.measure("shards"):
-    progress = progress_lines.Progress(sum(x.stop - x.start for x in own))
+  total = sum(x.stop - x.start for x in own)
+  with (
+    watch.measure("shards"),
+    progress_lines.Progress(total) as progress,
+  ):
     for images in writer.write_all(own, config.workers, work.stopped):
       progress.add(images)
   if not work.all_done("written"):

@@ -1,8 +1,9 @@
-"""Your own images beside their reconstructions, with PSNR."""
+"""Reconstructions of your own images, alone and beside them, with PSNR."""
 
 import logging
 import os
 import pathlib
+import re
 import time
 from typing import Any
 
@@ -21,10 +22,14 @@ from dcae_jax.runs import metrics_writer, plain_text, work_directory
 from dcae_jax.setup import keys, start
 
 _LOG = logging.getLogger(__name__)
+_FOLDERS = ("pictures", "reconstructions")
+_WRITTEN = (*_FOLDERS, "summary.md")
+_UNUSABLE = re.compile(r'[\\/:*?"<>|]|^\.')  # in names, on any file system
+_MOST_BYTES = 200  # of a name, without its number and ending
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> bool:
-  """Writes `pictures/*.png`, summary.md and result.json."""
+  """Writes reconstructions, pictures of both, summary.md and result.json."""
   keys.check(config)
   pictures = sources.pictures(config.input)
   if not config.init_from:
@@ -45,13 +50,14 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   decoding.check_channels(ae.image_channels)
   originals = [pictures.name(i) for i in range(len(pictures))]
   names = _file_names(originals)
-  written = os.path.realpath(workdir / "pictures")
+  written = [os.path.realpath(workdir / folder) for folder in _FOLDERS]
   for original in originals:
-    if pathlib.Path(os.path.realpath(original)).is_relative_to(written):
+    path = pathlib.Path(os.path.realpath(original))
+    if any(map(path.is_relative_to, written)):
       raise errors.UserError(
         f"{original} would be written over; choose another --workdir"
       )
-  start.begin(config, workdir, ("pictures", "summary.md"))
+  start.begin(config, workdir, _WRITTEN)
   how = images.Decoding(
     ae.image_channels,
     max_megapixels=config.max_megapixels,
@@ -59,9 +65,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   )
   images.check_not_empty(pictures, how)
   if jax.process_index() == 0:
-    work_directory.begin_anew(workdir, ("summary.md", "pictures"))
+    work_directory.begin_anew(workdir, _WRITTEN)
   start.write_config(config, workdir)
-  (workdir / "pictures").mkdir(parents=True, exist_ok=True)
   rows, skipped, begun = [], [], time.monotonic()
   for i, name in enumerate(names):
     try:
@@ -71,11 +76,20 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       _LOG.warning("skipped %s", skipped[-1])
       continue
     original = np.asarray(image).reshape(image.height, image.width, -1)
-    picture, psnr = _side_by_side(ae, original, options)
-    metrics_writer.write_png(workdir / name, picture)
+    made, psnr = _reconstruct(ae, original, options)
+    file, both = (f"{folder}/{name}" for folder in reversed(_FOLDERS))
+    metrics_writer.write_png(workdir / file, made)
+    picture = figures.side_by_side(
+      [original, made],
+      [
+        f"original, {image.width} x {image.height}",
+        f"{ae.variant}, {psnr:.2f} dB",
+      ],
+    )
+    metrics_writer.write_png(workdir / both, picture)
     rows.append(
-      {"image": originals[i], "file": name, "width": image.width,
-       "height": image.height, "psnr": psnr}
+      {"image": originals[i], "file": both, "reconstruction": file,
+       "width": image.width, "height": image.height, "psnr": psnr}
     )  # fmt: skip
     seconds = (time.monotonic() - begun) / (i + 1) * (len(names) - i - 1)
     _LOG.info(
@@ -86,30 +100,27 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   return True
 
 
-def _side_by_side(
+def _reconstruct(
   ae: autoencoder.Autoencoder, original: np.ndarray, options: dict[str, Any]
 ) -> tuple[np.ndarray, float]:
-  """An image uint8 [h, w, c] and its reconstruction, and their PSNR."""
+  """The reconstruction of an image, both uint8 [h, w, c], and its PSNR."""
   y = quantisation.quantise(ae.reconstruct(original[None], **options))
   pixels = jnp.asarray(original[None], jnp.float32)
   psnr = float(image_metrics.psnr(y, pixels)[0])
-  height, width, _ = original.shape
-  picture = figures.side_by_side(
-    [original, np.asarray(y[0], np.uint8)],
-    [f"{width} x {height}", f"{ae.variant}: {psnr:.2f} dB"],
-  )
-  return picture, psnr
+  return np.asarray(y[0], np.uint8), psnr
 
 
 def _file_names(paths: list[str]) -> list[str]:
   """PNG names, numbered where pictures of several folders share one."""
   names = {}  # by what a file system without upper case makes of them
   for path in paths:
-    stem, number = pathlib.PurePath(path).stem, 1
-    name = f"pictures/{stem}.png"
+    stem, number = plain_text.escaped(pathlib.PurePath(path).stem), 1
+    stem = _UNUSABLE.sub("_", stem)
+    stem = stem.encode()[:_MOST_BYTES].decode(errors="ignore")
+    name = f"{stem}.png"
     while name.casefold() in names:
       number += 1
-      name = f"pictures/{stem}_{number}.png"
+      name = f"{stem}_{number}.png"
     names[name.casefold()] = name
   return list(names.values())
 
@@ -122,13 +133,17 @@ def _write(
   skipped: list[str],
 ) -> None:
   mean = float(np.mean([row["psnr"] for row in rows]))
-  lines = ["| picture | size | PSNR | side by side |", "| --- " * 4 + "|"]
-  lines += [
-    f"| {plain_text.markdown(row['image'])} | {row['width']} x {row['height']} "
-    f"| {row['psnr']:.2f} dB | {plain_text.markdown(row['file'])} |"
-    for row in rows
-  ]
-  table = "\n".join([*lines, f"| mean of {len(rows)} | | {mean:.2f} dB | |"])
+  heads = "| picture | size | PSNR | reconstruction | side by side |"
+  lines = [heads, "| --- " * 5 + "|"]
+  for row in rows:
+    image, made, both = (
+      plain_text.markdown(row[key])
+      for key in ("image", "reconstruction", "file")
+    )
+    size, psnr = f"{row['width']} x {row['height']}", f"{row['psnr']:.2f} dB"
+    lines.append(f"| {image} | {size} | {psnr} | {made} | {both} |")
+  lines.append(f"| mean of {len(rows)} | | {mean:.2f} dB | | |")
+  table = "\n".join(lines)
   missing = "".join(
     f"\n- skipped {plain_text.markdown(reason)}" for reason in skipped
   )

@@ -125,9 +125,9 @@ def _described(
 
   described = jax.jit(describe, out_shardings=whole)
   parameters = jax.device_put(parameters, whole)
-  progress = progress_lines.Progress(reader.total)
-  for batch in reader.batches(resolution):
-    rows, mask, indices = jax.device_get(described(parameters, batch))
-    yield rows[mask], indices[mask]
-    progress.add(int(np.sum(mask)))
+  with progress_lines.Progress(reader.total) as progress:
+    for batch in reader.batches(resolution):
+      rows, mask, indices = jax.device_get(described(parameters, batch))
+      yield rows[mask], indices[mask]
+      progress.add(int(np.sum(mask)))
   progress.finish()

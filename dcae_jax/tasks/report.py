@@ -1,5 +1,7 @@
-"""Finished runs and their floor side by side: the page that evaluations have,
-and a picture, a table in Markdown and the loss curves for other documents.
+"""Finished runs and their floor side by side, on a page and for documents.
+
+The page is that of evaluations; for other documents there are a picture, a
+table in Markdown and the loss curves.
 """
 
 import json
@@ -17,9 +19,9 @@ from dcae_jax.autoencoder import autoencoder, block_pca
 from dcae_jax.data import decoding
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import (
+  evaluation_page,
   evaluation_report,
   figures,
-  page,
   text_table,
 )
 from dcae_jax.runs import metrics_writer, plain_text, work_directory
@@ -35,6 +37,11 @@ from dcae_jax.setup import (
 
 _LOG = logging.getLogger(__name__)
 _PICTURE, _CURVES = "reconstructions.png", evaluation_report.CURVES
+_TABLES = ("report.md", "report.json")
+_WRITTEN = (
+  "index.html", *_TABLES, "pictures", evaluation_report.NUMBERS, _PICTURE,
+  _CURVES,
+)  # fmt: skip
 
 
 def check(config: ConfigDict, runs_are_pending: bool = False) -> None:
@@ -71,7 +78,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
   on.
   """
   check(config)
-  start.begin(config, workdir, ("index.html", "pictures"))
+  start.begin(config, workdir, _WRITTEN)
   inputs = evaluations.open_inputs(config, workdir)
   directories, notes = [], []
   with tempfile.TemporaryDirectory(prefix="dcae_jax_report_") as aside:
@@ -83,7 +90,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       return True
     runs = evaluation_report.read(directories)
     made = epath.Path(aside) / "report"
-    contents = evaluation_report.write(made, runs, notes)
+    contents = evaluation_report.write(made, runs, notes, _TABLES)
     numbers = _numbers(runs)
     picture = _picture(runs, f"{config.resolutions[-1]}")
     metrics_writer.write_png(made / _PICTURE, picture)
@@ -95,11 +102,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       made / "report.md", _markdown(table, contents, config.resolutions[-1])
     )
     start.write_config(config, made)
-    evaluations.publish(
-      made,
-      workdir,
-      ("index.html", "report.md", "report.json", "pictures", _PICTURE, _CURVES),
-    )
+    evaluations.publish(made, workdir, _WRITTEN)
   _LOG.info(
     "held-out images:\n\n%s\n\npicture: %s\npage: %s\nreport: %s",
     table, workdir / _PICTURE, workdir / "index.html", workdir / "report.md",
@@ -178,7 +181,9 @@ def _numbers(
   }
 
 
-def _markdown(table: str, contents: page.Contents, shown: int) -> str:
+def _markdown(
+  table: str, contents: evaluation_page.Contents, shown: int
+) -> str:
   notes = "".join(
     f"{plain_text.markdown(f'{subject} {text}')}.\n\n"
     for subject, text in contents.notes

@@ -88,4 +88,6 @@ def chained(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
       config[name].init_from = str(workdir / before)
     for name in _PHASES:
       config.report.runs[name] = str(workdir / name)
+    for name in (*_PHASES, "report"):
+      config[name].plugins = config[name].plugins or config.plugins
   return config

@@ -22,7 +22,7 @@ import numpy as np
 from clu import metrics as clu_metrics
 from jax.experimental import multihost_utils
 
-from dcae_jax.runs import signals
+from dcae_jax.runs import live_line, signals, stopwatch
 from dcae_jax.training import profiler as profiler_lib
 from dcae_jax.training import watchdog as watchdog_lib
 
@@ -161,6 +161,7 @@ def run(
     step == last_step or bool(every and step % every == 0)
   )
   log = _Log(done, last_step, program, cadence.seconds, outlets.writer)
+  live = contextlib.ExitStack()
   pending = None  # (step, metrics) whose values are not fetched yet
   has_checkpoint = done > 0
   watchdog = watchdog_lib.Watchdog()
@@ -170,7 +171,7 @@ def run(
     with log.part(part), watchdog.waiting_for(what):
       yield
 
-  def settle() -> None:
+  def settle(stays: bool = False) -> None:
     nonlocal pending
     if pending is None:
       return
@@ -179,14 +180,15 @@ def run(
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     named = {f"train/{k}": v for k, v in metrics.items()}
     _check_finite(step, named, has_checkpoint)
-    log.add(step, metrics, is_due(cadence.log, step))
+    log.add(step, metrics, is_due(cadence.log, step), stays)
 
   def promise(step: int) -> None:
     if step <= last_step:
       outlets.sigterm.promise = f"will save after step {step}"
 
   def evaluate(step: int) -> None:
-    values = program.evaluate(step, state)
+    with live_line.timing(f"step {step}/{last_step}  evaluating"):
+      values = program.evaluate(step, state)
     _check_finite(step, values, has_checkpoint)
     if values:
       outlets.writer.scalars(step, values)
@@ -194,6 +196,7 @@ def run(
       _LOG.info("evaluated  %s", text)
 
   try:
+    live.enter_context(live_line.showing(lambda: log.words))
     promise(steps.start)
     if evaluates_first:
       with log.part("pause"):
@@ -220,7 +223,7 @@ def run(
       evaluates = is_due(cadence.evaluate, step)
       saves = stop or is_due(cadence.checkpoint, step)
       if evaluates or saves:
-        settle()
+        settle(stays=True)
         with log.part("pause"):
           if saves:  # first: an evaluation that fails loses nothing
             outlets.save(step, state, batches.get_state())
@@ -235,6 +238,7 @@ def run(
     outlets.sigterm.promise = _PROMISE
     outlets.profiler.close()
     watchdog.close()
+    live.close()
   return state, done
 
 
@@ -261,9 +265,12 @@ def _check_finite(
 
 
 class _Log:
-  """Metrics and speeds since the last log, and lines on the terminal.
+  """Metrics and speeds since the last log, in lines and on the live one.
 
   Speeds are without the time of evaluations and checkpoints.
+
+  Attributes:
+    words: for the live line.
   """
 
   def __init__(
@@ -271,6 +278,7 @@ class _Log:
     writer: Writer,
   ):  # fmt: skip
     """After `patience` seconds a step has a line in any case."""
+    self.words = f"step {done}/{last_step}"
     self._last_step, self._program = last_step, program
     self._patience, self._writer = patience, writer
     self._begin(done)
@@ -291,8 +299,13 @@ class _Log:
   def count(self, name: str, seconds: float) -> None:
     self._parts[name] += seconds
 
-  def add(self, step: int, metrics: dict[str, float], is_due: bool) -> None:
-    """Takes in the metrics of a step, after which a log may be due."""
+  def add(
+    self, step: int, metrics: dict[str, float], is_due: bool, stays: bool
+  ) -> None:
+    """Takes in the metrics of a step, after which a log may be due.
+
+    On a terminal they are words of its live line; a line that `stays` is above.
+    """
     for name, value in metrics.items():
       is_last = name in _LAST_VALUES
       kind = clu_metrics.LastValue if is_last else clu_metrics.Average
@@ -300,13 +313,19 @@ class _Log:
       new = kind(total=np.float64(value), count=1)
       before = self._metrics.get(name)
       self._metrics[name] = new if before is None else before.merge(new)
-    now = time.perf_counter()
-    if not is_due and now - self._last_line <= self._patience:
+    now, is_live = time.perf_counter(), live_line.is_on()
+    patience = live_line.SECONDS if is_live else self._patience
+    is_said = is_due or (is_live and stays)
+    if not is_said and now - self._last_line <= patience:
       return
     self._last_line = now
     means = {name: float(x.compute()) for name, x in self._metrics.items()}
     speeds = self._speeds(step, now)
-    _LOG.info(self._line(step, means, speeds))
+    done, losses, rate, images, left = self._parts_of_line(step, means, speeds)
+    # A narrow terminal shows the first of them.
+    self.words = "  ".join((done, left, rate, losses, images))
+    if stays or not is_live:
+      _LOG.info("  ".join((done, losses, rate, images, left)))
     if is_due:
       values = (means | speeds).items()
       self._writer.scalars(step, {f"train/{k}": v for k, v in values})
@@ -328,19 +347,19 @@ class _Log:
       speeds["model_flops_utilization"] = rate / peak_rate
     return speeds
 
-  def _line(
+  def _parts_of_line(
     self, step: int, means: dict[str, float], speeds: dict[str, float]
-  ) -> str:
+  ) -> tuple[str, ...]:
     rate = speeds["steps_per_second"]
-    minutes, seconds = divmod(round((self._last_step - step) / rate), 60)
-    hours, minutes = divmod(minutes, 60)
     losses = "  ".join(
       f"{name.removeprefix('loss/')} {value:.4f}"
       for name, value in means.items()
       if name.startswith("loss/")
     )
     return (
-      f"step {step}/{self._last_step}  {losses}  {rate:.2f} steps/s  "
-      f"{speeds['images_per_second']:.1f} images/s  "
-      f"left {hours}:{minutes:02d}:{seconds:02d}"
+      f"step {step}/{self._last_step}",
+      losses,
+      f"{rate:.2f} steps/s",
+      f"{speeds['images_per_second']:.1f} images/s",
+      f"left {stopwatch.clock((self._last_step - step) / rate)}",
     )

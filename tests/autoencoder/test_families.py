@@ -1,106 +1,22 @@
 """The table of families: a third one, and how a run names its architecture."""
 
-import dataclasses
+import sys
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 from etils import epath
 
 import dcae_jax
-from dcae_jax.autoencoder import families, family, network
-from dcae_jax.autoencoder.dcae import residual_autoencoding, variants
-from dcae_jax.autoencoder.weights import module_name
-from dcae_jax.nn import convolution
+from dcae_jax.autoencoder import families
+from dcae_jax.autoencoder.dcae import variants
+from dcae_jax.setup import models
 from dcae_jax.tasks import train_autoencoder
-
-DEFAULTS = {
-  "in_channels": 3, "latent_channels": 4, "width": 8, "scaling_factor": 1.0
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Toy:
-  """Two convolutions each way."""
-
-  latent_channels: int
-  width: int
-  spatial_compression = 2
-
-
-class Projection(nn.Module):
-  channels: int
-  stride: int = 1
-
-  @nn.compact
-  def __call__(self, x):
-    return convolution.Conv(self.channels, stride=self.stride, name="conv")(x)
-
-
-class Encoder(nn.Module):
-  architecture: Toy
-
-  @nn.compact
-  def __call__(self, images):
-    x = Projection(self.architecture.width, 2, name="project_in")(images)
-    latent_channels = self.architecture.latent_channels
-    return Projection(latent_channels, name="project_out")(jax.nn.silu(x))
-
-
-class Decoder(nn.Module):
-  architecture: Toy
-  image_channels: int
-
-  @nn.compact
-  def __call__(self, z):
-    x = Projection(self.architecture.width, name="project_in")(z)
-    x = residual_autoencoding.nearest(jax.nn.silu(x))
-    return Projection(self.image_channels, name="project_out")(x)
-
-
-def _from_config(config):
-  c = DEFAULTS | config
-  return Toy(c["latent_channels"], c["width"]), c["in_channels"]
-
-
-TOY = family.Family(
-  name="Toy",
-  class_name="AutoencoderToy",
-  title="Toy",
-  tag="toy",
-  source="this test",
-  architecture=Toy,
-  variants={"toy": Toy(4, 8), "toy-narrow": Toy(4, 6)},
-  create=lambda architecture, channels, options: network.Network(
-    architecture,
-    Encoder(architecture),
-    Decoder(architecture, channels),
-    options,
-  ),
-  config_defaults=DEFAULTS,
-  from_config=_from_config,
-  to_config=lambda architecture, channels, scaling_factor, shift_factor: {
-    "_class_name": "AutoencoderToy",
-    "in_channels": channels,
-    **dataclasses.asdict(architecture),
-    "scaling_factor": scaling_factor,
-  },
-  modules=lambda architecture: (
-    module_name.Module(
-      f"{part}/{place}/conv", "", f"{part}.{place.removeprefix('project_')}"
-    )
-    for part in ("encoder", "decoder")
-    for place in ("project_in", "project_out")
-  ),
-)
 
 
 @pytest.fixture(scope="module")
-def toy_family():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(families, "FAMILIES", (*families.FAMILIES, TOY))
-    yield TOY
+def toy_family(plugin):
+  """That of docs/extend.md."""
+  return plugin("my_family")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +26,9 @@ def phases(toy_family, tiny_config, tmp_path_factory):
   before = ""
   for number in (1, 2, 3):
     changes = {"model.variant": "toy-narrow" if number == 1 else "", "steps": 2}
-    config = tiny_config(number, init_from=before, **changes)
+    config = tiny_config(
+      number, init_from=before, plugins=("my_family",), **changes
+    )
     before = str(folder / f"phase{number}")
     assert train_autoencoder.run(config, epath.Path(before))
   return folder
@@ -164,10 +82,26 @@ def test_a_third_family_is_saved_and_loaded(
     ae.save(tmp_path / "original", layout="original")
 
 
-def test_a_run_is_loaded_where_its_variant_is_not_known(phases, monkeypatch):
-  monkeypatch.delitem(TOY.variants, "toy-narrow")
+def test_a_run_is_loaded_where_its_variant_is_not_known(
+  phases, toy_family, monkeypatch
+):
+  monkeypatch.delitem(families.FAMILIES["Toy"].variants, "toy-narrow")
   ae = dcae_jax.load(phases / "phase3")
-  assert (ae.variant, ae.architecture) == ("custom", Toy(4, 6))
+  assert (ae.variant, ae.architecture) == ("custom", toy_family.Toy(4, 6))
+
+
+def test_a_run_of_a_module_is_loaded_after_its_import_alone(
+  phases, toy_family, monkeypatch
+):
+  """What a folder names is never imported because it says so."""
+  monkeypatch.delitem(families.FAMILIES, "Toy")
+  monkeypatch.delitem(sys.modules, "my_family")
+  message = "first import my_family, in commands by --config.plugins=my_family$"
+  for load in (dcae_jax.load, lambda run: models.identity_of(str(run))):
+    with pytest.raises(ValueError, match=message) as refused:
+      load(phases / "phase3")
+    assert "\n" not in str(refused.value)
+  assert "my_family" not in sys.modules
 
 
 def test_an_architecture_differs_from_its_variant_in_some_keys():
@@ -184,11 +118,22 @@ def test_an_architecture_differs_from_its_variant_in_some_keys():
   [
     ("tiny-f9", {}, "unknown variant 'tiny-f9'; known are f32c32, "),
     ("tiny-f9", {"latent_channels": 4}, "unknown variant 'tiny-f9'"),
-    ("tiny-f8", {"widths": [8]}, r"does not fit 'tiny-f8', an AutoencoderDC"),
-    ("tiny-f8", {"_class_name": "AutoencoderKL"}, "does not fit 'tiny-f8'"),
+    ("tiny-f8", {"widths": [8]}, "'tiny-f8': 'widths' is no key of Autoencoder"
+     "DC; it has in_channels, "),
+    ("tiny-f8", {"latent_chanels": 8}, r"; did you mean 'latent_channels'\?$"),
+    ("custom", {"latent_chanels": 8}, r"; did you mean 'latent_channels'\?$"),
+    ("tiny-f8", {"_class_name": "AutoencoderKL"}, "is not 'AutoencoderDC', as"),
     ("tiny-f8", {"latent_channels": 0}, "latent_channels=0"),
+    ("custom", {"encoder_block_out_channels": [8, 16]},
+     r"^config.model.architecture of 'custom': encoder_.* of the 2 stages"),
+    ("custom", {"_class_name": "AutoencoderKL", "block_out_channels": [-32]},
+     r"block_out_channels\[0\]=-32 is not a whole number from 1"),
+    ("custom", {"_class_name": "AutoencoderKL", "block_out_channels": [40]},
+     "stage width 40 is not divisible by 32"),
+    ("custom", {"_class_name": "Mine"}, "'Mine' is not among .* importing its "
+     "module first$"),
   ],
-)
+)  # fmt: skip
 def test_models_that_cannot_be_are_refused(variant, config, message):
   with pytest.raises(ValueError, match=message):
     families.of_model(variant, config)

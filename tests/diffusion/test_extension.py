@@ -1,9 +1,5 @@
 """A denoiser and a kind of condition of one's own: one line in the table."""
 
-import dataclasses
-from typing import ClassVar
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +14,6 @@ from dcae_jax.diffusion import (
   samplers,
   sampling,
 )
-from dcae_jax.diffusion.denoisers import families as denoisers
 from dcae_jax.latents import reader
 from dcae_jax.setup import denoising
 from dcae_jax.tasks import evaluate_diffusion, train_diffusion
@@ -27,75 +22,14 @@ from dcae_jax.training import sharding
 PRIMARIES = np.eye(3, dtype=np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Tints(conditioning.Conditioning):
-  """A colour of three numbers, which is black for none."""
-
-  name: ClassVar[str] = "tints"
-
-  @classmethod
-  def of_latents(cls, rows, classes, path):
-    return cls()
-
-  def describe_rows(self, rows):
-    return {}
-
-  def abstract(self, b):
-    return jax.ShapeDtypeStruct((b, 3), jnp.float32)
-
-  def null(self, condition):
-    return jnp.zeros_like(condition)
-
-  def check_chosen(self, chosen):
-    assert not chosen
-
-  def choices(self, chosen, learned):
-    return PRIMARIES
-
-  def shown(self, choices, count):
-    return choices[:count]
-
-  def like(self, condition, rows):
-    return np.square(rows[None] - condition[:, None]).sum(2).argmin(1)
-
-  def file_names(self, condition):
-    return [f"tint_{row.argmax()}" for row in condition]
-
-  def titles(self, condition, classes):
-    return ["red", "green", "blue"][: len(condition)]
-
-
-class Blend(nn.Module):
-  """A denoiser that is linear in latents, time and tint."""
-
-  width: int
-  conditioning: Tints
-  latent_size: tuple[int, int]
-  latent_channels: int
-  patch_size: int = 1
-  remat: bool = False
-  dtype: str = "float32"
-
-  @property
-  def forward_macs(self):
-    return 1
-
-  @nn.compact
-  def __call__(self, z, t, condition):
-    told = jnp.concatenate([condition, t[:, None] / 1000], axis=1)
-    told = nn.Dense(self.width, name="told")(told)
-    x = nn.Dense(self.width, name="project_in")(z) + told[:, None, None]
-    return nn.Dense(self.latent_channels, name="project_out")(x)
-
-
-@pytest.fixture
-def table(monkeypatch):
-  kind = denoisers.Denoiser(Blend, {"small": {"width": 8}}, Tints)
-  monkeypatch.setitem(denoisers.DENOISERS, "Blend", kind)
+@pytest.fixture(scope="module")
+def mine(plugin):
+  """Tints, and Blend, which is told them: those of docs/extend.md."""
+  return plugin("my_condition")
 
 
 def test_a_denoiser_and_a_condition_are_a_line_in_the_table(
-  table, tiny_autoencoder, tiny_diffusion, compilation_cache, tmp_path
+  mine, tiny_autoencoder, tiny_diffusion, compilation_cache, tmp_path
 ):
   """They are trained from a store with such an array, drawn and shown."""
   labels = np.arange(32, dtype=np.int32) % 3
@@ -119,16 +53,16 @@ def test_a_denoiser_and_a_condition_are_a_line_in_the_table(
 
 
 def test_a_store_without_the_condition_is_refused(
-  table, tiny_diffusion, tmp_path
+  mine, tiny_diffusion, tmp_path
 ):
   c = tiny_diffusion(**{"model.variant": "Blend-small"})
   with pytest.raises(ValueError, match=r"has no tints, .* it has labels"):
     denoising.open_store(c)
 
 
-def test_guidance_leads_away_from_another_condition_if_one_is_given():
+def test_guidance_leads_away_from_another_condition_if_one_is_given(mine):
   """Of a denoiser that tells nothing but the first number of a tint."""
-  denoiser = Blend(1, Tints(), (2, 2), 1)
+  denoiser = mine.Blend(1, (2, 2), 1, mine.Tints(3))
   kernels = {
     "told": jnp.array([[1.0], [0.0], [0.0], [0.0]]),
     "project_in": jnp.zeros((1, 1)),
@@ -149,7 +83,7 @@ def test_guidance_leads_away_from_another_condition_if_one_is_given():
     np.testing.assert_allclose(found, plain + moved, atol=1e-5)
 
 
-def test_dropped_rows_are_null_and_the_others_stay():
+def test_dropped_rows_are_null_and_the_others_stay(mine):
   labels = jnp.arange(1000) % 7
   kind = conditioning.ClassLabels(7)
   key = jax.random.key(0)
@@ -158,7 +92,7 @@ def test_dropped_rows_are_null_and_the_others_stay():
   assert 0.2 < is_null.mean() < 0.3
   np.testing.assert_array_equal(found[~is_null], labels[~is_null])
   tints = jnp.ones((1000, 3))
-  found = conditioning.dropped(Tints(), key, tints, 0.25)
+  found = conditioning.dropped(mine.Tints(3), key, tints, 0.25)
   np.testing.assert_array_equal(found, np.where(is_null[:, None], 0, tints))
 
 

@@ -14,7 +14,6 @@ from etils import epath
 
 from configs import base
 from dcae_jax.evaluation import fid, metrics, set_measures
-from dcae_jax.evaluation.networks import pretrained
 from dcae_jax.setup import metric_networks
 from dcae_jax.tasks import (
   evaluate_autoencoder,
@@ -24,34 +23,12 @@ from dcae_jax.tasks import (
   train_diffusion,
 )
 
-BRIGHTNESS = metrics.Metric(
-  "brightness",
-  {"brightness": metrics.Column("brightness error", 1, "lower")},
-  of_pairs=metrics.OfPairs(
-    lambda _, x, y: jnp.abs(jnp.mean(x - y, axis=(1, 2, 3))), (255.0, 51)
-  ),
-)
-COLOURS = metrics.Metric(
-  "colours",
-  {"colours": metrics.Column("distance of colours", 3, "lower")},
-  metrics.Network(
-    "mean_colours",
-    lambda path: pretrained.Pretrained({}, path, "0", True),
-    lambda parameters, images: {"features": jnp.mean(images, axis=(1, 2))},
-    features=3,
-  ),
-  of_sets=metrics.OfSets(
-    lambda images, reference: (np.abs(images.mean - reference.mean).sum(),),
-    moments=True,
-  ),
-)
 
-
-@pytest.fixture
-def toys(monkeypatch):
-  monkeypatch.setitem(metrics.METRICS, "brightness", BRIGHTNESS)
-  monkeypatch.setitem(metrics.METRICS, "colours", COLOURS)
-  return ("brightness", "colours")
+@pytest.fixture(scope="module")
+def toys(plugin):
+  """Those of docs/extend.md."""
+  plugin("my_metrics")
+  return ("largest_error", "colours")
 
 
 @pytest.fixture
@@ -80,21 +57,21 @@ def test_evaluations_have_it_in_result_table_and_page(
   evaluate_autoencoder.run(evaluation, epath.Path(tmp_path))
   result = json.loads((tmp_path / "result.json").read_text())
   found = result["resolutions"]["32"]
-  assert found["brightness"] > 0 and found["colours"] > 0
-  assert sum(found["histograms"]["brightness"]) == found["images"] == 12
+  assert found["largest_error"] > 0 and found["colours"] > 0
+  assert sum(found["histograms"]["largest_error"]) == found["images"] == 12
   assert result["metric_weights"]["colours"]["sha256"] == "0"
   with (tmp_path / "images_32px.csv").open() as file:
     rows = list(csv.DictReader(file))
-  mean = sum(float(row["brightness"]) for row in rows) / len(rows)
-  assert mean == pytest.approx(found["brightness"])
+  mean = sum(float(row["largest_error"]) for row in rows) / len(rows)
+  assert mean == pytest.approx(found["largest_error"])
   page = (tmp_path / "report" / "index.html").read_text()
   for text in (caplog.text, page):
-    assert "brightness error ↓" in text and "distance of colours ↓" in text
-    assert f"{found['brightness']:.1f}" in text
+    assert "largest error ↓" in text and "distance of colours ↓" in text
+    assert f"{found['largest_error']:.1f}" in text
     assert f"{found['colours']:.3f}" in text
-  assert "<b>brightness, 32 px</b>" in page  # the histogram
-  caption = found["pictures"]["samples"][0]["brightness"]
-  assert f"brightness {caption:.1f}" in page
+  assert "<b>largest error, 32 px</b>" in page  # the histogram
+  caption = found["pictures"]["samples"][0]["largest_error"]
+  assert f"largest error {caption:.1f}" in page
 
 
 def test_samples_are_measured_with_it(
@@ -124,8 +101,8 @@ def test_samples_are_measured_with_it(
   assert set(result["metric_weights"]) == set(c.metrics)
   found = result["guidance"]["1"]
   assert found["colours"] > 0 and found["frechet_efficientnet_lite0"] > 0
-  c.metrics = ("brightness",)
-  with pytest.raises(ValueError, match="unknown metric 'brightness'"):
+  c.metrics = ("largest_error",)
+  with pytest.raises(ValueError, match="unknown metric 'largest_error'"):
     evaluate_diffusion.check(c)
 
 

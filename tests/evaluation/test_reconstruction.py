@@ -6,7 +6,6 @@ import pytest
 from dcae_jax.autoencoder import quantisation, streaming_moments
 from dcae_jax.evaluation import fid, image_metrics, metrics, reconstruction
 from dcae_jax.evaluation.networks import pretrained
-from dcae_jax.evaluation.report import figures
 from dcae_jax.training import sharding
 
 
@@ -214,72 +213,3 @@ def test_a_reconstruction_that_is_not_finite_is_named():
   )  # fmt: skip
   with pytest.raises(FloatingPointError, match="image 1 are not finite"):
     _measure(_batches(_images(4), 4), networks=networks)
-
-
-def test_error_map_is_black_where_equal_and_white_at_64():
-  image = np.full((2, 2, 3), 100, np.uint8)
-  other = image + np.array([[0, 8], [32, 64]], np.uint8)[..., None]
-  found = figures.error_map(image, other)
-  assert found[0, 0].tolist() == [0, 0, 0]
-  assert found[1, 1].tolist() == [255, 255, 255]
-  assert 0 < found[0, 1, 0] < 255 and found[0, 1, 1:].tolist() == [0, 0]
-  assert figures.error_map(image[..., :1], other[..., :1]).shape == (2, 2, 3)
-
-
-def test_detailed_window_finds_the_edges():
-  image = np.zeros((64, 96, 3), np.uint8)
-  image[40:52:2, 60:80] = 255
-  rows, columns = figures.detailed_window(image)
-  assert (rows.stop - rows.start, columns.stop - columns.start) == (16, 24)
-  assert rows.start <= 40 and rows.stop + 8 >= 52
-  assert columns.start <= 66 <= columns.stop
-
-
-def test_latent_channels_are_a_grid_of_grey_pictures():
-  z = np.random.default_rng(0).normal(size=(4, 8, 21)).astype("float32")
-  picture = figures.latent_channels(z)
-  assert picture.shape == (2 * (32 + 4) + 4, 16 * (64 + 4) + 4, 3)
-  assert figures.latent_channels(np.zeros((1, 1, 1))).shape == (72, 72, 3)
-
-
-def test_grid_shows_every_image_in_its_place():
-  rows = [np.full((3, 8, 6, 3), 10 * i, np.uint8) for i in range(2)]
-  found = figures.grid(rows)
-  assert found.shape == (2 * (8 + 4) + 4, 3 * (6 + 4) + 4, 3)
-  for i in range(2):
-    assert np.all(found[4 + i * 12 : 12 + i * 12, 4:10] == 10 * i)
-  labelled = figures.grid(rows, ["a", "longer label"])
-  assert labelled.shape[1] > found.shape[1]
-  np.testing.assert_array_equal(
-    labelled[:, -found.shape[1] + 4 :][:, :6], found[:, 4:10]
-  )
-
-
-def test_grey_images_make_a_grid():
-  assert figures.grid([np.zeros((1, 8, 8, 1), np.uint8)]).shape == (16, 16, 3)
-  # The only class of a flat folder has an empty name.
-  assert figures.grid([np.zeros((1, 8, 8, 1), np.uint8)], [""]).shape[0] == 16
-
-
-def test_headings_stand_above_their_columns():
-  rows = [np.zeros((3, 40, 40, 3), np.uint8)] * 2
-  plain, headed = figures.grid(rows), figures.grid(rows, headings={1: "title"})
-  head = len(headed) - len(plain)
-  np.testing.assert_array_equal(headed[head:], plain)
-  dark = np.flatnonzero((headed[:head] < 128).any(axis=(0, 2)))
-  assert head and 40 < dark.min() < 60  # where the second column begins
-
-
-def test_reduced_images_keep_their_means_and_small_ones_their_pixels():
-  image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-  found = figures.reduced(image, 16)
-  assert found.shape == (16, 16, 3)
-  means = image.reshape(16, 4, 16, 4, 3).mean((1, 3))
-  np.testing.assert_allclose(found, means, atol=1.01)  # rounded twice
-  assert figures.reduced(image, 64) is image
-
-
-def test_loss_curves_are_a_png_and_skip_what_is_missing():
-  lines = [{"step": 1, "train/a": 1.0}, {"step": 2, "eval/psnr": 20.0}]
-  found = figures.loss_curves({"one": lines, "two": []}, ("train/a", "x"))
-  assert found.startswith(b"\x89PNG")

@@ -74,6 +74,72 @@ def test_speeds_are_those_of_the_whole_training(tmp_path):
   }
 
 
+class Kept:
+  """A writer; what the last one was given."""
+
+  def __init__(self, workdir, first_step):
+    self.seen = [first_step]
+    Kept.last = self
+
+  @staticmethod
+  def check():
+    pass
+
+  def scalars(self, step, values):
+    self.seen.append((step, values))
+
+  def image(self, step, name, pixels):
+    self.seen.append((step, name, pixels.shape))
+
+  def close(self):
+    self.seen.append("closed")
+
+
+class Failing(Kept):
+  def scalars(self, step, values):
+    super().scalars(step, values)
+    raise ConnectionError("no route\nto the host")
+
+
+def _write_with(names, workdir):
+  writer = metrics_writer.MetricsWriter(
+    epath.Path(workdir), 2, False, True, names
+  )
+  writer.scalars(3, {"eval/psnr": 20})
+  writer.image(3, "grid", np.zeros((2, 3, 3), np.uint8))
+  writer.close()
+
+
+def test_a_writer_is_a_line_in_a_table(tmp_path, monkeypatch):
+  monkeypatch.setitem(metrics_writer.WRITERS, "kept", Kept)
+  _write_with(("tensorboard", "kept"), tmp_path)
+  assert Kept.last.seen == [
+    2,
+    (3, {"eval/psnr": 20.0}),
+    (3, "grid", (2, 3, 3)),
+    "closed",
+  ]
+  names = [path.name.partition(".")[0] for path in tmp_path.iterdir()]
+  assert sorted(names) == ["events", "metrics", "samples"]
+
+
+def test_a_run_does_without_a_writer_that_fails(tmp_path, monkeypatch, caplog):
+  monkeypatch.setitem(metrics_writer.WRITERS, "failing", Failing)
+  _write_with(("failing",), tmp_path)
+  assert Kept.last.seen == [2, (3, {"eval/psnr": 20.0})]
+  assert caplog.messages == ["failing writes no more: no route"]
+  assert _steps(tmp_path) == [3]
+  assert (tmp_path / "samples" / "grid_00000003.png").exists()
+
+
+def test_known_writers_are_named():
+  with pytest.raises(
+    errors.UserError,
+    match=r"unknown writer 'tb' in config.writers; .* tensorboard, wandb$",
+  ):
+    metrics_writer.check(("tensorboard", "tb"))
+
+
 def test_images_are_saved_as_png(tmp_path):
   writer = metrics_writer.MetricsWriter(epath.Path(tmp_path), 0, False, True)
   pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)

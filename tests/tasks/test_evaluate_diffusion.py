@@ -231,6 +231,22 @@ def test_there_is_a_picture_and_a_plot(measured):
     assert plot.size[0] > 3 * 300  # three panels
 
 
+def test_a_file_keeps_the_guidance_that_it_was_drawn_with(measured):
+  workdir, _ = measured
+  for scale in SCALES:
+    file = next((workdir / "images" / f"guidance_{scale:g}").glob("*.png"))
+    with Image.open(file) as image:
+      assert image.text["guidance"] == f"{scale:g}"
+
+
+def test_rows_of_a_picture_have_the_number_and_the_name_of_their_class():
+  labels = conditioning.ClassLabels(3)
+  names = ["cats", "dogs/big.jpg", "a"]
+  condition = np.array([1, 0])
+  assert labels.titles(condition, names) == ["1: big", "0: cats"]
+  assert labels.titles(condition, ()) == ["class 1", "class 0"]
+
+
 def test_the_command_line_draws_the_same_on_one_device(
   measured, config, tmp_path
 ):

@@ -64,6 +64,9 @@ def test_pictures_are_written_side_by_side_with_their_psnr(
   assert r"c\\x1b\[2J\|\_c.jpg" in summary and "\x1b" not in summary
   for row in rows.values():
     assert f"{row['psnr']:.2f} dB" in summary
+    assert row["reconstruction"] in summary.replace("\\", "")
+    with Image.open(tmp_path / "out" / row["reconstruction"]) as made:
+      assert made.size == (row["width"], row["height"])
     assert (tmp_path / "out" / row["file"]).exists()
   # The turned copy is the same picture once it is shown upright.
   assert rows["a.png"]["psnr"] == rows["more/a.png"]["psnr"]
@@ -84,6 +87,8 @@ def test_pictures_are_written_side_by_side_with_their_psnr(
     np.array_equal(shown[4:49, left : left + 70], y)
     for left in range(74, shown.shape[1] - 69)
   )
+  with Image.open(tmp_path / "out" / rows["a.png"]["reconstruction"]) as made:
+    np.testing.assert_array_equal(np.asarray(made), y)
 
 
 def _config(weights_folder, pictures, **changes):
@@ -118,9 +123,10 @@ def test_bad_input_is_refused_before_anything_is_written(
   assert not (tmp_path / "out").exists()
 
 
-def test_originals_are_never_written_over(weights_folder, tmp_path):
-  (tmp_path / "pictures").mkdir()
-  picture = tmp_path / "pictures" / "a.png"
+@pytest.mark.parametrize("folder", ["pictures", "reconstructions"])
+def test_originals_are_never_written_over(folder, weights_folder, tmp_path):
+  (tmp_path / folder).mkdir()
+  picture = tmp_path / folder / "a.png"
   Image.fromarray(smooth_image(0, 16, 16)).save(picture)
   before = picture.read_bytes()
   config = _config(weights_folder, tmp_path)
@@ -188,6 +194,11 @@ def test_files_of_others_are_never_written_over(
 def test_each_picture_has_a_file_of_its_own():
   names = reconstruct._file_names(["a_2.png", "x/a.jpg", "y/a.png", "z/A.png"])
   assert len({name.casefold() for name in names}) == 4
+  odd = ["x/a:b\n?.jpg", "My photo, über.v2.jpeg", ".jpg", "猫" * 84 + ".jpg"]
+  names = reconstruct._file_names([*odd, "y/" + odd[-1]])
+  assert names[:3] == ["a_b_n_.png", "My photo, über.v2.png", "_jpg.png"]
+  assert max(len(name.encode()) for name in names) < 210
+  assert len(set(names)) == 5
 
 
 def test_patterns_and_single_files_are_found(

@@ -300,7 +300,7 @@ def test_prompts_are_drawn_in_turn_and_stand_in_their_images(
   names = sorted(x.name for x in folder.iterdir())
   assert len(names) == 9 and names[4] == "0000004_gr_n_gr_er.png"
   with Image.open(folder / names[4]) as image:
-    assert image.text == {"prompt": "grün, größer"}
+    assert image.text == {"guidance": "2", "prompt": "grün, größer"}
   assert (tmp_path / "samples.png").exists()
   # Again, after a part is lost: the same images.
   before = _pixels(folder)
@@ -343,7 +343,7 @@ def test_images_lie_as_geneval_wants_them(evaluation, tmp_path):
     names = sorted(x.name for x in (folder / f"{i:05d}/samples").iterdir())
     assert names == [f"{k:05d}.png" for k in range(5)]
   with Image.open(folder / "00001/samples/00004.png") as image:
-    assert image.text == {"prompt": "two birds"}
+    assert image.text == {"guidance": "2", "prompt": "two birds"}
   (folder / "00001/samples/00004.png").unlink()
   assert evaluate_diffusion.run(c, epath.Path(tmp_path / "work"))
   assert (folder / "00001/samples/00004.png").exists()

@@ -259,7 +259,7 @@ def test_channels_are_normalised_in_training_and_back_in_its_samples(
   sample = jax.jit(model.sample_function(1.0, whole))
   z = np.asarray(sample(_variables(tmp_path / "run")[1][1], key, np.arange(2)))
   pixels = decode.to_pixels(dcae_jax.load(tiny_autoencoder), z * std + mean)
-  titles = ["class 0", "class 1"]
+  titles = ["0: class 0", "1: class 1"]
   expected = figures.grid(list(pixels[:, None]), titles, {0: "guidance 1"})
   (file,) = (tmp_path / "run/samples").glob("*.png")
   difference = np.asarray(Image.open(file)).astype(int) - expected

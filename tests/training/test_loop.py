@@ -1,13 +1,16 @@
 import itertools
 import logging
 import os
+import re
 import signal
 import time
 
 import jax
 import jax.numpy as jnp
 import pytest
+import terminal as terminals
 
+from dcae_jax.runs import live_line
 from dcae_jax.training import loop, profiler
 
 
@@ -133,6 +136,39 @@ def test_slow_steps_have_lines_between_the_logs(caplog):
   world = _World()
   world.run(last=4, log=4, evaluate=0, checkpoint=0)
   assert len([x for x in caplog.messages if x.startswith("step ")]) == 1
+
+
+def test_on_a_terminal_steps_are_on_its_live_line(monkeypatch, caplog):
+  """Above it are lines of those that are evaluated, saved or the last."""
+  caplog.set_level(logging.INFO)
+  terminal = terminals.Terminal(columns=78)
+  monkeypatch.setattr(live_line, "SECONDS", 0.01)
+
+  class World(_World):
+    def step(self, state, batch):
+      time.sleep(0.1)
+      return super().step(state, batch)
+
+    def evaluate(self, step, state):
+      time.sleep(0.1)
+      return super().evaluate(step, state)
+
+  world = World(float)
+  with (
+    terminals.standard_streams(terminal, monkeypatch),
+    live_line.on_terminal(),
+  ):
+    world.run(last=6, log=1, evaluate=4, checkpoint=0, seconds=0.0)
+    print("the end")
+    assert terminal.wait_for("the end\r\n") == ["the end", ""]
+  lines = [x.split("  ")[0] for x in caplog.messages if x.startswith("step ")]
+  assert lines == ["step 4/6", "step 6/6"]
+  assert world.of("log") == [1, 2, 3, 4, 5, 6]
+  drawn = terminal.received.decode()
+  assert "step 4/6  evaluating  0:00:00" in drawn
+  assert re.search(
+    r"step 2/6  left 0:00:\d\d  [\d.]+ steps/s  l1 2.0000  ", drawn
+  )
 
 
 def test_metrics_are_fetched_after_the_next_step_is_dispatched():

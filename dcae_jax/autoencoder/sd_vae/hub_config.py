@@ -24,6 +24,7 @@ DEFAULTS = {
   "act_fn": "silu",
   "latent_channels": 4,
   "norm_num_groups": 32,
+  "sample_size": 32,
   "scaling_factor": 0.18215,
   "shift_factor": None,
   "use_quant_conv": True,

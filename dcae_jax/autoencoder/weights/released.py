@@ -145,7 +145,7 @@ def _recognise(
   ]
   best = max(candidates, key=shared, default=None)
   if best is None or shared(best) < 0.5:
-    names = ", ".join(family.name for family in families.FAMILIES)
+    names = ", ".join(families.FAMILIES)
     known = ", ".join(families.variants())
     raise errors.UserError(
       f"{source!r} is not recognised as one of {names}: put its config.json "

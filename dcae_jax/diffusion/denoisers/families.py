@@ -7,6 +7,8 @@ of the latents. What that is (noise or velocity) is not decided here.
 """
 
 import dataclasses
+import difflib
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +22,12 @@ from dcae_jax.diffusion.denoisers import dit, pixart, sana, uvit
 from dcae_jax.nn import precision
 
 PATCH_SIZES = (1, 2, 4, 8)
+_PLAIN = {int, float, bool, str, type(None)}
+# Fields of modules that are no part of an architecture.
+_NO_ARCHITECTURE = {
+  "latent_size", "latent_channels", "conditioning", "patch_size",
+  "learn_sigma", "remat", "dtype", "parent", "name",
+}  # fmt: skip
 Module = nn.Module  # of the interface above
 
 
@@ -85,18 +93,82 @@ def find(name: str) -> Variant:
   return known[name]
 
 
-def resized(name: str, depth: int = 0, hidden: int = 0) -> Variant:
-  """The variant of that name with other sizes, 0: its own; heads are as wide.
+def list_denoisers() -> list[str]:
+  """The names that `config.model.variant` of a denoiser takes."""
+  return list(variants())
 
-  Raises UserError for an unknown one, or a width that they do not divide.
+
+def of_model(name: str, architecture: Mapping[str, Any]) -> Variant:
+  """The denoiser that `config.model` of a run describes.
+
+  Args:
+    name: a key of `variants()`, or one of `DENOISERS` alone, maybe with a dash
+      and a word behind it, beside a whole architecture.
+    architecture: `config.model.architecture`, the fields of the module in which
+      it differs from the variant.
+
+  Raises:
+    UserError: an unknown name, or fields that there are not, that are of the
+      wrong type, that are missing or that do not fit together.
   """
-  variant = find(name)
+  family = name.partition("-")[0]
+  if not architecture or (name not in variants() and family not in DENOISERS):
+    return find(name)
+  sizes = variants()[name].fields if name in variants() else {}
+  fields = {**sizes, **architecture}
+  with errors.prefixed(f"config.model.architecture of {name}: "):
+    _check_fields(family, fields)
+    DENOISERS[family].check(**fields)
+  return Variant(family, fields)
+
+
+def fields_of(module: type[Module]) -> dict[str, dataclasses.Field]:
+  """The fields of a denoiser's class that its architecture is made of."""
+  return {
+    field.name: field
+    for field in dataclasses.fields(module)
+    if field.name not in _NO_ARCHITECTURE
+  }
+
+
+def _check_fields(family: str, fields: Mapping[str, Any]) -> None:
+  """Raises UserError for fields that a module cannot be made with."""
+  known = fields_of(DENOISERS[family].module)
+  for name, value in fields.items():
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1)
+      meant = f"did you mean {near[0]!r}?" if near else ""
+      raise errors.UserError(
+        f"{name!r} is no field of {family}; "
+        f"{meant or 'it has ' + ', '.join(known)}"
+      )
+    kind = known[name].type
+    kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
+    kinds = (*kinds, int) if float in kinds else kinds
+    if _PLAIN.issuperset(kinds) and type(value) not in kinds:
+      raise errors.UserError(
+        f"{name}={value!r} is not of the type {' or '.join(map(_word, kinds))}"
+      )
+  for name, field in known.items():
+    if name not in fields and field.default is dataclasses.MISSING:
+      raise errors.UserError(f"{name} is missing")
+
+
+def _word(kind: type) -> str:
+  return kind.__name__.replace("NoneType", "None")
+
+
+def resized(variant: Variant, depth: int = 0, hidden: int = 0) -> Variant:
+  """The variant with other sizes, 0: its own; heads are as wide.
+
+  Raises UserError for a width that they do not divide.
+  """
   fields = dict(variant.fields)
   width = fields["hidden"] // fields["heads"]
   if hidden % width:
     raise errors.UserError(
       f"hidden={hidden} is not a multiple of {width}, the width of a head of "
-      f"{name}"
+      f"this {variant.family}"
     )
   fields["depth"] = depth or fields["depth"]
   fields["hidden"] = hidden or fields["hidden"]

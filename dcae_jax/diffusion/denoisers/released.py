@@ -81,11 +81,6 @@ _SANA_LATENT_SIZE = 32
 _NULL_FILE = "null_caption.npy"
 # Our own description, in a key that diffusers leaves alone.
 _DESCRIPTION = "_dcae_jax"
-# Fields of modules that are no part of an architecture.
-_NO_ARCHITECTURE = {
-  "latent_size", "latent_channels", "conditioning", "patch_size",
-  "learn_sigma", "remat", "dtype", "parent", "name",
-}  # fmt: skip
 
 
 class Released(NamedTuple):
@@ -317,9 +312,7 @@ def save(
     tensors = {f"{prefix}{key}": x for key, x in tensors.items()}
     config = {"model_name": name} if name else {}
   fields = {
-    field.name: getattr(model, field.name)
-    for field in dataclasses.fields(model)
-    if field.name not in _NO_ARCHITECTURE
+    name: getattr(model, name) for name in families.fields_of(type(model))
   }
   config[_DESCRIPTION] = {
     "family": family,

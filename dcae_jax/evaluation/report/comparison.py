@@ -31,6 +31,32 @@ def table(runs: Runs) -> list[list[str]]:
   return rows
 
 
+def kinds(runs: Runs) -> list[tuple[Any, ...]]:
+  """Of the rows below the heads: equal where they measure the same images."""
+  return [
+    (resolution, values["images"], images(result), result["crop"])
+    for _, result, resolution, values in _rows(runs)
+  ]
+
+
+def images(result: Mapping[str, Any]) -> str:
+  """Where they are from."""
+  source = result["config"]["source"]
+  keys = [x for x in ("name", "path", "split", "part") if source.get(x)]
+  named = [source["kind"], *(f"{key} {source[key]}" for key in keys)]
+  return f"{', '.join(named)}: {result['files']:,} files"
+
+
+def model(autoencoder: Mapping[str, Any]) -> str:
+  """What a row is of, and where that is."""
+  size = autoencoder["spatial_compression"], autoencoder["latent_channels"]
+  described = "{}, {:,} parameters, latents f{}c{}".format(
+    autoencoder["variant"], autoencoder["parameters"], *size
+  )
+  place = autoencoder["init_from"]
+  return f"{described}, from {place}" if place else described
+
+
 def _rows(runs: Runs) -> list[tuple[str, Any, str, Any]]:
   """Name, result, resolution and numbers of each row."""
   return [

@@ -1,6 +1,6 @@
 """The HTML report of evaluations: reads their work directories, writes a page.
 
-Pictures are copied, so that the report can be moved and opened anywhere.
+Pictures and numbers are copied: the report can be moved and opened anywhere.
 """
 
 import os
@@ -14,16 +14,18 @@ from etils import epath
 
 from dcae_jax import errors
 from dcae_jax.evaluation import metrics as metrics_table
-from dcae_jax.evaluation.report import comparison, figures
-from dcae_jax.evaluation.report import page as html_page
-from dcae_jax.runs import metrics_writer, places, work_directory
+from dcae_jax.evaluation.report import comparison, evaluation_page, figures
+from dcae_jax.runs import (
+  json_types,
+  metrics_writer,
+  places,
+  regular_files,
+  work_directory,
+)
 
-CURVES = "loss_curves.png"
+CURVES, NUMBERS = "loss_curves.png", "numbers"
+_OF_TRAINING = {"*": json_types.NUMBER}
 _RESULT = {"name": str, "autoencoder": {"init_from": str}, "resolutions": dict}
-_LOSSES = (
-  "train/loss/l1", "train/loss/lpips", "train/loss/generator",
-  "train/loss/discriminator",
-)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -63,13 +65,16 @@ def write(
   report: epath.Path,
   runs: Sequence[Run],
   notes: Sequence[tuple[str, str]] = (),
-) -> html_page.Contents:
+  beside: Sequence[str] = (),
+) -> evaluation_page.Contents:
   """Writes the report of evaluations into a directory.
 
-  `notes`, as of `comparison.notes`, are on what is not among the runs.
+  `notes`, as of `comparison.notes`, are on what is not among the runs, `beside`
+  files that the caller adds.
   """
   named = [(run.name, run.result) for run in runs]
-  (report / "pictures").mkdir(parents=True)
+  for folder in ("pictures", NUMBERS):
+    (report / folder).mkdir(parents=True)
   sizes = dict.fromkeys(
     size for run in runs for size in run.result["resolutions"]
   )
@@ -78,29 +83,54 @@ def write(
     with_size = [run for run in runs if size in run.result["resolutions"]]
     sections += _sections(report, size, with_size)
     latents += [_latents(report, size, run) for run in with_size]
-  contents = html_page.Contents(
+  contents = evaluation_page.Contents(
     named,
     [*notes, *comparison.notes(named)],
+    {run.name: _copy_numbers(report, run) for run in runs},
     _write_curves(report, runs),
     sections,
     latents,
+    beside,
   )
-  metrics_writer.write_whole(report / "index.html", html_page.page(contents))
+  metrics_writer.write_whole(
+    report / "index.html", evaluation_page.html_of(contents)
+  )
   return contents
 
 
+def _copy_numbers(report: epath.Path, run: Run) -> dict[str, str]:
+  """Copies the result and the tables of images; files by what they are."""
+  copied = {}
+  tables = [f"images_{size}px.csv" for size in run.result["resolutions"]]
+  for name in ("result.json", *tables):
+    copied[name] = f"{NUMBERS}/{run.slug}_{name}"
+    source = regular_files.checked(run.directory / name)
+    (report / copied[name]).write_bytes(source.read_bytes())
+  return copied
+
+
 def _write_curves(report: epath.Path, runs: Sequence[Run]) -> str:
-  """A panel for each training run among them; "" if there is none."""
-  lines = {}
+  """Panels for each training run among them; "" if there is none."""
+  trainings = {}
   for run in runs:
     init_from = run.result["autoencoder"]["init_from"]
     path = places.found(init_from, os.fspath(run.directory))
-    file = epath.Path(path).expanduser() / "metrics.jsonl"
+    directory = epath.Path(path).expanduser()
+    file, result = directory / "metrics.jsonl", directory / "result.json"
     if init_from and file.exists():
-      lines[run.name] = metrics_writer.read_lines(file)
-  if not lines:
+      ended = {}
+      if result.exists():
+        ended = work_directory.read_result(result, _OF_TRAINING)
+      lines = metrics_writer.read_lines(file)
+      trainings[run.name] = figures.Training(lines, ended)
+  if not trainings:
     return ""
-  (report / CURVES).write_bytes(figures.loss_curves(lines, _LOSSES))
+  measures = {
+    key: figures.Measure(column.title, is_log=column.better == "lower")
+    for key, column in metrics_table.columns().items()
+  }
+  curves = figures.training_curves(trainings, measures)
+  (report / CURVES).write_bytes(curves)
   return CURVES
 
 
@@ -147,10 +177,12 @@ def _caption(values: Mapping[str, float]) -> str:
 
 def _sections(
   report: epath.Path, size: str, runs: list[Run]
-) -> list[html_page.Section]:
+) -> list[evaluation_page.Section]:
   """The samples, together where runs share them; each run's extremes."""
   sections = [
-    html_page.Section(f"Images at {size} px", _samples(report, size, runs))
+    evaluation_page.Section(
+      f"Images at {size} px", _samples(report, size, runs)
+    )
   ]
   for group in ("worst", "best"):
     for run in runs:
@@ -159,13 +191,13 @@ def _sections(
       of = f" of {run.name}" if len(runs) > 1 else ""
       title = f"{group.capitalize()} PSNR{of} at {size} px"
       if made:
-        sections.append(html_page.Section(title, made))
+        sections.append(evaluation_page.Section(title, made))
   return sections
 
 
 def _samples(
   report: epath.Path, size: str, runs: list[Run]
-) -> list[html_page.Figure]:
+) -> list[evaluation_page.Figure]:
   """Runs share a figure where their originals are the same, bit for bit."""
   rows = [run.rows(size, "samples") for run in runs]
   made = []
@@ -185,7 +217,7 @@ def _figure(
   size: str,
   index: int,
   versions: list[tuple[Run, dict[int, dict[str, Any]]]],
-) -> html_page.Figure:
+) -> evaluation_page.Figure:
   """Writes the pictures of one image."""
   first, rows = versions[0]
   original = first.picture(size, index, "")
@@ -201,15 +233,15 @@ def _figure(
     pixels = run.picture(size, index, "_reconstruction")
     prefix = f"{stem}_{run.slug}"
     made.append(
-      html_page.Version(
+      evaluation_page.Version(
         run.name,
         _caption(values[index]),
         save(f"{prefix}.png", pixels),
         save(f"{prefix}_crop.png", pixels[window]),
-        save(f"{prefix}_error.png", figures.error_map(original, pixels)),
+        save(f"{prefix}_error.png", figures.error_picture(original, pixels)),
       )
     )
-  return html_page.Figure(
+  return evaluation_page.Figure(
     _short(rows[index]["name"]),
     save(f"{stem}.png", original),
     save(f"{stem}_crop.png", original[window]),

@@ -1,286 +1,249 @@
-"""The evaluation's report: one static HTML page, beside the pictures it shows.
+"""A page of HTML that opens from disk: tables, pictures and facts.
 
-It opens from disk and asks no network for anything.
+It is one file that asks no network for anything, and refers to pictures and
+numbers beside it. Without its script, tables and pictures are as they are.
 """
 
 import html
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+import time
+import urllib.parse
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
-from dcae_jax.evaluation import metrics as metrics_table
-from dcae_jax.evaluation.report import comparison
 from dcae_jax.runs import plain_text
 
-_COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#57534e")
+# What a cell begins with, such as 1,024 or 20.1 (19.8 to 20.4).
+_NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?(?=[\s,]|$)")
+_ARROW = re.compile(" (?=.$)")  # lines do not end before it
+_BEST = {"↑": max, "↓": min}  # by the arrow at the end of a head
 
 
-class Version(NamedTuple):
-  """One run's reconstruction of an image; files relative to the page."""
-
-  run: str
-  caption: str
-  image: str
-  crop: str
-  error: str
-
-
-class Figure(NamedTuple):
-  """An image and its reconstructions; files relative to the page."""
+class Part(NamedTuple):
+  """A heading, and the HTML below it."""
 
   title: str
-  image: str
-  crop: str
-  versions: list[Version]
+  body: str
 
 
-class Section(NamedTuple):
-  """Figures under a heading."""
-
-  title: str
-  figures: list[Figure]
-
-
-class Contents(NamedTuple):
-  """What the page shows; files relative to it."""
-
-  runs: comparison.Runs
-  notes: Sequence[tuple[str, str]]  # as of `comparison.notes`
-  curves: str  # a picture of the losses of training; "": there are none
-  sections: Sequence[Section]
-  latents: Sequence[tuple[str, str]]  # title and file of pictures
-
-
-def page(contents: Contents) -> str:
-  """The whole page."""
-  runs = contents.runs
-  curves = []
-  if contents.curves:
-    picture = image(contents.curves, "losses over steps", "curves")
-    curves = ["<h2>Losses of training</h2>", picture]
-  body = [
-    "<h1>Reconstruction by autoencoders</h1>",
-    table(comparison.table(runs)),
-    _notes(contents.notes),
-    *curves,
-    "<h2>Distribution over images</h2>",
-    _histograms(runs),
-    "<h2>Pictures</h2>",
-    _LEGEND,
-    *(_section(section) for section in contents.sections),
-    "<h2>Latent channels</h2>",
-    *(
-      f"<h3>{html.escape(title)}</h3>" + image(file, "latents", "latents")
-      for title, file in contents.latents
-    ),
-    _latent_statistics(runs),
-    "<h2>How it was measured</h2>",
-    *(
-      f"<details><summary>{html.escape(name)}</summary><pre>"
-      f"{html.escape(_description(result))}</pre></details>"
-      for name, result in runs
-    ),
-  ]
-  return document("Reconstruction by autoencoders", body, _SCRIPT)
-
-
-def document(title: str, body: Sequence[str], script: str = "") -> str:
-  """A page with parts of HTML, one below the other.
+def document(
+  title: str, about: Mapping[str, str], parts: Sequence[Part]
+) -> str:
+  """A page: `about`, as `facts` have it, a list of contents, and the parts.
 
   Control characters, which names of files may hold, become escapes.
   """
+  title = html.escape(title)
+  written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+  contents = "".join(
+    f"<li><a href='#part-{i}'>{html.escape(part.title)}</a></li>"
+    for i, part in enumerate(parts)
+  )
+  body = "\n".join(
+    f"<section id=part-{i}><h2>{html.escape(part.title)}</h2>\n"
+    f"{part.body}</section>"
+    for i, part in enumerate(parts)
+  )
   whole = (
     "<!doctype html>\n<html lang=en><meta charset=utf-8>"
     "<meta name=viewport content='width=device-width, initial-scale=1'>"
-    f"<title>{html.escape(title)}</title><style>{_STYLE}</style>\n"
-    + "\n".join(body)
-    + f"\n<script>{script}</script></html>\n"
+    f"<title>{title}</title><style>{_STYLE}</style>\n<h1>{title}</h1>\n"
+    f"{facts({'written': written, **about})}\n"
+    f"<nav aria-label=Contents><ol>{contents}</ol></nav>\n"
+    f"{body}\n<script>{_SCRIPT}</script></html>\n"
   )
   return plain_text.escaped(whole, kept="\n\t")
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-  """The first row is heads."""
-  header, *rows = rows
-  head = "".join(f"<th>{html.escape(cell)}" for cell in header)
-  body = "".join(
-    f"<tr>{''.join(f'<td>{html.escape(cell)}' for cell in row)}</tr>"
-    for row in rows
+def facts(about: Mapping[str, str]) -> str:
+  """A list of names, which are escaped here, and what is said of them: HTML."""
+  lines = "".join(
+    f"<dt>{html.escape(name)}</dt><dd>{text}</dd>"
+    for name, text in about.items()
   )
-  return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
+  return f"<dl>{lines}</dl>"
 
 
-def _notes(notes: Sequence[tuple[str, str]]) -> str:
-  lines = (
-    f"<li><b>{html.escape(subject)}</b> {html.escape(text)}</li>"
-    for subject, text in notes
-  )
-  return f"<ul class=notes>{''.join(lines)}</ul>" if notes else ""
-
-
-def _section(section: Section) -> str:
-  figures = "".join(map(_figure, section.figures))
-  return f"<h3>{html.escape(section.title)}</h3>{figures}"
-
-
-def image(file: str, alt: str, of_class: str) -> str:
-  """A picture beside the page."""
-  file, alt = (html.escape(text, quote=True) for text in (file, alt))
-  return f"<img class={of_class} loading=lazy src='{file}' alt='{alt}'>"
-
-
-def _figure(figure: Figure) -> str:
-  """A slider between two versions; crops and errors beside it."""
-  versions = [("original", figure.image)]
-  versions += [(version.run, version.image) for version in figure.versions]
-
-  def choice(chosen: int) -> str:
-    options = "".join(
-      f"<option value='{html.escape(file, quote=True)}'"
-      f"{' selected' if i == chosen else ''}>{html.escape(name)}</option>"
-      for i, (name, file) in enumerate(versions)
-    )
-    return f"<select>{options}</select>"
-
-  (left, left_file), (right, right_file) = versions[:2]
-  slider = (
-    f"<div class=slider>{image(right_file, right, 'right')}"
-    f"{image(left_file, left, 'left')}</div>"
-    "<input type=range min=0 max=100 value=50 aria-label=divide>"
-  )
-  crop = image(figure.crop, "original, crop", "pixels")
-  tiles = [(f"{choice(0)} {choice(1)}", slider), ("<b>original</b>", crop)]
-  for version in figure.versions:
-    name, caption = html.escape(version.run), html.escape(version.caption)
-    crop = image(version.crop, f"{version.run}, crop", "pixels")
-    error = image(version.error, f"{version.run}, error", "pixels")
-    tiles.append((f"<b>{name}</b><br>{caption}", crop))
-    tiles.append((f"<b>{name}</b><br>error", error))
-  tiles = "".join(f"<div><p>{text}</p>{tile}</div>" for text, tile in tiles)
-  return (
-    f"<figure><figcaption>{html.escape(figure.title)}</figcaption>"
-    f"<div class=tiles>{tiles}</div></figure>"
-  )
-
-
-def _histograms(runs: comparison.Runs) -> str:
-  """A small chart per resolution and metric, one line per run."""
-  charts = []
-  sizes = dict.fromkeys(
-    size for _, result in runs for size in result["resolutions"]
-  )
-  for size in sizes:
-    for key, metric in metrics_table.METRICS.items():
-      lines = [
-        (name, result["resolutions"][size]["histograms"][key])
-        for name, result in runs
-        if key in result["resolutions"].get(size, {}).get("histograms", {})
-      ]
-      if lines:
-        edges = metric.of_pairs.edges.tolist()
-        charts.append(_chart(f"{metric.label}, {size} px", lines, edges))
-  keys = "".join(
-    f"<span style='color:{_COLOURS[i % len(_COLOURS)]}'>■ "
-    f"{html.escape(name)}</span> "
-    for i, (name, _) in enumerate(runs)
-  )
-  return f"<p>{keys}</p><div class=charts>{''.join(charts)}</div>"
-
-
-def _chart(
-  title: str, lines: Sequence[tuple[str, list[int]]], edges: list[float]
+def table(
+  rows: Sequence[Sequence[str]], kinds: Sequence[Hashable] | None = None
 ) -> str:
-  """Steps over the bins that any run has images in, as parts of the run."""
-  width, height = 320, 120
-  used = [i for _, bins in lines for i, n in enumerate(bins) if n]
-  first, last = max(min(used) - 1, 0), min(max(used) + 2, len(edges) - 1)
-  top = max(max(bins) / sum(bins) for _, bins in lines)
-  paths = []
-  for i, (_, bins) in enumerate(lines):
-    points = []
-    for j in range(first, last):
-      y = height - height * bins[j] / sum(bins) / top
-      for k in (j, j + 1):
-        x = width * (k - first) / (last - first)
-        points.append(f"{x:.1f},{y:.1f}")
-    colour = _COLOURS[i % len(_COLOURS)]
-    paths.append(
-      f"<polyline points='{' '.join(points)}' fill=none stroke='{colour}' "
-      "stroke-width=1.5 />"
-    )
+  """The first row is heads; each column can be sorted by.
+
+  The best numbers of columns whose heads end with an arrow are bold, among rows
+  of the same kind; None: all rows compare. A row with none like it has no best.
+  """
+  header, *rows = rows
+  kinds = kinds or [None] * len(rows)
+  columns = [
+    _column(head, cells, kinds)
+    for head, *cells in zip(header, *rows, strict=True)
+  ]
+  head = "".join(
+    f"<th scope=col>{_ARROW.sub('&nbsp;', html.escape(cell))}</th>"
+    for cell in header
+  )
+  body = "\n".join(
+    f"<tr>{''.join(row)}</tr>" for row in zip(*columns, strict=True)
+  )
   return (
-    f"<div><b>{html.escape(title)}</b>"
-    f"<svg viewBox='-2 -2 {width + 4} {height + 18}' width={width}>"
-    f"<path d='M0 {height}H{width}' stroke='#999'/>{''.join(paths)}"
-    f"<text y={height + 14}>{edges[first]:g}</text>"
-    f"<text x={width} y={height + 14} text-anchor=end>{edges[last]:g}</text>"
-    "</svg></div>"
+    f"<div class=wide><table><thead><tr>{head}</tr></thead>\n"
+    f"<tbody>{body}</tbody></table></div>"
   )
 
 
-def _latent_statistics(runs: comparison.Runs) -> str:
-  """Mean, deviation and RMS of each channel, folded away."""
-  parts = []
-  for name, result in runs:
-    for size, numbers in result["resolutions"].items():
-      channels = numbers["latent"]["channels"]
-      columns = (channels[key] for key in ("mean", "std", "rms"))
-      rows = "".join(
-        f"<tr><td>{i}<td>{mean:.4g}<td>{std:.4g}<td>{rms:.4g}</tr>"
-        for i, (mean, std, rms) in enumerate(zip(*columns, strict=True))
-      )
-      parts.append(
-        f"<details><summary>{html.escape(name)}, {size} px: statistics of each "
-        "channel</summary><table><tr><th>channel<th>mean<th>std<th>RMS</tr>"
-        f"{rows}</table></details>"
-      )
-  return "".join(parts)
+def _column(
+  head: str, cells: Sequence[str], kinds: Sequence[Hashable]
+) -> list[str]:
+  """Its cells below the head; equal to a reader is equally good."""
+  numbers = [_number(cell) for cell in cells]
+  by_kind = {}
+  for kind, number in zip(kinds, numbers, strict=True):
+    if number is not None:
+      by_kind.setdefault(kind, []).append(number)
+  best = _BEST.get(head[-1:])
+  made = []
+  for cell, kind, number in zip(cells, kinds, numbers, strict=True):
+    text, sorted_by = html.escape(cell), ""
+    if number is not None:
+      sorted_by = f" data-number={number:g}"
+      alike = by_kind[kind]
+      if best and len(alike) > 1 and number == best(alike):
+        text = f"<b>{text}</b>"
+    made.append(f"<td{sorted_by}>{text}</td>")
+  return made
 
 
-def _description(result: Mapping[str, Any]) -> str:
-  """Everything but the numbers and files that the page shows elsewhere."""
-  shown = {k: v for k, v in result.items() if k != "resolutions"}
-  return json.dumps(shown, indent=2, ensure_ascii=False)
+def _number(cell: str) -> float | None:
+  found = _NUMBER.match(cell)
+  return float(found[0].replace(",", "")) if found else None
 
 
-_LEGEND = (
-  "<p class=notes>Drag the slider between two versions. Beside them are a "
-  "crop, a quarter of each side, and the error, the mean over channels: black "
-  "is 0, white 64 of 255 or more.</p>"
-)
+def picture(file: str, alt: str, of_class: str) -> str:
+  """A picture beside the page; a link to it, which the script shows large."""
+  file, alt = html.escape(_address(file)), html.escape(alt)
+  return (
+    f"<a class='zoom {of_class}' href='{file}'>"
+    f"<img loading=lazy src='{file}' alt='{alt}'></a>"
+  )
+
+
+def plot(file: str, alt: str) -> str:
+  """A picture with small texts, on white."""
+  return f"<div class=wide>{picture(file, alt, 'plot')}</div>"
+
+
+def link(text: str, file: str) -> str:
+  """To a file beside the page."""
+  return f"<a href='{html.escape(_address(file))}'>{html.escape(text)}</a>"
+
+
+def _address(file: str) -> str:
+  return urllib.parse.quote(file)
+
+
+def folded(title: str, body: str) -> str:
+  """HTML that is shown when its title is clicked."""
+  return f"<details><summary>{html.escape(title)}</summary>{body}</details>"
+
+
 _STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1200px;
-padding:0 1rem;color:#1c1917}
-h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.2rem}h3{font-size:1rem;margin-top:1.6rem}
+:root{color-scheme:light dark;--ink:#1c1917;--paper:#fff;--faint:#57534e;
+--line:#d6d3d1;--link:#1d4ed8;--plot:none;
+--0:#2563eb;--1:#d97706;--2:#059669;--3:#db2777;--4:#7c3aed;--5:#57534e}
+@media(prefers-color-scheme:dark){:root{--ink:#e7e5e4;--paper:#191716;
+--faint:#a8a29e;--line:#44403c;--link:#93c5fd;
+--plot:invert(.9) hue-rotate(180deg);
+--0:#60a5fa;--1:#fbbf24;--2:#34d399;--3:#f472b6;--4:#a78bfa;--5:#a8a29e}}
+*{box-sizing:border-box}
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1400px;
+padding:0 1rem;color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
+h1{font-size:1.6rem}h2{font-size:1.25rem;margin:2.4rem 0 .8rem}
+h3{font-size:1rem;margin:1.6rem 0 .6rem}
+a{color:var(--link)}
+dl{display:grid;grid-template-columns:fit-content(30%) 1fr;gap:.2rem 1rem;
+font-size:.9rem}
+dt{color:var(--faint)}dd{margin:0}
+nav ol{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;margin:0;padding:.8rem 0;
+list-style:none;border:solid var(--line);border-width:1px 0}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #d6d3d1}
-th{vertical-align:bottom}td{white-space:nowrap}
-th:first-child,td:first-child{text-align:left}
-.notes{color:#57534e;font-size:.9rem;overflow-wrap:anywhere}
-figure{margin:0 0 1.6rem}
-figcaption{font-weight:600;overflow-wrap:anywhere}
-.tiles{display:grid;gap:0 .8rem;
-grid-template-columns:repeat(auto-fill,minmax(min(250px,100%),1fr))}
-.tiles p{font-size:.8rem;height:2.8em;overflow:hidden;margin:.4rem 0}
-.tiles select{max-width:48%}
-.tiles img{width:100%;display:block}
-.pixels,.latents{image-rendering:pixelated}
+th,td{padding:.35rem .7rem;text-align:right;border-bottom:1px solid var(--line);
+white-space:nowrap}
+th{vertical-align:bottom;white-space:normal;overflow-wrap:normal;min-width:4em}
+th:first-child,td:first-child{text-align:left;white-space:normal;
+max-width:min(20em,40vw);overflow-wrap:break-word;position:sticky;left:0;
+background:var(--paper)}
+th button{all:unset;cursor:pointer}
+th button:focus-visible{outline:2px solid var(--link)}
+th[aria-sort] button{text-decoration:underline}
+.notes{color:var(--faint);font-size:.9rem}
+img{display:block;width:100%}
+.zoom{display:block;cursor:zoom-in}
+a.plot{margin-top:1rem}
+.plot img{width:auto;max-width:max(100%,60rem);filter:var(--plot)}
+.sheet img{width:auto;max-width:100%}
+.pixels img,dialog.pixels img{image-rendering:pixelated}
+dialog{border:0;padding:.5rem;width:100vw;height:100dvh;max-width:none;
+max-height:none;background:#111;color:#fff;cursor:zoom-out}
+dialog[open]{display:flex;flex-direction:column;gap:.5rem}
+dialog img{flex:1;min-height:0;object-fit:contain}
+dialog.plot img{min-width:60rem}
+dialog form{position:sticky;left:0;display:flex;justify-content:space-between;gap:1rem}
+.figures{display:flex;flex-wrap:wrap;gap:1.5rem}
+figure{margin:0;flex:0 1 calc(var(--columns)*215px)}
+figcaption{font-weight:600;margin-bottom:.3rem}
+.tiles{display:grid;gap:.4rem .8rem;
+grid-template-columns:repeat(auto-fill,minmax(min(200px,45%),1fr))}
+.tiles>div{display:grid;grid-template-rows:subgrid;grid-row:span 4;
+align-content:start}
+.tiles p{font-size:.85rem;margin:0}
+.tiles select{width:48%}
+.tiles input{width:100%;margin:.3rem 0 0}
 .slider{position:relative}
-.left{position:absolute;top:0;left:0;clip-path:inset(0 50% 0 0)}
-input{width:100%;margin:.3rem 0 0}
+.left{position:absolute;inset:0;clip-path:inset(0 50% 0 0)}
 .charts{display:flex;flex-wrap:wrap;gap:1.2rem;font-size:.85rem}
-.charts div{width:320px}
-.latents,.curves{max-width:100%}
-svg text{font-size:11px;fill:#57534e}
-pre{white-space:pre-wrap;font-size:.8rem;overflow-wrap:anywhere}
+.charts div{width:320px;max-width:100%}
+.charts svg{max-width:100%}
+svg text{font-size:11px;fill:var(--faint)}
+pre{white-space:pre-wrap;font-size:.8rem}
 """
 _SCRIPT = """
+for(const table of document.querySelectorAll('table'))
+table.querySelectorAll('th').forEach((head,column)=>{
+const button=document.createElement('button');
+button.append(...head.childNodes);head.append(button);
+button.addEventListener('click',()=>{
+const sign=head.ariaSort==='ascending'?-1:1;
+for(const other of table.querySelectorAll('th'))other.ariaSort=null;
+head.ariaSort=sign>0?'ascending':'descending';
+const compare=(a,b)=>{
+const [x,y]=[a,b].map(row=>row.cells[column]);
+const [m,n]=[x,y].map(cell=>parseFloat(cell.dataset.number));
+if(isNaN(m)||isNaN(n))return isNaN(m)-isNaN(n)
+||sign*x.textContent.localeCompare(y.textContent,undefined,{numeric:true});
+return sign*(m-n)};
+const body=table.tBodies[0];
+body.append(...[...body.rows].sort(compare))})});
+const dialog=document.createElement('dialog');
+dialog.innerHTML='<form method=dialog><span></span>'
++'<button aria-label=Close>✕</button></form><img alt="">';
+dialog.addEventListener('click',()=>dialog.close());
+document.body.append(dialog);
+for(const link of document.querySelectorAll('.zoom'))
+link.addEventListener('click',event=>{
+if(event.ctrlKey||event.metaKey||event.shiftKey)return;
+event.preventDefault();
+dialog.className=link.className.replace('zoom','');
+dialog.querySelector('img').src=link.href;
+dialog.querySelector('span').textContent=link.firstChild.alt;
+dialog.showModal()});
 for(const figure of document.querySelectorAll('figure')){
-const left=figure.querySelector('.left'),right=figure.querySelector('.right');
+const [left,right]=['.left','.right'].map(side=>figure.querySelector(side));
+const show=(side,choice)=>choice.addEventListener('change',()=>{
+side.href=side.firstChild.src=choice.value;
+side.firstChild.alt=choice.selectedOptions[0].text});
 const [a,b]=figure.querySelectorAll('select');
-figure.querySelector('input').addEventListener('input',e=>{
-left.style.clipPath=`inset(0 ${100-e.target.value}% 0 0)`});
-a.addEventListener('change',()=>{left.src=a.value});
-b.addEventListener('change',()=>{right.src=b.value});}
+show(left,a);show(right,b);
+figure.querySelector('input').addEventListener('input',event=>{
+left.style.clipPath=`inset(0 ${100-event.target.value}% 0 0)`})}
 """

@@ -16,7 +16,7 @@ import numpy as np
 
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation.report import figures, page, text_table
-from dcae_jax.runs import plain_text
+from dcae_jax.runs import plain_text, versions
 
 FIGURE, CURVES = "figure.png", "over_steps.png"
 _FLOOR = "block PCA"
@@ -332,15 +332,11 @@ def _conditions(study: Study) -> list[str]:
   if not records:
     return ["No cell is finished."]
   hours = sum(record["seconds"] for record in records) / 3600
-  computed = dict.fromkeys(
-    f"dcae_jax {x['dcae_jax']}, jax {x['jax']}, {x['devices']}"
-    for record in records
-    for x in (record["versions"],)
-  )
+  computed = versions.in_words(record["versions"] for record in records)
   sentences = [
     "Means over seeds, with the least and the most.",
     f"{len(records)} cells took {hours:.2f} hours in all, by the clock of "
-    f"each, without starts that were stopped ({'; '.join(computed)}).",
+    f"each, without starts that were stopped ({computed}).",
   ]
   if study.unfinished:
     sentences.append(f"Cells that are not finished: {study.unfinished}.")
@@ -375,24 +371,29 @@ def _code(value: Any) -> str:
 
 def write_page(study: Study) -> str:
   """The HTML report."""
-  notes = html.escape(" ".join(_conditions(study)))
-  body = [
-    f"<h1>{html.escape(study.title or 'Study')}</h1>",
-    f"<p class=notes>{notes}</p>",
-    page.table(table(study)),
-    page.image(FIGURE, "measures of each arm", "curves"),
-  ]
+  figure = page.plot(FIGURE, "measures of each arm")
+  parts = [page.Part("Arms", page.table(table(study)) + figure)]
   if study.compared:
-    body += ["<h2>Seed by seed</h2>", page.table(table_of_pairs(study))]
+    parts.append(page.Part("Seed by seed", page.table(table_of_pairs(study))))
   if study.figure.over_steps:
-    curves = page.image(CURVES, "measures over steps", "curves")
-    body += ["<h2>Over steps</h2>", curves]
-  body.append("<h2>What differs between arms</h2>")
+    curves = page.plot(CURVES, "measures over steps")
+    parts.append(page.Part("Over steps", curves))
+  cells = {
+    name: ", ".join(
+      page.link(f"seed {seed}", f"cells/{name}/{seed}/result.json")
+      for seed in arm.records
+    )
+    for name, arm in study.arms.items()
+  }
+  parts.append(page.Part("Cells", page.facts(cells)))
   described = {name: arm.changes for name, arm in study.arms.items()}
+  changes = ""
   for name, config in (described | {"all arms": study.base}).items():
     text = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
-    body.append(
-      f"<details><summary>{html.escape(name)}</summary><pre>{text}</pre>"
-      "</details>"
-    )
-  return page.document(study.title or "Study", body)
+    changes += page.folded(name, f"<pre>{text}</pre>")
+  parts.append(page.Part("What differs between arms", changes))
+  about = {
+    "conditions": html.escape(" ".join(_conditions(study))),
+    "numbers": ", ".join(page.link(x, x) for x in ("study.json", "study.md")),
+  }
+  return page.document(study.title or "Study", about, parts)
