@@ -176,7 +176,7 @@ class Denoiser:
     Raises:
       UserError: labels or prompts that the network does not know, a scale,
         steps or a size that cannot be, an autoencoder or text encoder that is
-        not there.
+        not there, or an autoencoder whose scaling factor is not known.
       FloatingPointError: latents are not finite.
     """
     kind = self.diffusion.conditioning

@@ -154,7 +154,7 @@ def _check_fields(family: str, fields: Mapping[str, Any]) -> None:
       raise errors.UserError(f"{name} is missing")
 
 
-def _word(kind: type) -> str:
+def _word(kind: Any) -> str:
   return kind.__name__.replace("NoneType", "None")
 
 
