@@ -71,7 +71,7 @@ def test_evaluations_have_it_in_result_table_and_page(
   for text in (caplog.text, page.text):
     assert f"{found['largest_error']:.1f}" in text
     assert f"{found['colours']:.3f}" in text
-  assert "<b>largest error at 32 px</b>" in page.text  # its dots
+  assert "<b>largest error ↓ at 32 px</b>" in page.text  # its dots
   caption = found["pictures"]["samples"][0]["largest_error"]
   assert f"largest error {caption:.1f}" in page.text
 
