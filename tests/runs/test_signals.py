@@ -99,9 +99,10 @@ def test_without_a_promise_a_stop_is_one_line_and_a_trace_is_no_end():
     assert line.startswith("SIGINT: left at once")
 
 
-def test_the_command_line_hears_signals_before_its_imports():
+@pytest.mark.parametrize("module", ["dcae_jax", "dcae_jax.main"])
+def test_the_command_line_hears_signals_before_its_imports(module):
   """SIGUSR1, which asks for a trace, would end a process otherwise."""
-  command = [sys.executable, "-m", "dcae_jax.main", "--config=nowhere.py"]
+  command = [sys.executable, "-m", module, "--config=nowhere.py"]
   with subprocess.Popen(
     command, cwd=REPOSITORY, env=os.environ, stderr=subprocess.PIPE, text=True
   ) as process:

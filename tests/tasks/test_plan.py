@@ -225,6 +225,14 @@ def test_bad_input_is_named_before_anything_is_compiled(
     plan.run(config, None)
 
 
+def test_a_config_of_the_package_is_named_without_its_path(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  config = plan.load("f64_phase2", {"mesh": {"spatial": 2}})[""]
+  assert config.model.variant == "f64c128" and config.mesh.spatial == 2
+
+
 def test_the_command_needs_no_work_directory(config_file, tmp_path, caplog):
   changes = "--config.changes={'batch_size': 2, 'mesh': {'data': 1}}"
   arguments = [f"--config.of={config_file(3)}", changes]
