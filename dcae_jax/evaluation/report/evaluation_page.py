@@ -72,7 +72,7 @@ def html_of(contents: Contents) -> str:
     for title, figures in contents.sections
   ]
   latents = "".join(
-    f"<h3>{html.escape(title)}</h3>{page.picture(file, title, 'sheet pixels')}"
+    f"<h3>{html.escape(title)}</h3>{page.sheet(file, title, 'pixels')}"
     for title, file in contents.latents
   )
   parts.append(page.Part("Latent channels", latents + _latent_statistics(runs)))

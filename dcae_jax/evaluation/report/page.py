@@ -127,9 +127,14 @@ def picture(file: str, alt: str, of_class: str) -> str:
   )
 
 
+def sheet(file: str, alt: str, of_class: str = "") -> str:
+  """A wide picture with small texts; a narrow window scrolls it."""
+  return f"<div class=wide>{picture(file, alt, f'sheet {of_class}')}</div>"
+
+
 def plot(file: str, alt: str) -> str:
-  """A picture with small texts, on white."""
-  return f"<div class=wide>{picture(file, alt, 'plot')}</div>"
+  """One of lines on white, which a dark scheme turns dark."""
+  return sheet(file, alt, "plot")
 
 
 def link(text: str, file: str) -> str:
@@ -160,7 +165,7 @@ padding:0 1rem;color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin:2.4rem 0 .8rem}
 h3{font-size:1rem;margin:1.6rem 0 .6rem}
 a{color:var(--link)}
-dl{display:grid;grid-template-columns:fit-content(30%) 1fr;gap:.2rem 1rem;
+dl{display:grid;grid-template-columns:fit-content(40%) 1fr;gap:.2rem 1rem;
 font-size:.9rem}
 dt{color:var(--faint)}dd{margin:0}
 nav ol{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;margin:0;padding:.8rem 0;
@@ -179,15 +184,14 @@ th[aria-sort] button{text-decoration:underline}
 .notes{color:var(--faint);font-size:.9rem}
 img{display:block;width:100%}
 .zoom{display:block;cursor:zoom-in}
-a.plot{margin-top:1rem}
-.plot img{width:auto;max-width:max(100%,60rem);filter:var(--plot)}
-.sheet img{width:auto;max-width:100%}
+a.plot{margin-top:1rem}.plot img{filter:var(--plot)}
+.sheet img{width:auto;max-width:max(100%,60rem)}
 .pixels img,dialog.pixels img{image-rendering:pixelated}
 dialog{border:0;padding:.5rem;width:100vw;height:100dvh;max-width:none;
 max-height:none;background:#111;color:#fff;cursor:zoom-out}
 dialog[open]{display:flex;flex-direction:column;gap:.5rem}
 dialog img{flex:1;min-height:0;object-fit:contain}
-dialog.plot img{min-width:60rem}
+dialog.sheet img{min-width:60rem}
 dialog form{position:sticky;left:0;display:flex;gap:1rem;
 justify-content:space-between}
 .figures{display:flex;flex-wrap:wrap;gap:1.5rem}

@@ -33,7 +33,5 @@ def html_of(
     curves = page.plot(plot, "metrics over guidance")
     parts.append(page.Part("Over guidance", curves))
   if picture:
-    parts.append(
-      page.Part("Samples", page.picture(picture, "samples", "sheet"))
-    )
+    parts.append(page.Part("Samples", page.sheet(picture, "samples")))
   return page.document("Samples", about, parts)
