@@ -92,8 +92,8 @@ def test_tuples_on_the_command_line_need_no_quotes(text, expected):
     (["--config.source.captions=x"],
      "error: flag --config.source.captions=x: this is not True or False"),
     (["--config.source=x"], "error: config.source is a group of keys; set one "
-     "of captions, classes, columns, held_out, kind, members, name, "
-     "options, part, path, split, weight: --config.source.KEY=x"),
+     "of captions, classes, columns, held_out, kind, members, name, options, "
+     "part, path, split, weight: --config.source.KEY=x"),
     (["--config.batch=3"],
      "error: config.batch is no key; did you mean config.batch_size?"),
     (["--noconfig.source.caption"], "error: config.source.caption is no key; "
