@@ -98,6 +98,7 @@ def test_headings_of_neighbours_do_not_overlap():
     part = together[:, 4 + column * across :][:, :across]
     assert (part < 128).any(axis=(0, 2)).sum() == ink
     assert (part[:, -4:] == 255).all()
+    assert len(alone) <= 16 + 3 * 4 + 2 * 17  # no word is broken
 
 
 def test_accents_are_letters():

@@ -34,6 +34,7 @@ from configs import base
 from dcae_jax.data import crops
 from dcae_jax.evaluation import fid
 from dcae_jax.evaluation.networks import inception, lpips
+from dcae_jax.evaluation.report import distributions, evaluation_report
 from dcae_jax.runs import work_directory
 from dcae_jax.setup import evaluations
 from dcae_jax.tasks import (
@@ -235,6 +236,16 @@ def test_report_has_the_numbers_beside_it_wherever_it_is_moved(
   assert f"from {weights_folder}" in page.text and "tiny-f8, " in page.text
   assert f"folder, path {pictures}: 13 files" in page.text
   assert f"dcae_jax {found['versions']['dcae_jax']}, jax" in page.text
+
+
+def test_dots_have_names_where_images_are_few(workdir, tmp_path, monkeypatch):
+  runs = evaluation_report.read([epath.Path(workdir)])
+  page = (workdir / "report" / "index.html").read_text()
+  assert page.count("<circle") == 3 * 11 and "00.png: " in page
+  monkeypatch.setattr(distributions, "FEWEST_IN_BINS", 11)
+  evaluation_report.write(epath.Path(tmp_path / "report"), runs)
+  page = (tmp_path / "report" / "index.html").read_text()
+  assert page.count("<polyline") == 3 and "<circle" not in page
 
 
 def test_several_resolutions_in_one_run(config, tmp_path):
