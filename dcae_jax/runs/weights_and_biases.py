@@ -103,14 +103,9 @@ class WeightsAndBiases:
 
 
 def _package() -> Any:
-  try:
-    import wandb
-    from wandb import Settings  # noqa: F401 a folder may have this name, too
-  except ImportError as error:
-    raise errors.UserError(
-      "config.writers=wandb needs a package that is not installed; run: "
-      'pip install "dcae_jax[wandb]"'
-    ) from error
+  errors.require("wandb", "wandb", "config.writers=wandb")
+  import wandb
+
   return wandb
 
 
