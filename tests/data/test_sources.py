@@ -205,19 +205,19 @@ def test_captions_of_tfds_are_those_of_its_text_feature(
 ):
   data = str(tmp_path)
   Captioned(data_dir=data, file_format="array_record").download_and_prepare()
-  source = sources.TensorFlowDataset("captioned", "train", data, captions=True)
+  source = sources.tfds("captioned", "train", data, captions=True)
   source = pickle.loads(pickle.dumps(source))
   assert sorted(_texts(source[i]) for i in range(3)) == [
     [], ["grau, größer 0", "square 0"], ["grau, größer 1"],
   ]  # fmt: skip
-  plain = sources.TensorFlowDataset("captioned", "train", data)
+  plain = sources.tfds("captioned", "train", data)
   assert not plain[0].captions
   assert plain.fingerprint() != source.fingerprint()
 
 
 def test_tfds_without_text_has_no_captions(tfds_directory):
   with pytest.raises(ValueError, match="its features of text are none"):
-    sources.TensorFlowDataset("tiny", "train", tfds_directory, captions=True)
+    sources.tfds("tiny", "train", tfds_directory, captions=True)
 
 
 def test_folders_without_images_are_refused(tmp_path):
@@ -280,12 +280,12 @@ def test_every_embedded_photograph_has_captions_of_its_own():
 
 def test_embedded_photographs_say_how_to_get_them(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match="pip install -r requirements-quickst"):
+  with pytest.raises(ValueError, match=r"pip install .dcae_jax.quickst"):
     sources.embedded("train")
 
 
 def test_tfds_reads_array_records_without_tensorflow(tfds_directory):
-  source = sources.TensorFlowDataset("tiny", "train", tfds_directory)
+  source = sources.tfds("tiny", "train", tfds_directory)
   source = pickle.loads(pickle.dumps(source))
   assert len(source) == 10
   records = [source[i] for i in range(10)]
@@ -298,9 +298,9 @@ def test_tfds_datasets_and_splits_that_do_not_exist_are_refused(
   tfds_directory,
 ):
   with pytest.raises(ValueError, match=r"no split 'test'.*train"):
-    sources.TensorFlowDataset("tiny", "test", tfds_directory)
+    sources.tfds("tiny", "test", tfds_directory)
   with pytest.raises(ValueError, match="no TFDS dataset 'unheard_of'"):
-    sources.TensorFlowDataset("unheard_of", "train", tfds_directory)
+    sources.tfds("unheard_of", "train", tfds_directory)
 
 
 def _copied(tfds_directory, root):
@@ -351,7 +351,7 @@ def test_tfds_runs_no_code_that_a_dataset_names(
   (tmp_path / "not_of_tfds.py").write_text(f"open({str(ran)!r}, 'w')")
   monkeypatch.syspath_prepend(tmp_path)
   with pytest.raises(ValueError, match=r"class 'not_of_tfds\.Code'"):
-    sources.TensorFlowDataset("tiny:1.0.0", "train", str(tmp_path))
+    sources.tfds("tiny:1.0.0", "train", str(tmp_path))
   assert not ran.exists()
 
 
@@ -366,7 +366,7 @@ def test_tfds_knows_all_features_of_its_own(tfds_directory, tmp_path):
     "texts": tfds.features.Translation(languages=["de", "en"]),
   }
   tfds.features.FeaturesDict(some).save_config(str(directory))
-  assert sources.TensorFlowDataset("tiny", "train", str(tmp_path)).classes == []
+  assert sources.tfds("tiny", "train", str(tmp_path)).classes == []
 
 
 def test_tfds_takes_the_config_and_version_of_a_name(tfds_directory, tmp_path):
@@ -379,7 +379,7 @@ def test_tfds_takes_the_config_and_version_of_a_name(tfds_directory, tmp_path):
   (tmp_path / "tiny" / "2.0.0.incomplete").mkdir()
 
   def shown(name):
-    source = sources.TensorFlowDataset(name, "train", str(tmp_path))
+    source = sources.tfds(name, "train", str(tmp_path))
     return source._builder.info.full_name
 
   with pytest.raises(ValueError, match=r"no TFDS dataset 'tiny' in.*are.* big"):
@@ -410,7 +410,7 @@ def test_names_that_are_none_of_tfds_are_refused_in_one_line(
   name, tfds_directory
 ):
   with pytest.raises(ValueError, match="is no name of a TFDS dataset") as found:
-    sources.TensorFlowDataset(name, "train", tfds_directory)
+    sources.tfds(name, "train", tfds_directory)
   assert "\n" not in str(found.value)
 
 
@@ -422,11 +422,11 @@ def test_damaged_descriptions_of_tfds_are_refused_in_one_line(
   directory = _copied(tfds_directory, tmp_path)
   (directory / file).write_text(text)
   with pytest.raises(ValueError, match="is damaged") as found:
-    sources.TensorFlowDataset("tiny", "train", str(tmp_path))
+    sources.tfds("tiny", "train", str(tmp_path))
   assert "\n" not in str(found.value)
   (directory / file).unlink()
   with pytest.raises(ValueError, match=f"has no {file}"):
-    sources.TensorFlowDataset("tiny", "train", str(tmp_path))
+    sources.tfds("tiny", "train", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_pipes_of_a_tfds_dataset_are_not_waited_for(
   file.parent.mkdir(exist_ok=True)
   os.mkfifo(file)
   with pytest.raises((ValueError, OSError), match="no regular file") as found:
-    sources.TensorFlowDataset("tiny", "train", str(tmp_path))
+    sources.tfds("tiny", "train", str(tmp_path))
   assert file.name in str(found.value)
 
 
@@ -448,7 +448,7 @@ def test_tfds_without_random_access_is_refused(tfds_directory, tmp_path):
   file = _copied(tfds_directory, tmp_path) / "dataset_info.json"
   file.write_text(file.read_text().replace("array_record", "tfrecord"))
   with pytest.raises(ValueError, match='file_format="array_record"'):
-    sources.TensorFlowDataset("tiny", "train", str(tmp_path))
+    sources.tfds("tiny", "train", str(tmp_path))
 
 
 def test_names_labels_and_sizes_make_the_fingerprint():

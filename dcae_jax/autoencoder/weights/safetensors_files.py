@@ -34,6 +34,10 @@ _RECIPE = (
   "map_location='cpu', weights_only=True); s({{k: v.contiguous() for k, v in "
   "d.get('state_dict', d).items()}}, 'model.safetensors')\""
 )
+# A repository, and maybe a file in it; a lone file in a folder is a local one.
+_HUB_FILE = re.compile(
+  r"([\w-][\w.-]*/(?![^/]*\.(?:npz|safetensors|pth|ckpt)$)[\w.-]+)(?:/(.+))?"
+)
 _WANTED = ("*.safetensors", "*.json", "*.model")  # of a repository of the hub
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
 _NEW, _OLD = ".saving", ".replaced"  # folders beside one that is saved
@@ -80,6 +84,26 @@ def find(
   return files, values
 
 
+def find_file(source: str) -> pathlib.Path:
+  """A local file, or one of the hub, which is downloaded once.
+
+  In the hub it is `owner/name/FILE`, or `owner/name` for its only safetensors
+  file. Raises UserError if the hub does not give it.
+  """
+  path = pathlib.Path(os.path.expanduser(source))
+  if path.exists() or not (match := _HUB_FILE.fullmatch(source)):
+    return path
+  repository, file = match.groups()
+  if file is None:
+    files = find(repository)[0]
+    if len(files) > 1:
+      raise errors.UserError(
+        f"{source!r} holds several files; name one of them"
+      )
+    return files[0]
+  return _of_hub(source, repository, [file, "*.json"]) / file
+
+
 def _refuse_pickle(path: pathlib.Path) -> None:
   if path.suffix.lower() in _PICKLES:
     raise errors.UserError(
@@ -96,16 +120,24 @@ def _download(source: str, parts: Sequence[str]) -> pathlib.Path:
       f"{source!r} is not the work directory of a run, nor a folder or file of "
       "weights, nor a hub id such as mit-han-lab/dc-ae-f64c128-in-1.0-diffusers"
     )
+  folder = _of_hub(source, source, _WANTED, "*/*")
+  if parts:
+    wanted = [f"{part}/{x}" for part in parts for x in _WANTED]
+    _of_hub(source, source, wanted, "*.fp16*")  # the same weights again
+  return folder
+
+
+def _of_hub(
+  source: str, repository: str, wanted: Sequence[str], but: str = ""
+) -> pathlib.Path:
+  """Where the files of some patterns are, but those of another one.
+
+  Raises UserError, which names the source, if the hub does not give them.
+  """
   try:
     folder = huggingface_hub.snapshot_download(
-      source, allow_patterns=_WANTED, ignore_patterns=["*/*"]
+      repository, allow_patterns=list(wanted), ignore_patterns=but or None
     )
-    if parts:
-      huggingface_hub.snapshot_download(
-        source,
-        allow_patterns=[f"{part}/{x}" for part in parts for x in _WANTED],
-        ignore_patterns=["*.fp16*"],  # the same weights again
-      )
   except Exception as error:  # of the hub, of the network, of the disk
     reason = str(error).strip().split("\n")[0]
     raise errors.UserError(

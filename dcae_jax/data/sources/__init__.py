@@ -5,6 +5,7 @@ A kind of source is one file, and one line in `KINDS`.
 
 from collections.abc import Callable
 
+from dcae_jax import errors
 from dcae_jax.data.sources.embedded_photographs import embedded
 from dcae_jax.data.sources.files import (
   Files,
@@ -25,13 +26,21 @@ from dcae_jax.data.sources.protocol import (
 from dcae_jax.data.sources.records import Records
 from dcae_jax.data.sources.subsets import ClassPerImage, Subset, at_least, split
 from dcae_jax.data.sources.tar import Tars
-from dcae_jax.data.sources.tensorflow_dataset import TensorFlowDataset
+
+
+def tfds(name: str, split: str, path: str, captions: bool = False) -> Source:
+  """A `TensorFlowDataset`; UserError without the packages of the extra."""
+  errors.require("tensorflow_datasets", "tfds", "a source of kind 'tfds'")
+  from dcae_jax.data.sources import tensorflow_dataset
+
+  return tensorflow_dataset.TensorFlowDataset(name, split, path, captions)
+
 
 # By `kind`: what opens it. Its parameters are named after the keys of
 # `source()` in configs/base.py that it is called with.
 KINDS: dict[str, Callable[..., Source]] = {
   "folder": folder,
-  "tfds": TensorFlowDataset,
+  "tfds": tfds,
   "embedded": embedded,
   "records": Records,
   "tar": Tars,
@@ -40,7 +49,6 @@ KINDS: dict[str, Callable[..., Source]] = {
 
 __all__ = [
   "KINDS", "ClassPerImage", "Files", "Groups", "Parquet", "Record", "Records",
-  "Source", "Subset", "Tars", "TensorFlowDataset", "at_least", "embedded",
-  "folder", "groups", "latent_files", "limited", "listed", "pictures", "sizes",
-  "split",
+  "Source", "Subset", "Tars", "at_least", "embedded", "folder", "groups",
+  "latent_files", "limited", "listed", "pictures", "sizes", "split", "tfds",
 ]  # fmt: skip

@@ -75,9 +75,8 @@ def embedded(split: str, captions: bool = False) -> files.Files:
       file = pattern.format(name)
       key = f"{package}/{file}"
       if directory is None or not (directory / file).is_file():
-        raise errors.UserError(
-          f"the embedded photograph {key} is not installed; run "
-          "`pip install -r requirements-quickstart.txt`"
+        raise errors.missing_extra(
+          "quickstart", f"the embedded photograph {key}"
         )
       paths[key] = str(directory / file)
   captioned = None

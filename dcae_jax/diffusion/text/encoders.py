@@ -120,6 +120,7 @@ def load(
       max_tokens=max_tokens or KINDS[name].max_tokens,
       mesh=mesh,
     )
+  errors.require("tokenizers", "text", f"the text encoder {source!r}")
   files, config, folders = _find(source)
   name, model = _model(source, config, dtype)
   kind = KINDS[name]

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import tokenizers
 
 from dcae_jax import errors
 from dcae_jax.diffusion.text import unigram_file
@@ -68,6 +67,8 @@ class Tokenizer:
     self, file: str, marks: Marks, max_tokens: int, instruction: str = ""
   ):
     """Reads the text of a `tokenizer.json`; UserError if it does not fit."""
+    import tokenizers  # of an extra: `encoders.load` asks for it
+
     self._file, self._marks = file, marks
     self.max_tokens, self.instruction = max_tokens, instruction
     try:

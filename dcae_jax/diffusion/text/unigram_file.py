@@ -8,9 +8,6 @@ import pathlib
 import struct
 from collections.abc import Iterator
 
-import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
-
 from dcae_jax import errors
 
 # Numbers of fields: of the file, of a piece, of the settings.
@@ -26,6 +23,9 @@ _SPACE = "▁"
 
 def to_json(file: pathlib.Path) -> str:
   """The text of the equivalent `tokenizer.json`; UserError for other models."""
+  import tokenizers  # of an extra, as in tokenizer.py
+  from tokenizers import models, normalizers, pre_tokenizers
+
   advice = (
     "where transformers is installed, make a tokenizer.json of it: python -c "
     f'"from transformers import AutoTokenizer as T; p = {str(file.parent)!r}; '

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from dcae_jax import errors
+from dcae_jax.autoencoder.weights import safetensors_files
 from dcae_jax.evaluation.networks import pretrained
 from dcae_jax.nn import transformer
 
@@ -146,6 +146,8 @@ def tokenized(
   The last token of a text ends it, and has the largest number of all; zeros
   follow. Longer texts lose the tokens before it.
   """
+  import tokenizers  # of an extra: `load` asks for it
+
   file = folder / TOKENIZER
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
@@ -273,16 +275,17 @@ def load(path: str = "") -> pretrained.Pretrained:
 
   Args:
     path: of the published file, or of an `.npz` or `.safetensors` with the
-      names and shapes of `parameter_shapes`, which is taken as it is;
-      `text_features` wants the tokenizer beside it. Empty: the published file
-      in the user's cache.
+      names and shapes of `parameter_shapes`, which is taken as it is; or its
+      hub id. `text_features` wants the tokenizer beside it. Empty: the
+      published file in the user's cache.
 
   Raises:
     AbsentWeightsError: it or the tokenizer is not in the cache.
-    UserError: no such file; one with other names or shapes.
+    UserError: no such file; one with other names or shapes; no `tokenizers`.
   """
+  errors.require("tokenizers", "text", "the CLIP score")
   folder = pretrained.cache_directory() / REPOSITORY.rpartition("/")[2]
-  source = pathlib.Path(path).expanduser() if path else folder / FILE
+  source = safetensors_files.find_file(path) if path else folder / FILE
   if not path:
     for file in (source, folder / TOKENIZER):
       if not file.is_file():
@@ -291,11 +294,11 @@ def load(path: str = "") -> pretrained.Pretrained:
           f"their tokenizer, and there is no file {file}; "
           f"run: {_command(folder)}"
         )
-  return pretrained.load_state_dict(
+  return pretrained.load(
     source,
     parameter_shapes(),
-    r"logit_scale|.*\.position_ids",
     SHA256,
     "CLIP ViT-L/14",
     f"run: {_command(folder)}",
+    ignored=r"logit_scale|.*\.position_ids",
   )

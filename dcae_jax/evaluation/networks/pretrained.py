@@ -2,23 +2,27 @@
 published ones, and what is in them.
 
 Numbers computed with other weights than the published ones compare with no
-others, so that results name the sha256 of what was read.
+others, so that results name the sha256 of what was read. Published files that
+are pickles are read once, without running anything that they contain, and then
+as what was kept of them in the cache.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
+from etils import epath
 
 from dcae_jax import errors
-from dcae_jax.autoencoder.weights import torch_files
-from dcae_jax.runs import regular_files
+from dcae_jax.autoencoder.weights import safetensors_files, torch_files
+from dcae_jax.runs import metrics_writer, regular_files
 
 
 class Pretrained(NamedTuple):
@@ -38,7 +42,7 @@ class AbsentWeightsError(ValueError):
 
 
 def cache_directory() -> pathlib.Path:
-  """Where weights are looked for that no package holds."""
+  """Where weights are looked for that no package holds, and kept."""
   home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
   return pathlib.Path(home).expanduser() / "dcae_jax"
 
@@ -49,6 +53,22 @@ def package_directory(name: str) -> pathlib.Path | None:
   if spec is None or not spec.origin:
     return None
   return pathlib.Path(spec.origin).parent
+
+
+def located(
+  path: str, package: str, file: str, extra: str, what: str
+) -> pathlib.Path:
+  """The path, if there is one, or else a file of an installed package.
+
+  Raises AbsentWeightsError if the package, which an extra of this one installs,
+  is not; `what` needs it.
+  """
+  if path:
+    return safetensors_files.find_file(path)
+  directory = package_directory(package)
+  if directory is None:
+    raise AbsentWeightsError(str(errors.missing_extra(extra, what)))
+  return directory / file
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -62,18 +82,7 @@ def sha256(path: pathlib.Path) -> str:
     raise errors.UserError(f"weights: cannot read {path}: {error}") from error
 
 
-def require_published(
-  path: pathlib.Path, digest: str, published: str, remedy: str
-) -> None:
-  """Raises UserError unless the sha256 of a file is the published one."""
-  if digest != published:
-    raise errors.UserError(
-      f"weights: {path} has sha256 {digest}, not the published {published}; "
-      f"{remedy}"
-    )
-
-
-def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
   """All arrays of an `.npz` file; UserError if it is damaged."""
   try:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -135,35 +144,43 @@ def checked(
   return tensors
 
 
-def load_state_dict(
+def load(
   path: pathlib.Path,
   shapes: Mapping[str, tuple[int, ...]],
-  ignored: str,
   published: str,
   network: str,
   remedy: str,
+  *,
+  ignored: str = "",
+  read: Callable[[pathlib.Path], Mapping[str, np.ndarray]] = torch_files.read,
 ) -> Pretrained:
-  """A network's tensors under the names that they have in PyTorch.
+  """A network's arrays, under the names that they have in the published file.
 
   Args:
     path: of the published file, or of an `.npz` or `.safetensors` with the same
       names and shapes.
-    shapes: of the tensors that the network needs.
-    ignored: regular expression for the names of other tensors in the file.
+    shapes: of the arrays that the network needs.
     published: sha256 of the published file.
     network: its name, for messages.
     remedy: what to do if the published file is damaged, "run ...".
+    ignored: regular expression for the names of other arrays in the file.
+    read: what is in the published file, if that is a pickle. What it returns is
+      kept in the cache, and read there from then on.
 
   Raises:
     UserError: no such file, another hash, other names or shapes.
   """
   digest = sha256(path)
-  readers = {".npz": read_npz, ".safetensors": _read_safetensors}
+  readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
   if path.suffix in readers:
     arrays = readers[path.suffix](path)
   else:
-    require_published(path, digest, published, remedy)
-    arrays = torch_files.read(path)
+    if digest != published:
+      raise errors.UserError(
+        f"weights: {path} has sha256 {digest}, not the published {published}; "
+        f"{remedy}"
+      )
+    arrays = _converted(path, digest, read)
   arrays = {k: v for k, v in arrays.items() if not re.fullmatch(ignored, k)}
   return Pretrained(
     checked(arrays, shapes, path, network),
@@ -171,6 +188,29 @@ def load_state_dict(
     digest,
     digest == published,
   )
+
+
+def _converted(
+  path: pathlib.Path,
+  digest: str,
+  read: Callable[[pathlib.Path], Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+  """What is in a pickle of a sha256, from the cache once it is there.
+
+  The name of a file in the cache is the sha256 of what it was made of, and its
+  own: where that is another one it is damaged, and made again.
+  """
+  folder = epath.Path(cache_directory() / "weights")
+  for file in sorted(folder.glob(f"{digest}.*.safetensors")):
+    with contextlib.suppress(OSError, errors.UserError):
+      if sha256(pathlib.Path(file)) == file.stem.partition(".")[2]:
+        return _read_safetensors(pathlib.Path(file))
+  arrays = {name: np.ascontiguousarray(x) for name, x in read(path).items()}
+  data = safetensors.numpy.save(arrays)
+  name = f"{digest}.{hashlib.sha256(data).hexdigest()}.safetensors"
+  with contextlib.suppress(OSError):  # the next start does without it, too
+    metrics_writer.write_whole(folder / name, data)
+  return arrays
 
 
 def fold_batch_norm(

@@ -4,18 +4,21 @@ import functools
 import importlib.util
 import io
 import itertools
+import logging
 import math
 import pathlib
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dcae_jax import errors
 from dcae_jax.runs import plain_text
 
+_LOG = logging.getLogger(__name__)
 _GAP = 4  # pixels between images
 _ERROR_TOP = 64  # of 255: white in maps of errors
 _LEAST_ERROR_SIDE = 256  # pixels of such a map, for the words below it
@@ -248,6 +251,29 @@ def latent_channels(latents: np.ndarray) -> np.ndarray:
   )
 
 
+def _by_matplotlib(draw: Callable[..., bytes]) -> Callable[..., bytes]:
+  """Where it is not installed, the PNG says so, and the log does.
+
+  Curves come at the end of work that can do without them.
+  """
+
+  @functools.wraps(draw)
+  def drawn(*arguments: Any, **options: Any) -> bytes:
+    try:
+      errors.require("matplotlib", "metrics", "a picture of curves")
+    except errors.UserError as error:
+      _LOG.warning("%s", error)
+      font, buffer = ImageFont.load_default(size=16), io.BytesIO()
+      size = (int(font.getlength(str(error))) + 32, 48)
+      canvas = Image.new("RGB", size, "white")
+      ImageDraw.Draw(canvas).text((16, 14), str(error), "black", font)
+      canvas.save(buffer, format="png")
+      return buffer.getvalue()
+    return draw(*arguments, **options)
+
+  return drawn
+
+
 class Training(NamedTuple):
   """A run's metrics.jsonl, and its result.json; {} until it has ended."""
 
@@ -267,6 +293,7 @@ class Measure(NamedTuple):
   is_log: bool
 
 
+@_by_matplotlib
 def training_curves(
   runs: Mapping[str, Training], measures: Mapping[str, Measure]
 ) -> bytes:
@@ -360,6 +387,7 @@ def by_size(
   return groups
 
 
+@_by_matplotlib
 def curves(
   panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
   x_label: str,
@@ -421,6 +449,7 @@ class Line(NamedTuple):
   color: str = ""
 
 
+@_by_matplotlib
 def ranges(
   panels: Mapping[str, Mapping[str, Line]],
   x_label: str,

