@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -173,3 +174,13 @@ def test_training_curves_show_losses_evaluations_and_the_floor():
   (width, height), (wider, higher) = size(one), size(both)
   assert wider == 2 * width and higher > 1.4 * height
   assert size(one, nothing, both) == (wider, 2 * height + higher)
+
+
+def test_pictures_have_labels_without_matplotlib(monkeypatch):
+  row = np.full((1, 40, 40, 3), 255, np.uint8)
+  before = figures.grid([row], ["label"])
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  figures._font.cache_clear()
+  found = figures.grid([row], ["label"])
+  figures._font.cache_clear()
+  assert (found < 128).any() and not np.array_equal(found, before)
