@@ -144,3 +144,14 @@ def test_a_task_runs_from_anywhere(
   )  # fmt: skip
   assert found.returncode == 0, found.stderr
   assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_config_file_that_is_its_own_plugin_runs_from_anywhere(
+  run_installed, examples, photographs, tmp_path
+):
+  found = run_installed(
+    "-m", "dcae_jax", str(examples / "my_task.py"), f"--workdir={tmp_path}",
+    f"--config.source.path={photographs}", cwd=examples,
+  )  # fmt: skip
+  assert found.returncode == 0, found.stderr
+  assert (tmp_path / "result.json").exists()

@@ -94,9 +94,7 @@ def load(name: str) -> Any:
     advice = f"did you mean {' or '.join(near)}?" if near else "--help has some"
     raise errors.UserError(f"config file {name!r} does not exist; {advice}")
   path = str(file)
-  folders = [os.path.join(place, "configs") for place in sys.path]
-  if file.is_relative_to(FOLDER):
-    folders = []
+  folders = [] if file.is_relative_to(FOLDER) else _of_users()
   try:
     with importable(*folders):
       get_config = runpy.run_path(path).get("get_config")
@@ -113,6 +111,10 @@ def load(name: str) -> Any:
     raise errors.UserError(
       f"config file {path}{_line(error, path)}: {_text(error)}"
     ) from error
+
+
+def _of_users() -> list[str]:
+  return [os.path.join(place, "configs") for place in sys.path]
 
 
 def import_plugins(config: dict[str, Any]) -> None:
@@ -135,11 +137,16 @@ def _import(name: Any) -> None:
       f"config.plugins names {name!r}, which is no module; name it as `import` "
       "does, such as my_module for my_module.py"
     )
+  if name in sys.modules:
+    return
   path = ""
   try:
-    found = importlib.util.find_spec(name)
-    path = found.origin or "" if found else ""
-    importlib.import_module(name)
+    # A config file may be its own plugin: it imports `configs.base`.
+    with importable(*_of_users()):
+      found = importlib.util.find_spec(name)
+      path = found.origin or "" if found else ""
+      module = importlib.import_module(name)
+    sys.modules[name] = module  # `importable` forgets one of a `configs`
   except (Exception, SystemExit) as error:  # whatever a program makes
     missing = getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and _is_within(name, missing):

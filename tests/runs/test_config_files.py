@@ -145,6 +145,22 @@ def test_config_files_import_our_base_and_else_their_neighbours(of_a_user):
   assert "configs.base" not in sys.modules
 
 
+def test_a_plugin_of_a_folder_configs_is_imported_once(of_a_user):
+  text = "from configs import base\n\n\nclass Source:\n  base = base\n"
+  with open("configs/mine.py", "w") as file:
+    file.write(text)
+  config = {"plugins": ("configs.mine",)}
+  config_files.import_plugins(config)
+  found = sys.modules.pop("configs.mine")
+  try:
+    assert found.base is base and found.Source.base is base
+    sys.modules["configs.mine"] = found
+    config_files.import_plugins(config)
+    assert sys.modules["configs.mine"] is found  # loaders are sent its classes
+  finally:
+    sys.modules.pop("configs.mine", None)
+
+
 def test_our_base_is_read_where_another_one_has_its_name(
   of_a_user, monkeypatch
 ):
