@@ -35,8 +35,9 @@ def importable(*folders: str) -> Iterator[None]:
   Others that have the name are back afterwards.
   """
   global _base
-  others = _imported()
-  if (found := others.get("configs.base")) and _is_base(found):
+  others = _forgotten()
+  found = others.get("configs.base")
+  if found and pathlib.Path(found.__file__ or "") == FOLDER / "base.py":
     _base = found  # as a program in a clone imports it
   package = types.ModuleType("configs")
   package.__path__ = [str(FOLDER)]
@@ -48,18 +49,19 @@ def importable(*folders: str) -> Iterator[None]:
     package.__path__ = [*folders, str(FOLDER)]
     yield
   finally:
-    _imported()
+    _forgotten()
     sys.modules.update(others)
 
 
-def _imported() -> dict[str, types.ModuleType]:
+def _forgotten() -> dict[str, types.ModuleType]:
   """`configs` and what belongs to it, which then are imported no more."""
   names = [x for x in sys.modules if x.partition(".")[0] == "configs"]
   return {name: sys.modules.pop(name) for name in names}
 
 
-def _is_base(module: types.ModuleType) -> bool:
-  return pathlib.Path(module.__file__ or "") == FOLDER / "base.py"
+def _of_users() -> list[str]:
+  """Folders that `configs` may be elsewhere."""
+  return [os.path.join(place, "configs") for place in sys.path]
 
 
 def packaged() -> dict[str, pathlib.Path]:
@@ -94,9 +96,7 @@ def load(name: str) -> Any:
     advice = f"did you mean {' or '.join(near)}?" if near else "--help has some"
     raise errors.UserError(f"config file {name!r} does not exist; {advice}")
   path = str(file)
-  folders = [os.path.join(place, "configs") for place in sys.path]
-  if file.is_relative_to(FOLDER):
-    folders = []
+  folders = [] if file.is_relative_to(FOLDER) else _of_users()
   try:
     with importable(*folders):
       get_config = runpy.run_path(path).get("get_config")
@@ -139,7 +139,8 @@ def _import(name: Any) -> None:
   try:
     found = importlib.util.find_spec(name)
     path = found.origin or "" if found else ""
-    importlib.import_module(name)
+    with importable(*_of_users()):
+      importlib.import_module(name)
   except (Exception, SystemExit) as error:  # whatever a program makes
     missing = getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and _is_within(name, missing):
