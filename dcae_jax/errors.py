@@ -1,9 +1,10 @@
 """What is wrong with the input, as opposed to the program."""
 
 import contextlib
+import difflib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -44,6 +45,14 @@ def require(package: str, extra: str, what: str) -> None:
   spec = importlib.util.find_spec(package)
   if spec is None or not spec.origin:  # a folder may have its name
     raise missing_extra(extra, what)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+  """Advice for a name that is unknown: the nearest one, or all there are."""
+  known = list(known)
+  if near := difflib.get_close_matches(name, known, n=1):
+    return f"did you mean {near[0]!r}?"
+  return f"there are {', '.join(known)}"
 
 
 @contextlib.contextmanager
