@@ -30,14 +30,15 @@ class WeightsAndBiases:
   @staticmethod
   def check() -> None:
     """Raises UserError where the package is not installed."""
-    _package()
+    errors.require("wandb", "wandb", "config.writers=wandb")
 
   def __init__(self, workdir: epath.Path, first_step: int):
     """Begins a run or goes on with it.
 
     Raises UserError if nobody is logged in.
     """
-    wandb = _package()
+    import wandb
+
     is_local = "://" not in str(workdir)
     folder = str(workdir) if is_local else tempfile.mkdtemp(prefix="wandb_")
     settings = wandb.Settings(
@@ -100,18 +101,6 @@ class WeightsAndBiases:
     """Waits for what is not sent yet, but not for long."""
     is_error = sys.exception() is not None  # one that is being handled
     self._run.finish(exit_code=int(is_error))
-
-
-def _package() -> Any:
-  try:
-    import wandb
-    from wandb import Settings  # noqa: F401 a folder may have this name, too
-  except ImportError as error:
-    raise errors.UserError(
-      "config.writers=wandb needs a package that is not installed; run: "
-      'pip install "dcae_jax[wandb]"'
-    ) from error
-  return wandb
 
 
 def _stored_id(workdir: epath.Path) -> str:
