@@ -1,4 +1,3 @@
-import json
 import logging
 
 import jax
@@ -38,29 +37,23 @@ def _compile(caplog, rows=4):
 def test_the_time_of_the_last_time_is_the_estimate(cache, caplog):
   caplog.set_level(logging.INFO)
   said, done = _compile(caplog)
-  assert said.startswith("compiling the step; how long that takes is not known")
+  assert said.startswith("compiling the step; how long is not known here")
   assert done.startswith("compiled in ")
   seconds = done.removeprefix("compiled in ")
   said, done = _compile(caplog)
   assert said == f"compiling the step; it took {seconds} the last time"
   assert done.startswith("loaded from the compilation cache in ")
-  loaded = done.removeprefix("loaded from the compilation cache in ")
-  said, _ = _compile(caplog)
-  assert said == (
-    f"compiling the step; the cache had it in {loaded} the last time, and it "
-    f"took {seconds} before"
-  )
+  assert _compile(caplog)[0] == said
   assert "is not known" in _compile(caplog, rows=5)[0]  # another program
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"compiled": "1", "loaded": 0}'])
+@pytest.mark.parametrize("text", ["[]", "{", "3", '{"compiled": "1"}'])
 def test_a_damaged_estimate_is_none(text, cache, caplog):
   caplog.set_level(logging.INFO)
   _compile(caplog)
   (file,) = cache.glob("dcae_jax_seconds_*.json")
   file.write_text(text)
   assert "is not known" in _compile(caplog)[0]
-  assert json.loads(file.read_text())["loaded"] > 0
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache, caplog):
