@@ -10,7 +10,7 @@ from configs import base
 from dcae_jax import errors
 from dcae_jax.data import sources
 from dcae_jax.evaluation.networks import clip
-from dcae_jax.evaluation.report import figures
+from dcae_jax.evaluation.report import plots
 from dcae_jax.runs import storage
 from dcae_jax.setup import keys
 from dcae_jax.tasks import train_autoencoder
@@ -106,9 +106,9 @@ def test_a_report_without_matplotlib_says_so_where_curves_would_be(
   without, caplog
 ):
   panels = {"a": {"b": [(0, 1.0), (1, 2.0)]}}
-  drawn = figures.curves(panels, "step")
+  drawn = plots.curves(panels, "step")
   without("matplotlib")
-  absent = figures.curves(panels, "step")
+  absent = plots.curves(panels, "step")
   assert drawn != absent
   assert absent.startswith(b"\x89PNG")
   assert 'run: pip install "dcae_jax[metrics]"' in caplog.text
