@@ -39,7 +39,7 @@ class Storage:
 
     Args:
       path: local, or `gs://bucket/prefix`; UserError if it is neither, or
-        buckets are not installed for.
+        what reads buckets is not installed.
       retries: of a request to a bucket, at most 16 seconds apart.
       cache_megabytes: of arrays kept in memory once they are read.
     """
