@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import importlib.util
 import re
 from collections.abc import Iterable, Iterator
 
@@ -27,24 +26,6 @@ def renamed(before: str, after: str) -> Iterator[None]:
   except UserError as error:
     names = rf"(?<![\w/.]){re.escape(before)}(?!json\b)"  # no file, no path
     raise UserError(re.sub(names, lambda _: after, str(error))) from error
-
-
-def missing_extra(extra: str, what: str) -> UserError:
-  """For what needs a package that an extra of this one installs."""
-  return UserError(
-    f"{what} needs a package that is not installed; run: "
-    f'pip install "dcae_jax[{extra}]"'
-  )
-
-
-def require(package: str, extra: str, what: str) -> None:
-  """Raises `missing_extra` unless a package is installed; does not import it.
-
-  What is of an extra is imported after this, where it is used.
-  """
-  spec = importlib.util.find_spec(package)
-  if spec is None or not spec.origin:  # a folder may have its name
-    raise missing_extra(extra, what)
 
 
 def meant(name: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from etils import epath
 from PIL import Image
 
 from dcae_jax import errors
-from dcae_jax.runs import regular_files, storage, work_directory
+from dcae_jax.runs import installed, regular_files, storage, work_directory
 
 _LOG = logging.getLogger(__name__)
 _SECONDS_TO_BEGIN = 30
@@ -30,7 +30,7 @@ class WeightsAndBiases:
   @staticmethod
   def check() -> None:
     """Raises UserError where the package is not installed."""
-    errors.require("wandb", "wandb", "config.writers=wandb")
+    installed.require("wandb", "wandb", "config.writers=wandb")
 
   def __init__(self, workdir: epath.Path, first_step: int):
     """Begins a run or goes on with it.

@@ -20,6 +20,7 @@ from dcae_jax import errors
 from dcae_jax.runs import (
   config_files,
   differences,
+  installed,
   json_types,
   places,
   work_directory,
@@ -77,7 +78,7 @@ def check(config: ConfigDict) -> None:
   for path, value in values.items():
     for text in value if isinstance(value, list) else [value]:
       if isinstance(text, str) and text.startswith("gs://"):
-        errors.require("gcsfs", "gcs", f"config.{path}={text}")
+        installed.require("gcsfs", "gcs", f"config.{path}={text}")
   for path, key in _keys(config).items():
     value = values.get(path)
     if not _has_form(value, json.loads(json.dumps(key.form))):

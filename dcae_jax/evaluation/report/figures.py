@@ -1,10 +1,8 @@
 """Pictures for people: grids of images, maps of errors, latent channels."""
 
 import functools
-import importlib.util
 import itertools
 import math
-import pathlib
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dcae_jax.runs import plain_text
+from dcae_jax.runs import installed, plain_text
 
 _GAP = 4  # pixels between images
 _ERROR_TOP = 64  # of 255: white in maps of errors
@@ -93,10 +91,9 @@ def side_by_side(
 @functools.cache
 def _font(size: int) -> Any:
   """Matplotlib's where it is installed: Pillow's own lacks accents."""
-  found = importlib.util.find_spec("matplotlib")
-  if found is not None and found.origin:
-    fonts = pathlib.Path(found.origin).parent / "mpl-data" / "fonts" / "ttf"
-    if (file := fonts / "DejaVuSans.ttf").exists():
+  if package := installed.folder("matplotlib"):
+    file = package / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    if file.exists():
       return ImageFont.truetype(file, size)
   return ImageFont.load_default(size)
 

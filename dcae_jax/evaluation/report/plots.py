@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dcae_jax import errors
-from dcae_jax.runs import plain_text
+from dcae_jax.runs import installed, plain_text
 
 _LOG = logging.getLogger(__name__)
 _SAME_AXIS = 5  # times that sizes of curves on it may differ
@@ -32,7 +32,7 @@ def _by_matplotlib(draw: Callable[..., bytes]) -> Callable[..., bytes]:
   @functools.wraps(draw)
   def drawn(*arguments: Any, **options: Any) -> bytes:
     try:
-      errors.require("matplotlib", "metrics", "a picture of curves")
+      installed.require("matplotlib", "metrics", "a picture of curves")
     except errors.UserError as error:
       _LOG.warning("%s", error)
       font, buffer = ImageFont.load_default(size=16), io.BytesIO()
