@@ -17,7 +17,7 @@ import jax
 import jax.monitoring
 
 from dcae_jax import errors
-from dcae_jax.runs import json_types, live_line, storage
+from dcae_jax.runs import json_types, live_line, stopwatch, storage
 
 _LOG = logging.getLogger(__name__)
 _KEPT = {"compiled": json_types.NUMBER}
@@ -149,5 +149,4 @@ class _Within:
 def _words(seconds: float) -> str:
   if seconds < 100:
     return f"{seconds:.1f} s"
-  minutes, seconds = divmod(round(seconds), 60)
-  return f"{minutes}:{seconds:02d} min"
+  return stopwatch.clock(seconds)

@@ -96,7 +96,7 @@ def test_what_other_work_compiles_has_lines_if_it_takes_long(
 
 @pytest.mark.parametrize(
   ("seconds", "words"),
-  [(2.04, "2.0 s"), (99.9, "99.9 s"), (192, "3:12 min"), (3661, "61:01 min")],
+  [(2.04, "2.0 s"), (99.9, "99.9 s"), (192, "0:03:12"), (3661, "1:01:01")],
 )
 def test_seconds_are_said_for_people(seconds, words):
   assert compiling._words(seconds) == words
