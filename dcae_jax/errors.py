@@ -1,9 +1,9 @@
 """What is wrong with the input, as opposed to the program."""
 
 import contextlib
-import importlib.util
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -28,22 +28,12 @@ def renamed(before: str, after: str) -> Iterator[None]:
     raise UserError(re.sub(names, lambda _: after, str(error))) from error
 
 
-def missing_extra(extra: str, what: str) -> UserError:
-  """For what needs a package that an extra of this one installs."""
-  return UserError(
-    f"{what} needs a package that is not installed; run: "
-    f'pip install "dcae_jax[{extra}]"'
-  )
-
-
-def require(package: str, extra: str, what: str) -> None:
-  """Raises `missing_extra` unless a package is installed; does not import it.
-
-  What is of an extra is imported after this, where it is used.
-  """
-  spec = importlib.util.find_spec(package)
-  if spec is None or not spec.origin:  # a folder may have its name
-    raise missing_extra(extra, what)
+def meant(name: str, known: Iterable[str]) -> str:
+  """Advice for a name that is unknown: the nearest one, or all there are."""
+  known = list(known)
+  if near := difflib.get_close_matches(name, known, n=1):
+    return f"did you mean {near[0]!r}?"
+  return f"there are {', '.join(known)}"
 
 
 @contextlib.contextmanager

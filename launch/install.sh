@@ -14,7 +14,7 @@ find_python() {  # that of VENV where there is one
     "$candidate" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in
       sys.argv[1].split())' "$VERSIONS" 2>/dev/null && echo "$candidate" && return
   done
-  echo "error: Python ${VERSIONS// / or } is not ${candidates[0]}; set" \
+  echo "error: ${candidates[0]} is no Python ${VERSIONS// / or }; set" \
     "PYTHON=/path/to/python, or VENV=DIRECTORY to a new one" >&2
   return 2
 }

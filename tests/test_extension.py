@@ -216,7 +216,7 @@ def test_a_denoiser_has_depth_and_width_of_ones_own(variant, fields):
   "variant, fields, message",
   [
     ("UViT-S", {"dept": 4}, "'dept' is no field of UViT; did you mean 'depth'"),
-    ("UViT-S", {"patch_size": 2}, "'patch_size' is no field .* it has depth, "),
+    ("UViT-S", {"patch_size": 2}, "'patch_size' is no field .* there are d"),
     ("UViT-S", {"depth": -2}, "depth=-2 is below 1"),
     ("UViT-S", {"depth": 3}, "depth=3 of a UViT is odd"),
     ("UViT-S", {"depth": 2.5}, r"depth=2.5 is not of the type int"),

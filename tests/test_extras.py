@@ -10,8 +10,8 @@ from configs import base
 from dcae_jax import errors
 from dcae_jax.data import sources
 from dcae_jax.evaluation.networks import clip
-from dcae_jax.evaluation.report import figures
-from dcae_jax.runs import storage
+from dcae_jax.evaluation.report import plots
+from dcae_jax.runs import installed, storage
 from dcae_jax.setup import keys
 from dcae_jax.tasks import train_autoencoder
 
@@ -91,7 +91,7 @@ def test_a_folder_that_has_its_name_is_no_package(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "path", [str(tmp_path)])
   monkeypatch.delitem(sys.modules, "wandb", raising=False)
   with pytest.raises(errors.UserError, match=r"^It needs .*dcae_jax\[wandb\]"):
-    errors.require("wandb", "wandb", "It")
+    installed.require("wandb", "wandb", "It")
 
 
 def test_paths_in_buckets_within_lists_are_seen(without):
@@ -106,9 +106,9 @@ def test_a_report_without_matplotlib_says_so_where_curves_would_be(
   without, caplog
 ):
   panels = {"a": {"b": [(0, 1.0), (1, 2.0)]}}
-  drawn = figures.curves(panels, "step")
+  drawn = plots.curves(panels, "step")
   without("matplotlib")
-  absent = figures.curves(panels, "step")
+  absent = plots.curves(panels, "step")
   assert drawn != absent
   assert absent.startswith(b"\x89PNG")
   assert 'run: pip install "dcae_jax[metrics]"' in caplog.text

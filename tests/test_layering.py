@@ -24,7 +24,7 @@ BELOW |= {
   "errors.py": set(),
 }
 # Arrows that go up, each with its reason.
-UPWARDS = {}
+UPWARDS = {"runs/versions.py": {""}}  # the version of the package itself
 # What `configs/base.py` says of keys is read in one place.
 READER_OF_KEYS = "setup/keys.py"
 # Packages of others, and which places may import them; the longest one decides.
@@ -43,7 +43,8 @@ OTHERS = {
   "evaluation/networks/clip.py": NETWORKS | {"tokenizers"},
   "evaluation/networks/pretrained.py": {"etils", "safetensors"},
   "evaluation/report": {"etils"},
-  "evaluation/report/figures.py": {"PIL", "matplotlib"},
+  "evaluation/report/figures.py": {"PIL"},
+  "evaluation/report/plots.py": {"PIL", "matplotlib"},
   "latents": {"etils", "jax"},
   "latents/aspect_ratios.py": {"grain"},  # as latents/reader.py
   "latents/layout.py": {"ml_dtypes"},

@@ -3,7 +3,6 @@
 A family is one file with a `family.Family`, and one line of `FAMILIES`.
 """
 
-import difflib
 from typing import Any
 
 from dcae_jax import errors
@@ -128,10 +127,10 @@ def of_model(variant: str, config: dict[str, Any]) -> Architecture:
       )
     for key in config:
       if key not in {"_class_name", *f.config_defaults, *whole}:
-        near = difflib.get_close_matches(key, f.config_defaults, n=1)
-        meant = f"did you mean {near[0]!r}?" if near else "it has "
-        meant += "" if near else ", ".join(f.config_defaults)
-        raise errors.UserError(f"{key!r} is no key of {f.class_name}; {meant}")
+        raise errors.UserError(
+          f"{key!r} is no key of {f.class_name}; "
+          f"{errors.meant(key, f.config_defaults)}"
+        )
     return from_config(whole | config)[0]
 
 

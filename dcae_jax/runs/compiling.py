@@ -11,15 +11,16 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.monitoring
 
 from dcae_jax import errors
-from dcae_jax.runs import json_types, live_line, storage
+from dcae_jax.runs import json_types, live_line, stopwatch, storage
 
 _LOG = logging.getLogger(__name__)
+_KEPT = {"compiled": json_types.NUMBER}
 _SECONDS_UNSAID = 5.0  # of what is compiled within other work
 _COMPILE = "/jax/core/compile/backend_compile_duration"  # events of jax
 _LOADED = "/jax/compilation_cache/cache_hits"
@@ -49,10 +50,11 @@ def announced(
   """
   listen()
   key = _key(arguments, devices)
-  before = _read(key)
-  _LOG.info("compiling %s; %s", what, before)
-  seconds = before.loaded or before.compiled
-  after = f" of about {_words(seconds)}" if seconds else ""
+  said, after = "how long is not known here; minutes, if it is large", ""
+  if before := _read(key):
+    said = f"it took {_words(before)} the last time"
+    after = f" of {_words(before)}, or less if the cache has it"
+  _LOG.info("compiling %s; %s", what, said)
   began, _own.is_announced, _own.is_loaded = time.monotonic(), True, False
   try:
     with live_line.timing(f"compiling {what}", after):
@@ -62,32 +64,9 @@ def announced(
   seconds = time.monotonic() - began
   if _own.is_loaded:
     _LOG.info("loaded from the compilation cache in %s", _words(seconds))
-    _write(key, before._replace(loaded=seconds))
   else:
     _LOG.info("compiled in %s", _words(seconds))
-    _write(key, _Before(compiled=seconds, loaded=0.0))
-
-
-class _Before(NamedTuple):
-  """Seconds that it took to get a program; 0: not known.
-
-  Attributes:
-    compiled: the last time that it was.
-    loaded: from the compilation cache, if it was the last time.
-  """
-
-  compiled: float
-  loaded: float
-
-  def __str__(self) -> str:
-    if self.loaded:
-      text = f"the cache had it in {_words(self.loaded)} the last time"
-      if self.compiled:
-        text += f", and it took {_words(self.compiled)} before"
-      return text
-    if self.compiled:
-      return f"it took {_words(self.compiled)} the last time"
-    return "how long that takes is not known here; minutes, if it is large"
+    _write(key, seconds)
 
 
 def _key(arguments: Any, devices: Sequence[jax.Device]) -> str:
@@ -101,22 +80,20 @@ def _kept() -> storage.Storage | None:
   return storage.Storage(directory, retries=1) if directory else None
 
 
-def _read(key: str) -> _Before:
-  # Without an estimate all else goes on.
-  with contextlib.suppress(OSError, errors.UserError, TypeError):
-    found = (kept := _kept()) and kept.read_json(key)
-    if found:
-      types = dict.fromkeys(_Before._fields, json_types.NUMBER)
-      json_types.check(key, found, types, "remove it")
-      return _Before(**found)
-  return _Before(0.0, 0.0)
+def _read(key: str) -> float:
+  """Seconds of the last time; 0: not known."""
+  with contextlib.suppress(OSError, errors.UserError):
+    if (kept := _kept()) and (found := kept.read_json(key)):
+      json_types.check(key, found, _KEPT, "remove it")
+      return found["compiled"]
+  return 0.0
 
 
-def _write(key: str, before: _Before) -> None:
+def _write(key: str, seconds: float) -> None:
   if jax.process_index() == 0:
-    with contextlib.suppress(OSError, errors.UserError):
+    with contextlib.suppress(OSError, errors.UserError):  # all else goes on
       if kept := _kept():
-        kept.write_json(key, before._asdict())
+        kept.write_json(key, {"compiled": seconds})
 
 
 @functools.cache
@@ -172,5 +149,4 @@ class _Within:
 def _words(seconds: float) -> str:
   if seconds < 100:
     return f"{seconds:.1f} s"
-  minutes, seconds = divmod(round(seconds), 60)
-  return f"{minutes}:{seconds:02d} min"
+  return stopwatch.clock(seconds)

@@ -35,8 +35,9 @@ def importable(*folders: str) -> Iterator[None]:
   Others that have the name are back afterwards.
   """
   global _base
-  others = _imported()
-  if (found := others.get("configs.base")) and _is_base(found):
+  others = _forgotten()
+  found = others.get("configs.base")
+  if found and pathlib.Path(found.__file__ or "") == FOLDER / "base.py":
     _base = found  # as a program in a clone imports it
   package = types.ModuleType("configs")
   package.__path__ = [str(FOLDER)]
@@ -48,18 +49,19 @@ def importable(*folders: str) -> Iterator[None]:
     package.__path__ = [*folders, str(FOLDER)]
     yield
   finally:
-    _imported()
+    _forgotten()
     sys.modules.update(others)
 
 
-def _imported() -> dict[str, types.ModuleType]:
+def _forgotten() -> dict[str, types.ModuleType]:
   """`configs` and what belongs to it, which then are imported no more."""
   names = [x for x in sys.modules if x.partition(".")[0] == "configs"]
   return {name: sys.modules.pop(name) for name in names}
 
 
-def _is_base(module: types.ModuleType) -> bool:
-  return pathlib.Path(module.__file__ or "") == FOLDER / "base.py"
+def _of_users() -> list[str]:
+  """Folders that `configs` may be elsewhere."""
+  return [os.path.join(place, "configs") for place in sys.path]
 
 
 def packaged() -> dict[str, pathlib.Path]:

@@ -201,7 +201,7 @@ class _Base:
 
 
 def _named(function: ast.FunctionDef) -> Iterator[str]:
-  """The task that keys are of: `@_task("prepare")`, `c.task = "prepare"`."""
+  """The task that keys are of: `@task("prepare")`, `c.task = "prepare"`."""
   for decorator in function.decorator_list:
     if isinstance(decorator, ast.Call):
       yield ast.literal_eval(decorator.args[0])

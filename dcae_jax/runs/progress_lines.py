@@ -40,11 +40,7 @@ class Progress(contextlib.ExitStack):
     if now - self._said < _SECONDS_BETWEEN_LINES or live_line.is_on():
       return
     self._said = now
-    rate, left = self._speed()
-    _LOG.info(
-      "%d/%d %s, %.3g %s/s, about %.0f s left",
-      self._done, self._total, self._unit, rate, self._unit, left,
-    )  # fmt: skip
+    _LOG.info("%s", self._words())
 
   def finish(self) -> None:
     """Says how many of the images could be used."""
@@ -54,15 +50,11 @@ class Progress(contextlib.ExitStack):
       used, self._total, used / self.seconds,
     )  # fmt: skip
 
-  def _speed(self) -> tuple[float, float]:
-    """Units per second, and seconds that are left."""
-    rate = self._done / max(self.seconds, 1e-9)
-    return rate, (self._total - self._done) / max(rate, 1e-9)
-
   def _words(self) -> str:
-    """For a terminal, which may be narrow."""
-    words = f"{self._done}/{self._total} {self._unit}"
+    """The first ones count: a terminal may be narrow."""
+    words, seconds = f"{self._done}/{self._total} {self._unit}", self.seconds
     if not self._done:
-      return f"{words}  {stopwatch.clock(self.seconds)}"
-    rate, left = self._speed()
-    return f"{words}  left {stopwatch.clock(left)}  {rate:.3g} {self._unit}/s"
+      return f"{words}  {stopwatch.clock(seconds)}"
+    left = stopwatch.clock((self._total / self._done - 1) * seconds)
+    rate = self._done / max(seconds, 1e-9)
+    return f"{words}  left {left}  {rate:.3g} {self._unit}/s"

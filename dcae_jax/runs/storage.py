@@ -18,7 +18,7 @@ import numpy as np
 import tensorstore as ts
 
 from dcae_jax import errors
-from dcae_jax.runs import json_types, regular_files
+from dcae_jax.runs import installed, json_types, regular_files
 
 _SEAL = "sha256_of_the_rest"
 RETRIES = 10  # of a request: about two minutes
@@ -39,7 +39,7 @@ class Storage:
 
     Args:
       path: local, or `gs://bucket/prefix`; UserError if it is neither, or
-        buckets are not installed for.
+        what reads buckets is not installed.
       retries: of a request to a bucket, at most 16 seconds apart.
       cache_megabytes: of arrays kept in memory once they are read.
     """
@@ -249,7 +249,7 @@ def _place(path: str) -> dict[str, str]:
       f"{path!r} is neither a local path nor gs://BUCKET/PATH with a bucket "
       "name of 3 or more lower-case letters, digits, dots and dashes"
     )
-  errors.require("gcsfs", "gcs", path)
+  installed.require("gcsfs", "gcs", path)
   prefix = prefix.strip("/")
   place = {"driver": "gcs", "bucket": bucket}
   return place | {"path": f"{prefix}/" if prefix else ""}

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
+import dcae_jax
+
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "tensorstore")
 
 
 def versions() -> dict[str, str]:
   """What computed a result."""
-  found = {"dcae_jax": _clone() or _installed()}
+  found = {"dcae_jax": _clone() or dcae_jax.__version__}
   found |= {name: importlib.metadata.version(name) for name in _PACKAGES}
   return found | {
     "python": platform.python_version(),
@@ -44,13 +46,6 @@ def _clone() -> str:
   except (OSError, subprocess.CalledProcessError):
     return ""
   return f"a clone at {output.strip()}"
-
-
-def _installed() -> str:
-  try:
-    return importlib.metadata.version("dcae_jax")
-  except importlib.metadata.PackageNotFoundError:
-    return "not installed"
 
 
 def _hardware() -> str:

@@ -17,7 +17,7 @@ from etils import epath
 from PIL import Image
 
 from dcae_jax import errors
-from dcae_jax.runs import regular_files, storage, work_directory
+from dcae_jax.runs import installed, regular_files, storage, work_directory
 
 _LOG = logging.getLogger(__name__)
 _SECONDS_TO_BEGIN = 30
@@ -30,14 +30,15 @@ class WeightsAndBiases:
   @staticmethod
   def check() -> None:
     """Raises UserError where the package is not installed."""
-    _package()
+    installed.require("wandb", "wandb", "config.writers=wandb")
 
   def __init__(self, workdir: epath.Path, first_step: int):
     """Begins a run or goes on with it.
 
     Raises UserError if nobody is logged in.
     """
-    wandb = _package()
+    import wandb
+
     is_local = "://" not in str(workdir)
     folder = str(workdir) if is_local else tempfile.mkdtemp(prefix="wandb_")
     settings = wandb.Settings(
@@ -100,13 +101,6 @@ class WeightsAndBiases:
     """Waits for what is not sent yet, but not for long."""
     is_error = sys.exception() is not None  # one that is being handled
     self._run.finish(exit_code=int(is_error))
-
-
-def _package() -> Any:
-  errors.require("wandb", "wandb", "config.writers=wandb")
-  import wandb
-
-  return wandb
 
 
 def _stored_id(workdir: epath.Path) -> str:

@@ -20,6 +20,7 @@ from dcae_jax import errors
 from dcae_jax.runs import (
   config_files,
   differences,
+  installed,
   json_types,
   places,
   work_directory,
@@ -77,7 +78,7 @@ def check(config: ConfigDict) -> None:
   for path, value in values.items():
     for text in value if isinstance(value, list) else [value]:
       if isinstance(text, str) and text.startswith("gs://"):
-        errors.require("gcsfs", "gcs", f"config.{path}={text}")
+        installed.require("gcsfs", "gcs", f"config.{path}={text}")
   for path, key in _keys(config).items():
     value = values.get(path)
     if not _has_form(value, json.loads(json.dumps(key.form))):
@@ -195,6 +196,29 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _may_differ(key: base.Key, before: Any, now: Any) -> bool:
   return key.may_change or (key.is_decided and key.default in (before, now))
+
+
+def change(group: ConfigDict, changes: Any, name: str) -> None:
+  """Changes keys of a config; an empty group of it may get any.
+
+  Raises UserError, which has the name of the changes, for a key that is not
+  there, or a value of another kind.
+  """
+  if not isinstance(changes, ConfigDict):
+    raise errors.UserError(f"{name}={changes!r} is no group of keys")
+  is_free = not group
+  with group.unlocked():
+    for key, value in changes.items():
+      if key not in group and not is_free:
+        advice = errors.meant(key, group)
+        raise errors.UserError(f"{name}.{key} is no key of the run; {advice}")
+      if key in group and isinstance(group[key], ConfigDict):
+        change(group[key], value, f"{name}.{key}")
+        continue
+      try:
+        group[key] = value
+      except TypeError as error:
+        raise errors.UserError(f"{name}.{key}: {error}") from error
 
 
 def for_device(config: ConfigDict, backend: str) -> ConfigDict:

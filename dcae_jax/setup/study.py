@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -224,33 +223,11 @@ def _check_run(cell: Cell) -> None:
 
 
 def of_arm(config: ConfigDict, arm: str) -> ConfigDict:
-  """The config of its runs; UserError for a change of a key that is not there.
-
-  What is empty in the base, as `model.architecture`, may get any keys.
-  """
+  """The config of its runs; UserError for a change of a key that is none."""
   changed = copy.deepcopy(config.base)
-  _change(changed, config.arms[arm], f"config.arms.{arm}")
+  keys.change(changed, config.arms[arm], f"config.arms.{arm}")
   changed.plugins = changed.plugins or config.plugins
   return changed.copy_and_resolve_references()
-
-
-def _change(group: ConfigDict, changes: Any, name: str) -> None:
-  if not isinstance(changes, ConfigDict):
-    raise errors.UserError(f"{name}={changes!r} is no group of keys")
-  is_free = not group
-  with group.unlocked():
-    for key, value in changes.items():
-      if key not in group and not is_free:
-        near = difflib.get_close_matches(key, group)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise errors.UserError(f"{name}.{key} is no key of the run{hint}")
-      if key in group and isinstance(group[key], ConfigDict):
-        _change(group[key], value, f"{name}.{key}")
-        continue
-      try:
-        group[key] = value
-      except TypeError as error:
-        raise errors.UserError(f"{name}.{key}: {error}") from error
 
 
 def _fill(config: ConfigDict, seed: int, study: str) -> None:

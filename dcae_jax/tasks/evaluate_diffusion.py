@@ -21,7 +21,12 @@ from dcae_jax.diffusion import sampling
 from dcae_jax.evaluation import fid, samples, set_measures
 from dcae_jax.evaluation import metrics as metrics_table
 from dcae_jax.evaluation import prompts as prompts_lib
-from dcae_jax.evaluation.report import figures, samples_page, text_table
+from dcae_jax.evaluation.report import (
+  figures,
+  plots,
+  samples_page,
+  text_table,
+)
 from dcae_jax.latents import decode, reader
 from dcae_jax.nn import precision
 from dcae_jax.runs import (
@@ -549,7 +554,7 @@ def _plot(measured: dict[str, dict[str, float]]) -> bytes:
     for metric in metrics_table.known("samples").values()
     if any(key in x for _, x in points for key in metric.columns)
   }
-  return figures.curves(panels, "guidance scale")
+  return plots.curves(panels, "guidance scale")
 
 
 def _table(measured: dict[str, dict[str, float]]) -> list[list[str]]:

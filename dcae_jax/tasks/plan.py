@@ -20,7 +20,6 @@ from dcae_jax import errors
 from dcae_jax.runs import (
   compiling,
   config_files,
-  differences,
   metrics_writer,
   outcome,
   plain_text,
@@ -210,26 +209,8 @@ def load(path: str, changes: dict[str, Any]) -> dict[str, ConfigDict]:
       f"{', '.join(_BUILD)} and train_phases"
     )
   for planned in runs.values():
-    with errors.renamed("config.", "config.changes."):
-      for key in differences.flat(changes):
-        if not _is_free(key, planned):
-          config_files.check_key(key, "", planned.to_dict())
-    try:
-      with planned.unlocked():
-        planned.update(changes)
-    except (AttributeError, KeyError, TypeError) as error:
-      raise errors.UserError(f"config.changes: {error.args[0]}") from error
+    keys.change(planned, ConfigDict(changes), "config.changes")
   return runs
-
-
-def _is_free(path: str, config: ConfigDict) -> bool:
-  """Whether a key is below an empty group, such as `model.architecture`."""
-  group = config
-  for name in path.split(".")[:-1]:
-    group = group.get(name)
-    if not isinstance(group, ConfigDict) or not group:
-      return isinstance(group, ConfigDict)
-  return False
 
 
 def set_batch_size(config: ConfigDict, per_chip: float, chips: int) -> None:

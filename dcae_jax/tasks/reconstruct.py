@@ -22,7 +22,7 @@ from dcae_jax.runs import metrics_writer, outcome, plain_text, work_directory
 from dcae_jax.setup import keys, start
 
 _LOG = logging.getLogger(__name__)
-_FOLDERS = ("pictures", "reconstructions")
+_FOLDERS = ("reconstructions", "pictures")
 _WRITTEN = (*_FOLDERS, "summary.md")
 _UNUSABLE = re.compile(r'[\\/:*?"<>|]|^\.')  # in names, on any file system
 _MOST_BYTES = 200  # of a name, without its number and ending
@@ -77,7 +77,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> bool:
       continue
     original = np.asarray(image).reshape(image.height, image.width, -1)
     made, psnr = _reconstruct(ae, original, options)
-    file, both = (f"{folder}/{name}" for folder in reversed(_FOLDERS))
+    file, both = (f"{folder}/{name}" for folder in _FOLDERS)
     metrics_writer.write_png(workdir / file, made)
     picture = figures.side_by_side(
       [original, made],

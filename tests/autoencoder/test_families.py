@@ -119,7 +119,7 @@ def test_an_architecture_differs_from_its_variant_in_some_keys():
     ("tiny-f9", {}, "unknown variant 'tiny-f9'; known are f32c32, "),
     ("tiny-f9", {"latent_channels": 4}, "unknown variant 'tiny-f9'"),
     ("tiny-f8", {"widths": [8]}, "'tiny-f8': 'widths' is no key of Autoencoder"
-     "DC; it has in_channels, "),
+     "DC; there are in_channels, "),
     ("tiny-f8", {"latent_chanels": 8}, r"; did you mean 'latent_channels'\?$"),
     ("custom", {"latent_chanels": 8}, r"; did you mean 'latent_channels'\?$"),
     ("tiny-f8", {"_class_name": "AutoencoderKL"}, "is not 'AutoencoderDC', as"),

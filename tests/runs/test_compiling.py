@@ -1,4 +1,3 @@
-import json
 import logging
 
 import jax
@@ -38,29 +37,23 @@ def _compile(caplog, rows=4):
 def test_the_time_of_the_last_time_is_the_estimate(cache, caplog):
   caplog.set_level(logging.INFO)
   said, done = _compile(caplog)
-  assert said.startswith("compiling the step; how long that takes is not known")
+  assert said.startswith("compiling the step; how long is not known here")
   assert done.startswith("compiled in ")
   seconds = done.removeprefix("compiled in ")
   said, done = _compile(caplog)
   assert said == f"compiling the step; it took {seconds} the last time"
   assert done.startswith("loaded from the compilation cache in ")
-  loaded = done.removeprefix("loaded from the compilation cache in ")
-  said, _ = _compile(caplog)
-  assert said == (
-    f"compiling the step; the cache had it in {loaded} the last time, and it "
-    f"took {seconds} before"
-  )
+  assert _compile(caplog)[0] == said
   assert "is not known" in _compile(caplog, rows=5)[0]  # another program
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"compiled": "1", "loaded": 0}'])
+@pytest.mark.parametrize("text", ["[]", "{", "3", '{"compiled": "1"}'])
 def test_a_damaged_estimate_is_none(text, cache, caplog):
   caplog.set_level(logging.INFO)
   _compile(caplog)
   (file,) = cache.glob("dcae_jax_seconds_*.json")
   file.write_text(text)
   assert "is not known" in _compile(caplog)[0]
-  assert json.loads(file.read_text())["loaded"] > 0
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache, caplog):
@@ -103,7 +96,7 @@ def test_what_other_work_compiles_has_lines_if_it_takes_long(
 
 @pytest.mark.parametrize(
   ("seconds", "words"),
-  [(2.04, "2.0 s"), (99.9, "99.9 s"), (192, "3:12 min"), (3661, "61:01 min")],
+  [(2.04, "2.0 s"), (99.9, "99.9 s"), (192, "0:03:12"), (3661, "1:01:01")],
 )
 def test_seconds_are_said_for_people(seconds, words):
   assert compiling._words(seconds) == words

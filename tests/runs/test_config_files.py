@@ -161,6 +161,15 @@ def test_a_plugin_of_a_folder_configs_is_imported_once(of_a_user):
     sys.modules.pop("configs.mine", None)
 
 
+def test_modules_of_plugins_import_the_same(of_a_user):
+  with open("my_plugin.py", "w") as file:
+    file.write("from configs import base, other")
+  config_files.import_plugins({"plugins": ("my_plugin",)})
+  plugin = sys.modules.pop("my_plugin")
+  assert (plugin.base, plugin.other.NAME) == (base, "my other")
+  assert sys.modules["configs"] is of_a_user
+
+
 def test_our_base_is_read_where_another_one_has_its_name(
   of_a_user, monkeypatch
 ):

@@ -141,8 +141,8 @@ def test_progress_is_on_the_line_or_in_the_log(monkeypatch, caplog):
     assert work() == []
     live_line.end()
     (line,) = work()
-    assert line.startswith("1/4 images, ")
-    assert line.endswith("images/s, about 1 s left")
+    assert line.startswith("1/4 images  left 0:00:01  ")
+    assert line.endswith(" images/s")
 
 
 def test_the_line_of_a_job_in_the_background_is_not_drawn(monkeypatch):

@@ -196,7 +196,10 @@ def test_images_per_second_are_of_the_roofline():
     ({"topology": "v9:2x2"}, "unknown topology 'v9:2x2'"),
     ({"batch_size_per_chip": (0.01,)}, "is 0.08 images on 8 chips"),
     ({"batch_size_per_chip": (0.3,)}, "choose one that makes a whole"),
-    ({"changes.resolutoin": 3}, "did you mean config.changes.resolution"),
+    (
+      {"changes.resolutoin": 3},
+      "of the run; did you mean 'resolution'?",
+    ),
     ({"changes.resolution": 100}, "not divisible by 64"),
     ({"changes.mesh.fsdp": 3}, "config.mesh"),
   ],

@@ -5,7 +5,6 @@ A kind of source is one file, and one line in `KINDS`.
 
 from collections.abc import Callable
 
-from dcae_jax import errors
 from dcae_jax.data.sources.embedded_photographs import embedded
 from dcae_jax.data.sources.files import (
   Files,
@@ -26,11 +25,12 @@ from dcae_jax.data.sources.protocol import (
 from dcae_jax.data.sources.records import Records
 from dcae_jax.data.sources.subsets import ClassPerImage, Subset, at_least, split
 from dcae_jax.data.sources.tar import Tars
+from dcae_jax.runs import installed
 
 
 def tfds(name: str, split: str, path: str, captions: bool = False) -> Source:
   """A `TensorFlowDataset`; UserError without the packages of the extra."""
-  errors.require("tensorflow_datasets", "tfds", "a source of kind 'tfds'")
+  installed.require("tensorflow_datasets", "tfds", "a source of kind 'tfds'")
   from dcae_jax.data.sources import tensorflow_dataset
 
   return tensorflow_dataset.TensorFlowDataset(name, split, path, captions)

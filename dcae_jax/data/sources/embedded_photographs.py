@@ -1,12 +1,12 @@
 """Photographs inside packages of the Python package index."""
 
-import importlib.util
 import json
 import pathlib
 
 from dcae_jax import errors
 from dcae_jax.data import captions as image_captions
 from dcae_jax.data.sources import files
+from dcae_jax.runs import installed
 
 _CAPTIONS = pathlib.Path(__file__).with_name("embedded_captions.json")
 
@@ -69,15 +69,12 @@ def embedded(split: str, captions: bool = False) -> files.Files:
     )
   paths = {}
   for package, pattern, names in _EMBEDDED[split]:
-    spec = importlib.util.find_spec(package)
-    directory = pathlib.Path(spec.origin).parent if spec else None
+    directory = installed.folder(package)
     for name in names.split():
       file = pattern.format(name)
       key = f"{package}/{file}"
       if directory is None or not (directory / file).is_file():
-        raise errors.missing_extra(
-          "quickstart", f"the embedded photograph {key}"
-        )
+        raise installed.missing("quickstart", f"the embedded photograph {key}")
       paths[key] = str(directory / file)
   captioned = None
   if captions:

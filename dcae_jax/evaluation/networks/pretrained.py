@@ -9,7 +9,6 @@ as what was kept of them in the cache.
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import pathlib
 import re
@@ -22,7 +21,7 @@ from etils import epath
 
 from dcae_jax import errors
 from dcae_jax.autoencoder.weights import safetensors_files, torch_files
-from dcae_jax.runs import metrics_writer, regular_files
+from dcae_jax.runs import installed, metrics_writer, regular_files
 
 
 class Pretrained(NamedTuple):
@@ -47,14 +46,6 @@ def cache_directory() -> pathlib.Path:
   return pathlib.Path(home).expanduser() / "dcae_jax"
 
 
-def package_directory(name: str) -> pathlib.Path | None:
-  """Where a package is installed, if it is; it is not imported."""
-  spec = importlib.util.find_spec(name)
-  if spec is None or not spec.origin:
-    return None
-  return pathlib.Path(spec.origin).parent
-
-
 def located(
   path: str, package: str, file: str, extra: str, what: str
 ) -> pathlib.Path:
@@ -65,9 +56,9 @@ def located(
   """
   if path:
     return safetensors_files.find_file(path)
-  directory = package_directory(package)
+  directory = installed.folder(package)
   if directory is None:
-    raise AbsentWeightsError(str(errors.missing_extra(extra, what)))
+    raise AbsentWeightsError(str(installed.missing(extra, what)))
   return directory / file
 
 

@@ -21,6 +21,7 @@ from dcae_jax.evaluation.report import (
   distributions,
   evaluation_page,
   figures,
+  plots,
 )
 from dcae_jax.runs import (
   json_types,
@@ -141,14 +142,14 @@ def _write_curves(report: epath.Path, runs: Sequence[Run]) -> str:
       if result.exists():
         ended = work_directory.read_result(result, _OF_TRAINING)
       lines = metrics_writer.read_lines(file)
-      trainings[run.name] = figures.Training(lines, ended)
+      trainings[run.name] = plots.Training(lines, ended)
   if not trainings:
     return ""
   measures = {
-    key: figures.Measure(column.title, is_log=column.better == "lower")
+    key: plots.Measure(column.title, is_log=column.better == "lower")
     for key, column in metrics_table.columns().items()
   }
-  curves = figures.training_curves(trainings, measures)
+  curves = plots.training_curves(trainings, measures)
   (report / CURVES).write_bytes(curves)
   return CURVES
 

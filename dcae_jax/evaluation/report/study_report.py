@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dcae_jax.evaluation import metrics as metrics_table
-from dcae_jax.evaluation.report import figures, page, text_table
+from dcae_jax.evaluation.report import page, plots, text_table
 from dcae_jax.runs import plain_text, versions
 
 FIGURE, CURVES = "figure.png", "over_steps.png"
@@ -265,16 +265,16 @@ def write_figure(study: Study) -> bytes:
   panels = {}
   for name, path in study.measures.items():
     lines = {
-      line: figures.Line(_points(study, arms, path))
+      line: plots.Line(_points(study, arms, path))
       for line, arms in study.lines.items()
     }
     arms = next(iter(study.lines.values()))
     floor = _points(study, arms, _floor_of(path))
-    lines[_FLOOR] = figures.Line(floor, "--", "grey")
+    lines[_FLOOR] = plots.Line(floor, "--", "grey")
     panels[_heading(name, path)] = lines
   for what, by_arm in study.published.items():
     panels[f"published: {what}"] = {
-      line: figures.Line(
+      line: plots.Line(
         [
           (place, *3 * (by_arm[arm],))
           for place, arm in enumerate(arms)
@@ -285,7 +285,7 @@ def write_figure(study: Study) -> bytes:
       for line, arms in study.lines.items()
     }
   ticks = study.figure.ticks or next(iter(study.lines.values()))
-  return figures.ranges(panels, study.figure.x_label, list(map(str, ticks)))
+  return plots.ranges(panels, study.figure.x_label, list(map(str, ticks)))
 
 
 def _points(
@@ -305,10 +305,10 @@ def write_curves(study: Study) -> bytes:
   for name in study.figure.over_steps:
     path = study.measures[name]
     panels[_heading(name, path)] = {
-      arm: figures.Line(_over_steps(found.lines.values(), path))
+      arm: plots.Line(_over_steps(found.lines.values(), path))
       for arm, found in study.arms.items()
     }
-  return figures.ranges(panels, "step")
+  return plots.ranges(panels, "step")
 
 
 def _over_steps(

