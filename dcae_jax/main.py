@@ -325,13 +325,16 @@ def _show(text: str) -> NoReturn:
     print(text, flush=True)
   except BrokenPipeError:  # `| head` has seen enough
     os._exit(0)
+  except OSError as error:
+    os._exit(_fail(str(error)))
   sys.exit()
 
 
 def start() -> None:
   """Defines the flags, and does what they say; ends the process."""
   # `python -m` finds modules of the current directory, a command does not.
-  sys.path.append(os.getcwd())
+  with contextlib.suppress(FileNotFoundError):  # it may have been removed
+    sys.path.append(os.getcwd())
   for kind, parser in {
     tuple: _TupleParser(),
     ConfigDict: _DictParser(),

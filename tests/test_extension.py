@@ -219,6 +219,8 @@ def test_a_denoiser_has_depth_and_width_of_ones_own(variant, fields):
     ("UViT-S", {"patch_size": 2}, "'patch_size' is no field .* there are d"),
     ("UViT-S", {"depth": -2}, "depth=-2 is below 1"),
     ("UViT-S", {"depth": 3}, "depth=3 of a UViT is odd"),
+    ("UViT-S", {"depth": 10**6}, "depth=1000000 is above 1000$"),
+    ("UViT-S", {"hidden": 2**63}, f"hidden={2**63} is above 65536$"),
     ("UViT-S", {"depth": 2.5}, r"depth=2.5 is not of the type int"),
     ("UViT-S", {"heads": 7}, "not divisible by heads=7"),
     ("UViT", {"depth": 4, "hidden": 512}, "of UViT: heads is missing"),

@@ -193,6 +193,40 @@ def test_help_can_be_read_in_part():
   assert (found.returncode, found.stderr) == (0, "")
 
 
+def test_help_that_cannot_be_written_is_one_line():
+  command = [sys.executable, "-m", "dcae_jax", "--help"]
+  with open("/dev/full", "w") as full:
+    found = subprocess.run(
+      command,
+      cwd=REPOSITORY,
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+      check=False,
+    )
+  message = "error: [Errno 28] No space left on device\n"
+  assert (found.returncode, found.stderr) == (2, message)
+
+
+def test_a_current_directory_that_is_gone_is_no_mistake(tmp_path):
+  gone = str(tmp_path / "gone")
+  code = (
+    "import os, runpy, sys\n"
+    f"os.mkdir({gone!r}); os.chdir({gone!r}); os.rmdir({gone!r})\n"
+    "sys.argv = ['dcae', 'plam']\n"
+    "runpy.run_module('dcae_jax', run_name='__main__', alter_sys=True)\n"
+  )
+  found = subprocess.run(
+    [sys.executable, "-c", code],
+    env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  message = "error: config file 'plam' does not exist; did you mean plan?\n"
+  assert (found.returncode, found.stderr) == (2, message)
+
+
 def test_what_is_wrong_with_a_config_file_is_one_line(tmp_path):
   path = tmp_path / "run.py"
   path.write_text("def get_config():\n  return {}['steps']\n")

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from dcae_jax import errors
 
 _MAX_PERIOD = 10_000.0
+_MOST_BLOCKS, _MOST_HIDDEN = 1000, 2**16
 MLP_RATIO = 4
 
 
@@ -36,8 +37,12 @@ def check_sizes(depth: int, hidden: int, heads: int, divisor: int) -> None:
       f"hidden={hidden} is not divisible by {divisor}, as the sines and "
       f"cosines need it; use {below} or {below + divisor}"
     )
+  if hidden > _MOST_HIDDEN:
+    raise errors.UserError(f"hidden={hidden} is above {_MOST_HIDDEN}")
   if depth < 1:
     raise errors.UserError(f"depth={depth} is below 1, the fewest blocks")
+  if depth > _MOST_BLOCKS:
+    raise errors.UserError(f"depth={depth} is above {_MOST_BLOCKS}")
 
 
 def time_features(t: Float[Array, " b"], features: int) -> Float[Array, "b d"]:

@@ -134,7 +134,8 @@ def import_plugins(config: dict[str, Any]) -> None:
 
 
 def _import(name: Any) -> None:
-  if not all(part.isidentifier() for part in str(name).split(".")):
+  may_be = isinstance(name, str) and not name.endswith(".py")
+  if not may_be or not all(map(str.isidentifier, name.split("."))):
     raise errors.UserError(
       f"config.plugins names {name!r}, which is no module; name it as `import` "
       "does, such as my_module for my_module.py"

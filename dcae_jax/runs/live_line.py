@@ -130,23 +130,25 @@ class _Terminal:
 
   def _draw_again(self) -> None:
     while not self._closed.wait(SECONDS):
-      with self._lock, contextlib.suppress(OSError):  # it may be gone
+      with self._lock:
         self._draw()
 
   def _draw(self) -> None:
     if self._shown and self._is_at_start and self.is_ours():
-      columns = os.get_terminal_size(self._stream.fileno()).columns or 80
-      # A line that fills the last column wraps on some terminals.
-      text = _cut(plain_text.escaped(self._shown[-1]()), columns - 1)
-      self._stream.write(f"\r{text}{_TO_THE_END}")
-      self._stream.flush()
-      self._is_drawn = True
+      text = plain_text.escaped(self._shown[-1]())
+      with contextlib.suppress(OSError):  # the terminal may be gone
+        columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+        # A line that fills the last column wraps on some terminals.
+        self._stream.write(f"\r{_cut(text, columns - 1)}{_TO_THE_END}")
+        self._stream.flush()
+        self._is_drawn = True
 
   def _erase(self) -> None:
     if self._is_drawn:
-      self._stream.write(f"\r{_TO_THE_END}")
-      self._stream.flush()
       self._is_drawn = False
+      with contextlib.suppress(OSError):
+        self._stream.write(f"\r{_TO_THE_END}")
+        self._stream.flush()
 
 
 class _Above:

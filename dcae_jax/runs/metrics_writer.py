@@ -247,8 +247,12 @@ def write_whole(path: epath.Path, text: str | bytes) -> None:
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temporary.write_bytes(data)
-  os.replace(temporary, path)
+  try:
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+  except OSError:  # on a full disk a part of it would stay, at each try
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 def write_json(path: epath.Path, value: Any) -> None:

@@ -5,6 +5,7 @@ a second one does not wait for it. A thread hears them, since Python's own
 handlers have to wait while the main thread compiles or waits for devices.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -28,6 +29,9 @@ def listen() -> None:
   Called by the main thread; again does no harm.
   """
   global _thread
+  # Closed ones, as of a daemon: what is said is lost, and nothing else.
+  sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+  sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
   for number in STOPS:
     handle(number, lambda *_: None)
   listen_for_traces()
@@ -73,5 +77,6 @@ def _hear(reading: int) -> None:
 
 
 def _say(text: str) -> None:
-  sys.stdout.flush()
-  print(text, file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # the terminal may be gone
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)

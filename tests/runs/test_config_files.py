@@ -260,7 +260,9 @@ def test_an_error_in_a_module_has_its_line(
     ("my-module", "which is no module; name it as `import` does"),
     ("a/b.py", "which is no module"),
     (".a", "which is no module"),
+    ("json.py", "which is no module; name it as `import` does"),
     (3, "config.plugins names 3, which is no module"),
+    (True, "config.plugins names True, which is no module"),
   ],
 )
 def test_modules_that_are_not_there_are_named(name, message, monkeypatch):

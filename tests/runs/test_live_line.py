@@ -152,3 +152,21 @@ def test_the_line_of_a_job_in_the_background_is_not_drawn(monkeypatch):
       assert not live_line.is_on()
       time.sleep(2 * live_line.SECONDS)
       assert _screen_after(terminal, "the end") == ["the end", ""]
+
+
+def test_a_terminal_that_is_gone_stops_nothing(monkeypatch):
+  """As that of a job which was left alone, with nohup or without."""
+  monkeypatch.setattr(live_line, "SECONDS", 0.02)
+  monkeypatch.setenv("TERM", "xterm")
+  own, there = os.openpty()
+  stream = open(there, "w", buffering=1)  # noqa: SIM115
+  with monkeypatch.context() as patch:
+    patch.setattr(sys, "stderr", stream)
+    with live_line.on_terminal():
+      with live_line.showing(lambda: "live"):
+        assert b"live" in os.read(own, 100)
+        os.close(own)
+      with live_line.showing(lambda: "more"):
+        time.sleep(5 * live_line.SECONDS)
+  with contextlib.suppress(OSError):  # of what nobody has read
+    stream.close()

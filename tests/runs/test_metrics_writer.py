@@ -160,3 +160,11 @@ def test_other_processes_write_nothing(tmp_path):
   writer.image(1, "grid", np.zeros((2, 2, 3), np.uint8))
   writer.close()
   assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_leaves_no_part(tmp_path):
+  """A folder of its name is in the way, as a full disk would be."""
+  (tmp_path / "a.json").mkdir()
+  with pytest.raises(OSError, match=r"a\.json"):
+    metrics_writer.write_json(epath.Path(tmp_path / "a.json"), {})
+  assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -80,6 +80,28 @@ def test_who_leaves_at_once_leaves_no_half_of_a_live_line():
   ]  # fmt: skip
 
 
+def test_signals_are_heard_when_the_terminal_is_gone():
+  own, there = os.openpty()
+  with subprocess.Popen(
+    [sys.executable, "-c", _LIVE],
+    cwd=REPOSITORY,
+    env=os.environ | {"TERM": "xterm"},
+    stderr=there,
+  ) as process:
+    assert b"live" in os.read(own, 100)
+    os.close(own)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(10) == 128 + signal.SIGHUP
+  os.close(there)
+
+
+def test_closed_outputs_are_no_mistake():
+  """With both closed, as of a daemon, nothing can be said of the mistake."""
+  command = f"{sys.executable} -m dcae_jax report >&- 2>&-"
+  found = subprocess.run(command, cwd=REPOSITORY, shell=True, check=False)
+  assert found.returncode == 2
+
+
 def test_a_signal_that_is_sent_twice_at_once_is_one():
   with _start("will save") as process:
     for _ in range(2):  # to a group, and by a script to its child
