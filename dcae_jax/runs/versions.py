@@ -27,7 +27,8 @@ def versions() -> dict[str, str]:
 def in_words(computed: Iterable[Mapping[str, str]]) -> str:
   """What computed several results, each named once."""
   named = (
-    f"dcae_jax {x['dcae_jax'].removeprefix('a clone ')}, jax {x['jax']}, {x['devices']}"
+    f"dcae_jax {x['dcae_jax'].removeprefix('a clone ')}, jax {x['jax']}, "
+    f"{x['devices']}"
     for x in computed
   )
   return "; ".join(dict.fromkeys(named))
