@@ -29,9 +29,6 @@ from dcae_jax.autoencoder import (
   tiling,
 )
 from dcae_jax.autoencoder.weights import conversion, released, safetensors_files
-from dcae_jax.data import batches, sources
-from dcae_jax.data import decoding as image_decoding
-from dcae_jax.data import images as images_lib
 from dcae_jax.runs import work_directory
 from dcae_jax.training import checkpoint
 
@@ -443,6 +440,11 @@ class Autoencoder:
           f"{name}={value!r} is not a whole number from 0 to {2**16 - 1}"
         )
     network.check_side(resolution, self.spatial_compression)
+    # A third of a second to import, which most who load a model can do without.
+    from dcae_jax.data import batches, sources
+    from dcae_jax.data import decoding as image_decoding
+    from dcae_jax.data import images as images_lib
+
     image_decoding.check_channels(self.image_channels)
     source = sources.folder(folder)
     decoding = images_lib.Decoding(self.image_channels)
