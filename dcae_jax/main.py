@@ -26,6 +26,7 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+import dcae_jax
 from dcae_jax import errors, tasks
 from dcae_jax.runs import live_line, plain_text
 
@@ -293,6 +294,8 @@ def _parse(argv: list[str]) -> list[str]:
     text = argument.encode("utf-8", "backslashreplace").decode()
     if text != argument:
       sys.exit(_fail(f"{text} is not UTF-8; rename what it names"))
+  if argv[1:] == ["--version"]:
+    _show(f"dcae_jax {dcae_jax.__version__}")
   program, *given = (x for x in argv if x not in _HELP)
   asks = len(given) < len(argv) - 1
   is_named = any(re.match("--?config(=|$)", x) for x in given)

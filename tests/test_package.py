@@ -117,6 +117,8 @@ def test_the_version_is_that_of_the_tag(wheel, run_installed):
   assert told["Version"] == "1.2.3"
   found = run_installed("-c", "import dcae_jax; print(dcae_jax.__version__)")
   assert found.stdout == "1.2.3\n", found.stderr
+  found = run_installed("-m", "dcae_jax", "--version")
+  assert found.stdout == "dcae_jax 1.2.3\n", found.stderr
 
 
 def test_packaged_configs_are_found_from_anywhere(run_installed):

@@ -21,7 +21,8 @@ usage: dcae CONFIG --workdir=DIR [--config.KEY=VALUE ...]
 
 CONFIG is a config file, or the name of one of those below. With --help it shows
 its keys: dcae f64_phase2 --help
-The same: python -m dcae_jax.main --config=CONFIG --workdir=DIR"""
+The same: python -m dcae_jax.main --config=CONFIG --workdir=DIR
+dcae --version shows the version."""
 _OF_CONFIG = """\
 The keys, with the values that they have here; others: --config.KEY=VALUE. What
 is said of them is of configs/base.py and its defaults, and is said once."""

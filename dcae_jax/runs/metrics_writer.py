@@ -40,7 +40,7 @@ class Writer(Protocol):
 
   @staticmethod
   def check() -> None:
-    """Raises UserError where what it needs is not installed."""
+    """Raises UserError where what it needs is not there."""
 
   def __init__(self, workdir: epath.Path, first_step: int): ...
 
@@ -57,15 +57,19 @@ WRITERS: dict[str, type[Writer]] = {
 }
 
 
-def check(writers: Sequence[str]) -> None:
-  """Raises UserError for unknown writers, and those that are not installed."""
+def check(writers: Sequence[str], enabled: bool) -> None:
+  """Raises UserError for unknown writers.
+
+  And if `enabled`, as on the first process, for those that cannot write.
+  """
   for name in writers:
     if name not in WRITERS:
       raise errors.UserError(
         f"unknown writer {name!r} in config.writers; known are "
         f"{', '.join(WRITERS)}"
       )
-    WRITERS[name].check()
+    if enabled:
+      WRITERS[name].check()
 
 
 class MetricsWriter:

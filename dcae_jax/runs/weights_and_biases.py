@@ -4,6 +4,8 @@ Which project, server or mode is said by the package's own environment
 variables. A restart goes on in the same run, whose id the work directory keeps.
 """
 
+import contextlib
+import io
 import logging
 import os
 import secrets
@@ -29,8 +31,18 @@ class WeightsAndBiases:
 
   @staticmethod
   def check() -> None:
-    """Raises UserError where the package is not installed."""
+    """Raises UserError without the package, or where nobody is logged in.
+
+    Nobody is asked on a terminal, where a run may be alone.
+    """
     installed.require("wandb", "wandb", "config.writers=wandb")
+    import wandb
+
+    try:
+      with contextlib.redirect_stderr(io.StringIO()):  # no terminal
+        wandb.login(verify=False)
+    except (wandb.errors.Error, ValueError) as error:
+      raise _refusal(error) from error
 
   def __init__(self, workdir: epath.Path, first_step: int):
     """Begins a run or goes on with it.
@@ -68,11 +80,7 @@ class WeightsAndBiases:
     try:
       self._run = begin()
     except wandb.errors.UsageError as error:
-      raise errors.UserError(
-        f"Weights & Biases refuses: {errors.first_line(error)}; set "
-        "WANDB_MODE=offline to keep all in files, or leave wandb out of "
-        "config.writers"
-      ) from error
+      raise _refusal(error) from error
     except wandb.errors.CommError as error:
       _LOG.warning(
         "Weights & Biases does not answer: %s", errors.first_line(error)
@@ -101,6 +109,14 @@ class WeightsAndBiases:
     """Waits for what is not sent yet, but not for long."""
     is_error = sys.exception() is not None  # one that is being handled
     self._run.finish(exit_code=int(is_error))
+
+
+def _refusal(error: Exception) -> errors.UserError:
+  return errors.UserError(
+    f"Weights & Biases refuses: {' '.join(str(error).split())[:300]}; set "
+    "WANDB_MODE=offline to keep all in files, or leave wandb out of "
+    "config.writers"
+  )
 
 
 def _stored_id(workdir: epath.Path) -> str:

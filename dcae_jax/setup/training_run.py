@@ -98,7 +98,7 @@ class Training(abc.ABC):
 
   def check_machine(self) -> None:
     """Raises UserError for what surely cannot be run on what is here."""
-    metrics_writer.check(self.config.writers)
+    metrics_writer.check(self.config.writers, jax.process_index() == 0)
     batches.check_workers(self.config.data.workers)
     state, *inputs = self.arguments()
     hardware.check_memory(

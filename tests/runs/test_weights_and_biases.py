@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import io
 import json
 import logging
 import os
@@ -234,11 +235,31 @@ def test_a_folder_of_runs_is_not_the_package(monkeypatch, tmp_path):
     weights_and_biases.WeightsAndBiases.check()
 
 
-def test_who_is_not_logged_in_is_told(wandb, workdir, monkeypatch):
-  monkeypatch.setenv("WANDB_MODE", "online")
-  monkeypatch.delenv("WANDB_API_KEY", raising=False)
-  with pytest.raises(errors.UserError, match=r"refuses: .*key.*WANDB_MODE=off"):
-    _writer(workdir)
+@pytest.mark.parametrize(
+  ("mode", "key", "message"),
+  [
+    ("online", "", "refuses: .*key.*WANDB_MODE=off"),
+    ("online", "short", "refuses: .*40.*WANDB_MODE=off"),
+    ("of", "", "refuses: .*'offline'.*input_value='of'"),
+  ],
+)
+def test_who_is_not_logged_in_is_told_before_anything_is_written(
+  mode, key, message, wandb, tiny_config, tmp_path, monkeypatch
+):
+  """And not asked, on a terminal, for a key."""
+  monkeypatch.setenv("WANDB_MODE", mode)
+  monkeypatch.setenv("WANDB_API_KEY", key)
+  own, there = os.openpty()
+  workdir = epath.Path(tmp_path / "run")
+  with open(there, "r+b", buffering=0) as raw:
+    terminal = io.TextIOWrapper(raw, write_through=True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(errors.UserError, match=message) as refused:
+      train_autoencoder.run(tiny_config(1, writers=("wandb",)), workdir)
+  os.close(own)
+  assert "\n" not in str(refused.value)
+  assert not workdir.exists()
 
 
 def test_without_a_server_a_run_is_kept_in_files(
