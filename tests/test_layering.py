@@ -24,7 +24,10 @@ BELOW |= {
   "errors.py": set(),
 }
 # Arrows that go up, each with its reason.
-UPWARDS = {"runs/versions.py": {""}}  # the version of the package itself
+UPWARDS = {  # the version of the package itself
+  "main.py": {""},
+  "runs/versions.py": {""},
+}
 # What `configs/base.py` says of keys is read in one place.
 READER_OF_KEYS = "setup/keys.py"
 # Packages of others, and which places may import them; the longest one decides.
