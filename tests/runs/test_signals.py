@@ -25,8 +25,9 @@ while time.monotonic() < end:
 print("at its end", flush=True)
 """
 _LIVE = """
-import time
+import signal, time
 from dcae_jax.runs import live_line, signals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever nohup did
 signals.listen()
 with live_line.on_terminal(), live_line.showing(lambda: "live"):
   time.sleep(60)
