@@ -209,15 +209,12 @@ def test_help_that_cannot_be_written_is_one_line():
 
 
 def test_a_current_directory_that_is_gone_is_no_mistake(tmp_path):
-  gone = str(tmp_path / "gone")
-  code = (
-    "import os, runpy, sys\n"
-    f"os.mkdir({gone!r}); os.chdir({gone!r}); os.rmdir({gone!r})\n"
-    "sys.argv = ['dcae', 'plam']\n"
-    "runpy.run_module('dcae_jax', run_name='__main__', alter_sys=True)\n"
-  )
+  gone = tmp_path / "gone"
+  gone.mkdir()
   found = subprocess.run(
-    [sys.executable, "-c", code],
+    f"rmdir {gone} && exec {sys.executable} -m dcae_jax plam",
+    cwd=gone,
+    shell=True,
     env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     capture_output=True,
     text=True,
