@@ -9,17 +9,17 @@ find_python() {  # that of VENV where there is one
   local candidate candidates=(python3 python3.11 python3.12 python3.13
     "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.*/bin/python)
   [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
-  [ ! -e "$VENV" ] || candidates=("$VENV/bin/python")
+  [ ! -x "$VENV/bin/python" ] || candidates=("$VENV/bin/python")
   for candidate in "${candidates[@]}"; do
     "$candidate" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in
       sys.argv[1].split())' "$VERSIONS" 2>/dev/null && echo "$candidate" && return
   done
   echo "error: ${candidates[0]} is no Python ${VERSIONS// / or }; set" \
-    "PYTHON=/path/to/python, or VENV=DIRECTORY to a new one" >&2
+    "PYTHON=/path/to/python, and VENV=DIRECTORY to a new one" >&2
   return 2
 }
 python="$(find_python)" || exit 2
-[ -e "$VENV" ] || "$python" -m venv "$VENV"
+[ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
 echo "installing $1 into $VENV (a minute or two)"
 pip_install=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip_install[@]}" --require-hashes -r "$1"

@@ -193,35 +193,32 @@ def test_help_can_be_read_in_part():
   assert (found.returncode, found.stderr) == (0, "")
 
 
+def _end(command, **options):
+  """The exit code, and what is said of a mistake."""
+  found = subprocess.run(
+    command, stderr=subprocess.PIPE, text=True, check=False, **options
+  )
+  return found.returncode, found.stderr
+
+
 def test_help_that_cannot_be_written_is_one_line():
   command = [sys.executable, "-m", "dcae_jax", "--help"]
   with open("/dev/full", "w") as full:
-    found = subprocess.run(
-      command,
-      cwd=REPOSITORY,
-      stdout=full,
-      stderr=subprocess.PIPE,
-      text=True,
-      check=False,
-    )
-  message = "error: [Errno 28] No space left on device\n"
-  assert (found.returncode, found.stderr) == (2, message)
+    ended = _end(command, cwd=REPOSITORY, stdout=full)
+  assert ended == (2, "error: [Errno 28] No space left on device\n")
 
 
 def test_a_current_directory_that_is_gone_is_no_mistake(tmp_path):
   gone = tmp_path / "gone"
   gone.mkdir()
-  found = subprocess.run(
+  ended = _end(
     f"rmdir {gone} && exec {sys.executable} -m dcae_jax plam",
     cwd=gone,
     shell=True,
     env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-    capture_output=True,
-    text=True,
-    check=False,
   )
   message = "error: config file 'plam' does not exist; did you mean plan?\n"
-  assert (found.returncode, found.stderr) == (2, message)
+  assert ended == (2, message)
 
 
 def test_what_is_wrong_with_a_config_file_is_one_line(tmp_path):
