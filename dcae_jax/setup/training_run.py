@@ -37,7 +37,8 @@ _LOG = logging.getLogger(__name__)
 _GIB = 2**30
 _MADE = {
   "checkpoints": "checkpoints", "metrics": "metrics.jsonl",
-  "pictures": "samples", "traces": "profile", "result": "result.json",
+  "pictures": "samples", "Weights & Biases": "wandb", "traces": "profile",
+  "result": "result.json",
 }  # fmt: skip
 
 
